@@ -1,0 +1,38 @@
+# demo: set up and run the main job.  test: set up and test.  check: lint, types, format.  bench: the measured tables.
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+STAMP  := $(VENV)/.ready
+# where pip would bring a CUDA build of torch: make test TORCH_OPTIONS="--index-url ..." with the index of CPU builds
+TORCH_OPTIONS ?=
+
+.PHONY: demo test test-all check bench clean
+
+demo: $(STAMP)
+	$(PY) -m arrowhead demo --out demo
+
+test: $(STAMP)
+	$(PY) -m pytest -m "not slow"
+
+test-all: $(STAMP)
+	$(PY) -m pytest
+
+check: $(STAMP)
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+bench: $(STAMP)
+	$(PY) benchmarks/attention.py
+	@echo "the quality table needs networks and data: see benchmarks/README.md"
+
+# torch first and pinned: anything else would pull a CUDA build of several gigabytes
+$(STAMP): constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet --constraint constraints.txt $(TORCH_OPTIONS) torch
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo

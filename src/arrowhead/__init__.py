@@ -1,0 +1,14 @@
+"""Diffusion transformers that generate faster, without retraining.
+
+A plan says, for every step and attention site, how attention is computed; arrowhead finds a plan, puts it on a pipeline,
+and takes it off again.
+"""
+
+from arrowhead import tiny
+from arrowhead.apply import Run, applied, apply, remove
+from arrowhead.plan import Plan
+from arrowhead.search import search
+from arrowhead.tally import Summary
+
+__version__ = "0.1.0"
+__all__ = ["Plan", "Run", "Summary", "applied", "apply", "remove", "search", "tiny"]

@@ -1,0 +1,1 @@
+"""Figures. `palette` says each method's colour once, for paper and terminal alike; `draw` is the only user of matplotlib."""

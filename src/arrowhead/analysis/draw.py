@@ -1,0 +1,60 @@
+"""Pictures of plans and of what they do to images, from values alone."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+from matplotlib.colors import ListedColormap
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from arrowhead.analysis.palette import COLOURS, MEANINGS
+from arrowhead.methods import paper_name
+from arrowhead.plan import Plan
+
+
+def plan_map(plans: Mapping[str, Plan], path: str | Path) -> None:
+    """Each plan as a map of layers over steps, one colour per kind of cell (DiTFastAttn, Figure 5)."""
+    present = {paper_name(cell) for plan in plans.values() for row in plan.cells for cell in row}
+    names = [name for name in COLOURS if name in present]
+    height = sum(0.9 + 0.13 * len(plan.target.sites) for plan in plans.values())
+    figure, axes = plt.subplots(len(plans), 1, figsize=(9, height + 0.7), squeeze=False, layout="constrained")
+    colours = ListedColormap([COLOURS[name] for name in names])
+    for axis, (title, plan) in zip(axes[:, 0], plans.items(), strict=True):
+        grid = [[names.index(paper_name(cell)) for cell in column] for column in plan.columns]  # sites × steps
+        axis.imshow(grid, cmap=colours, vmin=-0.5, vmax=len(names) - 0.5, aspect="auto", interpolation="nearest")
+        axis.set_xticks([x - 0.5 for x in range(plan.steps + 1)], minor=True)
+        axis.set_yticks([y - 0.5 for y in range(len(plan.target.sites) + 1)], minor=True)
+        axis.grid(which="minor", color="white", linewidth=0.6)
+        axis.tick_params(which="minor", length=0)
+        for ticks in (axis.xaxis, axis.yaxis):
+            ticks.set_major_locator(MaxNLocator(integer=True))
+        left = plan.flops()
+        axis.set_title(f"{title}: {left.attention:.0%} of attention FLOPs left, {left.module:.0%} with projections", loc="left")
+        axis.set_xlabel("step")
+        axis.set_ylabel("layer")
+    handles = [Patch(color=COLOURS[name], label=f"{name}: {MEANINGS[name]}") for name in names]
+    figure.legend(handles=handles, loc="outside lower left", ncols=2, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
+def image_grid(rows: Mapping[str, Tensor], columns: list[str], path: str | Path) -> None:
+    """Rows of images, (n, C, H, W) in [0, 1] each, one row a setting, with the same seed in each column."""
+    shape = (len(rows), len(columns))
+    size = (1.1 * shape[1] + 1.9, 1.15 * shape[0] + 0.3)
+    figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
+    for line, (name, images) in zip(axes, rows.items(), strict=True):
+        for axis, image in zip(line, images, strict=True):
+            axis.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")  # (H, W, C)
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+    for axis, title in zip(axes[0], columns, strict=True):
+        axis.set_title(title, fontsize=8)
+    figure.savefig(path, dpi=140)
+    plt.close(figure)

@@ -1,0 +1,21 @@
+"""A colour for every kind of cell, from much computed (dark) to nothing computed (light)."""
+
+COLOURS = {
+    "full": "#1f3a5f",
+    "ASC": "#3f7cac",
+    "WA": "#8a5a83",
+    "WA+ASC": "#c48bb0",
+    "WA-RS": "#2e8b6f",
+    "WA-RS+ASC": "#8fc9a8",
+    "AST": "#f2d16b",
+}
+
+MEANINGS = {
+    "full": "full attention",
+    "ASC": "shared across CFG branches",
+    "WA": "window",
+    "WA+ASC": "window, shared across CFG branches",
+    "WA-RS": "window with residual",
+    "WA-RS+ASC": "window with residual, shared across CFG branches",
+    "AST": "reused from an earlier step",
+}

@@ -1,0 +1,215 @@
+"""The command line: a thin edge over the library, and the only place, with the demo, that prints."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import arrowhead as ah
+from arrowhead.analysis.palette import COLOURS, MEANINGS
+from arrowhead.errors import ArrowheadError, InputsInvalid
+from arrowhead.methods import paper_name
+from arrowhead.models import find
+from arrowhead.plan import SYMBOLS, Plan
+from arrowhead.search import THRESHOLDS
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Diffusion transformers that generate faster.")
+console = Console()
+
+ModelName = Annotated[str, typer.Argument(help="a Hub id, a local folder, or tiny:dit")]
+Inputs = Annotated[
+    list[str],
+    typer.Option(
+        "--input", "-i", metavar="NAME=VALUE", help="an argument of the pipeline's call, e.g. num_inference_steps=50; repeat"
+    ),
+]
+Seed = Annotated[int, typer.Option(help="seed of the initial noise")]
+Device = Annotated[str, typer.Option(help="torch device")]
+Dtype = Annotated[str, typer.Option(help="torch dtype of the weights")]
+Plans = Annotated[list[Path], typer.Option("--plan", exists=True, dir_okay=False, help="a plan that search wrote; repeat")]
+
+
+@app.command()
+def demo(out: Annotated[Path, typer.Option(help="folder for what is written")] = Path("demo")) -> None:
+    """Compress the bundled model, offline, and show what was saved and what it cost."""
+    from arrowhead import demo as main_job  # noqa: PLC0415  # the other commands need neither matplotlib nor torchmetrics
+
+    main_job.run(out, console)
+
+
+@app.command()
+def search(
+    model: ModelName,
+    inputs: Inputs,
+    out: Annotated[Path, typer.Option(help="the plan's file")] = Path("plan.json"),
+    threshold: Annotated[str, typer.Option(help=f"a number, or one of {', '.join(THRESHOLDS)}")] = "D4",
+    loss: Annotated[str, typer.Option(help="paper or signed")] = "paper",
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+) -> None:
+    """Find a plan on one calibration run, and save it."""
+    pipe = load(model, device, dtype)
+    call = parse(inputs) | {"generator": torch.Generator().manual_seed(seed)}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    plan = ah.search(pipe, call, threshold=threshold, loss=loss)  # type: ignore[arg-type]  # search says what it takes
+    plan.save(out)
+    show_plan(plan)
+    console.print(f"written to {out}")
+
+
+@app.command()
+def generate(
+    model: ModelName,
+    inputs: Inputs,
+    plan: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="a plan that search wrote; without one, full attention")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="folder for the images")] = Path("images"),
+    kernel: Annotated[str, typer.Option(help="auto, chunked or reference")] = "auto",
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+) -> None:
+    """Generate images, with a plan or without."""
+    pipe = load(model, device, dtype)
+    call = parse(inputs) | {"generator": torch.Generator().manual_seed(seed), "output_type": "pil"}
+    find(pipe).call_arguments((), call)
+    if plan is None:
+        images = pipe(**call).images
+    else:
+        with ah.applied(pipe, Plan.load(plan), kernel=kernel) as run:
+            images = pipe(**call).images
+        console.print(str(run.summary()), highlight=False)
+    out.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+        image.save(out / f"{i:03}.png")
+    console.print(f"{len(images)} images written to {out}/")
+
+
+@app.command()
+def evaluate(
+    model: ModelName,
+    inputs: Inputs,
+    plans: Plans,
+    seeds: Annotated[int, typer.Option(help="how many seeds to generate the inputs with, counted from 0")] = 3,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the table")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+) -> None:
+    """Compare plans with the untouched pipeline: FLOPs, time, PSNR, SSIM."""
+    from arrowhead.evaluate import evaluate as measure  # noqa: PLC0415  # torchmetrics
+
+    pipe = load(model, device, dtype)
+    loaded = {path.stem: Plan.load(path) for path in plans}
+    if len(loaded) < len(plans):
+        raise InputsInvalid(f"got plans {[str(p) for p in plans]}, wanted files of different names: a row is named by its file")
+    result = measure(pipe, loaded, parse(inputs), seeds=range(seeds))
+    table = Table("plan", "matmul FLOPs", "module FLOPs", "cache peak", "time", *result.scores[0].metrics)
+    for score in result.scores:
+        flops, peak = score.summary.flops, score.summary.peak_cache_bytes
+        numbers = [f"{value:.4g}" for value in score.metrics.values()]
+        time = f"{score.time_ratio:.2f} ×"
+        table.add_row(score.name, f"{flops.attention:.1%}", f"{flops.module:.1%}", f"{peak / 2**20:.1f} MiB", time, *numbers)
+    console.print(table)
+    console.print(f"{len(result.raw)} images; time against the untouched pipeline, {result.raw_seconds:.2f} s a seed, in turn")
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result.as_dict(), indent=1, allow_nan=False) + "\n")
+
+
+@app.command()
+def show(
+    path: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="a plan that search wrote")],
+    png: Annotated[Path | None, typer.Option(help="draw it into this file, too")] = None,
+) -> None:
+    """Print a plan as a coloured map of steps and sites."""
+    plan = Plan.load(path)
+    show_plan(plan)
+    if png is not None:
+        from arrowhead.analysis.draw import plan_map  # noqa: PLC0415  # matplotlib
+
+        plan_map({path.stem: plan}, png)
+        console.print(f"drawn into {png}")
+
+
+def show_plan(plan: Plan) -> None:
+    """The map, steps downwards and sites to the right, with its legend and cost."""
+    for step, row in enumerate(plan.cells):
+        line = Text(f"step {step:>3}  ")
+        for name in map(paper_name, row):
+            line.append(f"{SYMBOLS[name]} ", style=_style(name))
+        console.print(line, no_wrap=True, overflow="ellipsis")
+    total, count = plan.steps * len(plan.target.sites), plan.count()
+    for name in [name for name in COLOURS if count[name]]:
+        console.print(
+            Text.assemble((f" {SYMBOLS[name]} ", _style(name)), f" {name}: {MEANINGS[name]}, {count[name] / total:.0%}")
+        )
+    left, peak = plan.flops(), max(plan.cache_bytes())
+    if searched := plan.about.get("search"):
+        said = ", ".join(f"{key} {', '.join(value) if isinstance(value, list) else value}" for key, value in searched.items())
+        console.print(said.replace("_", " "), highlight=False)
+    console.print(
+        f"{plan.target.transformer}, {plan.steps} steps × {len(plan.target.sites)} sites, {plan.tokens.visual} visual tokens\n"
+        f"FLOPs left: {left.attention:.1%} of attention's matmuls, {left.module:.1%} with projections; caches of at most "
+        f"{peak / 2**20:.1f} MiB an image in 16 bits",
+        highlight=False,
+    )
+
+
+def load(name: str, device: str, dtype: str) -> Any:
+    """A pipeline: bundled, from a local folder, or from the Hub."""
+    wanted = getattr(torch, dtype, None)
+    if not isinstance(wanted, torch.dtype):
+        raise InputsInvalid(f"got dtype {dtype!r}, wanted the name of a torch dtype, such as bfloat16")
+    if name.startswith("tiny:"):
+        pipe = ah.tiny.load(name.removeprefix("tiny:"), dtype=wanted)
+    else:
+        from diffusers import DiffusionPipeline  # noqa: PLC0415  # takes seconds to import
+
+        try:
+            pipe = DiffusionPipeline.from_pretrained(name, dtype=wanted)
+        except (OSError, ValueError) as error:
+            raise InputsInvalid(
+                f"cannot load {name!r}; wanted a Hub id or a pipeline's folder, or tiny:dit. {error}"
+            ) from error
+    try:
+        return pipe.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either, by device
+        raise InputsInvalid(f"got device {device!r}, wanted one that torch has here, such as cpu. {error}") from error
+
+
+def parse(inputs: list[str]) -> dict[str, Any]:
+    """`NAME=VALUE` pairs as arguments; a value that is JSON is read as such, any other is text."""
+    parsed: dict[str, Any] = {}
+    for pair in inputs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise InputsInvalid(f"got --input {pair!r}, wanted NAME=VALUE, such as num_inference_steps=50")
+        try:
+            parsed[name] = json.loads(value)
+        except json.JSONDecodeError:
+            parsed[name] = value
+    return parsed
+
+
+def _style(name: str) -> str:
+    """A kind of cell's colour as background, with letters that can be read on it."""
+    red, green, blue = (int(COLOURS[name][i : i + 2], 16) for i in (1, 3, 5))
+    letters = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 128 else "white"
+    return f"{letters} on {COLOURS[name]}"
+
+
+def main() -> None:
+    """Run the command line; what arrowhead refuses is one line, not a traceback."""
+    try:
+        app()
+    except ArrowheadError as error:
+        Console(stderr=True).print(f"[red]{type(error).__name__}[/]: {error}", highlight=False)
+        sys.exit(2)

@@ -1,0 +1,221 @@
+"""Stand between a model and its attention, in two places: around a site's module, and between its Q, K, V and attention.
+
+The first is a subclass of the processor's own class, made on the spot, with the original signature. The second is the name
+`F` in the module that defines the processor, replaced by a stand-in which knows one function more. Both are put in when the
+first model is intercepted and taken out with the last, so an untouched process stays untouched.
+"""
+
+import copy
+import inspect
+import sys
+import types
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from arrowhead.errors import AlreadyApplied, NotIntercepted, ProcessorReplaced
+from arrowhead.layout import Site
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of scaled-dot-product attention: q, k, v (B, H, N, D), and `native` to run it just as the model would."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float | None
+    masked: bool
+    native: Callable[[], Tensor]
+
+
+Answer = Callable[[AttentionCall], Tensor]  # (B, H, N, D)
+
+
+@dataclass(frozen=True)
+class SiteCall:
+    """One call of a site's module: projections, attention, output projection."""
+
+    site: Site
+    processor: types.MethodType
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def batch(self) -> int:
+        """Rows of the module's input (B, N, C)."""
+        return self._hidden_states.shape[0]
+
+    def run(self, answer: Answer, rows: slice | None = None) -> Tensor:
+        """Run the module on `rows` of its input, its attention computed by `answer`: (rows, N, C).
+
+        Raises:
+            NotIntercepted: the processor computed attention in a way that is not routed.
+        """
+        args, kwargs = self.args, self.kwargs
+        if rows is not None:
+            args = tuple(self._of_rows(value, rows) for value in args)
+            kwargs = {name: self._of_rows(value, rows) for name, value in kwargs.items()}
+        reached = False
+
+        def once(call: AttentionCall) -> Tensor:
+            nonlocal reached
+            reached = True
+            return answer(call)
+
+        token = _answer.set(once)
+        try:
+            out = self.processor(*args, **kwargs)
+        finally:
+            _answer.reset(token)
+        if not reached:
+            raise NotIntercepted(
+                f"{self.site.path}: {type(self.processor.__self__).__name__} did not call F.scaled_dot_product_attention; "
+                "wanted a processor that does, such as diffusers' AttnProcessor2_0"
+            )
+        return out
+
+    @property
+    def _hidden_states(self) -> Tensor:
+        return self.kwargs["hidden_states"] if "hidden_states" in self.kwargs else self.args[1]  # args[0] is the module
+
+    def _of_rows(self, value: Any, rows: slice) -> Any:
+        return value[rows] if isinstance(value, Tensor) and value.shape[0] == self.batch else value
+
+
+Around = Callable[[SiteCall], Tensor]  # (B, N, C)
+
+_answer: ContextVar[Answer | None] = ContextVar("arrowhead_answer", default=None)
+
+
+class Interception:
+    """The two places, held for the modules of one model until `remove`."""
+
+    def __init__(self, modules: Mapping[Site, nn.Module], around: Around) -> None:
+        self._modules = modules
+        self._originals: dict[Site, Any] = {}
+        self._wrapped: dict[Site, Any] = {}
+        self._routes: list[types.ModuleType] = []
+        try:
+            for site, module in modules.items():
+                self._routes.append(_route(module.processor, site))
+                self._originals[site] = module.processor
+                self._wrapped[site] = module.processor = _wrap(module.processor, site, around)
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Put every processor and every name back. A processor that somebody else has set since stays, with a warning."""
+        replaced = []
+        for site, original in self._originals.items():
+            module = self._modules[site]
+            if module.processor is self._wrapped.get(site):
+                module.processor = original
+            else:
+                replaced.append(f"{site.path} by a {type(module.processor).__name__}")
+        for namespace in self._routes:
+            _unroute(namespace)
+        self._originals, self._wrapped, self._routes = {}, {}, []
+        if replaced:
+            warnings.warn(
+                f"processors were replaced while a plan was applied: {', '.join(replaced)}; they are left in place, and their "
+                "sites were not compressed since",
+                ProcessorReplaced,
+                stacklevel=4,
+            )
+
+
+def _wrap(processor: Any, site: Site, around: Around) -> Any:
+    wrapped = copy.copy(processor)
+    wrapped.__class__ = _wrapper_class(type(processor))  # type: ignore[arg-type]
+    wrapped.arrowhead_site, wrapped.arrowhead_around = site, around
+    return wrapped
+
+
+@cache
+def _wrapper_class(base: type) -> type:
+    """A subclass of a processor class that hands its calls to `arrowhead_around`.
+
+    The signature has to be the original's: diffusers passes a processor only the arguments that its signature names.
+    """
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        original = types.MethodType(base.__call__, self)
+        return self.arrowhead_around(SiteCall(self.arrowhead_site, original, args, kwargs))
+
+    __call__.__signature__ = inspect.signature(base.__call__)  # type: ignore[attr-defined]
+    return type(base.__name__, (base,), {"__call__": __call__, "__module__": base.__module__})
+
+
+class _RoutedFunctional(types.ModuleType):
+    """torch.nn.functional, but for attention, which goes to whoever answers for the site that is running."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(F, name)
+
+    @staticmethod
+    def scaled_dot_product_attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        def native() -> Tensor:
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, **kwargs
+            )
+
+        answer = _answer.get()
+        if answer is None:
+            return native()
+        masked = attn_mask is not None or is_causal or dropout_p > 0
+        return answer(AttentionCall(query, key, value, scale, masked, native))
+
+
+_routed = _RoutedFunctional("torch.nn.functional")
+_users: Counter[str] = Counter()
+
+
+def _route(processor: Any, site: Site) -> types.ModuleType:
+    if hasattr(processor, "arrowhead_around"):
+        raise AlreadyApplied(f"{site.path} is intercepted already; call arrowhead.remove(pipe) first")
+    namespace = sys.modules[type(processor).__module__]
+    current = getattr(namespace, "F", None)
+    if current is not F and current is not _routed:
+        raise NotIntercepted(
+            f"{site.path}: {type(processor).__name__} lives in {namespace.__name__}, which does not use "
+            "torch.nn.functional as F; wanted a processor of diffusers, such as AttnProcessor2_0"
+        )
+    namespace.F = _routed  # type: ignore[attr-defined]
+    _users[namespace.__name__] += 1
+    return namespace
+
+
+def _unroute(namespace: types.ModuleType) -> None:
+    _users[namespace.__name__] -= 1
+    if not _users[namespace.__name__]:
+        namespace.F = F  # type: ignore[attr-defined]
+        del _users[namespace.__name__]
+
+
+@contextmanager
+def intercepted(modules: Mapping[Site, nn.Module], around: Around) -> Iterator[None]:
+    """Hold the two places for the length of a `with` block."""
+    interception = Interception(modules, around)
+    try:
+        yield
+    finally:
+        interception.remove()

@@ -1,0 +1,21 @@
+"""Which query–key pairs a band keeps: defined here, once, for every kernel and every test."""
+
+import torch
+from torch import Tensor
+
+from arrowhead.layout import Tokens
+
+
+def band(queries: range, keys: range, radius: int, device: torch.device | None = None) -> Tensor:
+    """Whether visual query i sees visual key j: |i − j| ≤ radius. Boolean, (len(queries), len(keys))."""
+    i = torch.arange(queries.start, queries.stop, device=device)[:, None]
+    j = torch.arange(keys.start, keys.stop, device=device)[None, :]
+    return (i - j).abs() <= radius
+
+
+def arrow(tokens: Tokens, radius: int, device: torch.device | None = None) -> Tensor:
+    """The whole mask, boolean (N, N): a band over the visual tokens, text rows and columns dense."""
+    allowed = torch.ones(tokens.total, tokens.total, dtype=torch.bool, device=device)
+    visual = range(tokens.visual)
+    allowed[tokens.visual_slice, tokens.visual_slice] = band(visual, visual, radius, device)
+    return allowed

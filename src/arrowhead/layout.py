@@ -1,0 +1,69 @@
+"""What is attended over: tokens, the module that attends, and how the two CFG branches share a batch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A sequence of visual tokens with, perhaps, text tokens before or after them."""
+
+    visual: int
+    text: int = 0
+    text_first: bool = False
+
+    def __post_init__(self) -> None:
+        if self.visual < 1 or self.text < 0:
+            raise ValueError(f"got {self.visual} visual and {self.text} text tokens, wanted at least 1 and 0")
+
+    @property
+    def total(self) -> int:
+        """Length of the sequence."""
+        return self.visual + self.text
+
+    @property
+    def visual_slice(self) -> slice:
+        """Where the visual tokens stand."""
+        return slice(self.text, self.total) if self.text_first else slice(0, self.visual)
+
+    @property
+    def text_slice(self) -> slice:
+        """Where the text tokens stand; empty when there are none."""
+        return slice(0, self.text) if self.text_first else slice(self.visual, self.total)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One module that a plan speaks of: its path in the transformer and the sizes its cost follows from."""
+
+    path: str
+    heads: int
+    head_dim: int
+    channels: int
+    kind: Literal["self_attention"] = "self_attention"
+
+    def __post_init__(self) -> None:
+        if min(self.heads, self.head_dim, self.channels) < 1:
+            raise ValueError(f"got {self}, wanted sizes of at least 1")
+
+
+BranchOrder = Literal["cond_first", "uncond_first"]
+
+
+@dataclass(frozen=True)
+class Branches:
+    """The CFG branches of one generation: both in one batch, in the pipeline's order, or only the conditional one."""
+
+    order: BranchOrder
+    guided: bool
+
+    @property
+    def samples(self) -> int:
+        """Transformer samples per generated image."""
+        return 2 if self.guided else 1
+
+    def conditional(self, batch: int) -> slice:
+        """The rows of the conditional branch in a batch of `batch` rows."""
+        if not self.guided:
+            return slice(0, batch)
+        return slice(0, batch // 2) if self.order == "cond_first" else slice(batch // 2, batch)

@@ -1,0 +1,21 @@
+"""Errors of a compressed output against the full one, as a search uses them."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+LossForm = Literal["paper", "signed"]
+
+
+def relative_error(reference: Tensor, output: Tensor, form: LossForm = "paper") -> float:
+    """Mean clip(|O − O'| / (max(|O|, |O'|) + 1e-6), 0, 10) over all elements (DiTFastAttn, the loss of Algorithm 1).
+
+    `signed` divides by max(O, O') without absolute values, as the authors' code does; a negative quotient is clipped
+    to 0. Where O = O' the quotient is 0, whatever the divisor. Thresholds do not carry over between the two forms. Both
+    tensors have one shape; computed in float32. The error of an output that is not finite is NaN, below no threshold.
+    """
+    a, b = reference.float(), output.float()
+    larger = torch.maximum(a.abs(), b.abs()) if form == "paper" else torch.maximum(a, b)
+    quotient = (a - b).abs() / (larger + 1e-6)
+    return torch.where(a == b, 0.0, quotient.clamp(0, 10)).mean().item()

@@ -1,0 +1,51 @@
+"""The families table: for each transformer class, where attention sits and how its pipelines call it. Data, not code."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from arrowhead.layout import BranchOrder, Tokens
+
+
+@dataclass(frozen=True)
+class Family:
+    """What has to be known about a transformer class and its pipelines.
+
+    `site_pattern` is a regular expression for the module paths of the sites; `branch_order` gives each pipeline class's
+    order of the CFG branches in its batch, which no shape reveals; `tokens` counts them from a call's arguments; `guided`
+    tells from the pipeline call's arguments whether both branches are in the batch.
+    """
+
+    transformer: str
+    site_pattern: str
+    branch_order: Mapping[str, BranchOrder]
+    tokens: Callable[[Any, Mapping[str, Any]], Tokens]
+    guided: Callable[[Mapping[str, Any]], bool]
+
+
+def _patches(transformer: Any, call: Mapping[str, Any]) -> Tokens:
+    height, width = call["hidden_states"].shape[-2:]  # (B, C, H, W)
+    patch = transformer.config.patch_size
+    return Tokens(visual=(height // patch) * (width // patch))
+
+
+def _guidance_above_one(call: Mapping[str, Any]) -> bool:
+    return call["guidance_scale"] > 1
+
+
+FAMILIES: tuple[Family, ...] = (
+    Family(
+        transformer="DiTTransformer2DModel",
+        site_pattern=r"transformer_blocks\.\d+\.attn1",
+        branch_order={"DiTPipeline": "cond_first", "TinyDiTPipeline": "cond_first"},
+        tokens=_patches,
+        guided=_guidance_above_one,
+    ),
+    Family(
+        transformer="PixArtTransformer2DModel",
+        site_pattern=r"transformer_blocks\.\d+\.attn1",
+        branch_order={"PixArtAlphaPipeline": "uncond_first", "PixArtSigmaPipeline": "uncond_first"},
+        tokens=_patches,
+        guided=_guidance_above_one,
+    ),
+)

@@ -1,0 +1,95 @@
+"""Find the family and the attention sites of a pipeline at hand. Says where attention is, never what to do with it."""
+
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from arrowhead.errors import InputsInvalid, UnsupportedPipeline
+from arrowhead.layout import Branches, BranchOrder, Site
+from arrowhead.models.families import FAMILIES, Family
+
+if TYPE_CHECKING:  # diffusers takes seconds to import
+    from diffusers import DiffusionPipeline
+
+
+@dataclass(frozen=True)
+class Model:
+    """A pipeline's transformer, its family, and its sites with their modules in the order they run."""
+
+    pipe: "DiffusionPipeline"
+    transformer: nn.Module
+    family: Family
+    branch_order: BranchOrder
+    modules: Mapping[Site, nn.Module]
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites in the order they run."""
+        return tuple(self.modules)
+
+    def call_arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The pipeline call's arguments by name, defaults included.
+
+        Raises:
+            InputsInvalid: the pipeline's call does not take them.
+        """
+        name = type(self.pipe).__name__
+        return _by_name(inspect.signature(self.pipe.__call__), args, kwargs, name)
+
+    def transformer_arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The transformer call's arguments by name, defaults included, as the family's class names them."""
+        known: Any = next(c for c in type(self.transformer).__mro__ if c.__name__ == self.family.transformer)
+        return _by_name(inspect.signature(known.forward), (self.transformer, *args), kwargs, "the transformer")
+
+    def branches(self, call: Mapping[str, Any]) -> Branches:
+        """How the CFG branches of a pipeline call with these arguments arrive."""
+        return Branches(self.branch_order, self.family.guided(call))
+
+
+def find(pipe: "DiffusionPipeline") -> Model:
+    """Look a pipeline up in the families table and find its attention sites.
+
+    Raises:
+        UnsupportedPipeline: the pipeline or its transformer is not in the table, or no site was found.
+    """
+    transformer = getattr(pipe, "transformer", None)
+    name, supported = type(pipe).__name__, ", ".join(p for f in FAMILIES for p in f.branch_order)
+    if not isinstance(transformer, nn.Module):
+        raise UnsupportedPipeline(f"got {name}, which has no transformer; wanted one of {supported}")
+    ancestry = {cls.__name__ for cls in type(transformer).__mro__}
+    family = next((f for f in FAMILIES if f.transformer in ancestry), None)
+    if family is None:
+        raise UnsupportedPipeline(f"got {name} with a {type(transformer).__name__}; wanted one of {supported}")
+    order = next((family.branch_order[c.__name__] for c in type(pipe).__mro__ if c.__name__ in family.branch_order), None)
+    if order is None:
+        raise UnsupportedPipeline(
+            f"got {name}, whose order of CFG branches is not known; wanted one of {', '.join(family.branch_order)}, "
+            f"or a subclass of one"
+        )
+    modules = {
+        _site(path, module): module for path, module in transformer.named_modules() if re.fullmatch(family.site_pattern, path)
+    }
+    if not modules:
+        raise UnsupportedPipeline(
+            f"{type(transformer).__name__} has no module whose path matches {family.site_pattern!r}; wanted at least one "
+            "attention site"
+        )
+    return Model(pipe, transformer, family, order, modules)
+
+
+def _site(path: str, module: Any) -> Site:
+    channels, width = module.to_out[0].out_features, module.to_out[0].in_features
+    return Site(path, heads=module.heads, head_dim=width // module.heads, channels=channels)
+
+
+def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any], callee: str) -> dict[str, Any]:
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise InputsInvalid(f"{callee} cannot be called so: {error}; wanted {signature}") from error
+    bound.apply_defaults()
+    return dict(bound.arguments)

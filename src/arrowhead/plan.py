@@ -1,0 +1,241 @@
+"""A plan: for every denoising step and attention site, the cell that runs there. Read, written and checked here."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+
+from arrowhead import cost
+from arrowhead.errors import PlanInvalid, PlanMismatch
+from arrowhead.layout import Site, Tokens
+from arrowhead.lifetimes import first_fault
+from arrowhead.methods import Arrow, Attend, Cell, Full, Reuse, paper_name
+
+FORMAT = 1
+SYMBOLS = {"full": "F", "ASC": "C", "WA": "w", "WA+ASC": "v", "WA-RS": "W", "WA-RS+ASC": "V", "AST": "R"}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a plan was made for. Everything here has to match where it is applied."""
+
+    transformer: str
+    scheduler: str
+    scheduler_config: Mapping[str, Any]
+    sites: tuple[Site, ...]
+
+    def common(self, other: "Target") -> "Target":
+        """This target without the scheduler's settings in which `other` differs: some schedulers set them as they run."""
+        theirs = other.scheduler_config
+        config = {key: value for key, value in self.scheduler_config.items() if key in theirs and theirs[key] == value}
+        return replace(self, scheduler_config=config)
+
+    def differences(self, other: "Target") -> list[str]:
+        """Where `other` differs, each as 'what: plan's value, pipeline's value'."""
+        found = [
+            f"{name}: plan {mine}, pipeline {theirs}"
+            for name, mine, theirs in (
+                ("transformer", self.transformer, other.transformer),
+                ("scheduler", self.scheduler, other.scheduler),
+                ("number of sites", len(self.sites), len(other.sites)),
+            )
+            if mine != theirs
+        ]
+        if self.scheduler == other.scheduler:
+            for key, mine in sorted(self.scheduler_config.items()):
+                theirs = other.scheduler_config.get(key, "not set")
+                if mine != theirs:
+                    found.append(f"scheduler's {key}: plan {mine}, pipeline {theirs}")
+        if len(self.sites) == len(other.sites):
+            wrong = [(a, b) for a, b in zip(self.sites, other.sites, strict=True) if a != b]
+            found += [f"site: plan {a}, pipeline {b}" for a, b in wrong[:3]]
+            found += [f"and {len(wrong) - 3} more sites"] if len(wrong) > 3 else []
+        return found
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps × sites of cells, with what they were made for and how they were found.
+
+    `guided` says whether both CFG branches were in the batch; `about` holds the search's settings, the model's name and
+    the versions of the libraries, for people to read.
+
+    Raises:
+        PlanInvalid: rows of different length, or a cell that reads what no earlier step wrote.
+    """
+
+    cells: tuple[tuple[Cell, ...], ...]
+    target: Target
+    tokens: Tokens
+    guided: bool
+    about: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.cells or not self.target.sites:
+            raise PlanInvalid(f"got {len(self.cells)} steps and {len(self.target.sites)} sites, wanted at least one each")
+        for step, row in enumerate(self.cells):
+            if len(row) != len(self.target.sites):
+                raise PlanInvalid(f"step {step} has {len(row)} cells, wanted one for each of {len(self.target.sites)} sites")
+        for site, column in zip(self.target.sites, self.columns, strict=True):
+            if fault := first_fault(column):
+                raise PlanInvalid(f"site {site.path}: {fault}; begin with full attention there")
+
+    @property
+    def steps(self) -> int:
+        """Calls of the transformer in one generation."""
+        return len(self.cells)
+
+    @property
+    def columns(self) -> tuple[tuple[Cell, ...], ...]:
+        """The cells of each site over the steps."""
+        return tuple(zip(*self.cells, strict=True))
+
+    @property
+    def samples(self) -> int:
+        """Transformer samples per image: 2 with both CFG branches in the batch."""
+        return 2 if self.guided else 1
+
+    def count(self) -> Counter[str]:
+        """How many cells bear each of the papers' names."""
+        return Counter(paper_name(cell) for row in self.cells for cell in row)
+
+    def flops(self) -> cost.Flops:
+        """Fractions of the uncompressed run's FLOPs that remain, residual steps included.
+
+        `.attention` counts the two matmuls of attention, `.module` also the Q, K, V and output projections.
+        """
+        return cost.remaining_flops(self.cells, self.target.sites, self.tokens, self.samples)
+
+    def cache_bytes(self, images: int = 1, itemsize: int = 2) -> tuple[int, ...]:
+        """The most bytes that the caches hold in each step, for `images` at once in a dtype of `itemsize` bytes."""
+        sites, samples = self.target.sites, self.samples
+        return cost.cache_bytes(self.cells, sites, self.tokens, samples, images=images, itemsize=itemsize)
+
+    def require(self, target: Target) -> None:
+        """Check that the plan was made for `target`.
+
+        Raises:
+            PlanMismatch: it was not; the message names every difference.
+        """
+        if found := self.target.differences(target):
+            raise PlanMismatch("plan does not fit this pipeline; search again on it. " + "; ".join(found))
+
+    def require_call(self, steps: int, tokens: Tokens) -> None:
+        """Check that a generation has the plan's steps and tokens.
+
+        Raises:
+            PlanMismatch: it has not; the message names every difference.
+        """
+        found = []
+        if steps != self.steps:
+            found.append(f"plan is for {self.steps} steps, pipeline runs {steps}; search again with {steps} steps")
+        if tokens != self.tokens:
+            found.append(f"plan is for {self.tokens}, pipeline runs {tokens}; search again at this resolution")
+        if found:
+            raise PlanMismatch("; ".join(found))
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON that a person can read: a legend of cells, and a line of symbols for each step."""
+        legend = _legend(self.cells)
+        symbol = {cell: name for name, cell in legend.items()}
+        content = {
+            "format": FORMAT,
+            "about": dict(self.about),
+            "guided": self.guided,
+            "tokens": asdict(self.tokens),
+            "target": asdict(self.target),
+            "legend": {name: _CellModel.of(cell).model_dump(exclude_none=True) for name, cell in legend.items()},
+            "cells": [" ".join(symbol[cell] for cell in row) for row in self.cells],
+        }
+        Path(path).write_text(json.dumps(content, indent=1, default=str, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Plan":
+        """Read a plan that `save` wrote.
+
+        Raises:
+            PlanInvalid: the file is not JSON, not a plan, of another format version, or contradicts itself.
+        """
+        text = Path(path).read_bytes()
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise PlanInvalid(f"{path} is not JSON ({error}); wanted a file that Plan.save wrote") from error
+        version = content.get("format") if isinstance(content, dict) else None
+        if type(version) is not int or version != FORMAT:
+            raise PlanInvalid(f"{path} has format {version!r}, wanted {FORMAT}: a file that this version's Plan.save wrote")
+        try:
+            return _PlanModel.model_validate_json(text, strict=True).plan()
+        except (pydantic.ValidationError, PlanInvalid) as error:
+            raise PlanInvalid(f"{path} is no sound plan; wanted a file that Plan.save wrote. {error}") from error
+
+
+def _legend(cells: Sequence[Sequence[Cell]]) -> dict[str, Cell]:
+    """A symbol for every distinct cell, numbered where the papers' name alone does not tell them apart."""
+    legend: dict[str, Cell] = {}
+    for cell in dict.fromkeys(cell for row in cells for cell in row):
+        name, number = SYMBOLS[paper_name(cell)], 1
+        while (symbol := name if number == 1 else f"{name}{number}") in legend:
+            number += 1
+        legend[symbol] = cell
+    return legend
+
+
+class _CellModel(pydantic.BaseModel, extra="forbid"):
+    """A cell as the file spells it."""
+
+    does: Literal["full", "arrow", "reuse"]
+    radius: pydantic.NonNegativeInt | None = None
+    residual: bool | None = None
+    share_cfg: bool | None = None
+
+    @classmethod
+    def of(cls, cell: Cell) -> "_CellModel":
+        if isinstance(cell, Reuse):
+            return cls(does="reuse")
+        if isinstance(cell.method, Full):
+            return cls(does="full", share_cfg=cell.share_cfg)
+        return cls(does="arrow", radius=cell.method.radius, residual=cell.method.residual, share_cfg=cell.share_cfg)
+
+    @pydantic.model_validator(mode="after")
+    def _whole(self) -> "_CellModel":
+        if (self.does == "arrow") != (self.radius is not None):
+            raise ValueError("an arrow has a radius, and only an arrow has one")
+        if self.residual and self.does != "arrow":
+            raise ValueError("only an arrow adds a residual")
+        if self.share_cfg and self.does == "reuse":
+            raise ValueError("what is reused is not computed, so there is nothing to share")
+        return self
+
+    def cell(self) -> Cell:
+        if self.does == "reuse":
+            return Reuse()
+        method = Full() if self.radius is None else Arrow(self.radius, bool(self.residual))
+        return Attend(method, bool(self.share_cfg))
+
+
+class _PlanModel(pydantic.BaseModel, extra="forbid"):
+    """A plan as the file spells it."""
+
+    format: int
+    about: dict[str, Any]
+    guided: bool
+    tokens: Tokens
+    target: Target
+    legend: dict[str, _CellModel]
+    cells: list[str]
+
+    @pydantic.model_validator(mode="after")
+    def _known_symbols(self) -> "_PlanModel":
+        if unknown := {symbol for row in self.cells for symbol in row.split()} - set(self.legend):
+            raise ValueError(f"cells use {sorted(unknown)}, which the legend does not explain")
+        return self
+
+    def plan(self) -> Plan:
+        legend = {symbol: model.cell() for symbol, model in self.legend.items()}
+        cells = tuple(tuple(legend[symbol] for symbol in row.split()) for row in self.cells)
+        return Plan(cells, self.target, self.tokens, self.guided, self.about)

@@ -1,0 +1,128 @@
+"""Find a plan for a pipeline: `search` is the door, `greedy` the strategy, `calibrate` the run they share."""
+
+import warnings
+from collections.abc import Generator, Mapping
+from contextlib import closing
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from tqdm.auto import tqdm
+
+from arrowhead.apply import plain, target_of
+from arrowhead.errors import InputsInvalid, NothingCompressed
+from arrowhead.methods import FULL, dit_fast_attn_candidates, paper_name
+from arrowhead.metrics.error import LossForm
+from arrowhead.models import find
+from arrowhead.plan import Plan
+from arrowhead.search.greedy import Found, Trial, greedy_trials
+
+if TYPE_CHECKING:  # diffusers takes seconds to import
+    from diffusers import DiffusionPipeline
+
+THRESHOLDS = {"D1": 0.025, "D2": 0.05, "D3": 0.075, "D4": 0.1, "D5": 0.125, "D6": 0.15}
+
+
+def search(
+    pipe: "DiffusionPipeline",
+    inputs: Mapping[str, Any],
+    *,
+    strategy: Literal["greedy"] = "greedy",
+    threshold: float | str = 0.1,
+    loss: LossForm = "paper",
+    progress: bool = True,
+) -> Plan:
+    """Find a plan on one calibration run of the pipeline.
+
+    Args:
+        pipe: a diffusers pipeline of a supported family. It is left as it was, whatever happens, but for the scheduler's
+            timesteps, which every call sets anew.
+        inputs: the keyword arguments of the pipeline's call: prompts or labels, steps, guidance. A `generator` among them
+            is left as it was found.
+        strategy: `greedy` is DiTFastAttn's Algorithm 1.
+        threshold: the error allowed at the last layer of a step, or one of D1 … D6 (0.025 … 0.15).
+        loss: the error's form, see `metrics.error.relative_error`.
+        progress: show a tqdm bar.
+
+    Raises:
+        UnsupportedPipeline: no attention sites are known for this pipeline.
+        InputsInvalid: the pipeline's call does not take the inputs, or a setting is out of range.
+        AlreadyApplied: the pipeline carries a plan.
+        NotIntercepted: attention was computed where it could not be seen.
+
+    Warns:
+        NothingCompressed: the threshold is positive, but every cell stayed full.
+    """
+    delta = _threshold(threshold)
+    if strategy != "greedy":
+        raise InputsInvalid(f"got strategy={strategy!r}, wanted 'greedy'")
+    if loss not in ("paper", "signed"):
+        raise InputsInvalid(f"got loss={loss!r}, wanted 'paper' or 'signed'")
+    before = target_of(find(pipe))
+    found = _shown(greedy_trials(pipe, inputs, threshold=delta, loss=loss), progress)
+    target = before.common(target_of(find(pipe)))  # some schedulers change settings of their own while they run
+    candidates = [paper_name(cell) for cell in dit_fast_attn_candidates(found.tokens.visual, found.guided)]
+    settings = {
+        "strategy": strategy,
+        "candidates": candidates,
+        "threshold": delta,
+        "loss": loss,
+        "transformer_passes": found.passes,
+    }
+    plan = Plan(found.cells, target, found.tokens, found.guided, _about(pipe, inputs, settings))
+    if delta > 0 and all(cell == FULL for row in plan.cells for cell in row):
+        warnings.warn(
+            f"no candidate stayed below threshold {delta}, so the plan is full attention everywhere; a larger threshold "
+            "compresses more",
+            NothingCompressed,
+            stacklevel=2,
+        )
+    return plan
+
+
+def _threshold(value: float | str) -> float:
+    try:
+        number = float(THRESHOLDS.get(value, value) if isinstance(value, str) else value)
+    except (TypeError, ValueError):
+        number = -1
+    if isinstance(value, bool) or not 0 <= number < float("inf"):
+        raise InputsInvalid(f"got threshold={value!r}, wanted a number of 0 or more, or one of {', '.join(THRESHOLDS)}")
+    return number
+
+
+def _shown(trials: Generator[Trial, None, Found], progress: bool) -> Found:
+    """Drain the trials behind a bar over the steps."""
+    with closing(trials), tqdm(desc="search", unit="step", disable=not progress) as bar:
+        while True:
+            try:
+                trial = next(trials)
+            except StopIteration as end:
+                bar.update((bar.total or 0) - bar.n)
+                return end.value
+            bar.total = trial.steps
+            bar.update(trial.step - bar.n)
+            bar.set_postfix(error=f"{trial.error:.4f}", refresh=False)
+
+
+def _about(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    generator = inputs.get("generator")
+    seeds = [g.initial_seed() for g in ([generator] if isinstance(generator, torch.Generator) else generator or [])]
+    return {
+        "pipeline": type(pipe).__name__,
+        "model": str(pipe.config.get("_name_or_path") or ""),
+        "search": dict(settings),
+        "inputs": {name: _said(value) for name, value in inputs.items() if name != "generator"},
+        "seeds": seeds,
+        "device": str(pipe.transformer.device),
+        "dtype": str(pipe.transformer.dtype),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {name: version(name) for name in ("arrowhead", "diffusers", "torch")},
+    }
+
+
+def _said(value: Any) -> Any:
+    return f"tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else plain(value)
+
+
+__all__ = ["THRESHOLDS", "Trial", "greedy_trials", "search"]

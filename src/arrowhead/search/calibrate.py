@@ -1,0 +1,202 @@
+"""One instrumented run of a pipeline, turned inside out: the search drives, step by step, and the pipeline waits.
+
+The pipeline's own loop runs in a greenlet of the same thread. At every call of its transformer it hands over to the search,
+which runs that call as often as it likes, with any cells, and decides with which output the pipeline goes on.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import greenlet
+import torch
+from torch import Tensor, nn
+
+from arrowhead.attend import Generation, attend
+from arrowhead.cache import Cache
+from arrowhead.errors import NotIntercepted
+from arrowhead.intercept import SiteCall, intercepted
+from arrowhead.kernels import dispatch
+from arrowhead.layout import Tokens
+from arrowhead.lifetimes import FOREVER, Residual, Writes
+from arrowhead.methods import FULL, Attend, Cell, refreshes_residual, residual_radius
+from arrowhead.models import Model
+from arrowhead.tally import Tally
+
+
+class Calibration:
+    """A run of a pipeline under a search's control: iterate over `steps()`, and finish each.
+
+    `candidates_for` gives the cells that may be tried, from the number of visual tokens and whether guidance is on; the
+    residuals that they read are kept. `passes` counts the transformer's runs.
+    """
+
+    def __init__(self, model: Model, inputs: Mapping[str, Any], candidates_for: Callable[[int, bool], Sequence[Cell]]) -> None:
+        self.branches = model.branches(model.call_arguments((), inputs))
+        self.candidates: Sequence[Cell] = ()  # known from the first step on
+        self.passes = 0
+        self._model, self._inputs, self._candidates_for = model, inputs, candidates_for
+        self._cells: Sequence[Cell] | None = None  # set while the transformer runs under the search
+        self._writing = False
+        self._generation: Generation | None = None
+        self._position = {site: i for i, site in enumerate(model.sites)}
+
+    @property
+    def tokens(self) -> Tokens:
+        """The tokens of the run.
+
+        Raises:
+            NotIntercepted: the pipeline never called its transformer.
+        """
+        return self._state.tokens
+
+    @property
+    def step_count(self) -> int:
+        """The calls of the transformer in the whole run."""
+        return len(self._model.pipe.scheduler.timesteps)
+
+    def steps(self) -> Iterator["Step"]:
+        """The calls of the transformer, one after another. Closing the iterator ends the pipeline's run where it is.
+
+        Whatever happens, the pipeline, the generators among its inputs and the global random state are left as they were, but
+        for the scheduler's timesteps, which every call of the pipeline sets anew.
+        """
+        pipe, transformer = self._model.pipe, self._model.transformer
+        worker = greenlet.greenlet(lambda: pipe(**self._inputs))
+        own_forward = transformer.forward
+
+        def hand_over(*args: Any, **kwargs: Any) -> Any:
+            return worker.parent.switch(Step(self._begin(args, kwargs), self, lambda: own_forward(*args, **kwargs)))
+
+        with (
+            _random_state_kept(self._inputs.get("generator"), pipe._execution_device),
+            _no_progress_bar(pipe),
+            _forward_replaced(transformer, hand_over),
+            intercepted(self._model.modules, self._around),
+        ):
+            outer = torch.is_grad_enabled()  # the mode belongs to the thread, which the two greenlets share
+            step = worker.switch()
+            try:
+                while not worker.dead:
+                    inner = torch.is_grad_enabled()
+                    torch.set_grad_enabled(outer)
+                    try:
+                        yield step
+                    finally:
+                        outer = torch.is_grad_enabled()
+                    torch.set_grad_enabled(inner)
+                    step = worker.switch(step.answer)
+            finally:
+                if not worker.dead:
+                    worker.throw(greenlet.GreenletExit)
+                torch.set_grad_enabled(outer)
+
+    def forward(self, run: Callable[[], Any], cells: Sequence[Cell], *, write: bool) -> Any:
+        """Run the transformer with one cell for each site; the caches stay as they are unless `write`, which fills them."""
+        passes = self._state.tally.passes
+        before, self.passes = passes.total(), self.passes + 1
+        self._cells, self._writing = cells, write
+        try:
+            with torch.no_grad():
+                output = run()
+        finally:
+            self._cells = None
+        if passes.total() - before != len(cells):
+            raise NotIntercepted(
+                f"one call of the transformer passed {passes.total() - before} attention sites, wanted {len(cells)}; nothing "
+                "can be learnt about the others, so the search ends here"
+            )
+        return output
+
+    @property
+    def _state(self) -> Generation:
+        if self._generation is None:
+            raise NotIntercepted("the pipeline never called its transformer; wanted at least one denoising step")
+        return self._generation
+
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        if self._generation is None:
+            call = self._model.transformer_arguments(args, kwargs)
+            tokens = self._model.family.tokens(self._model.transformer, call)
+            kernel, tally = dispatch.resolve("auto"), Tally(self.branches.samples)
+            self._generation = Generation(self.branches, tokens, kernel, Cache(self.branches), tally)
+            self.candidates = self._candidates_for(tokens.visual, self.branches.guided)
+        else:
+            self._generation.step += 1
+        return self._generation.step
+
+    def _around(self, call: SiteCall) -> Tensor:
+        if self._cells is None:
+            return call.run(lambda attention: attention.native())
+        cell = self._cells[self._position[call.site]]
+        return attend(call, cell, self._writes(cell), self._state)
+
+    def _writes(self, cell: Cell) -> Writes:
+        """In a search all that some later step might read is kept until it is overwritten."""
+        if not self._writing or not isinstance(cell, Attend):
+            return Writes()
+        radii = {residual_radius(candidate) for candidate in self.candidates} if refreshes_residual(cell) else set()
+        residuals = (Residual(radius, FOREVER, conditional_only=False) for radius in radii if radius is not None)
+        return Writes(FOREVER, tuple(residuals))
+
+
+class Step:
+    """One call of the transformer, which the pipeline waits for."""
+
+    def __init__(self, index: int, calibration: Calibration, run: Callable[[], Any]) -> None:
+        self.index = index
+        self.answer: Any = None
+        self._calibration, self._run = calibration, run
+
+    def full(self) -> Tensor:
+        """The transformer's output with full attention everywhere."""
+        return self.output([FULL] * len(self._calibration._model.sites))
+
+    def output(self, cells: Sequence[Cell]) -> Tensor:
+        """The transformer's output with these cells, all branches; nothing is remembered."""
+        sample = self._calibration.forward(self._run, cells, write=False)[0]  # of a tuple, or of a diffusers output
+        if not isinstance(sample, Tensor):
+            raise NotIntercepted(f"the transformer gave a {type(sample).__name__}; wanted a tensor as its first output")
+        return sample
+
+    def finish(self, cells: Sequence[Cell]) -> None:
+        """Let the pipeline go on with the output under these cells, and remember what they computed."""
+        self.answer = self._calibration.forward(self._run, cells, write=True)
+
+
+@contextmanager
+def _random_state_kept(generator: torch.Generator | Sequence[torch.Generator] | None, device: torch.device) -> Iterator[None]:
+    generators = [generator] if isinstance(generator, torch.Generator) else list(generator or ())
+    states = [g.get_state() for g in generators]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            for g, state in zip(generators, states, strict=True):
+                g.set_state(state)
+
+
+@contextmanager
+def _no_progress_bar(pipe: Any) -> Iterator[None]:
+    before: dict[str, Any] | None = getattr(pipe, "_progress_bar_config", None)
+    pipe.set_progress_bar_config(**(before or {}) | {"disable": True})
+    try:
+        yield
+    finally:
+        if before is None:
+            del pipe._progress_bar_config
+        else:
+            pipe._progress_bar_config = before
+
+
+@contextmanager
+def _forward_replaced(transformer: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    before = transformer.__dict__.get("forward")  # accelerate, too, sets it on the instance
+    transformer.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del transformer.forward
+        else:
+            transformer.forward = before

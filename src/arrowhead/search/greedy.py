@@ -1,0 +1,81 @@
+"""DiTFastAttn's search (Algorithm 1): step by step and layer by layer, the first candidate that stays under the threshold."""
+
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from arrowhead.errors import InputsInvalid
+from arrowhead.layout import Tokens
+from arrowhead.methods import FULL, Cell, dit_fast_attn_candidates
+from arrowhead.metrics.error import LossForm, relative_error
+from arrowhead.models import find
+from arrowhead.search.calibrate import Calibration
+
+if TYPE_CHECKING:  # diffusers takes seconds to import
+    from diffusers import DiffusionPipeline
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate at one site: the transformer's error with it, and the bound it had to stay below."""
+
+    step: int
+    steps: int
+    site: str
+    cell: Cell
+    error: float
+    bound: float
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the candidate was taken."""
+        return self.error < self.bound
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search ends with."""
+
+    cells: tuple[tuple[Cell, ...], ...]
+    tokens: Tokens
+    guided: bool
+    passes: int
+
+
+def greedy_trials(
+    pipe: "DiffusionPipeline", inputs: Mapping[str, Any], *, threshold: float, loss: LossForm = "paper"
+) -> Generator[Trial, None, Found]:
+    """Yield every trial of Algorithm 1 on one run of the pipeline with `inputs`; return what was found.
+
+    The first step is full. At each later one, on the latents of the compressed trajectory and with the caches frozen, the
+    reference is the output with full attention everywhere; at layer i of L, with the cells chosen for the layers before,
+    the first candidate of AST, WA-RS + ASC, WA-RS, ASC whose error is below (i / L)·threshold is taken, else full.
+
+    Raises what `arrowhead.search` raises.
+    """
+    model = find(pipe)
+    calibration = Calibration(model, inputs, dit_fast_attn_candidates)
+    layers = len(model.sites)
+    rows: list[tuple[Cell, ...]] = []
+    for step in calibration.steps():
+        chosen: list[Cell] = [FULL] * layers
+        if step.index > 0 and threshold > 0:
+            reference = step.full()
+            if not reference.isfinite().all():
+                raise InputsInvalid(
+                    f"at step {step.index} the transformer gave values that are not finite, with full attention; wanted finite "
+                    "ones; use bfloat16 or float32"
+                )
+            for layer, site in enumerate(model.sites):
+                bound = (layer + 1) / layers * threshold
+                for cell in calibration.candidates:
+                    output = step.output([*chosen[:layer], cell, *chosen[layer + 1 :]])
+                    error = relative_error(reference, output, loss)
+                    trial = Trial(step.index, calibration.step_count, site.path, cell, error, bound)
+                    yield trial
+                    if trial.accepted:
+                        chosen[layer] = cell
+                        break
+        step.finish(chosen)
+        rows.append(tuple(chosen))
+    return Found(tuple(rows), calibration.tokens, calibration.branches.guided, calibration.passes)

@@ -1,0 +1,89 @@
+"""Counters of what one generation really did, and the summary made from them. Nothing here looks at a plan."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from arrowhead import cost
+from arrowhead.layout import Site, Tokens
+from arrowhead.lifetimes import Writes
+from arrowhead.methods import FULL, Cell, Method, paper_name
+
+NO_FLOPS = cost.Flops(0, 0)
+
+
+@dataclass
+class Tally:
+    """What has been computed and reused so far in one generation. FLOPs are per image, `rows` too."""
+
+    samples: int
+    steps: int = 0
+    passes: Counter[Site] = field(default_factory=Counter)
+    cells: Counter[str] = field(default_factory=Counter)
+    kernels: Counter[str] = field(default_factory=Counter)
+    residuals: int = 0
+    peak_bytes: int = 0
+    notes: list[str] = field(default_factory=list)
+    spent: cost.Flops = NO_FLOPS
+    whole: cost.Flops = NO_FLOPS
+
+    def passed(self, site: Site, cell: Cell, tokens: Tokens) -> None:
+        """A site was passed, and did what `cell` says."""
+        self.passes[site] += 1
+        self.cells[paper_name(cell)] += 1
+        self.whole += cost.site_flops(site, tokens, FULL, Writes(), self.samples)
+
+    def projected(self, site: Site, tokens: Tokens, rows: float) -> None:
+        """The Q, K, V and output projections ran."""
+        self.spent += cost.Flops(0, cost.projection_flops(site, tokens) * rows)
+
+    def attended(self, site: Site, tokens: Tokens, method: Method, rows: float, kernel: str) -> None:
+        """One pass over queries and keys ran."""
+        flops = cost.matmul_flops(site, tokens, method) * rows
+        self.spent += cost.Flops(flops, flops)
+        self.kernels[kernel] += 1
+
+    def count_missed_as_full(self, site: Site, tokens: Tokens) -> int:
+        """Steps in which a site was not passed: whatever ran there is counted as full attention."""
+        missing = self.steps - self.passes[site]
+        for _ in range(missing):
+            full = cost.site_flops(site, tokens, FULL, Writes(), self.samples)
+            self.spent, self.whole = self.spent + full, self.whole + full
+        return missing
+
+    def summary(self, planned_steps: int) -> "Summary":
+        """The counters so far, as a value."""
+        spent, whole = (self.spent, self.whole) if self.whole.module else (cost.Flops(1, 1), cost.Flops(1, 1))
+        left = cost.Flops(spent.attention / whole.attention, spent.module / whole.module)
+        cells, kernels = Counter(self.cells), Counter(self.kernels)
+        return Summary(self.steps, planned_steps, cells, self.residuals, kernels, left, self.peak_bytes, tuple(self.notes))
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a generation really computed, reused and skipped. Print it.
+
+    `cells` counts site passes by the papers' names, `kernels` passes over queries and keys by the kernel that ran them
+    (`native` is the pipeline's own attention), `flops` are the fractions of the uncompressed run's that were spent.
+    """
+
+    steps: int
+    planned_steps: int
+    cells: Counter[str]
+    residuals: int
+    kernels: Counter[str]
+    flops: cost.Flops
+    peak_cache_bytes: int
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        passes = self.cells.total()
+        rows = {
+            "steps": f"{self.steps} of {self.planned_steps}",
+            "site passes": f"{passes}: " + ", ".join(f"{name} {n} ({n / passes:.0%})" for name, n in self.cells.most_common()),
+            "residuals made": str(self.residuals),
+            "FLOPs left": f"attention {self.flops.attention:.1%}, with projections {self.flops.module:.1%}",
+            "kernels": ", ".join(f"{name} × {n}" for name, n in self.kernels.items()) or "none",
+            "cache peak": f"{self.peak_cache_bytes / 2**20:.2f} MiB",
+        }
+        lines = [f"{name:<15}{value}" for name, value in rows.items()]
+        return "\n".join([*lines, *(f"{'note':<15}{note}" for note in self.notes)])

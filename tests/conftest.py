@@ -1,0 +1,28 @@
+"""Fixtures: every pipeline in turn, fresh for each test."""
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers.utils import logging
+from pipelines import BENCHES, Bench
+
+logging.set_verbosity_error()  # casting these small models to float64 is meant
+
+
+@pytest.fixture(params=BENCHES)
+def bench(request: Any) -> Bench:
+    """Each pipeline, in float64, so that a comparison can be tight."""
+    return BENCHES[request.param]()
+
+
+@pytest.fixture(params=BENCHES)
+def bench32(request: Any) -> Bench:
+    """Each pipeline, in float32."""
+    return BENCHES[request.param](torch.float32)
+
+
+@pytest.fixture(params=["dit", "pixart_sigma"])
+def either(request: Any) -> Bench:
+    """One pipeline of each order of the CFG branches, where the others would tell nothing more."""
+    return BENCHES[request.param]()

@@ -1,0 +1,169 @@
+"""Small diffusers pipelines with random weights whose attention matters, and the arguments of a call of each."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+)
+
+from arrowhead.tiny.pipeline import TinyDiTPipeline
+
+CAPTION = (7, 12)  # text tokens, channels
+
+
+@dataclass
+class Bench:
+    """A pipeline under test. `conditional_first` is the order of its CFG batch, `visual` its tokens when called by `inputs`."""
+
+    pipe: Any
+    conditional_first: bool
+    visual: int
+    inputs: Callable[..., dict[str, Any]]  # of seed, images, guidance, steps, and more: fresh keyword arguments of a call
+
+    @property
+    def layers(self) -> int:
+        return len(self.pipe.transformer.transformer_blocks)
+
+    @property
+    def attentions(self) -> list[Any]:
+        return [block.attn1 for block in self.pipe.transformer.transformer_blocks]
+
+
+def randomise(module: torch.nn.Module, seed: int) -> None:
+    """Random weights, none of them zero, with sharp attention: scores of a deviation of about 3, outputs of order 1."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in module.named_parameters():
+        noise = torch.randn(weight.shape, generator=generator)
+        if weight.ndim > 1 and "table" not in name:
+            gain = 1.7 if ".attn1." in name else 1.0
+            noise *= gain / weight[0].numel() ** 0.5
+        elif weight.ndim == 1 and "norm" in name and name.endswith("weight") and "linear" not in name:
+            noise = 1 + 0.2 * noise
+        else:
+            noise *= 0.5
+        weight.data.copy_(noise)
+    module.eval()
+
+
+def scheduler(**settings: Any) -> DPMSolverMultistepScheduler:
+    return DPMSolverMultistepScheduler(**{"prediction_type": "v_prediction", **settings})
+
+
+def vae(seed: int) -> AutoencoderKL:
+    """Latents of 4 channels at half the size; one attention of its own, in the middle."""
+    model = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        scaling_factor=1.0,
+    )
+    randomise(model, seed)
+    return model
+
+
+def _finished(pipe: Any, dtype: torch.dtype) -> Any:
+    pipe.to(dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _class_inputs(classes: int) -> Callable[..., dict[str, Any]]:
+    def inputs(seed: int = 0, images: int = 1, guidance: float = 3.0, steps: int = 5, **more: Any) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.randint(classes, (images,), generator=generator).tolist()
+        call = {"class_labels": labels, "guidance_scale": guidance, "num_inference_steps": steps}
+        return call | {"generator": generator, "output_type": "pt"} | more
+
+    return inputs
+
+
+def _caption_inputs(
+    seed: int = 0, images: int = 1, guidance: float = 3.0, steps: int = 5, negative: int = 0, **more: Any
+) -> dict[str, Any]:
+    """`images` prompts, as embeddings; `negative` seeds the negative prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (images, *CAPTION)
+    mask = torch.ones(images, CAPTION[0], dtype=torch.long)
+    mask[:, 5:] = 0
+    call = {
+        "prompt_embeds": torch.randn(shape, generator=generator, dtype=torch.float64),
+        "prompt_attention_mask": mask,
+        "negative_prompt": None,
+        "negative_prompt_embeds": torch.randn(shape, generator=torch.Generator().manual_seed(10**6 + negative)),
+        "negative_prompt_attention_mask": torch.ones(images, CAPTION[0], dtype=torch.long),
+        "guidance_scale": guidance,
+        "num_inference_steps": steps,
+        "generator": generator,
+        "height": 16,
+        "width": 16,
+        "use_resolution_binning": False,
+        "output_type": "latent",
+    }
+    return call | more
+
+
+def dit_transformer(seed: int = 0, cls: type = DiTTransformer2DModel, **config: Any) -> Any:
+    standard = {"num_attention_heads": 3, "attention_head_dim": 8, "num_layers": 3, "sample_size": 8, "in_channels": 4}
+    model = cls(**standard | config)
+    randomise(model, seed)
+    return model
+
+
+def dit(dtype: torch.dtype = torch.float64, seed: int = 0, learned_sigma: bool = False, **config: Any) -> Bench:
+    model = dit_transformer(seed, **{"out_channels": 8 if learned_sigma else 4, **config})
+    pipe = _finished(DiTPipeline(model, vae(seed + 1), scheduler()), dtype)
+    return Bench(pipe, True, (model.config.sample_size // 2) ** 2, _class_inputs(1000))
+
+
+def tiny(dtype: torch.dtype = torch.float64, seed: int = 0, **config: Any) -> Bench:
+    flow = scheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    settings = {"in_channels": 3, "num_embeds_ada_norm": 10, "num_attention_heads": 2, **config}
+    pipe = _finished(TinyDiTPipeline(dit_transformer(seed, **settings), flow), dtype)
+    return Bench(pipe, True, (pipe.transformer.config.sample_size // 2) ** 2, _class_inputs(10))
+
+
+def _pixart(pipeline: type, sample_size: int, dtype: torch.dtype, seed: int, config: dict[str, Any]) -> Bench:
+    standard = {
+        "num_attention_heads": 4,
+        "attention_head_dim": 6,
+        "cross_attention_dim": 24,
+        "num_layers": 3,
+        "in_channels": 4,
+        "out_channels": 8,
+        "sample_size": sample_size,
+        "caption_channels": CAPTION[1],
+    }
+    model = PixArtTransformer2DModel(**standard | config)
+    randomise(model, seed)
+    pipe = pipeline(tokenizer=None, text_encoder=None, vae=vae(seed + 1), transformer=model, scheduler=scheduler())
+    return Bench(_finished(pipe, dtype), False, 16, _caption_inputs)
+
+
+def pixart_alpha(dtype: torch.dtype = torch.float64, seed: int = 0, **config: Any) -> Bench:
+    """With the size and aspect conditions of the 1024-pixel model."""
+    return _pixart(PixArtAlphaPipeline, 128, dtype, seed, config)
+
+
+def pixart_sigma(dtype: torch.dtype = torch.float64, seed: int = 0, **config: Any) -> Bench:
+    return _pixart(PixArtSigmaPipeline, 8, dtype, seed, config)
+
+
+BENCHES: dict[str, Callable[..., Bench]] = {
+    "dit": dit,
+    "dit_learned_sigma": lambda *args, **kwargs: dit(*args, **{"learned_sigma": True, **kwargs}),
+    "pixart_alpha": pixart_alpha,
+    "pixart_sigma": pixart_sigma,
+    "tiny": tiny,
+}

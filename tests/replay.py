@@ -1,0 +1,222 @@
+"""DiTFastAttn once more, from the formulas and by hand, to compare arrowhead with: nothing of its engine is used here.
+
+A grid holds one word per step and one letter per layer:
+
+    F full   C ASC   R AST   w WA   v WA+ASC   W WA-RS   V WA-RS+ASC      with radius `near`
+                             x WA   y WA+ASC   X WA-RS   Y WA-RS+ASC      with radius `far`
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from pipelines import Bench
+from torch import Tensor
+
+import arrowhead as ah
+from arrowhead.apply import target_of
+from arrowhead.layout import Tokens
+from arrowhead.methods import Arrow, Attend, Cell, Full, Reuse
+from arrowhead.models import find
+
+Grid = Sequence[str]
+HALVES, FULLS, RESIDUAL = "CvVyY", "FC", "WVXY"
+FAULTS = {  # what may go wrong, and a grid that shows it
+    "output stale": ["FFF", "WWW", "RRR", "RRR"],
+    "residual stale": ["FFF", "WWW", "FFF", "WWW"],
+    "residual left out": ["FFF", "WXW", "YVY", "RRR"],
+    "ASC makes no residual": ["FFF", "CCC", "WXW", "VYV"],
+    "unconditional computed": ["FFF", "CCC", "vyv", "RRR"],
+    "unconditional residual": ["FFF", "VYV", "WWW", "VVY"],
+}
+NAMES = {"F": "full", "C": "ASC", "R": "AST"} | dict(zip("wvWVxyXY", ["WA", "WA+ASC", "WA-RS", "WA-RS+ASC"] * 2, strict=True))
+
+
+def random_grid(seed: int, steps: int, layers: int) -> list[str]:
+    """Letters at random, none of which reads what no earlier step made."""
+    draw = random.Random(seed)
+    columns = []
+    for _ in range(layers):
+        column = ""
+        for _ in range(steps):
+            full = any(letter in FULLS for letter in column)
+            column += draw.choice("FCwvxy" + ("RR" if column else "") + ("RWVXYWVXY" if full else ""))
+        columns.append(column)
+    return ["".join(row) for row in zip(*columns, strict=True)]
+
+
+def cell(letter: str, near: int, far: int) -> Cell:
+    """The letter as arrowhead spells it."""
+    if letter == "R":
+        return Reuse()
+    if letter in FULLS:
+        return Attend(Full(), share_cfg=letter == "C")
+    return Attend(Arrow(near if letter in "wvWV" else far, residual=letter in RESIDUAL), share_cfg=letter in HALVES)
+
+
+def plan(bench: Bench, grid: Grid, near: int = 2, far: int = 5, guided: bool = True, visual: int | None = None) -> ah.Plan:
+    cells = tuple(tuple(cell(letter, near, far) for letter in row) for row in grid)
+    return ah.Plan(cells, target_of(find(bench.pipe)), Tokens(visual or bench.visual), guided)
+
+
+@dataclass
+class Trace:
+    """One generation: what the pipeline gave, and what its transformer gave in each step."""
+
+    result: Tensor
+    outputs: list[Tensor] = field(default_factory=list)
+
+
+def trace(bench: Bench, inputs: dict[str, Any]) -> Trace:
+    """Generate, and write down each output of the transformer."""
+    outputs: list[Tensor] = []
+    hook = bench.pipe.transformer.register_forward_hook(lambda _m, _a, out: outputs.append(out[0].clone()))
+    try:
+        return Trace(bench.pipe(**inputs)[0].clone(), outputs)
+    finally:
+        hook.remove()
+
+
+def compressed(bench: Bench, the_plan: ah.Plan, inputs: dict[str, Any], **settings: Any) -> Trace:
+    """Generate with arrowhead."""
+    with ah.applied(bench.pipe, the_plan, **settings):
+        return trace(bench, inputs)
+
+
+@dataclass
+class Memory:
+    """One run of the formulas: the step, and of every layer the last output and the last full step's residuals."""
+
+    bench: Bench
+    near: int
+    far: int
+    guided: bool = True
+    fault: str | None = None  # one of FAULTS
+    step: int = -1
+    row: str = ""
+    frozen: bool = False
+    outputs: dict[int, Tensor] = field(default_factory=dict)  # layer: (B, N, C)
+    residuals: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # layer, radius: (B, H, N, D)
+
+    def half(self, batch: int, conditional: bool = True) -> slice:
+        """The rows of one branch."""
+        first = self.bench.conditional_first == conditional
+        return slice(0, batch // 2) if first else slice(batch // 2, batch)
+
+    def module(self, layer: int, attn: Any, x: Tensor) -> Tensor:
+        """What the attention module of a layer gives for x, (B, N, C)."""
+        letter = self.row[layer]
+        if letter == "R":
+            return self.outputs[layer]
+        shared = letter in HALVES and self.guided
+        rows = self.half(len(x), self.fault != "unconditional computed") if shared else slice(None)
+        q, k, v = (
+            linear(x[rows]).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for linear in (attn.to_q, attn.to_k, attn.to_v)
+        )  # (b, H, N, D)
+        if letter in FULLS:
+            heads = softmax_attention(q, k, v, radius=x.shape[1])
+            made = {radius: heads - softmax_attention(q, k, v, radius) for radius in (self.near, self.far)}
+            stale = (self.fault == "residual stale" and self.step) or (self.fault == "ASC makes no residual" and letter == "C")
+            for radius, residual in made.items():
+                if not self.frozen and not stale:
+                    self.residuals[layer, radius] = torch.cat([residual] * 2) if shared else residual
+        else:
+            radius = self.near if letter in "wvWV" else self.far
+            heads = softmax_attention(q, k, v, radius)
+            if letter in RESIDUAL and self.fault != "residual left out":
+                kept = self.half(len(x), self.fault != "unconditional residual") if shared else slice(None)
+                heads = heads + self.residuals[layer, radius][kept]
+        out = attn.to_out[0](heads.transpose(1, 2).flatten(2))  # (b, N, C)
+        if shared:
+            out = torch.cat([out, out])
+        if not self.frozen and not (self.fault == "output stale" and layer in self.outputs):
+            self.outputs[layer] = out
+        return out
+
+
+@cache
+def seen(n: int, radius: int) -> Tensor:
+    """Which of n tokens each one sees, (N, N)."""
+    return torch.tensor([[abs(i - j) <= radius for j in range(n)] for i in range(n)])
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, radius: int) -> Tensor:
+    """softmax(q kᵀ / √D) v over the pairs with |i − j| ≤ radius, entry by entry of the definition."""
+    n, d = q.shape[-2:]
+    weights = torch.einsum("bhid,bhjd->bhij", q, k).div(d**0.5).exp() * seen(n, radius)  # (B, H, N, N)
+    return torch.einsum("bhij,bhjd->bhid", weights / weights.sum(-1, keepdim=True), v)
+
+
+class Processor:
+    """An attention processor that asks a memory."""
+
+    def __init__(self, layer: int, memory: Memory) -> None:
+        self.layer, self.memory = layer, memory
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, attention_mask: Any = None
+    ) -> Tensor:
+        assert encoder_hidden_states is None
+        assert attention_mask is None
+        return self.memory.module(self.layer, attn, hidden_states)
+
+
+@contextmanager
+def remembering(memory: Memory) -> Iterator[None]:
+    """The memory's processors in place of the pipeline's."""
+    attentions = memory.bench.attentions
+    before = [attn.processor for attn in attentions]
+    for layer, attn in enumerate(attentions):
+        attn.processor = Processor(layer, memory)
+    try:
+        yield
+    finally:
+        for attn, processor in zip(attentions, before, strict=True):
+            attn.processor = processor
+
+
+def replay(
+    bench: Bench,
+    grid: Grid,
+    inputs: dict[str, Any],
+    near: int = 2,
+    far: int = 5,
+    guided: bool = True,
+    fault: str | None = None,
+) -> Trace:
+    """Generate by the formulas, or with one fault in them."""
+    memory = Memory(bench, near, far, guided, fault)
+
+    def tick(*_: Any) -> None:
+        memory.step += 1
+        memory.row = grid[memory.step]
+
+    hook = bench.pipe.transformer.register_forward_pre_hook(tick)
+    try:
+        with remembering(memory):
+            return trace(bench, inputs)
+    finally:
+        hook.remove()
+
+
+def assert_same(got: Trace, wanted: Trace, rtol: float = 1e-6, atol: float = 1e-6) -> None:
+    assert len(got.outputs) == len(wanted.outputs)
+    for step, (a, b) in enumerate(zip(got.outputs, wanted.outputs, strict=True)):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol, msg=lambda text, step=step: f"step {step}: {text}")
+    torch.testing.assert_close(got.result, wanted.result, rtol=rtol, atol=atol)
+
+
+def assert_identical(got: Trace, wanted: Trace) -> None:
+    assert len(got.outputs) == len(wanted.outputs)
+    assert all(torch.equal(a, b) for a, b in zip(got.outputs, wanted.outputs, strict=True))
+    assert torch.equal(got.result, wanted.result)
+
+
+def distance(a: Trace, b: Trace) -> float:
+    """How far two generations are apart, relative to their size: in the result or in any step, whatever is more."""
+    pairs = [*zip(a.outputs, b.outputs, strict=True), (a.result, b.result)]
+    return max(((x - y).norm() / y.norm()).item() for x, y in pairs)

@@ -1,0 +1,201 @@
+"""The edges that people touch: command line, demo, evaluation, the bundled model, the example."""
+
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pipelines import BENCHES
+from scipy.ndimage import gaussian_filter
+from typer.testing import CliRunner
+
+import arrowhead as ah
+from arrowhead import cli, demo
+from arrowhead.errors import InputsInvalid
+from arrowhead.evaluate import evaluate
+from arrowhead.methods import FULL, Attend
+from arrowhead.metrics.images import psnr, ssim
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+INPUTS = ["-i", "class_labels=[1, 4]", "-i", "num_inference_steps=3"]
+
+
+def invoke(*arguments: str) -> str:
+    result = CliRunner().invoke(cli.app, [str(a) for a in arguments], env={"COLUMNS": "120"}, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def saved_dit(tmp_path_factory) -> Path:
+    """A real DiTPipeline with random weights in a folder, as a person would have one."""
+    folder = tmp_path_factory.mktemp("models") / "dit"
+    BENCHES["dit"](torch.float32).pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("model", ["tiny:dit", "folder"])
+def test_search_show_generate_evaluate(model, saved_dit, tmp_path):
+    model = saved_dit if model == "folder" else model
+    plan, images = tmp_path / "plan.json", tmp_path / "images"
+    found = invoke("search", model, *INPUTS, "--threshold", "0.5", "--out", plan, "--seed", 3)
+    loaded = ah.Plan.load(plan)
+    assert loaded.steps == 3
+    assert f"{loaded.flops().attention:.1%}" in found
+
+    shown = invoke("show", plan, "--png", tmp_path / "plan.png")
+    assert sum(line.startswith("step") for line in shown.splitlines()) == 3
+    assert Image.open(tmp_path / "plan.png").width > 500
+
+    said = invoke("generate", model, *INPUTS, "--plan", plan, "--out", images)
+    assert "3 of 3" in said
+    invoke("generate", model, *INPUTS, "--out", tmp_path / "raw")
+    assert [p.name for p in sorted(images.iterdir())] == ["000.png", "001.png"]
+    pipe = cli.load(str(model), "cpu", "float32")
+    raw = pipe([1, 4], num_inference_steps=3, generator=torch.Generator().manual_seed(0)).images
+    assert [np.array(Image.open(p)).tolist() for p in sorted((tmp_path / "raw").iterdir())] == [
+        np.array(i).tolist() for i in raw
+    ]
+
+    invoke("evaluate", model, *INPUTS, "--plan", plan, "--seeds", 2, "--out", tmp_path / "table.json")
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert table["images"] == 4
+    assert table["plans"]["plan"]["flops"]["attention"] == pytest.approx(loaded.flops().attention)
+
+
+def test_an_evaluation_without_any_loss_is_still_json(tmp_path):
+    """PSNR is infinite then, which JSON does not know."""
+    invoke("search", "tiny:dit", *INPUTS, "--threshold", "0", "--out", tmp_path / "deep/plan.json")
+    said = invoke(
+        "evaluate", "tiny:dit", *INPUTS, "--plan", tmp_path / "deep/plan.json", "--seeds", 1, "--out", tmp_path / "t.json"
+    )
+    assert "inf" in said
+    table = json.loads((tmp_path / "t.json").read_text(), parse_constant=pytest.fail)
+    assert table["plans"]["plan"]["psnr"] is None
+    assert table["plans"]["plan"]["ssim"] == pytest.approx(1)
+    assert {"device", "dtype", "versions", "seeds"} <= set(table)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["search", "tiny:dit", "-i", "num_inference_steps"], "NAME=VALUE"),
+        (["search", "tiny:dit", "-i", "prompt=a cat"], "class_labels"),
+        (["search", "tiny:dit", *INPUTS, "--threshold", "much"], "D1, D2"),
+        (["search", "tiny:dit", *INPUTS, "--dtype", "float33"], "bfloat16"),
+        (["generate", "tiny:nothing", *INPUTS], "'dit'"),
+        (["generate", "no/such/folder", *INPUTS], "tiny:dit"),
+        (["generate", "tiny:dit", *INPUTS, "--device", "cuda:77"], "such as cpu"),
+        (["generate", "tiny:dit", *INPUTS, "-i", "prompt=a cat"], "class_labels"),
+        (["show", "pyproject.toml"], "Plan.save"),
+        (["show", "nowhere.json"], "does not exist"),
+    ],
+)
+def test_refusals_are_one_message_and_exit_2(arguments, said, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(sys, "argv", ["arrowhead", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert said in " ".join(error.split())
+    assert "Traceback" not in error
+
+
+def test_psnr_and_ssim_agree_with_scipy():
+    raw = torch.rand(3, 3, 32, 32)
+    images = (raw + 0.1 * torch.randn(raw.shape)).clamp(0, 1)
+    a, b = images.double().numpy(), raw.double().numpy()
+    assert psnr(images, raw) == pytest.approx(-10 * np.log10(((a - b) ** 2).mean()))
+    assert psnr(raw, raw) == float("inf")
+
+    def smooth(x):  # Gaussian of 11 × 11 pixels over each channel
+        return gaussian_filter(x, sigma=(0, 0, 1.5, 1.5), truncate=5 / 1.5, mode="mirror")
+
+    mean_a, mean_b = smooth(a), smooth(b)
+    var_a, var_b, cov = smooth(a * a) - mean_a**2, smooth(b * b) - mean_b**2, smooth(a * b) - mean_a * mean_b
+    c1, c2 = 0.01**2, 0.03**2
+    index = (2 * mean_a * mean_b + c1) * (2 * cov + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+    inner = index[:, :, 5:-5, 5:-5]  # the border's convention is the library's own
+    assert ssim(images, raw) == pytest.approx(inner.mean(), abs=2e-3)
+
+
+def test_evaluation_pairs_seeds_and_counts_what_was_done():
+    pipe = ah.tiny.load("dit")
+    inputs = {"class_labels": [2, 6], "num_inference_steps": 3}
+    half = ah.search(pipe, inputs, threshold=0.3, progress=False)
+    cells = ((FULL,) * 8,) * 3
+    full = ah.Plan(cells, half.target, half.tokens, half.guided)
+    result = evaluate(pipe, {"full": full, "half": half}, inputs, seeds=(5, 7), progress=False)
+    expected = torch.cat([pipe(**inputs, generator=torch.Generator().manual_seed(s), output_type="pt").images for s in (5, 7)])
+    assert torch.equal(result.raw, expected)
+    assert torch.equal(result.scores[0].images, expected)
+    assert result.scores[0].metrics == {"psnr": float("inf"), "ssim": pytest.approx(1)}
+    assert result.scores[1].metrics["psnr"] < 100
+    assert result.scores[1].summary.flops == half.flops()
+
+
+@pytest.mark.parametrize("wrong", [{"seeds": ()}, {"plans": {}}, {"inputs": {"class_labels": [1], "generator": None}}])
+def test_evaluation_refuses_what_it_cannot_pair(wrong):
+    pipe = ah.tiny.load("dit")
+    inputs = {"class_labels": [1], "num_inference_steps": 2}
+    plan = ah.search(pipe, inputs, threshold=0, progress=False)
+    with pytest.raises(InputsInvalid, match="at least one seed"):
+        evaluate(pipe, **{"plans": {"a": plan}, "inputs": inputs, "seeds": (1,), "progress": False} | wrong)
+
+
+def test_demo_writes_what_it_promises(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "STEPS", 4)
+    monkeypatch.setattr(demo, "SEEDS", (0, 1))
+    monkeypatch.setattr(demo, "CALIBRATION_LABELS", [3])
+    said = invoke("demo", "--out", tmp_path)
+    assert said.startswith("You are looking at")
+    assert {p.name for p in tmp_path.iterdir()} == {"plan.json", "plan.png", "images.png", "results.json"}
+    results = json.loads((tmp_path / "results.json").read_text())
+    strong = ah.Plan.load(tmp_path / "plan.json")
+    measured = results["plans"]["D5"]
+    assert results["images"] == 20
+    assert measured["flops"]["module"] == pytest.approx(strong.flops().module)
+    assert sum(measured["cells"].values()) == 4 * 8
+    assert measured["cells"].get("AST", 0) == sum(not isinstance(cell, Attend) for row in strong.cells for cell in row)
+    assert measured["flops"]["attention"] <= results["plans"]["D2"]["flops"]["attention"] <= 1
+    assert measured["peak_cache_bytes"] == max(strong.cache_bytes(images=10, itemsize=4))
+
+
+def test_bundled_model_follows_its_labels():
+    pipe = ah.tiny.load("dit")
+
+    def image(label):
+        return pipe([label], num_inference_steps=4, generator=torch.Generator().manual_seed(0), output_type="pt").images
+
+    assert image(0).shape == (1, 3, 32, 32)
+    assert torch.equal(image(0), image(0))
+    assert not torch.allclose(image(0), image(6), atol=0.05)
+    with pytest.raises(ValueError, match="each from 0 to 9"):
+        image(10)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (SHARED / "tools/perceptual.py").exists(), reason="needs the CIFAR-10 classifier of ../shared/tools")
+def test_bundled_model_draws_what_it_is_asked_for(monkeypatch):
+    monkeypatch.syspath_prepend(SHARED / "tools")
+    from perceptual import CifarResNet56
+
+    labels = torch.arange(10).repeat(5)
+    pipe = ah.tiny.load("dit")
+    images = pipe(labels.tolist(), num_inference_steps=20, output_type="pt", generator=torch.Generator().manual_seed(11)).images
+    assert (CifarResNet56()(images)[0].argmax(-1) == labels).float().mean() >= 0.5  # 0.1 is chance; 50 images
+
+
+def test_quickstart_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(os.fspath(ROOT / "examples/quickstart.py"))
+    assert "10 of 10" in capsys.readouterr().out
+    assert ah.Plan.load(tmp_path / "demo/quickstart.json").steps == 10

@@ -1,0 +1,172 @@
+"""Every kernel against dense attention written here, and the edges of the door they stand behind."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from independent import dense_mask, few, token_layouts
+
+from arrowhead.errors import KernelUnavailable
+from arrowhead.kernels import dispatch, masks
+from arrowhead.layout import Tokens
+
+KERNELS = ["chunked", "reference"]
+LAYOUTS = [
+    pytest.param(0, False, id="no text"),
+    pytest.param(7, False, id="text after"),
+    pytest.param(7, True, id="text before"),
+]
+every_kernel = pytest.mark.parametrize("kernel", KERNELS)
+every_layout = pytest.mark.parametrize(("text", "text_first"), LAYOUTS)
+
+
+def random_qkv(tokens, batch=2, heads=3, dim=8, dtype=torch.float32, seed=None):
+    """Three tensors (B, H, N, D)."""
+    generator = torch.Generator()
+    seed = generator.seed() if seed is None else seed
+    print(f"seed {seed}")  # pytest shows it when a test fails
+    generator.manual_seed(seed)
+    return [torch.randn(batch, heads, tokens.visual + tokens.text, dim, generator=generator).to(dtype) for _ in "qkv"]
+
+
+def dense(q, k, v, tokens, radius, scale=None):
+    """Masked attention in float64, (B, H, N, D): weights are exponentials, zero where the mask forbids, over their sum."""
+    q, k, v = q.double(), k.double(), v.double()
+    scores = torch.einsum("bhid,bhjd->bhij", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp() * dense_mask(tokens, radius)  # (B, H, N, N)
+    return torch.einsum("bhij,bhjd->bhid", weights / weights.sum(-1, keepdim=True), v)
+
+
+@every_kernel
+@few
+@given(
+    tokens=token_layouts,
+    radius=st.integers(0, 20),
+    batch=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    dim=st.sampled_from([1, 4, 9]),
+    scale=st.sampled_from([None, 0.3, 1.0]),
+    seed=st.integers(0, 2**32),
+)
+def test_agrees_with_dense_attention(kernel, tokens, radius, batch, heads, dim, scale, seed):
+    q, k, v = random_qkv(tokens, batch, heads, dim, seed=seed)
+    out = dispatch.arrow(q, k, v, tokens, radius, scale=scale, kernel=kernel)
+    assert out.shape == q.shape
+    torch.testing.assert_close(out.double(), dense(q, k, v, tokens, radius, scale), atol=2e-6, rtol=2e-5)
+
+
+@every_kernel
+@every_layout
+@pytest.mark.parametrize("radius", [0, 1, 40, 64, 100, 299])
+def test_agrees_where_the_sequence_is_longer_than_a_chunk(kernel, text, text_first, radius):
+    tokens = Tokens(301, text, text_first)
+    q, k, v = random_qkv(tokens)
+    out = dispatch.arrow(q, k, v, tokens, radius, kernel=kernel)
+    torch.testing.assert_close(out.double(), dense(q, k, v, tokens, radius), atol=2e-6, rtol=2e-5)
+
+
+@every_kernel
+@every_layout
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)], ids=str)
+@pytest.mark.parametrize("radius", [0, 20, 500])
+def test_half_precision_is_kept_and_is_close_to_float32(kernel, text, text_first, dtype, tolerance, radius):
+    tokens = Tokens(131, text, text_first)
+    q, k, v = random_qkv(tokens, dtype=dtype)
+    out = dispatch.arrow(q, k, v, tokens, radius, kernel=kernel)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), dense(q, k, v, tokens, radius), atol=tolerance, rtol=tolerance)
+
+
+@every_kernel
+@every_layout
+@pytest.mark.parametrize("radius", [88, 89, 1000])
+def test_band_that_covers_everything_is_full_attention(kernel, text, text_first, radius):
+    tokens = Tokens(89, text, text_first)
+    q, k, v = random_qkv(tokens)
+    full = F.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(dispatch.arrow(q, k, v, tokens, radius, kernel=kernel), full, atol=2e-6, rtol=2e-5)
+
+
+@every_kernel
+def test_band_of_radius_zero_without_text_gives_each_token_its_own_value(kernel):
+    tokens = Tokens(70)
+    q, k, v = random_qkv(tokens)
+    torch.testing.assert_close(dispatch.arrow(q, k, v, tokens, 0, kernel=kernel), v, atol=1e-6, rtol=1e-6)
+
+
+@every_kernel
+@every_layout
+def test_tokens_beyond_the_band_have_no_influence(kernel, text, text_first):
+    tokens = Tokens(90, text, text_first)
+    first = text if text_first else 0
+    q, k, v = random_qkv(tokens)
+    before = dispatch.arrow(q, k, v, tokens, 5, kernel=kernel)
+    changed = first + 50
+    k[:, :, changed] += 3
+    v[:, :, changed] += 3
+    moved = (dispatch.arrow(q, k, v, tokens, 5, kernel=kernel) != before).flatten(3).any(-1).any(0).any(0)  # (N,)
+    allowed = dense_mask(tokens, 5)[:, changed]
+    assert torch.equal(moved, allowed)
+
+
+@every_kernel
+@every_layout
+@pytest.mark.parametrize("radius", [0, 30, 500])
+def test_inputs_are_left_as_they_were(kernel, text, text_first, radius):
+    tokens = Tokens(131, text, text_first)
+    inputs = random_qkv(tokens)
+    copies = [tensor.clone() for tensor in inputs]
+    out = dispatch.arrow(*inputs, tokens, radius, kernel=kernel)
+    out += 1  # the engine adds residuals in place
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip(inputs, copies, strict=True))
+
+
+@every_kernel
+def test_strided_inputs_as_processors_make_them(kernel):
+    tokens = Tokens(75, 4)
+    flat = [tensor.transpose(1, 2).contiguous() for tensor in random_qkv(tokens)]  # (B, N, H, D)
+    q, k, v = (tensor.transpose(1, 2) for tensor in flat)
+    out = dispatch.arrow(q, k, v, tokens, 9, kernel=kernel)
+    torch.testing.assert_close(out.double(), dense(q, k, v, tokens, 9), atol=2e-6, rtol=2e-5)
+
+
+@few
+@given(tokens=token_layouts, radius=st.integers(0, 20))
+def test_mask_is_the_definition_pair_by_pair(tokens, radius):
+    visual = set(range(tokens.text, tokens.text + tokens.visual) if tokens.text_first else range(tokens.visual))
+    mask = masks.arrow(tokens, radius)
+    assert mask.shape == (tokens.total, tokens.total)
+    for i in range(tokens.total):
+        for j in range(tokens.total):
+            wanted = i not in visual or j not in visual or abs(i - j) <= radius
+            assert mask[i, j].item() is wanted
+
+
+@few
+@given(
+    start=st.integers(0, 9), queries=st.integers(1, 9), low=st.integers(0, 9), keys=st.integers(1, 9), radius=st.integers(0, 9)
+)
+def test_band_of_a_block_is_the_definition_pair_by_pair(start, queries, low, keys, radius):
+    rows, cols = range(start, start + queries), range(low, low + keys)
+    assert masks.band(rows, cols, radius).tolist() == [[abs(i - j) <= radius for j in cols] for i in rows]
+
+
+def test_an_unknown_kernel_is_refused_and_the_known_ones_are_named():
+    tokens = Tokens(8)
+    with pytest.raises(KernelUnavailable) as refused:
+        dispatch.arrow(*random_qkv(tokens), tokens, 1, kernel="fussed")
+    assert all(name in str(refused.value) for name in ["fussed", "auto", *KERNELS])
+
+
+def test_auto_picks_a_kernel_and_an_explicit_choice_stands():
+    assert dispatch.resolve("auto") in dispatch.KERNELS
+    assert [dispatch.resolve(name) for name in KERNELS] == KERNELS
+
+
+def test_auto_runs_the_kernel_it_names():
+    tokens = Tokens(140, 3)
+    q, k, v = random_qkv(tokens)
+    named = dispatch.arrow(q, k, v, tokens, 11, kernel=dispatch.resolve("auto"))
+    assert torch.equal(dispatch.arrow(q, k, v, tokens, 11), named)
+    torch.testing.assert_close(named.double(), dense(q, k, v, tokens, 11), atol=2e-6, rtol=2e-5)

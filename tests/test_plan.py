@@ -1,0 +1,269 @@
+"""Plans on disk and in the hand: nothing is lost, nothing unsound gets in, and every difference is named."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import diffusers
+import pytest
+from hypothesis import given
+from independent import few, plans
+
+from arrowhead.apply import target_of
+from arrowhead.errors import PlanInvalid, PlanMismatch
+from arrowhead.layout import Site, Tokens
+from arrowhead.methods import ASC, AST, FULL, Arrow, Attend, paper_name, wa_rs
+from arrowhead.plan import SYMBOLS, Plan, Target
+
+SITES = (Site("blocks.0.attn1", 2, 8, 16), Site("blocks.1.attn1", 4, 8, 32))
+TARGET = Target("DiTTransformer2DModel", "DDIMScheduler", {"num_train_timesteps": 1000, "beta_schedule": "linear"}, SITES)
+TOKENS = Tokens(64)
+PLAN = Plan(((FULL, FULL), (wa_rs(8), AST), (ASC, wa_rs(8, share_cfg=True))), TARGET, TOKENS, guided=True)
+
+
+def strict_json(text):
+    def refuse(literal):
+        raise AssertionError(f"{literal} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "saved-plan.json"
+    PLAN.save(path)
+    return path
+
+
+class TestRoundTrip:
+    @few
+    @given(plan=plans())
+    def test_a_plan_comes_back_as_it_was(self, plan, tmp_path_factory):
+        path = tmp_path_factory.mktemp("plans") / "plan.json"
+        plan.save(path)
+        loaded = Plan.load(path)
+        assert loaded == plan
+        strict_json(path.read_text())
+
+    def test_bands_of_several_radii_have_symbols_of_their_own(self, tmp_path):
+        row = [wa_rs(8), wa_rs(4), Attend(Arrow(8)), wa_rs(2, share_cfg=True), wa_rs(1), Attend(Arrow(8), share_cfg=True)]
+        sites = tuple(Site(f"blocks.{i}", 2, 8, 16) for i in range(len(row)))
+        plan = Plan(((FULL,) * len(row), tuple(row)), replace(TARGET, sites=sites), TOKENS, guided=True)
+        plan.save(tmp_path / "plan.json")
+        content = strict_json((tmp_path / "plan.json").read_text())
+        symbols = content["cells"][1].split()
+        assert len(set(symbols)) == len(row)
+        for symbol, cell in zip(symbols, row, strict=True):
+            assert symbol.rstrip("0123456789") == SYMBOLS[paper_name(cell)]
+            assert content["legend"][symbol]["radius"] == cell.method.radius
+        assert Plan.load(tmp_path / "plan.json") == plan
+
+    def test_what_people_read_comes_back_too(self, tmp_path):
+        about = {"model": "tiny:dit", "search": {"threshold": 0.1, "loss": "paper"}, "seeds": [3, 4]}
+        replace(PLAN, about=about).save(tmp_path / "plan.json")
+        assert Plan.load(tmp_path / "plan.json").about == about
+
+    @pytest.mark.parametrize(
+        "scheduler",
+        [
+            "DDIMScheduler",
+            "DDPMScheduler",
+            "DPMSolverMultistepScheduler",
+            "FlowMatchEulerDiscreteScheduler",
+            "UniPCMultistepScheduler",
+        ],
+    )
+    def test_a_plan_for_a_real_scheduler_is_strict_json_and_comes_back(self, scheduler, tmp_path):
+        pipe = SimpleNamespace(scheduler=getattr(diffusers, scheduler)())
+        target = target_of(SimpleNamespace(pipe=pipe, family=SimpleNamespace(transformer="Transformer"), sites=SITES))
+        assert target.scheduler == scheduler
+        assert set(target.scheduler_config) >= {"num_train_timesteps"}
+        plan = replace(PLAN, target=target)
+        plan.save(tmp_path / "plan.json")
+        strict_json((tmp_path / "plan.json").read_text())
+        loaded = Plan.load(tmp_path / "plan.json")
+        assert loaded == plan
+        loaded.require(target)
+
+
+def broken(change):
+    """A sound file's content after `change`."""
+
+    def edit(content):
+        change(content)
+        return content
+
+    return edit
+
+
+UNSOUND = {
+    "a list": lambda content: [content],
+    "a number": lambda content: 3,
+    "nothing": lambda content: None,
+    "another dict": lambda content: {"name": "someone", "version": "1.0"},
+    "an empty dict": lambda content: {},
+    "only the format": lambda content: {"format": content["format"]},
+    "a later format": broken(lambda c: c.update(format=c["format"] + 1)),
+    "no format": broken(lambda c: c.pop("format")),
+    "format in words": broken(lambda c: c.update(format="one")),
+    "an unknown symbol": broken(lambda c: c["cells"].__setitem__(1, "F ?")),
+    "an extra key": broken(lambda c: c.update(comment="mine")),
+    "an extra key in the legend": broken(lambda c: c["legend"]["W"].update(width=3)),
+    "an extra key in the tokens": broken(lambda c: c["tokens"].update(frames=3)),
+    "an extra key in the target": broken(lambda c: c["target"].update(vae="none")),
+    "an extra key in a site": broken(lambda c: c["target"]["sites"][0].update(bias=True)),
+    "no cells": broken(lambda c: c.pop("cells")),
+    "no legend": broken(lambda c: c.pop("legend")),
+    "no target": broken(lambda c: c.pop("target")),
+    "no tokens": broken(lambda c: c.pop("tokens")),
+    "no guidance": broken(lambda c: c.pop("guided")),
+    "cells that are a string": broken(lambda c: c.update(cells="F F")),
+    "a negative radius": broken(lambda c: c["legend"]["W"].update(radius=-1)),
+    "a radius in words": broken(lambda c: c["legend"]["W"].update(radius="wide")),
+    "half a token of radius": broken(lambda c: c["legend"]["W"].update(radius=2.5)),
+    "an arrow without radius": broken(lambda c: c["legend"]["W"].pop("radius")),
+    "full attention with a radius": broken(lambda c: c["legend"]["F"].update(radius=3)),
+    "full attention with a residual": broken(lambda c: c["legend"]["F"].update(residual=True)),
+    "reuse that shares": broken(lambda c: c["legend"]["R"].update(share_cfg=True)),
+    "an unknown deed": broken(lambda c: c["legend"]["W"].update(does="dance")),
+    "an unknown kind of site": broken(lambda c: c["target"]["sites"][0].update(kind="no_such_kind")),
+    "fewer than no tokens": broken(lambda c: c["tokens"].update(visual=-64)),
+    "a short row": broken(lambda c: c["cells"].__setitem__(1, "F")),
+    "a long row": broken(lambda c: c["cells"].__setitem__(1, "F F F")),
+    "an empty row": broken(lambda c: c["cells"].__setitem__(1, "")),
+    "no steps": broken(lambda c: c.update(cells=[])),
+    "no sites": broken(lambda c: c["target"].update(sites=[])),
+    "a first step that reuses": broken(lambda c: c["cells"].__setitem__(0, "F R")),
+    "a residual of nothing": broken(lambda c: c["cells"].__setitem__(0, "W F")),
+}
+
+
+class TestUnsoundFiles:
+    def refused(self, path):
+        """The plan is refused, and the message says which file it was."""
+        with pytest.raises(PlanInvalid) as error:
+            Plan.load(path)
+        assert path.name in str(error.value)
+
+    @pytest.mark.parametrize("change", UNSOUND.values(), ids=UNSOUND)
+    def test_json_that_is_no_sound_plan(self, saved, change):
+        saved.write_text(json.dumps(change(json.loads(saved.read_text()))))
+        self.refused(saved)
+
+    @pytest.mark.parametrize(
+        "text", ["", "not json", "{", '{"format": 1,}', "{'format': 1}", "\ufeff{}", pytest.param("[" * 100_000, id="too deep")]
+    )
+    def test_text_that_is_no_json(self, saved, text):
+        saved.write_text(text, encoding="utf-8")
+        self.refused(saved)
+
+    def test_a_file_cut_short(self, saved):
+        saved.write_text(saved.read_text()[:-30])
+        self.refused(saved)
+
+    @pytest.mark.parametrize("data", [b"\x80\x04\x95\x10\x00\xff\xfe", b"\x00" * 64, b"\x89PNG\r\n\x1a\n\x00\x00"])
+    def test_a_binary_file(self, saved, data):
+        saved.write_bytes(data)
+        self.refused(saved)
+
+    def test_a_missing_file_is_the_ordinary_error(self, tmp_path):
+        with pytest.raises(FileNotFoundError):
+            Plan.load(tmp_path / "nowhere.json")
+
+    def test_the_file_is_sound_before_it_is_changed(self, saved):
+        assert Plan.load(saved) == PLAN
+
+
+class TestConstructor:
+    @pytest.mark.parametrize("cells", [(), ((),), ((FULL,),), ((FULL, FULL), (FULL,)), ((FULL, FULL), (FULL, FULL, FULL))])
+    def test_rows_have_a_cell_for_each_site(self, cells):
+        with pytest.raises(PlanInvalid):
+            Plan(cells, TARGET, TOKENS, guided=True)
+
+    def test_there_is_a_site(self):
+        with pytest.raises(PlanInvalid):
+            Plan(((),), replace(TARGET, sites=()), TOKENS, guided=True)
+
+    @pytest.mark.parametrize("cells", [((FULL, AST),), ((FULL, wa_rs(3)),), ((FULL, Attend(Arrow(3))), (FULL, wa_rs(3)))])
+    def test_a_cell_that_reads_what_nothing_wrote_is_named_with_its_site(self, cells):
+        with pytest.raises(PlanInvalid, match=f"{SITES[1].path}.*step {len(cells) - 1}"):
+            Plan(cells, TARGET, TOKENS, guided=True)
+
+    def test_a_negative_radius_is_no_band(self):
+        with pytest.raises(ValueError, match="-1"):
+            Arrow(-1)
+
+    def test_counts(self):
+        assert (PLAN.steps, PLAN.samples, replace(PLAN, guided=False).samples) == (3, 2, 1)
+        assert PLAN.count() == {"full": 2, "WA-RS": 1, "AST": 1, "ASC": 1, "WA-RS+ASC": 1}
+
+
+class TestMismatch:
+    def differences(self, **changed):
+        with pytest.raises(PlanMismatch) as error:
+            PLAN.require(replace(TARGET, **changed))
+        return str(error.value)
+
+    def test_its_own_target_and_call_are_accepted(self):
+        PLAN.require(replace(TARGET, scheduler_config=dict(TARGET.scheduler_config)))
+        PLAN.require_call(3, Tokens(64))
+
+    def test_another_transformer(self):
+        message = self.differences(transformer="FluxTransformer2DModel")
+        assert "DiTTransformer2DModel" in message
+        assert "FluxTransformer2DModel" in message
+
+    def test_another_scheduler(self):
+        message = self.differences(scheduler="DDPMScheduler")
+        assert "DDIMScheduler" in message
+        assert "DDPMScheduler" in message
+
+    @pytest.mark.parametrize(
+        ("config", "words"),
+        [
+            ({"num_train_timesteps": 500, "beta_schedule": "linear"}, ["num_train_timesteps", "1000", "500"]),
+            ({"num_train_timesteps": 1000}, ["beta_schedule", "linear"]),
+            ({**TARGET.scheduler_config, "beta_schedule": None}, ["beta_schedule", "linear", "None"]),
+        ],
+    )
+    def test_another_scheduler_setting(self, config, words):
+        message = self.differences(scheduler_config=config)
+        assert all(word in message for word in words)
+
+    def test_a_setting_that_the_plan_says_nothing_of(self):
+        """Schedulers set some settings of their own while they run; a search leaves these out."""
+        extra = replace(TARGET, scheduler_config={**TARGET.scheduler_config, "rescale_betas": True})
+        assert extra.common(TARGET) == TARGET.common(extra) == TARGET
+        PLAN.require(extra)
+
+    def test_another_number_of_sites(self):
+        message = self.differences(sites=(*SITES, Site("blocks.2.attn1", 2, 8, 16)))
+        assert "sites" in message
+        assert "2" in message
+        assert "3" in message
+
+    def test_other_sites(self):
+        message = self.differences(sites=(SITES[0], Site("blocks.9.attn1", 4, 8, 32)))
+        assert "blocks.1.attn1" in message
+        assert "blocks.9.attn1" in message
+        assert "blocks.0.attn1" not in message
+
+    def test_all_differences_at_once(self):
+        other = {"num_train_timesteps": 77, "beta_schedule": "cosine"}
+        message = self.differences(transformer="Other", scheduler_config=other, sites=SITES[:1])
+        assert all(word in message for word in ["Other", "num_train_timesteps", "77", "cosine", "number of sites"])
+
+    @pytest.mark.parametrize(
+        ("steps", "tokens", "words"),
+        [
+            (5, TOKENS, ["3 steps", "5"]),
+            (3, Tokens(256), ["64", "256"]),
+            (3, Tokens(64, 7), ["text=0", "text=7"]),
+            (3, Tokens(64, 7, text_first=True), ["text_first=True"]),
+            (5, Tokens(256), ["3 steps", "5", "64", "256"]),
+        ],
+    )
+    def test_another_call(self, steps, tokens, words):
+        with pytest.raises(PlanMismatch) as error:
+            PLAN.require_call(steps, tokens)
+        assert all(word in str(error.value) for word in words)

@@ -1,6 +1,6 @@
 """The training script: stopped and resumed it ends with the weights, averages and loss curve of a run that never stopped."""
 
-import importlib.util
+import importlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parent.parent / "training/dit.py"
+TRAINING = Path(__file__).parent.parent / "training"
 
 
 @pytest.fixture
-def dit():
-    spec = importlib.util.spec_from_file_location("training_dit", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def dit(monkeypatch):
+    monkeypatch.syspath_prepend(TRAINING)
+    module = importlib.import_module("dit")
     threads = torch.get_num_threads()
     yield module
     torch.set_num_threads(threads)

@@ -54,7 +54,7 @@ def plans(draw: st.DrawFn) -> Plan:
     """Any plan that can run, over sites of different sizes."""
     steps, width = draw(st.integers(1, 7)), draw(st.integers(1, 3))
     sizes = st.tuples(st.integers(1, 5), st.integers(1, 16), st.integers(1, 64))  # heads, head_dim, channels
-    sites = tuple(Site(f"blocks.{i}.attn1", *draw(sizes)) for i in range(width))
+    sites = tuple(Site(f"blocks.{i}.attn1", *draw(sizes), joint=True) for i in range(width))
     cells = tuple(zip(*[draw(columns(steps)) for _ in sites], strict=True))
     target = Target("Transformer", "Scheduler", {"shift": draw(st.floats(0, 9)), "betas": None}, sites)
     return Plan(cells, target, draw(token_layouts), guided=draw(st.booleans()))

@@ -11,7 +11,7 @@ import arrowhead
 
 ROOT = Path(arrowhead.__file__).parent
 LAYERS = [  # lowest first: a room imports from the layers below its own, and from itself
-    {"errors", "methods", "layout"},
+    {"errors", "methods", "layout", "project"},
     {"lifetimes", "kernels", "models"},
     {"cost", "cache"},
     {"plan", "tally", "intercept"},

@@ -55,7 +55,7 @@ class TestRoundTrip:
         assert len(set(symbols)) == len(row)
         for symbol, cell in zip(symbols, row, strict=True):
             assert symbol.rstrip("0123456789") == SYMBOLS[paper_name(cell)]
-            assert content["legend"][symbol]["radius"] == cell.method.radius
+            assert f"arrow:{cell.method.radius}" in content["legend"][symbol]["heads"]
         assert Plan.load(tmp_path / "plan.json") == plan
 
     def test_what_people_read_comes_back_too(self, tmp_path):

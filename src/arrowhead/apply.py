@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from arrowhead.attend import Generation, attend
-from arrowhead.cache import Cache
+from arrowhead.cache import Cache, Output
 from arrowhead.errors import AlreadyApplied, ArrowheadError, BandCoversAll, PlanMismatch, ShareCfgIgnored, SiteNotReached
 from arrowhead.intercept import Interception, SiteCall
 from arrowhead.kernels import dispatch
@@ -138,7 +138,7 @@ class Run:
                 "same arguments"
             )
 
-    def _around(self, call: SiteCall) -> Tensor:
+    def _around(self, call: SiteCall) -> Output:
         generation = self._generation
         if generation is None:
             return call.run(lambda attention: attention.native())
@@ -203,7 +203,8 @@ def _applied_class(base: type, run: Run) -> type:
 
 def _warn_of_wide_bands(plan: Plan) -> None:
     reach = plan.tokens.visual - 1
-    methods = {cell.method for row in plan.cells for cell in row if isinstance(cell, Attend)}
+    cells = (cell for row in plan.cells for cell in row if isinstance(cell, Attend))
+    methods = {method for cell in cells for method in cell.methods(1)}
     wide = sorted(m.radius for m in methods if isinstance(m, Arrow) and m.radius >= reach)
     if wide:
         warnings.warn(

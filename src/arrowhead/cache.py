@@ -1,6 +1,8 @@
 """What one generation remembers between steps. A run owns a cache, and drops it when the generation ends."""
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -8,58 +10,139 @@ from torch import Tensor
 from arrowhead.errors import NotIntercepted
 from arrowhead.layout import Branches
 
+Output = Tensor | tuple[Tensor, ...]
+"""What a site's module gives: (B, N, C), or such a tensor for the image and one for the text."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """What an entry is: a site's module output, its heads' outputs, or their residuals of one radius."""
+
+    site: str
+    what: Literal["output", "heads", "residual"] = "output"
+    radius: int | None = None
+
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor for both CFG branches, or, `conditional_only`, for the conditional one; kept until step `last_reader`."""
+    """Values for both CFG branches, or, `conditional_only`, for the conditional one; kept until step `last_reader`.
 
-    tensor: Tensor
+    `heads` are those that the value's second dimension holds; None for all, and for what has no heads.
+    """
+
+    value: Output
     conditional_only: bool
     last_reader: int
+    heads: tuple[int, ...] | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Size of the value."""
+        return sum(t.nbytes for t in (self.value if isinstance(self.value, tuple) else (self.value,)))
 
-Key = tuple[str, int | None]  # site, and the radius of a residual or None for the module's output
+    def without(self, heads: Sequence[int]) -> "Entry | None":
+        """The entry for the other heads; None when there are none."""
+        assert isinstance(self.value, Tensor)
+        held = self.heads or tuple(range(self.value.shape[1]))
+        others = [head for head in held if head not in heads]
+        if len(others) == len(held):
+            return self
+        rows = self.value[:, [held.index(head) for head in others]]
+        return replace(self, value=rows, heads=tuple(others)) if others else None
 
 
 @dataclass
 class Cache:
-    """Module outputs (B, N, C) and residuals (B, H, V, D) of every site."""
+    """Module outputs (B, N, C), head outputs (B, h, N, D) and residuals (B, h, V, D) of every site."""
 
     branches: Branches
-    entries: dict[Key, Entry] = field(default_factory=dict)
+    entries: dict[Key, list[Entry]] = field(default_factory=dict)
     held_bytes: int = 0
 
-    def read(self, key: Key, step: int, *, conditional: bool = False) -> Tensor:
-        """What was stored, for both branches or for the `conditional` one; freed if no later step reads it.
+    def read(self, key: Key, step: int, *, conditional: bool = False) -> Output:
+        """A module's output, for both branches or for the `conditional` one; freed if no later step reads it.
 
         Raises:
-            NotIntercepted: nothing was.
+            NotIntercepted: nothing was stored.
         """
-        entry = self.entries.get(key)
-        if entry is None:
-            raise NotIntercepted(
-                f"{key[0]}: step {step} reads what an earlier step should have stored, but the site did not run there; wanted "
-                "every site in every step; remove what skips blocks"
-            )
-        if entry.last_reader <= step:
-            self.drop(key)
-        if conditional:
-            rows = slice(None) if entry.conditional_only else self.branches.conditional(entry.tensor.shape[0])
-            return entry.tensor[rows]
-        return both_branches(entry.tensor) if entry.conditional_only else entry.tensor
+        (entry,) = self._stored(key, step)
+        self._free(key, step)
+        return self._branch(entry, conditional)
 
-    def write(self, key: Key, tensor: Tensor, *, conditional_only: bool, last_reader: int) -> None:
-        """Store a tensor until step `last_reader` has read it, or until it is overwritten."""
-        self.drop(key)
-        self.entries[key] = Entry(tensor, conditional_only, last_reader)
-        self.held_bytes += tensor.nbytes
+    def read_heads(self, key: Key, heads: Sequence[int], count: int, step: int, *, conditional: bool = False) -> Tensor:
+        """Stored tensors of these heads, (B, len(heads), ·, D), of a site with `count` heads; freed like others.
+
+        Raises:
+            NotIntercepted: nothing was stored for one of them.
+        """
+        entries = self._stored(key, step)
+        rows: dict[int, Tensor] = {}
+        for entry in entries:
+            if entry.heads is None and len(entries) == 1 and len(heads) == count:  # nothing to pick
+                self._free(key, step)
+                return self._tensor(entry, conditional)
+            held = range(count) if entry.heads is None else entry.heads
+            for place, head in enumerate(held):
+                if head in heads:
+                    rows[head] = self._tensor(entry, conditional)[:, place]
+        if missing := set(heads) - set(rows):
+            raise NotIntercepted(f"{key.site}: step {step} reads {key.what} of heads {sorted(missing)}, which were not stored")
+        self._free(key, step)
+        return torch.stack([rows[head] for head in heads], 1)
+
+    def write(
+        self, key: Key, value: Output, *, conditional_only: bool, last_reader: int, heads: tuple[int, ...] | None = None
+    ) -> None:
+        """Store until step `last_reader` has read it, or until it is overwritten; for some heads beside others' values."""
+        if heads is None:
+            self.drop(key)
+        else:
+            trimmed = (entry.without(heads) for entry in self.entries.get(key, []))
+            self._keep(key, [entry for entry in trimmed if entry is not None])
+        entry = Entry(value, conditional_only, last_reader, heads)
+        self.entries.setdefault(key, []).append(entry)
+        self.held_bytes += entry.nbytes
 
     def drop(self, key: Key) -> None:
-        """Forget an entry, if there is one."""
-        entry = self.entries.pop(key, None)
-        self.held_bytes -= entry.tensor.nbytes if entry else 0
+        """Forget what is stored under a key, if anything is."""
+        self._keep(key, [])
+
+    def _stored(self, key: Key, step: int) -> list[Entry]:
+        entries = self.entries.get(key)
+        if not entries:
+            raise NotIntercepted(
+                f"{key.site}: step {step} reads what an earlier step should have stored, but the site did not run there; "
+                "wanted every site in every step; remove what skips blocks"
+            )
+        return entries
+
+    def _free(self, key: Key, step: int) -> None:
+        self._keep(key, [entry for entry in self.entries[key] if entry.last_reader > step])
+
+    def _keep(self, key: Key, kept: list[Entry]) -> None:
+        before = self.entries.pop(key, [])
+        self.held_bytes -= sum(entry.nbytes for entry in before) - sum(entry.nbytes for entry in kept)
+        if kept:
+            self.entries[key] = kept
+
+    def _tensor(self, entry: Entry, conditional: bool) -> Tensor:
+        value = self._branch(entry, conditional)
+        assert isinstance(value, Tensor)
+        return value
+
+    def _branch(self, entry: Entry, conditional: bool) -> Output:
+        if not conditional:
+            return both_branches(entry.value) if entry.conditional_only else entry.value
+        if entry.conditional_only:
+            return entry.value
+        return each(entry.value, lambda tensor: tensor[self.branches.conditional(tensor.shape[0])])
 
 
-def both_branches(half: Tensor) -> Tensor:
+def each(value: Output, change: Callable[[Tensor], Tensor]) -> Output:
+    """An output with every tensor of it changed."""
+    return tuple(change(t) for t in value) if isinstance(value, tuple) else change(value)
+
+
+def both_branches(half: Output) -> Output:
     """One branch's rows, serving both: (B/2, …) -> (B, …). Alike for both orders of the branches."""
-    return torch.cat([half, half])
+    return each(half, lambda tensor: torch.cat([tensor, tensor]))

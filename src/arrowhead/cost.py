@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from arrowhead.layout import Site, Tokens
-from arrowhead.lifetimes import Writes, lifetimes
-from arrowhead.methods import FULL, Arrow, Attend, Cell, Full, Method, Reuse
+from arrowhead.lifetimes import HeadOutput, Residual, Writes, lifetimes
+from arrowhead.methods import FULL, Arrow, Attend, Cached, Cell, Full, Method, Reuse
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ def pairs(method: Method, tokens: Tokens) -> int:
 
     A band of radius w over V visual tokens keeps V(2w + 1) − w(w + 1) of their V² pairs; text rows and columns are dense.
     """
+    if isinstance(method, Cached):
+        return 0
     if isinstance(method, Full):
         return tokens.total**2
     visual, text = tokens.visual, tokens.text
@@ -31,29 +33,44 @@ def pairs(method: Method, tokens: Tokens) -> int:
     return visual * (2 * w + 1) - w * (w + 1) + text * tokens.total + visual * text
 
 
-def matmul_flops(site: Site, tokens: Tokens, method: Method) -> float:
-    """The two matmuls of one sample's attention: Q·Kᵀ, and the weights times V."""
-    return 4 * site.heads * site.head_dim * pairs(method, tokens)
+def head_flops(site: Site, tokens: Tokens, method: Method) -> float:
+    """The two matmuls of one head of one sample: Q·Kᵀ, and the weights times V. `tokens` are those of the call."""
+    return 4 * site.head_dim * pairs(method, site.tokens(tokens))
 
 
-def projection_flops(site: Site, tokens: Tokens) -> float:
-    """The Q, K, V and output projections of one sample: 8·N·d² where the heads' width is the model's width d."""
-    return 8 * tokens.total * site.channels * site.heads * site.head_dim
+def projection_flops(site: Site, tokens: Tokens, cell: Attend) -> float:
+    """The Q, K, V and output projections of one sample: 8·N·d² where the heads' width is the model's width d.
+
+    Cached heads need no Q, K and V, see `computed_heads`.
+    """
+    heads = computed_heads(site, cell)
+    rows = {"all": site.tokens(tokens).total, "visual": tokens.visual, "none": 0}[site.projects_out]
+    return 2 * site.channels * site.head_dim * (3 * len(heads) * site.tokens(tokens).total + site.heads * rows)
+
+
+def computed_heads(site: Site, cell: Attend) -> tuple[int, ...]:
+    """The heads whose Q, K and V are projected under a cell: those that are not cached, where the site can tell them apart.
+
+    At least one, since it is by attention that a processor gets to its output projection.
+    """
+    if not site.heads_apart:
+        return tuple(range(site.heads))
+    return tuple(h for h, method in enumerate(cell.methods(site.heads)) if not isinstance(method, Cached)) or (0,)
 
 
 def site_flops(site: Site, tokens: Tokens, cell: Cell, writes: Writes, samples: int) -> Flops:
     """FLOPs of one site in one step for one image: `samples` is 2 with CFG in the batch, else 1.
 
-    A residual costs one more pass over its band, for as many samples as it is made for.
+    A residual costs one more pass over its band, for as many samples and heads as it is made for.
     """
     if isinstance(cell, Reuse):
         return Flops(0, 0)
     computed = _computed_samples(cell, samples)
-    matmuls = matmul_flops(site, tokens, cell.method) * computed
+    matmuls = sum(head_flops(site, tokens, method) for method in cell.methods(site.heads)) * computed
     for residual in writes.residuals:
         rows = 1 if residual.conditional_only else computed
-        matmuls += matmul_flops(site, tokens, Arrow(residual.radius)) * rows
-    return Flops(matmuls, matmuls + projection_flops(site, tokens) * computed)
+        matmuls += head_flops(site, tokens, Arrow(residual.radius)) * rows * _count(residual.heads, site)
+    return Flops(matmuls, matmuls + projection_flops(site, tokens, cell) * computed)
 
 
 def remaining_flops(cells: Sequence[Sequence[Cell]], sites: Sequence[Site], tokens: Tokens, samples: int) -> Flops:
@@ -95,12 +112,18 @@ def _elements_held(site: Site, tokens: Tokens, column: Sequence[Cell], samples: 
         rows = _computed_samples(cell, samples)
         if writes.output_until is not None:
             for later in range(step, writes.output_until):
-                held[later] += rows * tokens.total * site.channels
-        for residual in writes.residuals:
-            kept = 1 if residual.conditional_only else rows
-            for later in range(step, residual.last_reader):
-                held[later] += kept * tokens.visual * site.heads * site.head_dim
+                held[later] += rows * site.tokens(tokens).total * site.channels
+        stored: list[tuple[Residual | HeadOutput, int]] = [(residual, tokens.visual) for residual in writes.residuals]
+        stored += [(output, site.tokens(tokens).total) for output in writes.head_outputs]
+        for entry, length in stored:
+            kept = 1 if entry.conditional_only else rows
+            for later in range(step, entry.last_reader):
+                held[later] += kept * length * _count(entry.heads, site) * site.head_dim
     return held
+
+
+def _count(heads: tuple[int, ...] | None, site: Site) -> int:
+    return site.heads if heads is None else len(heads)
 
 
 def _computed_samples(cell: Attend, samples: int) -> int:

@@ -11,7 +11,7 @@ import sys
 import types
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -22,18 +22,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arrowhead.errors import AlreadyApplied, NotIntercepted, ProcessorReplaced
+from arrowhead.cache import Output
 from arrowhead.layout import Site
+from arrowhead.project import SomeHeads
 
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One call of scaled-dot-product attention: q, k, v (B, H, N, D), and `native` to run it just as the model would."""
+    """One call of scaled-dot-product attention: q, k, v (B, H, N, D), and `native` to run it just as the model would.
+
+    `mask` is the model's own, (B or 1, H or 1, N or 1, N); `causal`, that it asks for more than a mask can say.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
     scale: float | None
-    masked: bool
+    mask: Tensor | None
+    causal: bool
     native: Callable[[], Tensor]
 
 
@@ -54,8 +60,10 @@ class SiteCall:
         """Rows of the module's input (B, N, C)."""
         return self._hidden_states.shape[0]
 
-    def run(self, answer: Answer, rows: slice | None = None) -> Tensor:
+    def run(self, answer: Answer, rows: slice | None = None, heads: Sequence[int] | None = None) -> Output:
         """Run the module on `rows` of its input, its attention computed by `answer`: (rows, N, C).
+
+        With `heads`, Q, K and V of these alone are projected; `answer` gives the output of all heads just the same.
 
         Raises:
             NotIntercepted: the processor computed attention in a way that is not routed.
@@ -64,16 +72,22 @@ class SiteCall:
         if rows is not None:
             args = tuple(self._of_rows(value, rows) for value in args)
             kwargs = {name: self._of_rows(value, rows) for name, value in kwargs.items()}
+        some = None if heads is None else SomeHeads(args[0], heads)
+        if some is not None:
+            args = (some, *args[1:])
         reached = False
 
         def once(call: AttentionCall) -> Tensor:
             nonlocal reached
             reached = True
-            return answer(call)
+            attended = answer(call)
+            if some is not None:
+                some.heads = self.site.heads  # from here on the processor handles the output of all heads
+            return attended
 
         token = _answer.set(once)
         try:
-            out = self.processor(*args, **kwargs)
+            out: Output = self.processor(*args, **kwargs)
         finally:
             _answer.reset(token)
         if not reached:
@@ -91,7 +105,7 @@ class SiteCall:
         return value[rows] if isinstance(value, Tensor) and value.shape[0] == self.batch else value
 
 
-Around = Callable[[SiteCall], Tensor]  # (B, N, C)
+Around = Callable[[SiteCall], Output]
 
 _answer: ContextVar[Answer | None] = ContextVar("arrowhead_answer", default=None)
 
@@ -148,7 +162,7 @@ def _wrapper_class(base: type) -> type:
     The signature has to be the original's: diffusers passes a processor only the arguments that its signature names.
     """
 
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Output:
         original = types.MethodType(base.__call__, self)
         return self.arrowhead_around(SiteCall(self.arrowhead_site, original, args, kwargs))
 
@@ -181,8 +195,7 @@ class _RoutedFunctional(types.ModuleType):
         answer = _answer.get()
         if answer is None:
             return native()
-        masked = attn_mask is not None or is_causal or dropout_p > 0
-        return answer(AttentionCall(query, key, value, scale, masked, native))
+        return answer(AttentionCall(query, key, value, scale, attn_mask, is_causal or dropout_p > 0, native))
 
 
 _routed = _RoutedFunctional("torch.nn.functional")

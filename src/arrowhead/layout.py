@@ -1,6 +1,6 @@
 """What is attended over: tokens, the module that attends, and how the two CFG branches share a batch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -34,13 +34,25 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Site:
-    """One module that a plan speaks of: its path in the transformer and the sizes its cost follows from."""
+    """One module that a plan speaks of: its path in the transformer and the sizes its cost follows from.
+
+    `joint` sites attend over text and image tokens, others over the image's alone. `projects_out` says which tokens have an
+    output projection of the site's own. `heads_apart`: whether single heads' Q, K and V can be computed without the others'; it
+    may change while a pipeline is used (LoRA), and is no part of what a plan is bound to.
+    """
 
     path: str
     heads: int
     head_dim: int
     channels: int
+    joint: bool = False
+    projects_out: Literal["all", "visual", "none"] = "all"
+    heads_apart: bool = field(default=True, compare=False)
     kind: Literal["self_attention"] = "self_attention"
+
+    def tokens(self, of_call: Tokens) -> Tokens:
+        """What the site attends over, in a call of the transformer with these tokens."""
+        return of_call if self.joint else Tokens(of_call.visual)
 
     def __post_init__(self) -> None:
         if min(self.heads, self.head_dim, self.channels) < 1:

@@ -1,10 +1,10 @@
 """How attention can be computed at one site in one step: the values that every other file speaks of.
 
-A *method* says which query–key pairs are looked at. A *cell* says what a site does in a step: attend with a method,
-perhaps for the conditional branch only, or reuse what it gave before.
+A *method* says what a head does: which query–key pairs it looks at, or that it repeats itself. A *cell* says what a site does
+in a step: attend with a method for each head, perhaps for the conditional branch only, or reuse what it gave before.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -29,19 +29,40 @@ class Arrow:
             raise ValueError(f"a band's radius is a number of tokens; got {self.radius}, wanted 0 or more")
 
 
-Method = Full | Arrow
+@dataclass(frozen=True)
+class Cached:
+    """The head's last computed output, from before the output projection (head-wise caching of DiTFastAttnV2)."""
+
+
+Method = Full | Arrow | Cached
 
 
 @dataclass(frozen=True)
 class Attend:
-    """Compute attention with `method`.
+    """Compute attention with `method`, or with a method for each head where it is a tuple.
 
     With `share_cfg` only the conditional half of the CFG batch is computed, projections included, and its output serves
-    both halves (attention sharing across CFG, the ASC of DiTFastAttn).
+    both halves (attention sharing across CFG, the ASC of DiTFastAttn). A tuple of equal methods becomes one method, so that
+    equal cells compare equal.
     """
 
-    method: Method = Full()
+    method: Method | tuple[Method, ...] = Full()
     share_cfg: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.method, tuple):
+            if not self.method:
+                raise ValueError("got no methods, wanted one for each head")
+            if len(set(self.method)) == 1:
+                object.__setattr__(self, "method", self.method[0])
+
+    def methods(self, heads: int) -> tuple[Method, ...]:
+        """The method of each of `heads` heads."""
+        return self.method if isinstance(self.method, tuple) else (self.method,) * heads
+
+    def of_head(self, head: int) -> "Attend":
+        """The cell as one head sees it."""
+        return Attend(self.method[head], self.share_cfg) if isinstance(self.method, tuple) else self
 
 
 @dataclass(frozen=True)
@@ -62,25 +83,43 @@ def wa_rs(radius: int, share_cfg: bool = False) -> Attend:
 
 
 def refreshes_residual(cell: Cell) -> bool:
-    """Whether the full output is at hand in this step, so that residuals can be made from it."""
+    """Whether a cell of one method has the full output at hand, so that residuals can be made from it."""
     return isinstance(cell, Attend) and isinstance(cell.method, Full)
 
 
 def residual_radius(cell: Cell) -> int | None:
-    """The radius of the residual that the cell reads, or None."""
+    """The radius of the residual that a cell of one method reads, or None."""
     if isinstance(cell, Attend) and isinstance(cell.method, Arrow) and cell.method.residual:
         return cell.method.radius
     return None
 
 
+def reads_head_output(cell: Cell) -> bool:
+    """Whether a cell of one method repeats what its head gave before."""
+    return isinstance(cell, Attend) and isinstance(cell.method, Cached)
+
+
+def method_name(method: Method) -> str:
+    """The papers' name of what a head does: full, WA, WA-RS or cached."""
+    if isinstance(method, Arrow):
+        return "WA-RS" if method.residual else "WA"
+    return "full" if isinstance(method, Full) else "cached"
+
+
 def paper_name(cell: Cell) -> str:
-    """The papers' name: full, ASC, WA, WA-RS, WA+ASC, WA-RS+ASC or AST."""
+    """The papers' name: full, ASC, WA, WA-RS, cached, head-wise where heads differ, with +ASC where shared, or AST."""
     if isinstance(cell, Reuse):
         return "AST"
-    sharing = ["ASC"] if cell.share_cfg else []
-    if isinstance(cell.method, Full):
-        return "ASC" if sharing else "full"
-    return "+".join(["WA-RS" if cell.method.residual else "WA", *sharing])
+    name = "head-wise" if isinstance(cell.method, tuple) else method_name(cell.method)
+    if cell.share_cfg:
+        return "ASC" if name == "full" else f"{name}+ASC"
+    return name
+
+
+def grouped(methods: Sequence[Method]) -> Iterator[tuple[Method, tuple[int, ...]]]:
+    """Each distinct method with the heads that follow it."""
+    for method in dict.fromkeys(methods):
+        yield method, tuple(head for head, own in enumerate(methods) if own == method)
 
 
 def dit_fast_attn_candidates(visual_tokens: int, guided: bool) -> Sequence[Cell]:

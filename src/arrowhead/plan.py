@@ -1,6 +1,7 @@
 """A plan: for every denoising step and attention site, the cell that runs there. Read, written and checked here."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -13,10 +14,22 @@ from arrowhead import cost
 from arrowhead.errors import PlanInvalid, PlanMismatch
 from arrowhead.layout import Site, Tokens
 from arrowhead.lifetimes import first_fault
-from arrowhead.methods import Arrow, Attend, Cell, Full, Reuse, paper_name
+from arrowhead.methods import Arrow, Attend, Cached, Cell, Full, Method, Reuse, method_name, paper_name
 
-FORMAT = 1
-SYMBOLS = {"full": "F", "ASC": "C", "WA": "w", "WA+ASC": "v", "WA-RS": "W", "WA-RS+ASC": "V", "AST": "R"}
+FORMAT = 2
+SYMBOLS = {
+    "full": "F",
+    "ASC": "C",
+    "WA": "w",
+    "WA+ASC": "v",
+    "WA-RS": "W",
+    "WA-RS+ASC": "V",
+    "AST": "R",
+    "cached": "K",
+    "cached+ASC": "L",
+    "head-wise": "H",
+    "head-wise+ASC": "I",
+}
 
 
 @dataclass(frozen=True)
@@ -81,6 +94,9 @@ class Plan:
             if len(row) != len(self.target.sites):
                 raise PlanInvalid(f"step {step} has {len(row)} cells, wanted one for each of {len(self.target.sites)} sites")
         for site, column in zip(self.target.sites, self.columns, strict=True):
+            told_apart = {len(c.method) for c in column if isinstance(c, Attend) and isinstance(c.method, tuple)}
+            if wrong := told_apart - {site.heads}:
+                raise PlanInvalid(f"site {site.path} has {site.heads} heads, got methods for {min(wrong)}; wanted one for each")
             if fault := first_fault(column):
                 raise PlanInvalid(f"site {site.path}: {fault}; begin with full attention there")
 
@@ -98,6 +114,15 @@ class Plan:
     def samples(self) -> int:
         """Transformer samples per image: 2 with both CFG branches in the batch."""
         return 2 if self.guided else 1
+
+    def count_heads(self) -> Counter[str]:
+        """How many heads do what, by the papers' names, over all steps and sites."""
+        count: Counter[str] = Counter()
+        for row in self.cells:
+            for site, cell in zip(self.target.sites, row, strict=True):
+                methods = cell.methods(site.heads) if isinstance(cell, Attend) else ()
+                count.update([method_name(method) for method in methods] or {paper_name(cell): site.heads})
+        return count
 
     def count(self) -> Counter[str]:
         """How many cells bear each of the papers' names."""
@@ -186,36 +211,50 @@ def _legend(cells: Sequence[Sequence[Cell]]) -> dict[str, Cell]:
 
 
 class _CellModel(pydantic.BaseModel, extra="forbid"):
-    """A cell as the file spells it."""
+    """A cell as the file spells it: `attend` with a method's word, or with one for each head, or `reuse`.
 
-    does: Literal["full", "arrow", "reuse"]
-    radius: pydantic.NonNegativeInt | None = None
-    residual: bool | None = None
+    The words: full, cached, arrow:R, arrow:R+residual, where R is the radius in tokens.
+    """
+
+    does: Literal["attend", "reuse"]
+    heads: str | None = None
     share_cfg: bool | None = None
 
     @classmethod
     def of(cls, cell: Cell) -> "_CellModel":
         if isinstance(cell, Reuse):
             return cls(does="reuse")
-        if isinstance(cell.method, Full):
-            return cls(does="full", share_cfg=cell.share_cfg)
-        return cls(does="arrow", radius=cell.method.radius, residual=cell.method.residual, share_cfg=cell.share_cfg)
+        methods = cell.method if isinstance(cell.method, tuple) else (cell.method,)
+        return cls(does="attend", heads=" ".join(map(_word, methods)), share_cfg=cell.share_cfg)
 
     @pydantic.model_validator(mode="after")
     def _whole(self) -> "_CellModel":
-        if (self.does == "arrow") != (self.radius is not None):
-            raise ValueError("an arrow has a radius, and only an arrow has one")
-        if self.residual and self.does != "arrow":
-            raise ValueError("only an arrow adds a residual")
+        if (self.does == "attend") != bool(self.heads and self.heads.split()):
+            raise ValueError("a site that attends says how its heads do, and only such a site")
         if self.share_cfg and self.does == "reuse":
             raise ValueError("what is reused is not computed, so there is nothing to share")
+        self.cell()  # refuses words that mean nothing
         return self
 
     def cell(self) -> Cell:
-        if self.does == "reuse":
+        if self.heads is None:
             return Reuse()
-        method = Full() if self.radius is None else Arrow(self.radius, bool(self.residual))
-        return Attend(method, bool(self.share_cfg))
+        return Attend(tuple(map(_method, self.heads.split())), bool(self.share_cfg))
+
+
+def _word(method: Method) -> str:
+    if isinstance(method, Arrow):
+        return f"arrow:{method.radius}" + ("+residual" if method.residual else "")
+    return "full" if isinstance(method, Full) else "cached"
+
+
+def _method(word: str) -> Method:
+    if word in ("full", "cached"):
+        return Full() if word == "full" else Cached()
+    arrow = re.fullmatch(r"arrow:([0-9]{1,9})(\+residual)?", word)
+    if arrow is None:
+        raise ValueError(f"got a head that does {word!r}, wanted full, cached, arrow:R or arrow:R+residual")
+    return Arrow(int(arrow[1]), residual=bool(arrow[2]))
 
 
 class _PlanModel(pydantic.BaseModel, extra="forbid"):

@@ -1,12 +1,13 @@
 """Counters of what one generation really did, and the summary made from them. Nothing here looks at a plan."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from arrowhead import cost
 from arrowhead.layout import Site, Tokens
 from arrowhead.lifetimes import Writes
-from arrowhead.methods import FULL, Cell, Method, paper_name
+from arrowhead.methods import FULL, Attend, Cell, Method, method_name, paper_name
 
 NO_FLOPS = cost.Flops(0, 0)
 
@@ -19,6 +20,7 @@ class Tally:
     steps: int = 0
     passes: Counter[Site] = field(default_factory=Counter)
     cells: Counter[str] = field(default_factory=Counter)
+    heads: Counter[str] = field(default_factory=Counter)
     kernels: Counter[str] = field(default_factory=Counter)
     residuals: int = 0
     peak_bytes: int = 0
@@ -30,15 +32,19 @@ class Tally:
         """A site was passed, and did what `cell` says."""
         self.passes[site] += 1
         self.cells[paper_name(cell)] += 1
+        if isinstance(cell, Attend):
+            self.heads.update(method_name(method) for method in cell.methods(site.heads))
+        else:
+            self.heads[paper_name(cell)] += site.heads
         self.whole += cost.site_flops(site, tokens, FULL, Writes(), self.samples)
 
-    def projected(self, site: Site, tokens: Tokens, rows: float) -> None:
-        """The Q, K, V and output projections ran."""
-        self.spent += cost.Flops(0, cost.projection_flops(site, tokens) * rows)
+    def projected(self, site: Site, tokens: Tokens, cell: Attend, rows: float) -> None:
+        """The Q, K, V and output projections ran, as far as the cell needs them."""
+        self.spent += cost.Flops(0, cost.projection_flops(site, tokens, cell) * rows)
 
-    def attended(self, site: Site, tokens: Tokens, method: Method, rows: float, kernel: str) -> None:
-        """One pass over queries and keys ran."""
-        flops = cost.matmul_flops(site, tokens, method) * rows
+    def attended(self, site: Site, tokens: Tokens, methods: Sequence[Method], rows: float, kernel: str) -> None:
+        """One pass over queries and keys ran, for heads with these methods."""
+        flops = sum(cost.head_flops(site, tokens, method) for method in methods) * rows
         self.spent += cost.Flops(flops, flops)
         self.kernels[kernel] += 1
 
@@ -54,21 +60,22 @@ class Tally:
         """The counters so far, as a value."""
         spent, whole = (self.spent, self.whole) if self.whole.module else (cost.Flops(1, 1), cost.Flops(1, 1))
         left = cost.Flops(spent.attention / whole.attention, spent.module / whole.module)
-        cells, kernels = Counter(self.cells), Counter(self.kernels)
-        return Summary(self.steps, planned_steps, cells, self.residuals, kernels, left, self.peak_bytes, tuple(self.notes))
+        cells, heads, kernels = Counter(self.cells), Counter(self.heads), Counter(self.kernels)
+        return Summary(self.steps, planned_steps, cells, heads, self.residuals, kernels, left, self.peak_bytes, tuple(self.notes))
 
 
 @dataclass(frozen=True)
 class Summary:
     """What a generation really computed, reused and skipped. Print it.
 
-    `cells` counts site passes by the papers' names, `kernels` passes over queries and keys by the kernel that ran them
+    `cells` counts site passes by the papers' names, `heads` what single heads did in them, `kernels` passes over queries and keys by the kernel that ran them
     (`native` is the pipeline's own attention), `flops` are the fractions of the uncompressed run's that were spent.
     """
 
     steps: int
     planned_steps: int
     cells: Counter[str]
+    heads: Counter[str]
     residuals: int
     kernels: Counter[str]
     flops: cost.Flops
@@ -76,10 +83,10 @@ class Summary:
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
-        passes = self.cells.total()
         rows = {
             "steps": f"{self.steps} of {self.planned_steps}",
-            "site passes": f"{passes}: " + ", ".join(f"{name} {n} ({n / passes:.0%})" for name, n in self.cells.most_common()),
+            "site passes": _shares(self.cells),
+            **({"heads": _shares(self.heads)} if any("head-wise" in name for name in self.cells) else {}),
             "residuals made": str(self.residuals),
             "FLOPs left": f"attention {self.flops.attention:.1%}, with projections {self.flops.module:.1%}",
             "kernels": ", ".join(f"{name} × {n}" for name, n in self.kernels.items()) or "none",
@@ -87,3 +94,8 @@ class Summary:
         }
         lines = [f"{name:<15}{value}" for name, value in rows.items()]
         return "\n".join([*lines, *(f"{'note':<15}{note}" for note in self.notes)])
+
+
+def _shares(count: Counter[str]) -> str:
+    total = count.total()
+    return f"{total}: " + ", ".join(f"{name} {n} ({n / total:.0%})" for name, n in count.most_common())

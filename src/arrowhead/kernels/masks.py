@@ -1,4 +1,4 @@
-"""Which query–key pairs a band keeps: defined here, once, for every kernel and every test."""
+"""Which query–key pairs are kept: defined here, once, for every kernel and every test."""
 
 import torch
 from torch import Tensor
@@ -19,3 +19,17 @@ def arrow(tokens: Tokens, radius: int, device: torch.device | None = None) -> Te
     visual = range(tokens.visual)
     allowed[tokens.visual_slice, tokens.visual_slice] = band(visual, visual, radius, device)
     return allowed
+
+
+def bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores: 0 where a pair is seen, −∞ elsewhere."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -torch.inf)
+
+
+def part(mask: Tensor, dim: int, where: slice | Tensor) -> Tensor:
+    """A model's own mask, broadcastable to (B, H, N, N), at some places of a dimension; as it is where it broadcasts."""
+    if mask.shape[dim] == 1:
+        return mask
+    index = [slice(None)] * mask.ndim
+    index[dim] = where  # type: ignore[call-overload]
+    return mask[tuple(index)]

@@ -1,5 +1,7 @@
 """The oracle: dense float32 attention under the whole mask. Every other kernel has to agree with it."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -7,8 +9,14 @@ from arrowhead.kernels import masks
 from arrowhead.layout import Tokens
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, radius: int, scale: float) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, radii: Sequence[int | None], scale: float, mask: Tensor | None
+) -> Tensor:
     """Arrow attention, (B, H, N, D) each, computed in float32 and returned in the dtype of `q`."""
     scores = (q.float() @ k.float().mT) * scale  # (B, H, N, N)
-    scores = scores.masked_fill(~masks.arrow(tokens, radius, q.device), -torch.inf)
+    for head, radius in enumerate(radii):
+        if radius is not None:
+            scores[:, head].masked_fill_(~masks.arrow(tokens, radius, q.device), -torch.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
     return (scores.softmax(-1) @ v.float()).to(q.dtype)  # (B, H, N, D)

@@ -1,7 +1,7 @@
 """The families table: for each transformer class, where attention sits and how its pipelines call it. Data, not code."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from arrowhead.layout import BranchOrder, Tokens
@@ -11,7 +11,8 @@ from arrowhead.layout import BranchOrder, Tokens
 class Family:
     """What has to be known about a transformer class and its pipelines.
 
-    `site_pattern` is a regular expression for the module paths of the sites; `branch_order` gives each pipeline class's
+    `site_pattern` is a regular expression for the module paths of the sites, `joint_pattern` for those of them that attend over
+    text and image together; `branch_order` gives each pipeline class's
     order of the CFG branches in its batch, which no shape reveals; `tokens` counts them from a call's arguments; `guided`
     tells from the pipeline call's arguments whether both branches are in the batch.
     """
@@ -21,12 +22,17 @@ class Family:
     branch_order: Mapping[str, BranchOrder]
     tokens: Callable[[Any, Mapping[str, Any]], Tokens]
     guided: Callable[[Mapping[str, Any]], bool]
+    joint_pattern: str = ""
 
 
 def _patches(transformer: Any, call: Mapping[str, Any]) -> Tokens:
     height, width = call["hidden_states"].shape[-2:]  # (B, C, H, W)
     patch = transformer.config.patch_size
     return Tokens(visual=(height // patch) * (width // patch))
+
+
+def _patches_then_text(transformer: Any, call: Mapping[str, Any]) -> Tokens:
+    return replace(_patches(transformer, call), text=call["encoder_hidden_states"].shape[1])  # (B, T, C)
 
 
 def _guidance_above_one(call: Mapping[str, Any]) -> bool:
@@ -46,6 +52,14 @@ FAMILIES: tuple[Family, ...] = (
         site_pattern=r"transformer_blocks\.\d+\.attn1",
         branch_order={"PixArtAlphaPipeline": "uncond_first", "PixArtSigmaPipeline": "uncond_first"},
         tokens=_patches,
+        guided=_guidance_above_one,
+    ),
+    Family(
+        transformer="SD3Transformer2DModel",  # SD3.5 adds an image-only attn2 to some blocks
+        site_pattern=r"transformer_blocks\.\d+\.attn2?",
+        joint_pattern=r"transformer_blocks\.\d+\.attn",
+        branch_order={"StableDiffusion3Pipeline": "uncond_first", "TinyMMDiTPipeline": "uncond_first"},
+        tokens=_patches_then_text,
         guided=_guidance_above_one,
     ),
 )

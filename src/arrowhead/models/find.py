@@ -11,6 +11,7 @@ from torch import nn
 from arrowhead.errors import InputsInvalid, UnsupportedPipeline
 from arrowhead.layout import Branches, BranchOrder, Site
 from arrowhead.models.families import FAMILIES, Family
+from arrowhead.project import heads_apart
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
     from diffusers import DiffusionPipeline
@@ -71,7 +72,9 @@ def find(pipe: "DiffusionPipeline") -> Model:
             f"or a subclass of one"
         )
     modules = {
-        _site(path, module): module for path, module in transformer.named_modules() if re.fullmatch(family.site_pattern, path)
+        _site(family, path, module): module
+        for path, module in transformer.named_modules()
+        if re.fullmatch(family.site_pattern, path)
     }
     if not modules:
         raise UnsupportedPipeline(
@@ -81,9 +84,18 @@ def find(pipe: "DiffusionPipeline") -> Model:
     return Model(pipe, transformer, family, order, modules)
 
 
-def _site(path: str, module: Any) -> Site:
+def _site(family: Family, path: str, module: Any) -> Site:
     channels, width = module.to_out[0].out_features, module.to_out[0].in_features
-    return Site(path, heads=module.heads, head_dim=width // module.heads, channels=channels)
+    joint = bool(re.fullmatch(family.joint_pattern, path))
+    return Site(
+        path,
+        heads=module.heads,
+        head_dim=width // module.heads,
+        channels=channels,
+        joint=joint,
+        projects_out="visual" if joint and module.context_pre_only else "all",
+        heads_apart=heads_apart(module),
+    )
 
 
 def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any], callee: str) -> dict[str, Any]:

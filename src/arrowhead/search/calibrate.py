@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from arrowhead.attend import Generation, attend
-from arrowhead.cache import Cache
+from arrowhead.cache import Cache, Output
 from arrowhead.errors import NotIntercepted
 from arrowhead.intercept import SiteCall, intercepted
 from arrowhead.kernels import dispatch
@@ -125,7 +125,7 @@ class Calibration:
             self._generation.step += 1
         return self._generation.step
 
-    def _around(self, call: SiteCall) -> Tensor:
+    def _around(self, call: SiteCall) -> Output:
         if self._cells is None:
             return call.run(lambda attention: attention.native())
         cell = self._cells[self._position[call.site]]

@@ -1,5 +1,6 @@
 """Small trained pipelines inside the package, so that everything can be tried offline."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,23 @@ CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 """What the classes of the bundled `dit` are called."""
 
 
+PIPELINES = {"dit": ("pipeline", "TinyDiTPipeline"), "mmdit": ("text_to_image", "TinyMMDiTPipeline")}
+
+
 def load(name: str = "dit", *, dtype: torch.dtype = torch.float32) -> Any:
-    """A bundled pipeline: `dit` draws 32 × 32 pictures of the ten classes of CIFAR-10 (see `tiny/dit/README.md`).
+    """A bundled pipeline; each has its model card beside its weights.
+
+    `dit` draws 32 × 32 pictures of the ten classes of CIFAR-10, `mmdit` draws emoji after a prompt such as "a twemoji of a
+    hatching chick".
 
     Raises:
         InputsInvalid: there is no bundled pipeline of this name.
     """
-    if name != "dit":
-        raise InputsInvalid(f"got {name!r}, wanted the name of a bundled pipeline: 'dit'")
-    from arrowhead.tiny.pipeline import TinyDiTPipeline  # noqa: PLC0415  # diffusers' pipelines take seconds to import
-
-    pipe = TinyDiTPipeline.from_pretrained(Path(__file__).parent / name, dtype=dtype)
+    if name not in PIPELINES:
+        raise InputsInvalid(f"got {name!r}, wanted the name of a bundled pipeline: {', '.join(map(repr, PIPELINES))}")
+    room, cls = PIPELINES[name]
+    pipeline = getattr(import_module(f"arrowhead.tiny.{room}"), cls)  # now: diffusers takes seconds to import
+    pipe = pipeline.from_pretrained(Path(__file__).parent / name, dtype=dtype)
     pipe.register_to_config(_name_or_path=f"tiny:{name}")  # rather than where the package happens to be installed
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -1,0 +1,104 @@
+"""A text-to-image pipeline in pixel space, called as diffusers' StableDiffusion3Pipeline is, without a VAE."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput, SD3Transformer2DModel
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerFast
+
+
+class TinyMMDiTPipeline(DiffusionPipeline):
+    """Images of an `SD3Transformer2DModel` that was trained on pixels; the CFG batch is [uncond, cond]."""
+
+    model_cpu_offload_seq = "text_encoder->transformer"
+
+    def __init__(
+        self,
+        transformer: SD3Transformer2DModel,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        text_encoder: CLIPTextModelWithProjection,
+        tokenizer: PreTrainedTokenizerFast,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            transformer=transformer, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer
+        )
+
+    def encode_prompt(self, prompts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Text tokens (B, L, C) and one vector (B, C) for each of B prompts; all are padded to the tokenizer's length L."""
+        ids = self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt").input_ids
+        text = self.text_encoder(ids.to(device))
+        return text.last_hidden_state, text.text_embeds
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
+        guidance_scale: float = 4.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int = 28,
+        height: int | None = None,
+        width: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Generate one image for each prompt.
+
+        Args:
+            prompt: what to draw, B times.
+            negative_prompt: what to steer away from: one for all, or one for each prompt; nothing when it is None.
+            guidance_scale: strength of classifier-free guidance; 1 or less turns it off.
+            generator: source of the initial noise, or one for each image.
+            num_inference_steps: denoising steps.
+            height: in pixels; what the model was trained at when it is None.
+            width: in pixels; likewise.
+            output_type: `pil`, `np` (B, H, W, 3) in [0, 1], or `pt` (B, 3, H, W) in [0, 1].
+            return_dict: give an `ImagePipelineOutput` rather than a tuple.
+
+        Raises:
+            ValueError: no prompt, another number of negative prompts, a size that the model cannot draw, or an unknown
+                output type.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        negative = negative_prompt or ""
+        negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
+        height, width = height or self.side, width or self.side
+        self._check(prompts, negatives, (height, width), output_type)
+        device, guided = self._execution_device, guidance_scale > 1
+        shape = (len(prompts), self.transformer.config.in_channels, height, width)
+        latents = randn_tensor(shape, generator=generator, device=device, dtype=self.transformer.dtype)
+        text, pooled = self.encode_prompt([*negatives, *prompts] if guided else prompts, device)
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        for t in self.progress_bar(self.scheduler.timesteps):
+            inputs = torch.cat([latents, latents]) if guided else latents  # (2B, 3, H, W): [uncond, cond]
+            velocity = self.transformer(inputs, text, pooled, t.expand(len(inputs))).sample
+            if guided:
+                unconditional, conditional = velocity.chunk(2)
+                velocity = unconditional + guidance_scale * (conditional - unconditional)
+            latents = self.scheduler.step(velocity, t, latents).prev_sample
+        pixels: Any = (latents / 2 + 0.5).clamp(0, 1)  # (B, 3, H, W)
+        if output_type != "pt":
+            pixels = pixels.permute(0, 2, 3, 1).float().cpu().numpy()
+        if output_type == "pil":
+            pixels = self.numpy_to_pil(pixels)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=pixels) if return_dict else (pixels,)
+
+    @property
+    def side(self) -> int:
+        """Pixels on a side of the pictures that the model was trained on, and the most that it can draw."""
+        config = self.transformer.config
+        return int(config.patch_size * config.pos_embed_max_size)
+
+    def _check(self, prompts: list[str], negatives: list[str], size: tuple[int, int], output_type: str) -> None:
+        patch = self.transformer.config.patch_size
+        if not prompts or len(negatives) != len(prompts):
+            raise ValueError(f"got {len(prompts)} prompts and {len(negatives)} negative prompts, wanted one each or more")
+        if any(s % patch or not 0 < s <= self.side for s in size):
+            raise ValueError(f"got height and width {size}, wanted multiples of {patch} up to {self.side}")
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"got output_type={output_type!r}, wanted 'pil', 'np' or 'pt'")

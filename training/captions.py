@@ -27,6 +27,7 @@ class Emoji:
 
     @classmethod
     def read(cls, path: Path) -> "Emoji":
+        """The file's pictures, in its order."""
         file = np.load(path)
         tags = tuple(tuple(t for t in str(row).split(", ") if t) for row in file["tags"])
         return cls(file["images"], tuple(STYLES[s] for s in file["style"]), tuple(map(str, file["name"])), tags)

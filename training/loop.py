@@ -40,6 +40,7 @@ class Config:
 
     @classmethod
     def read(cls, path: Path) -> "Config":
+        """The configuration that a JSON file holds."""
         return cls(**json.loads(path.read_text()))
 
 

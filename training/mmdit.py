@@ -93,7 +93,9 @@ def main(
     config: Annotated[Path, typer.Option(help="training configuration")] = HERE / "mmdit.json",
     out: Annotated[Path, typer.Option(help="folder of checkpoints")] = Path("checkpoints/mmdit"),
     device: Annotated[str, typer.Option(help="torch device")] = "cpu",
-    init: Annotated[Path | None, typer.Option(help="a checkpoint, perhaps of smaller images, that a new run starts from")] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="a checkpoint, perhaps of smaller images, that a new run starts from")
+    ] = None,
 ) -> None:
     """Train, or go on with training, the bundled MMDiT."""
     train(Config.read(config), data, out, init, device)

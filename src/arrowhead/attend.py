@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from arrowhead.cache import Cache, Key, Output, both_branches
@@ -111,11 +110,11 @@ def _by_method(call: AttentionCall, passage: Passage) -> Tensor:
     out = call.q.new_empty(call.q.shape[0], site.heads, *call.q.shape[2:])
     if computed:
         radii = [method.radius if isinstance(method, Arrow) else None for method in methods]
-        bands = _bands(call, computed, [radii[head] for head in computed], slice(None), passage)
+        attended = bands(call, computed, [radii[head] for head in computed], slice(None), passage)
         if len(computed) == site.heads:
-            out = bands
+            out = attended
         else:
-            out[:, list(computed)] = bands
+            out[:, list(computed)] = attended
         _count(passage, methods, call.q.shape[0], generation.kernel)
     for method, heads in grouped(methods):
         every = len(heads) == site.heads
@@ -150,7 +149,7 @@ def _write_residual(call: AttentionCall, out: Tensor, residual: Residual, passag
     rows = generation.branches.conditional(call.q.shape[0]) if halve else slice(None)
     heads = tuple(range(site.heads)) if residual.heads is None else residual.heads
     visual = passage.tokens.visual_slice
-    band = _bands(call, heads, [residual.radius] * len(heads), rows, passage)[:, :, visual]
+    band = bands(call, heads, [residual.radius] * len(heads), rows, passage)[:, :, visual]
     whole = out[rows, :, visual] if residual.heads is None else out[rows, list(heads), visual]
     key = Key(site.path, "residual", residual.radius)
     generation.cache.write(key, whole - band, conditional_only=half, last_reader=residual.last_reader, heads=residual.heads)
@@ -158,15 +157,17 @@ def _write_residual(call: AttentionCall, out: Tensor, residual: Residual, passag
     _count(passage, [Arrow(residual.radius)] * len(heads), band.shape[0], generation.kernel)
 
 
-def _bands(
-    call: AttentionCall, heads: Sequence[int], radii: Sequence[int | None], rows: slice, passage: Passage
-) -> Tensor:
-    """Attention of these heads, each with its own radius or full: (rows, h, N, D)."""
+def bands(call: AttentionCall, heads: Sequence[int], radii: Sequence[int | None], rows: slice, passage: Passage) -> Tensor:
+    """Attention of these heads, each with its own radius or full (None): (rows, h, N, D).
+
+    Raises:
+        PlanMismatch: the model's attention is causal, or drops weights.
+    """
     generation, site = passage.generation, passage.call.site
     if call.causal:
         raise PlanMismatch(
-            f"{site.path}: got a plan with a band or with heads of several kinds where the model's attention is causal or drops "
-            "weights; wanted attention with a mask at most; search again without bands"
+            f"{site.path}: got a plan with a band or with heads of several kinds where the model's attention is causal or "
+            "drops weights; wanted attention with a mask at most; search again without bands"
         )
     q, k, v, mask = call.q[rows], call.k[rows], call.v[rows], call.mask
     if mask is not None and mask.ndim == 4 and mask.shape[0] > 1:

@@ -153,7 +153,9 @@ def show_plan(plan: Plan) -> None:
         )
     left, peak = plan.flops(), max(plan.cache_bytes())
     if searched := plan.about.get("search"):
-        said = ", ".join(f"{key} {', '.join(value) if isinstance(value, list) else value}" for key, value in searched.items())
+        said = ", ".join(
+            f"{key} {', '.join(map(str, value)) if isinstance(value, list) else value}" for key, value in searched.items()
+        )
         console.print(said.replace("_", " "), highlight=False)
     console.print(
         f"{plan.target.transformer}, {plan.steps} steps × {len(plan.target.sites)} sites, {plan.tokens.visual} visual tokens\n"

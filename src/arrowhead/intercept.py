@@ -21,8 +21,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arrowhead.errors import AlreadyApplied, NotIntercepted, ProcessorReplaced
 from arrowhead.cache import Output
+from arrowhead.errors import AlreadyApplied, NotIntercepted, ProcessorReplaced
 from arrowhead.layout import Site
 from arrowhead.project import SomeHeads
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 QKV = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 
 
-def heads_apart(module: nn.Module) -> bool:
+def heads_apart(module: Any) -> bool:
     """Whether single heads' Q, K and V can be computed alone: plain linear layers, no q/k norm that spans heads."""
     linears = [linear for name in QKV if (linear := getattr(module, name, None)) is not None]
     norms = [norm for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k") if (norm := getattr(module, name, None))]
@@ -24,7 +24,7 @@ def heads_apart(module: nn.Module) -> bool:
 class SomeHeads:
     """An attention module as its processor sees it, projecting Q, K and V for some of its heads only."""
 
-    def __init__(self, module: nn.Module, heads: Sequence[int]) -> None:
+    def __init__(self, module: Any, heads: Sequence[int]) -> None:
         self.heads = len(heads)
         self._module = module
         self._rows = torch.tensor(heads, device=module.to_q.weight.device)
@@ -35,6 +35,6 @@ class SomeHeads:
         return partial(self._project, value) if name in QKV and value is not None else value
 
     def _project(self, linear: nn.Linear, x: Tensor) -> Tensor:
-        weight = linear.weight.unflatten(0, (self._all, -1))[self._rows].flatten(0, 1)  # (H·D, C) -> (h·D, C)
-        bias = None if linear.bias is None else linear.bias.unflatten(0, (self._all, -1))[self._rows].flatten()
+        weight = linear.weight.view(self._all, -1, linear.in_features)[self._rows].flatten(0, 1)  # (H·D, C) -> (h·D, C)
+        bias = None if linear.bias is None else linear.bias.view(self._all, -1)[self._rows].flatten()
         return F.linear(x, weight, bias)

@@ -61,15 +61,18 @@ class Tally:
         spent, whole = (self.spent, self.whole) if self.whole.module else (cost.Flops(1, 1), cost.Flops(1, 1))
         left = cost.Flops(spent.attention / whole.attention, spent.module / whole.module)
         cells, heads, kernels = Counter(self.cells), Counter(self.heads), Counter(self.kernels)
-        return Summary(self.steps, planned_steps, cells, heads, self.residuals, kernels, left, self.peak_bytes, tuple(self.notes))
+        return Summary(
+            self.steps, planned_steps, cells, heads, self.residuals, kernels, left, self.peak_bytes, tuple(self.notes)
+        )
 
 
 @dataclass(frozen=True)
 class Summary:
     """What a generation really computed, reused and skipped. Print it.
 
-    `cells` counts site passes by the papers' names, `heads` what single heads did in them, `kernels` passes over queries and keys by the kernel that ran them
-    (`native` is the pipeline's own attention), `flops` are the fractions of the uncompressed run's that were spent.
+    `cells` counts site passes by the papers' names, `heads` what single heads did in them, `kernels` passes over queries and
+    keys by the kernel that ran them (`native` is the pipeline's own attention), `flops` are the fractions of the
+    uncompressed run's that were spent.
     """
 
     steps: int

@@ -30,6 +30,4 @@ def part(mask: Tensor, dim: int, where: slice | Tensor) -> Tensor:
     """A model's own mask, broadcastable to (B, H, N, N), at some places of a dimension; as it is where it broadcasts."""
     if mask.shape[dim] == 1:
         return mask
-    index = [slice(None)] * mask.ndim
-    index[dim] = where  # type: ignore[call-overload]
-    return mask[tuple(index)]
+    return mask[(slice(None),) * dim + (where,)]

@@ -19,3 +19,15 @@ def relative_error(reference: Tensor, output: Tensor, form: LossForm = "paper") 
     larger = torch.maximum(a.abs(), b.abs()) if form == "paper" else torch.maximum(a, b)
     quotient = (a - b).abs() / (larger + 1e-6)
     return torch.where(a == b, 0.0, quotient.clamp(0, 10)).mean().item()
+
+
+def relative_squared_error(reference: Tensor, output: Tensor) -> Tensor:
+    """Mean (O_m − O)² over mean (O − Ō)² for each head, Ō the mean of all elements of the head (DiTFastAttnV2).
+
+    Both (B, H, N, D); (H,) in float32. A head whose full output is constant has no variance: its error is 0 if it is met
+    exactly, else infinite.
+    """
+    full, other = reference.float(), output.float()
+    squared = (other - full).square().mean((0, 2, 3))
+    variance = (full - full.mean((0, 2, 3), keepdim=True)).square().mean((0, 2, 3))
+    return torch.where(squared == 0, 0.0, squared / variance)

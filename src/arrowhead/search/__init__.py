@@ -1,11 +1,12 @@
-"""Find a plan for a pipeline: `search` is the door, `greedy` the strategy, `calibrate` the run they share."""
+"""Find a plan for a pipeline: `search` is the door, `greedy` and `headwise` the strategies, `calibrate` the run they share."""
 
 import warnings
 from collections.abc import Generator, Mapping
 from contextlib import closing
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from tqdm.auto import tqdm
@@ -16,7 +17,9 @@ from arrowhead.methods import FULL, dit_fast_attn_candidates, paper_name
 from arrowhead.metrics.error import LossForm
 from arrowhead.models import find
 from arrowhead.plan import Plan
-from arrowhead.search.greedy import Found, Trial, greedy_trials
+from arrowhead.search.calibrate import Found
+from arrowhead.search.greedy import Trial, greedy_trials
+from arrowhead.search.headwise import Choice, Headwise, headwise_choices
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
     from diffusers import DiffusionPipeline
@@ -28,7 +31,7 @@ def search(
     pipe: "DiffusionPipeline",
     inputs: Mapping[str, Any],
     *,
-    strategy: Literal["greedy"] = "greedy",
+    strategy: Literal["greedy", "headwise"] | Headwise = "greedy",
     threshold: float | str = 0.1,
     loss: LossForm = "paper",
     progress: bool = True,
@@ -40,9 +43,11 @@ def search(
             timesteps, which every call sets anew.
         inputs: the keyword arguments of the pipeline's call: prompts or labels, steps, guidance. A `generator` among them
             is left as it was found.
-        strategy: `greedy` is DiTFastAttn's Algorithm 1.
-        threshold: the error allowed at the last layer of a step, or one of D1 … D6 (0.025 … 0.15).
-        loss: the error's form, see `metrics.error.relative_error`.
+        strategy: `greedy` is DiTFastAttn's Algorithm 1, `headwise` DiTFastAttnV2's choice for single heads; a `Headwise` says
+            what that one may choose from.
+        threshold: for `greedy`, the error allowed at the last layer of a step, or one of D1 … D6 (0.025 … 0.15); for
+            `headwise`, the sum of a site's errors in a step (the paper has 0.2 … 1).
+        loss: for `greedy`, the error's form, see `metrics.error.relative_error`.
         progress: show a tqdm bar.
 
     Raises:
@@ -55,21 +60,26 @@ def search(
         NothingCompressed: the threshold is positive, but every cell stayed full.
     """
     delta = _threshold(threshold)
-    if strategy != "greedy":
-        raise InputsInvalid(f"got strategy={strategy!r}, wanted 'greedy'")
     if loss not in ("paper", "signed"):
         raise InputsInvalid(f"got loss={loss!r}, wanted 'paper' or 'signed'")
     before = target_of(find(pipe))
-    found = _shown(greedy_trials(pipe, inputs, threshold=delta, loss=loss), progress)
+    settings: dict[str, Any]
+    if strategy == "greedy":
+        found = _shown(greedy_trials(pipe, inputs, threshold=delta, loss=loss), progress)
+        candidates = [paper_name(cell) for cell in dit_fast_attn_candidates(found.tokens.visual, found.guided)]
+        settings = {"strategy": "greedy", "candidates": candidates, "threshold": delta, "loss": loss}
+    elif strategy == "headwise" or isinstance(strategy, Headwise):
+        chosen_from = strategy if isinstance(strategy, Headwise) else Headwise()
+        found = _shown(headwise_choices(pipe, inputs, threshold=delta, settings=chosen_from), progress)
+        settings = {
+            "strategy": "headwise",
+            **{name: plain(value) for name, value in asdict(chosen_from).items()},
+            "threshold": delta,
+        }
+    else:
+        raise InputsInvalid(f"got strategy={strategy!r}, wanted 'greedy', 'headwise' or a Headwise")
+    settings |= {"transformer_passes": found.passes, "attention_flops_by_raw": round(found.cost, 3)}
     target = before.common(target_of(find(pipe)))  # some schedulers change settings of their own while they run
-    candidates = [paper_name(cell) for cell in dit_fast_attn_candidates(found.tokens.visual, found.guided)]
-    settings = {
-        "strategy": strategy,
-        "candidates": candidates,
-        "threshold": delta,
-        "loss": loss,
-        "transformer_passes": found.passes,
-    }
     plan = Plan(found.cells, target, found.tokens, found.guided, _about(pipe, inputs, settings))
     if delta > 0 and all(cell == FULL for row in plan.cells for cell in row):
         warnings.warn(
@@ -91,8 +101,11 @@ def _threshold(value: float | str) -> float:
     return number
 
 
-def _shown(trials: Generator[Trial, None, Found], progress: bool) -> Found:
-    """Drain the trials behind a bar over the steps."""
+Tried = TypeVar("Tried", Trial, Choice)
+
+
+def _shown(trials: Generator[Tried, None, Found], progress: bool) -> Found:
+    """Drain a search behind a bar over the steps."""
     with closing(trials), tqdm(desc="search", unit="step", disable=not progress) as bar:
         while True:
             try:
@@ -125,4 +138,4 @@ def _said(value: Any) -> Any:
     return f"tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else plain(value)
 
 
-__all__ = ["THRESHOLDS", "Trial", "greedy_trials", "search"]
+__all__ = ["THRESHOLDS", "Choice", "Headwise", "Trial", "greedy_trials", "headwise_choices", "search"]

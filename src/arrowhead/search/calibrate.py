@@ -6,6 +6,8 @@ which runs that call as often as it likes, with any cells, and decides with whic
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import greenlet
@@ -14,32 +16,44 @@ from torch import Tensor, nn
 
 from arrowhead.attend import Generation, attend
 from arrowhead.cache import Cache, Output
+from arrowhead.cost import site_flops
 from arrowhead.errors import NotIntercepted
 from arrowhead.intercept import SiteCall, intercepted
 from arrowhead.kernels import dispatch
-from arrowhead.layout import Tokens
+from arrowhead.layout import Site, Tokens
 from arrowhead.lifetimes import FOREVER, Residual, Writes
 from arrowhead.methods import FULL, Attend, Cell, refreshes_residual, residual_radius
 from arrowhead.models import Model
 from arrowhead.tally import Tally
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a search ends with. `cost` is what it spent in attention FLOPs, in uncompressed generations of its inputs."""
+
+    cells: tuple[tuple[Cell, ...], ...]
+    tokens: Tokens
+    guided: bool
+    passes: int
+    cost: float
+
+
+AtSite = Callable[[SiteCall, Generation], Output]
+"""What a search does where a site's module is called: it gives what the module should."""
+
+
 class Calibration:
     """A run of a pipeline under a search's control: iterate over `steps()`, and finish each.
 
-    `candidates_for` gives the cells that may be tried, from the number of visual tokens and whether guidance is on; the
-    residuals that they read are kept. `passes` counts the transformer's runs.
+    `passes` counts the transformer's runs.
     """
 
-    def __init__(self, model: Model, inputs: Mapping[str, Any], candidates_for: Callable[[int, bool], Sequence[Cell]]) -> None:
+    def __init__(self, model: Model, inputs: Mapping[str, Any]) -> None:
         self.branches = model.branches(model.call_arguments((), inputs))
-        self.candidates: Sequence[Cell] = ()  # known from the first step on
         self.passes = 0
-        self._model, self._inputs, self._candidates_for = model, inputs, candidates_for
-        self._cells: Sequence[Cell] | None = None  # set while the transformer runs under the search
-        self._writing = False
+        self._model, self._inputs = model, inputs
+        self._at_site: AtSite | None = None  # set while the transformer runs under the search
         self._generation: Generation | None = None
-        self._position = {site: i for i, site in enumerate(model.sites)}
 
     @property
     def tokens(self) -> Tokens:
@@ -91,20 +105,31 @@ class Calibration:
                     worker.throw(greenlet.GreenletExit)
                 torch.set_grad_enabled(outer)
 
-    def forward(self, run: Callable[[], Any], cells: Sequence[Cell], *, write: bool) -> Any:
-        """Run the transformer with one cell for each site; the caches stay as they are unless `write`, which fills them."""
+    @property
+    def cost(self) -> float:
+        """The search's attention FLOPs (matmuls) so far, in uncompressed generations of the same inputs."""
+        tally, sites = self._state.tally, self._model.sites
+        raw = sum(site_flops(site, self.tokens, FULL, Writes(), self.branches.samples).attention for site in sites)
+        return tally.spent.attention / (raw * self.step_count)
+
+    def found(self, rows: Sequence[Sequence[Cell]]) -> Found:
+        """The end of a search with these cells, steps × sites."""
+        return Found(tuple(map(tuple, rows)), self.tokens, self.branches.guided, self.passes, self.cost)
+
+    def forward(self, run: Callable[[], Any], at_site: AtSite) -> Any:
+        """Run the transformer, each site as `at_site` has it."""
         passes = self._state.tally.passes
         before, self.passes = passes.total(), self.passes + 1
-        self._cells, self._writing = cells, write
+        self._at_site = at_site
         try:
             with torch.no_grad():
                 output = run()
         finally:
-            self._cells = None
-        if passes.total() - before != len(cells):
+            self._at_site = None
+        if passes.total() - before != len(self._model.sites):
             raise NotIntercepted(
-                f"one call of the transformer passed {passes.total() - before} attention sites, wanted {len(cells)}; nothing "
-                "can be learnt about the others, so the search ends here"
+                f"one call of the transformer passed {passes.total() - before} attention sites, wanted "
+                f"{len(self._model.sites)}; nothing can be learnt about the others, so the search ends here"
             )
         return output
 
@@ -120,24 +145,14 @@ class Calibration:
             tokens = self._model.family.tokens(self._model.transformer, call)
             kernel, tally = dispatch.resolve("auto"), Tally(self.branches.samples)
             self._generation = Generation(self.branches, tokens, kernel, Cache(self.branches), tally)
-            self.candidates = self._candidates_for(tokens.visual, self.branches.guided)
         else:
             self._generation.step += 1
         return self._generation.step
 
     def _around(self, call: SiteCall) -> Output:
-        if self._cells is None:
+        if self._at_site is None:
             return call.run(lambda attention: attention.native())
-        cell = self._cells[self._position[call.site]]
-        return attend(call, cell, self._writes(cell), self._state)
-
-    def _writes(self, cell: Cell) -> Writes:
-        """In a search all that some later step might read is kept until it is overwritten."""
-        if not self._writing or not isinstance(cell, Attend):
-            return Writes()
-        radii = {residual_radius(candidate) for candidate in self.candidates} if refreshes_residual(cell) else set()
-        residuals = (Residual(radius, FOREVER, conditional_only=False) for radius in radii if radius is not None)
-        return Writes(FOREVER, tuple(residuals))
+        return self._at_site(call, self._state)
 
 
 class Step:
@@ -148,20 +163,42 @@ class Step:
         self.answer: Any = None
         self._calibration, self._run = calibration, run
 
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The transformer's sites, in the order they run."""
+        return self._calibration._model.sites
+
     def full(self) -> Tensor:
         """The transformer's output with full attention everywhere."""
-        return self.output([FULL] * len(self._calibration._model.sites))
+        return self.output([FULL] * len(self.sites))
 
     def output(self, cells: Sequence[Cell]) -> Tensor:
         """The transformer's output with these cells, all branches; nothing is remembered."""
-        sample = self._calibration.forward(self._run, cells, write=False)[0]  # of a tuple, or of a diffusers output
+        sample = self._calibration.forward(self._run, self._by(cells, lambda _: Writes()))[0]  # of a tuple or diffusers output
         if not isinstance(sample, Tensor):
             raise NotIntercepted(f"the transformer gave a {type(sample).__name__}; wanted a tensor as its first output")
         return sample
 
-    def finish(self, cells: Sequence[Cell]) -> None:
-        """Let the pipeline go on with the output under these cells, and remember what they computed."""
-        self.answer = self._calibration.forward(self._run, cells, write=True)
+    def finish(self, cells: Sequence[Cell], candidates: Sequence[Cell]) -> None:
+        """Let the pipeline go on with the output under these cells, and remember all that `candidates` may read later."""
+        self.answer = self._calibration.forward(self._run, self._by(cells, partial(_writes, candidates)))
+
+    def finish_by(self, at_site: AtSite) -> None:
+        """Let the pipeline go on with the output that comes of `at_site`."""
+        self.answer = self._calibration.forward(self._run, at_site)
+
+    def _by(self, cells: Sequence[Cell], writes: Callable[[Cell], Writes]) -> AtSite:
+        cell_of = dict(zip(self.sites, cells, strict=True))
+        return lambda call, state: attend(call, cell_of[call.site], writes(cell_of[call.site]), state)
+
+
+def _writes(candidates: Sequence[Cell], cell: Cell) -> Writes:
+    """In a search all that some later step might read is kept until it is overwritten."""
+    if not isinstance(cell, Attend):
+        return Writes()
+    radii = {residual_radius(candidate) for candidate in candidates} if refreshes_residual(cell) else set()
+    residuals = (Residual(radius, FOREVER, conditional_only=False) for radius in radii if radius is not None)
+    return Writes(FOREVER, tuple(residuals))
 
 
 @contextmanager

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from arrowhead.errors import InputsInvalid
-from arrowhead.layout import Tokens
 from arrowhead.methods import FULL, Cell, dit_fast_attn_candidates
 from arrowhead.metrics.error import LossForm, relative_error
 from arrowhead.models import find
-from arrowhead.search.calibrate import Calibration
+from arrowhead.search.calibrate import Calibration, Found
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
     from diffusers import DiffusionPipeline
@@ -32,16 +31,6 @@ class Trial:
         return self.error < self.bound
 
 
-@dataclass(frozen=True)
-class Found:
-    """What a search ends with."""
-
-    cells: tuple[tuple[Cell, ...], ...]
-    tokens: Tokens
-    guided: bool
-    passes: int
-
-
 def greedy_trials(
     pipe: "DiffusionPipeline", inputs: Mapping[str, Any], *, threshold: float, loss: LossForm = "paper"
 ) -> Generator[Trial, None, Found]:
@@ -54,10 +43,11 @@ def greedy_trials(
     Raises what `arrowhead.search` raises.
     """
     model = find(pipe)
-    calibration = Calibration(model, inputs, dit_fast_attn_candidates)
+    calibration = Calibration(model, inputs)
     layers = len(model.sites)
     rows: list[tuple[Cell, ...]] = []
     for step in calibration.steps():
+        candidates = dit_fast_attn_candidates(calibration.tokens.visual, calibration.branches.guided)
         chosen: list[Cell] = [FULL] * layers
         if step.index > 0 and threshold > 0:
             reference = step.full()
@@ -68,7 +58,7 @@ def greedy_trials(
                 )
             for layer, site in enumerate(model.sites):
                 bound = (layer + 1) / layers * threshold
-                for cell in calibration.candidates:
+                for cell in candidates:
                     output = step.output([*chosen[:layer], cell, *chosen[layer + 1 :]])
                     error = relative_error(reference, output, loss)
                     trial = Trial(step.index, calibration.step_count, site.path, cell, error, bound)
@@ -76,6 +66,6 @@ def greedy_trials(
                     if trial.accepted:
                         chosen[layer] = cell
                         break
-        step.finish(chosen)
+        step.finish(chosen, candidates)
         rows.append(tuple(chosen))
-    return Found(tuple(rows), calibration.tokens, calibration.branches.guided, calibration.passes)
+    return calibration.found(rows)

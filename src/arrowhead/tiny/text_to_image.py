@@ -23,9 +23,7 @@ class TinyMMDiTPipeline(DiffusionPipeline):
         tokenizer: PreTrainedTokenizerFast,
     ) -> None:
         super().__init__()
-        self.register_modules(
-            transformer=transformer, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer
-        )
+        self.register_modules(transformer=transformer, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer)
 
     def encode_prompt(self, prompts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
         """Text tokens (B, L, C) and one vector (B, C) for each of B prompts; all are padded to the tokenizer's length L."""

@@ -1,0 +1,257 @@
+"""DiTFastAttnV2's search: every head of every site chosen by a local error, in one run of the pipeline."""
+
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from arrowhead import cost
+from arrowhead.attend import Generation, Passage, bands
+from arrowhead.cache import Key, Output, both_branches
+from arrowhead.errors import InputsInvalid
+from arrowhead.intercept import AttentionCall, SiteCall
+from arrowhead.layout import Site, Tokens
+from arrowhead.lifetimes import FOREVER, Writes
+from arrowhead.methods import FULL, Arrow, Attend, Cached, Cell, Full, Method, grouped
+from arrowhead.metrics.error import relative_squared_error
+from arrowhead.models import find
+from arrowhead.search.calibrate import Calibration, Found
+from arrowhead.search.choose import choose
+
+if TYPE_CHECKING:  # diffusers takes seconds to import
+    from diffusers import DiffusionPipeline
+
+HEADS_AT_ONCE = 4
+"""Heads whose candidates are in memory together."""
+
+
+@dataclass(frozen=True)
+class Headwise:
+    """What DiTFastAttnV2's search may choose from, and how.
+
+    Args:
+        radii: of the arrows, in tokens on each side; None for a sixteenth, a 32nd and a 64th of the visual tokens.
+        caching: whether heads may repeat their output of the step before.
+        share_cfg: whether a site may compute the conditional branch alone.
+        residual: whether arrows add O − W of their head's last full step.
+        prefilter: candidates whose error is this many times a head's share of the threshold, or more, are dropped before the
+            choice; None drops none.
+        savings: what a candidate is worth: the FLOPs that it really saves, projections included, or the paper's weights.
+    """
+
+    radii: tuple[int, ...] | None = None
+    caching: bool = True
+    share_cfg: bool = False
+    residual: bool = False
+    prefilter: float | None = 1.5
+    savings: Literal["flops", "paper"] = "flops"
+
+    def __post_init__(self) -> None:
+        if self.radii is not None and (not all(isinstance(r, int) and r >= 0 for r in self.radii)):
+            raise InputsInvalid(f"got radii={self.radii!r}, wanted numbers of tokens, 0 or more")
+        if self.prefilter is not None and not self.prefilter > 0:
+            raise InputsInvalid(f"got prefilter={self.prefilter!r}, wanted a number above 0, or None")
+        if self.savings not in ("flops", "paper"):
+            raise InputsInvalid(f"got savings={self.savings!r}, wanted 'flops' or 'paper'")
+
+    def methods(self, tokens: Tokens) -> tuple[Method, ...]:
+        """What a head may do, full attention first. Bands that would cover everything are left out."""
+        radii = (tokens.visual // 16, tokens.visual // 32, tokens.visual // 64) if self.radii is None else self.radii
+        narrower = sorted({radius for radius in radii if radius < tokens.visual - 1}, reverse=True)
+        arrows = [Arrow(radius, self.residual) for radius in narrower]
+        return (Full(), *arrows, *([Cached()] if self.caching else []))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen at one site in one step, and the sum of its heads' errors."""
+
+    step: int
+    steps: int
+    site: str
+    cell: Attend
+    error: float
+
+
+def headwise_choices(
+    pipe: "DiffusionPipeline", inputs: Mapping[str, Any], *, threshold: float, settings: Headwise
+) -> Generator[Choice, None, Found]:
+    """Yield the choices of each step of one run of the pipeline with `inputs`; return what was found.
+
+    The first step is full. At every later one each site computes its full output on the input that it really gets, from it
+    the error of every candidate of every head, and chooses: the greatest saving with Σ errors ≤ threshold. What was chosen
+    is what the site gives to the next one. No projection runs twice.
+
+    Raises what `arrowhead.search` raises.
+    """
+    calibration = Calibration(find(pipe), inputs)
+    rows: list[list[Cell]] = []
+    for step in calibration.steps():
+        chooser = Chooser(settings, threshold if step.index else 0.0)
+        step.finish_by(chooser.at_site)
+        rows.append([chooser.chosen[site][0] for site in step.sites])
+        for site, (cell, error) in chooser.chosen.items():
+            yield Choice(step.index, calibration.step_count, site.path, cell, error)
+    return calibration.found(rows)
+
+
+class Chooser:
+    """The choices of one step: site by site, as the transformer comes to them."""
+
+    def __init__(self, settings: Headwise, threshold: float) -> None:
+        self.chosen: dict[Site, tuple[Attend, float]] = {}
+        self._settings, self._threshold = settings, threshold
+
+    def at_site(self, call: SiteCall, state: Generation) -> Output:
+        """Run the site's module with the heads chosen; remember what they gave."""
+        site, tally = call.site, state.tally
+        tally.passed(site, FULL, state.tokens)
+        out = call.run(lambda attention: self._attention(attention, call, state))
+        tally.projected(site, state.tokens, FULL, state.branches.samples)
+        return out
+
+    def _attention(self, attention: AttentionCall, call: SiteCall, state: Generation) -> Tensor:
+        passage = Passage(call, FULL, Writes(), state, tuple(range(call.site.heads)))
+        full = attention.native()  # (B, H, N, D)
+        if not full.isfinite().all():
+            raise InputsInvalid(
+                f"at step {state.step} {call.site.path} gave values that are not finite, with full attention; wanted finite "
+                "ones; use bfloat16 or float32"
+            )
+        _count(passage, [Full()] * call.site.heads)
+        site = _AtSite(self._settings, attention, passage, full)
+        cell, error = site.choose(self._threshold) if self._threshold > 0 else (FULL, 0.0)
+        self.chosen[call.site] = cell, error
+        out = full if cell == FULL else site.output(cell)
+        site.remember(cell, out)
+        return out
+
+
+@dataclass(frozen=True)
+class _AtSite:
+    """One site in one step: candidates, their errors, and the output of a cell made of them."""
+
+    settings: Headwise
+    attention: AttentionCall
+    passage: Passage
+    full: Tensor  # (B, H, N, D)
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        return self.settings.methods(self.passage.tokens)
+
+    @property
+    def conditional(self) -> slice:
+        return self.passage.generation.branches.conditional(self.full.shape[0])
+
+    def choose(self, threshold: float) -> tuple[Attend, float]:
+        """The cell that saves most, and the sum of its errors."""
+        site, heads = self.passage.call.site, self.passage.call.site.heads
+        shares = (False, True) if self.settings.share_cfg and self.passage.generation.branches.guided else (False,)
+        errors = self._errors(shares)
+        if self.settings.prefilter is not None:
+            errors[errors >= self.settings.prefilter * threshold / heads] = torch.inf
+        errors[shares.index(False), :, 0] = 0.0  # full attention is always open
+        best: tuple[int, Attend, float] | None = None
+        for share, of_share in zip(shares, errors, strict=True):
+            gains, constant = _savings(self.settings, site, self.passage.generation.tokens, self.methods, share)
+            if (found := choose(of_share.tolist(), gains, threshold)) is None:
+                continue
+            options, saved = found
+            if best is None or saved + constant > best[0]:
+                error = sum(float(of_share[head, option]) for head, option in enumerate(options))
+                best = saved + constant, Attend(tuple(self.methods[option] for option in options), share), error
+        assert best is not None  # full attention costs no error
+        return best[1], best[2]
+
+    def _errors(self, shares: Sequence[bool]) -> Tensor:
+        """(shares, H, methods), on the CPU."""
+        heads = self.passage.call.site.heads
+        errors = torch.zeros(len(shares), heads, len(self.methods))
+        for m, method in enumerate(self.methods):
+            for some in _runs(heads, HEADS_AT_ONCE):
+                candidate = self._heads(method, some, slice(None))
+                for s, share in enumerate(shares):
+                    other = both_branches(candidate[self.conditional]) if share else candidate
+                    assert isinstance(other, Tensor)
+                    errors[s, some[0] : some[-1] + 1, m] = relative_squared_error(self.full[:, some], other).cpu()
+        return errors
+
+    def output(self, cell: Attend) -> Tensor:
+        """What the heads give under a cell, for both branches: (B, H, N, D)."""
+        rows = self.conditional if cell.share_cfg else slice(None)
+        out = self.full[rows].clone()
+        for method, heads in grouped(cell.methods(out.shape[1])):
+            if not isinstance(method, Full):
+                out[:, list(heads)] = self._heads(method, heads, rows)
+        return torch.cat([out, out]) if cell.share_cfg else out
+
+    def _heads(self, method: Method, heads: Sequence[int], rows: slice) -> Tensor:
+        """These heads under one method: (b, h, N, D)."""
+        if isinstance(method, Full):
+            return self.full[rows][:, heads]
+        if isinstance(method, Cached):
+            return self._kept(Key(self.passage.call.site.path, "heads"), heads, rows)
+        out = bands(self.attention, heads, [method.radius] * len(heads), rows, self.passage)
+        _count(self.passage, [method] * len(heads), out.shape[0])
+        if method.residual:
+            key = Key(self.passage.call.site.path, "residual", method.radius)
+            out[:, :, self.passage.tokens.visual_slice] += self._kept(key, heads, rows)
+        return out
+
+    def _kept(self, key: Key, heads: Sequence[int], rows: slice) -> Tensor:
+        state = self.passage.generation
+        return state.cache.read_heads(key, heads, self.passage.call.site.heads, state.step)[rows]
+
+    def remember(self, cell: Attend, out: Tensor) -> None:
+        """Keep what later steps may read: every head's output, and the residuals of the heads that were full."""
+        state, site = self.passage.generation, self.passage.call.site
+        if self.settings.caching:
+            state.cache.write(Key(site.path, "heads"), out, conditional_only=False, last_reader=FOREVER)
+        full = tuple(head for head, method in enumerate(cell.methods(site.heads)) if isinstance(method, Full))
+        if not self.settings.residual or not full:
+            return
+        visual, rows = self.passage.tokens.visual_slice, self.conditional if cell.share_cfg else slice(None)
+        for method in self.methods:
+            if isinstance(method, Arrow):
+                band = self._heads(Arrow(method.radius), full, rows)[:, :, visual]
+                band = torch.cat([band, band]) if cell.share_cfg else band
+                key = Key(site.path, "residual", method.radius)
+                difference = out[:, full, visual] - band  # (B, h, V, D)
+                state.cache.write(key, difference, conditional_only=False, last_reader=FOREVER, heads=full)
+
+
+def _runs(heads: int, length: int) -> Iterator[list[int]]:
+    for start in range(0, heads, length):
+        yield list(range(start, min(start + length, heads)))
+
+
+def _count(passage: Passage, methods: Sequence[Method], rows: int | None = None) -> None:
+    state = passage.generation
+    samples = state.branches.samples if rows is None else rows / passage.images
+    state.tally.attended(passage.call.site, state.tokens, methods, samples, state.kernel)
+
+
+def _savings(settings: Headwise, site: Site, tokens: Tokens, methods: Sequence[Method], share: bool) -> tuple[list[int], int]:
+    """What each method saves per head, and what the site saves besides, as whole numbers.
+
+    By default FLOPs of one image under guidance. The paper's weights, in billionths: 1 for a cached head, ½ for sharing,
+    ((V − w) / (V + T))² for a band of w tokens on each side.
+    """
+    if settings.savings == "paper":
+        visual, total = site.tokens(tokens).visual, site.tokens(tokens).total
+        weights = [
+            1.0 if isinstance(m, Cached) else ((visual - m.radius) / total) ** 2 if isinstance(m, Arrow) else 0.0
+            for m in methods
+        ]
+        return [round(1e9 * (1 - (1 - weight) / 2 if share else weight)) for weight in weights], 0
+    rows = 1 if share else 2
+    projected = 6 * site.channels * site.head_dim * site.tokens(tokens).total if site.heads_apart else 0
+
+    def spent(method: Method, samples: int) -> int:
+        return int(samples * (cost.head_flops(site, tokens, method) + (0 if isinstance(method, Cached) else projected)))
+
+    besides = cost.projection_flops(site, tokens, FULL) - site.heads * projected  # what sharing alone halves
+    return [spent(Full(), 2) - spent(method, rows) for method in methods], int(besides) if share else 0

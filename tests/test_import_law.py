@@ -13,7 +13,7 @@ ROOT = Path(arrowhead.__file__).parent
 LAYERS = [  # lowest first: a room imports from the layers below its own, and from itself
     {"errors", "methods", "layout", "project"},
     {"lifetimes", "kernels", "models"},
-    {"cost", "cache"},
+    {"cost", "cache", "route"},
     {"plan", "tally", "intercept"},
     {"attend"},
     {"apply"},

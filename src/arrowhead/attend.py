@@ -8,11 +8,12 @@ from torch import Tensor
 from arrowhead.cache import Cache, Key, Output, both_branches
 from arrowhead.cost import computed_heads
 from arrowhead.errors import PlanMismatch
-from arrowhead.intercept import AttentionCall, SiteCall
+from arrowhead.intercept import SiteCall
 from arrowhead.kernels import dispatch
 from arrowhead.layout import Branches, Tokens
 from arrowhead.lifetimes import Residual, Writes
 from arrowhead.methods import Arrow, Attend, Cached, Cell, Full, Method, Reuse, grouped
+from arrowhead.route import AttentionCall
 from arrowhead.tally import Tally
 
 

@@ -1,49 +1,25 @@
-"""Stand between a model and its attention, in two places: around a site's module, and between its Q, K, V and attention.
+"""Stand around every site's module of a model: its processor becomes one of a subclass, which asks before it runs.
 
-The first is a subclass of the processor's own class, made on the spot, with the original signature. The second is the name
-`F` in the module that defines the processor, replaced by a stand-in which knows one function more. Both are put in when the
-first model is intercepted and taken out with the last, so an untouched process stays untouched.
+The subclass is made on the spot, with the original signature. What lies between Q, K, V and attention is in `route`.
 """
 
 import copy
 import inspect
-import sys
 import types
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arrowhead.cache import Output
 from arrowhead.errors import AlreadyApplied, NotIntercepted, ProcessorReplaced
 from arrowhead.layout import Site
 from arrowhead.project import SomeHeads
-
-
-@dataclass(frozen=True)
-class AttentionCall:
-    """One call of scaled-dot-product attention: q, k, v (B, H, N, D), and `native` to run it just as the model would.
-
-    `mask` is the model's own, (B or 1, H or 1, N or 1, N); `causal`, that it asks for more than a mask can say.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    scale: float | None
-    mask: Tensor | None
-    causal: bool
-    native: Callable[[], Tensor]
-
-
-Answer = Callable[[AttentionCall], Tensor]  # (B, H, N, D)
+from arrowhead.route import Answer, AttentionCall, answered_by, route, unroute
 
 
 @dataclass(frozen=True)
@@ -85,14 +61,12 @@ class SiteCall:
                 some.heads = self.site.heads  # from here on the processor handles the output of all heads
             return attended
 
-        token = _answer.set(once)
-        try:
+        with answered_by(once):
             out: Output = self.processor(*args, **kwargs)
-        finally:
-            _answer.reset(token)
         if not reached:
             raise NotIntercepted(
-                f"{self.site.path}: {type(self.processor.__self__).__name__} did not call F.scaled_dot_product_attention; "
+                f"{self.site.path}: {type(self.processor.__self__).__name__} did not call F.scaled_dot_product_attention or "
+                "dispatch_attention_fn; "
                 "wanted a processor that does, such as diffusers' AttnProcessor2_0"
             )
         return out
@@ -107,8 +81,6 @@ class SiteCall:
 
 Around = Callable[[SiteCall], Output]
 
-_answer: ContextVar[Answer | None] = ContextVar("arrowhead_answer", default=None)
-
 
 class Interception:
     """The two places, held for the modules of one model until `remove`."""
@@ -117,10 +89,15 @@ class Interception:
         self._modules = modules
         self._originals: dict[Site, Any] = {}
         self._wrapped: dict[Site, Any] = {}
-        self._routes: list[types.ModuleType] = []
+        self._routes: list[str] = []
         try:
             for site, module in modules.items():
-                self._routes.append(_route(module.processor, site))
+                if hasattr(module.processor, "arrowhead_around"):
+                    raise AlreadyApplied(f"{site.path} is intercepted already; call arrowhead.remove(pipe) first")
+                try:
+                    self._routes.append(route(module.processor))
+                except NotIntercepted as error:
+                    raise NotIntercepted(f"{site.path}: {error}") from None
                 self._originals[site] = module.processor
                 self._wrapped[site] = module.processor = _wrap(module.processor, site, around)
         except BaseException:
@@ -136,8 +113,8 @@ class Interception:
                 module.processor = original
             else:
                 replaced.append(f"{site.path} by a {type(module.processor).__name__}")
-        for namespace in self._routes:
-            _unroute(namespace)
+        for name in self._routes:
+            unroute(name)
         self._originals, self._wrapped, self._routes = {}, {}, []
         if replaced:
             warnings.warn(
@@ -168,60 +145,6 @@ def _wrapper_class(base: type) -> type:
 
     __call__.__signature__ = inspect.signature(base.__call__)  # type: ignore[attr-defined]
     return type(base.__name__, (base,), {"__call__": __call__, "__module__": base.__module__})
-
-
-class _RoutedFunctional(types.ModuleType):
-    """torch.nn.functional, but for attention, which goes to whoever answers for the site that is running."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(F, name)
-
-    @staticmethod
-    def scaled_dot_product_attention(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        def native() -> Tensor:
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, **kwargs
-            )
-
-        answer = _answer.get()
-        if answer is None:
-            return native()
-        return answer(AttentionCall(query, key, value, scale, attn_mask, is_causal or dropout_p > 0, native))
-
-
-_routed = _RoutedFunctional("torch.nn.functional")
-_users: Counter[str] = Counter()
-
-
-def _route(processor: Any, site: Site) -> types.ModuleType:
-    if hasattr(processor, "arrowhead_around"):
-        raise AlreadyApplied(f"{site.path} is intercepted already; call arrowhead.remove(pipe) first")
-    namespace = sys.modules[type(processor).__module__]
-    current = getattr(namespace, "F", None)
-    if current is not F and current is not _routed:
-        raise NotIntercepted(
-            f"{site.path}: {type(processor).__name__} lives in {namespace.__name__}, which does not use "
-            "torch.nn.functional as F; wanted a processor of diffusers, such as AttnProcessor2_0"
-        )
-    namespace.F = _routed  # type: ignore[attr-defined]
-    _users[namespace.__name__] += 1
-    return namespace
-
-
-def _unroute(namespace: types.ModuleType) -> None:
-    _users[namespace.__name__] -= 1
-    if not _users[namespace.__name__]:
-        namespace.F = F  # type: ignore[attr-defined]
-        del _users[namespace.__name__]
 
 
 @contextmanager

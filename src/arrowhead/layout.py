@@ -59,7 +59,8 @@ class Site:
             raise ValueError(f"got {self}, wanted sizes of at least 1")
 
 
-BranchOrder = Literal["cond_first", "uncond_first"]
+BranchOrder = Literal["cond_first", "uncond_first", "two_calls"]
+"""Both branches in one batch, the conditional one first or second; or each in a call of its own, the conditional one first."""
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,8 @@ class SomeHeads:
         return partial(self._project, value) if name in QKV and value is not None else value
 
     def _project(self, linear: nn.Linear, x: Tensor) -> Tensor:
+        if type(linear) is not nn.Linear:  # a LoRA, say, that came while a plan was applied: all heads, then these
+            return linear(x).unflatten(-1, (self._all, -1))[..., self._rows, :].flatten(-2)
         weight = linear.weight.view(self._all, -1, linear.in_features)[self._rows].flatten(0, 1)  # (H·D, C) -> (h·D, C)
         bias = None if linear.bias is None else linear.bias.view(self._all, -1)[self._rows].flatten()
         return F.linear(x, weight, bias)

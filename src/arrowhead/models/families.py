@@ -35,6 +35,16 @@ def _patches_then_text(transformer: Any, call: Mapping[str, Any]) -> Tokens:
     return replace(_patches(transformer, call), text=call["encoder_hidden_states"].shape[1])  # (B, T, C)
 
 
+def _text_then_packed(_: Any, call: Mapping[str, Any]) -> Tokens:
+    visual, text = call["hidden_states"].shape[1], call["encoder_hidden_states"].shape[1]  # (B, V, C), (B, T, C)
+    return Tokens(visual, text, text_first=True)
+
+
+def _true_cfg(call: Mapping[str, Any]) -> bool:
+    embedded = call["negative_prompt_embeds"] is not None and call["negative_pooled_prompt_embeds"] is not None
+    return call["true_cfg_scale"] > 1 and (call["negative_prompt"] is not None or embedded)
+
+
 def _guidance_above_one(call: Mapping[str, Any]) -> bool:
     return call["guidance_scale"] > 1
 
@@ -61,5 +71,13 @@ FAMILIES: tuple[Family, ...] = (
         branch_order={"StableDiffusion3Pipeline": "uncond_first", "TinyMMDiTPipeline": "uncond_first"},
         tokens=_patches_then_text,
         guided=_guidance_above_one,
+    ),
+    Family(
+        transformer="FluxTransformer2DModel",  # single-stream blocks have no output projection of their own
+        site_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
+        joint_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
+        branch_order={"FluxPipeline": "two_calls"},
+        tokens=_text_then_packed,
+        guided=_true_cfg,
     ),
 )

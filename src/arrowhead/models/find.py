@@ -4,7 +4,7 @@ import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
@@ -47,8 +47,18 @@ class Model:
         return _by_name(inspect.signature(known.forward), (self.transformer, *args), kwargs, "the transformer")
 
     def branches(self, call: Mapping[str, Any]) -> Branches:
-        """How the CFG branches of a pipeline call with these arguments arrive."""
-        return Branches(self.branch_order, self.family.guided(call))
+        """How the CFG branches of a pipeline call with these arguments arrive.
+
+        Raises:
+            InputsInvalid: in two calls of the transformer a step.
+        """
+        guided = self.family.guided(call)
+        if guided and self.branch_order == "two_calls":
+            raise InputsInvalid(
+                f"got a negative prompt for {type(self.pipe).__name__}, which then calls its transformer twice a step; wanted "
+                "one call a step, until arrowhead knows better; leave out the negative prompt, or remove the plan"
+            )
+        return Branches(self.branch_order, guided)
 
 
 def find(pipe: "DiffusionPipeline") -> Model:
@@ -85,15 +95,15 @@ def find(pipe: "DiffusionPipeline") -> Model:
 
 
 def _site(family: Family, path: str, module: Any) -> Site:
-    channels, width = module.to_out[0].out_features, module.to_out[0].in_features
     joint = bool(re.fullmatch(family.joint_pattern, path))
+    out: Literal["all", "visual", "none"] = "none" if module.pre_only else "visual" if module.context_pre_only else "all"
     return Site(
         path,
         heads=module.heads,
-        head_dim=width // module.heads,
-        channels=channels,
+        head_dim=module.to_q.out_features // module.heads,
+        channels=module.to_q.in_features,
         joint=joint,
-        projects_out="visual" if joint and module.context_pre_only else "all",
+        projects_out=out,
         heads_apart=heads_apart(module),
     )
 

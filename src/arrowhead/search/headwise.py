@@ -11,12 +11,13 @@ from arrowhead import cost
 from arrowhead.attend import Generation, Passage, bands
 from arrowhead.cache import Key, Output, both_branches
 from arrowhead.errors import InputsInvalid
-from arrowhead.intercept import AttentionCall, SiteCall
+from arrowhead.intercept import SiteCall
 from arrowhead.layout import Site, Tokens
 from arrowhead.lifetimes import FOREVER, Writes
 from arrowhead.methods import FULL, Arrow, Attend, Cached, Cell, Full, Method, grouped
 from arrowhead.metrics.error import relative_squared_error
 from arrowhead.models import find
+from arrowhead.route import AttentionCall
 from arrowhead.search.calibrate import Calibration, Found
 from arrowhead.search.choose import choose
 

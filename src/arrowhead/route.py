@@ -1,0 +1,146 @@
+"""The place between a model's Q, K, V and its attention: two names in the module that defines its processor, routed.
+
+`F` becomes a stand-in for torch.nn.functional whose `scaled_dot_product_attention` asks whoever answers for the site that is
+running; `dispatch_attention_fn`, which newer models of diffusers call, becomes a function that does. Routed for the first
+model that needs a module, and put back with the last, so that an untouched process stays untouched.
+"""
+
+import sys
+import types
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from arrowhead.errors import NotIntercepted
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of scaled-dot-product attention: q, k, v (B, H, N, D), and `native` to run it just as the model would.
+
+    `mask` is the model's own, (B or 1, H or 1, N or 1, N); `causal`, that it asks for more than a mask can say.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float | None
+    mask: Tensor | None
+    causal: bool
+    native: Callable[[], Tensor]
+
+
+Answer = Callable[[AttentionCall], Tensor]  # (B, H, N, D)
+
+_answer: ContextVar[Answer | None] = ContextVar("arrowhead_answer", default=None)
+
+
+@contextmanager
+def answered_by(answer: Answer) -> Iterator[None]:
+    """Routed attention within the block goes to `answer`."""
+    token = _answer.set(answer)
+    try:
+        yield
+    finally:
+        _answer.reset(token)
+
+
+class _RoutedFunctional(types.ModuleType):
+    """torch.nn.functional, but for attention."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(F, name)
+
+    @staticmethod
+    def scaled_dot_product_attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        def native() -> Tensor:
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, **kwargs
+            )
+
+        answer = _answer.get()
+        if answer is None:
+            return native()
+        return answer(AttentionCall(query, key, value, scale, attn_mask, is_causal or dropout_p > 0, native))
+
+
+def _routed_dispatch(dispatch: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Diffusers' dispatch_attention_fn, whose tensors are (B, N, H, D)."""
+
+    @wraps(dispatch)
+    def routed(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        def native() -> Tensor:
+            return dispatch(query, key, value, attn_mask, dropout_p, is_causal, scale, *args, **kwargs)
+
+        answer = _answer.get()
+        if answer is None:
+            return native()
+        q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))  # (B, N, H, D) -> (B, H, N, D)
+        call = AttentionCall(q, k, v, scale, attn_mask, is_causal or dropout_p > 0, lambda: native().transpose(1, 2))
+        return answer(call).transpose(1, 2)
+
+    return routed
+
+
+_functional = _RoutedFunctional("torch.nn.functional")
+_originals: dict[str, dict[str, Any]] = {}  # module: what its routed names were
+_users: Counter[str] = Counter()
+
+
+def route(processor: Any) -> str:
+    """Route the names in the module of a processor's class; gives the module's name, for `unroute`.
+
+    Raises:
+        NotIntercepted: the module has neither name.
+    """
+    name = type(processor).__module__
+    if name not in _originals:
+        namespace = sys.modules[name]
+        stand_ins: dict[str, Any] = {}
+        if getattr(namespace, "F", None) is F:
+            stand_ins["F"] = _functional
+        if callable(dispatch := getattr(namespace, "dispatch_attention_fn", None)):
+            stand_ins["dispatch_attention_fn"] = _routed_dispatch(dispatch)
+        if not stand_ins:
+            raise NotIntercepted(
+                f"{type(processor).__name__} lives in {name}, which uses neither torch.nn.functional as F nor "
+                "dispatch_attention_fn; wanted a processor of diffusers, such as AttnProcessor2_0"
+            )
+        _originals[name] = {own: getattr(namespace, own) for own in stand_ins}
+        vars(namespace).update(stand_ins)
+    _users[name] += 1
+    return name
+
+
+def unroute(name: str) -> None:
+    """Undo one `route`; the last one puts the module's names back."""
+    _users[name] -= 1
+    if not _users[name]:
+        vars(sys.modules[name]).update(_originals.pop(name))
+        del _users[name]

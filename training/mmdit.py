@@ -71,9 +71,11 @@ def train(config: Config, path: Path, out: Path, init: Path | None, device: str)
     if len(tokens) != config.model["text_encoder"]["vocab_size"]:
         raise ValueError(f"got {len(tokens)} words, wanted vocab_size to say so")
     if init is not None:
-        weights = torch.load(init, weights_only=True, map_location=device)["model"]
-        weights["transformer.pos_embed.pos_embed"] = model.transformer.pos_embed.pos_embed  # fixed, of another size
-        model.load_state_dict(weights)
+        weights = SD3Transformer2DModel.from_pretrained(init, subfolder="transformer").state_dict()
+        weights["pos_embed.pos_embed"] = model.transformer.pos_embed.pos_embed  # fixed, and of another size perhaps
+        model.transformer.load_state_dict(weights)
+        encoder = CLIPTextModelWithProjection.from_pretrained(init, subfolder="text_encoder", dtype=torch.float32)
+        model.text_encoder.load_state_dict(encoder.state_dict())
 
     def loss_of(step: int) -> Tensor:
         rng, index = loop.randomness(step, config), loop.pick(len(seen), step, config)
@@ -94,7 +96,7 @@ def main(
     out: Annotated[Path, typer.Option(help="folder of checkpoints")] = Path("checkpoints/mmdit"),
     device: Annotated[str, typer.Option(help="torch device")] = "cpu",
     init: Annotated[
-        Path | None, typer.Option(help="a checkpoint, perhaps of smaller images, that a new run starts from")
+        Path | None, typer.Option(help="a bundled pipeline, perhaps of smaller images, that a new run starts from")
     ] = None,
 ) -> None:
     """Train, or go on with training, the bundled MMDiT."""

@@ -1,0 +1,83 @@
+"""Whether the bundled MMDiT draws what it is asked for: 200 prompts that it was trained on, and 200 that it was not.
+
+    python benchmarks/recognition.py --data emoji64.npz --tools TOOLS
+
+A generated picture is compared, by LPIPS, with all training pictures of 50 names, the prompt's among them, in any style. It is
+right when the nearest one bears the prompt's name; chance is 2 %. TOOLS is a folder with `perceptual.py`; see README.md.
+"""
+
+import importlib
+import json
+import random
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor
+from tqdm import tqdm
+
+import arrowhead as ah
+
+HERE = Path(__file__).parent
+PROMPTS, NAMES, STEPS, GUIDANCE, BATCH = 200, 50, 28, 4.0, 8
+
+
+def pictures(pipe: Any, captions: list[str]) -> Tensor:
+    """One picture for each caption, seed i for the i-th: (n, 3, H, W) in [0, 1]."""
+    made = []
+    for start in tqdm(range(0, len(captions), BATCH), desc="generate", mininterval=10):
+        prompts = captions[start : start + BATCH]
+        generators = [torch.Generator().manual_seed(start + i) for i in range(len(prompts))]
+        made.append(pipe(prompts, None, GUIDANCE, generators, STEPS, output_type="pt").images)
+    return torch.cat(made)
+
+
+def rightly_named(made: Tensor, names: list[str], real: Tensor, real_names: list[str], distance: Any) -> float:
+    """The share of pictures whose nearest real one, among those of 50 names, bears their own; both in [0, 1]."""
+    draw, right = random.Random(0), 0
+    others = sorted(set(real_names))
+    for picture, name in zip(tqdm(made, desc="compare", mininterval=10), names, strict=True):
+        among = {name, *draw.sample([other for other in others if other != name], NAMES - 1)}
+        rows = [i for i, other in enumerate(real_names) if other in among]
+        near = distance(picture.expand(len(rows), -1, -1, -1) * 2 - 1, real[rows] * 2 - 1)  # (rows,)
+        right += real_names[rows[int(near.argmin())]] == name
+    return right / len(made)
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="the emoji, as training/mmdit.py reads them")],
+    tools: Annotated[Path, typer.Option(help="folder with perceptual.py")],
+    threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
+) -> None:
+    """Generate, compare, and write results/mmdit_recognition.json."""
+    sys.path[:0] = [str(tools), str(HERE.parent / "training")]
+    captions, lpips = importlib.import_module("captions"), importlib.import_module("perceptual").LPIPS()
+    torch.set_num_threads(threads)
+    emoji, pipe = captions.Emoji.read(data), ah.tiny.load("mmdit")
+    seen = list(emoji.seen)
+    real = torch.from_numpy(emoji.images[seen]).permute(0, 3, 1, 2).float() / 255  # (n, 3, 64, 64)
+    real = F.avg_pool2d(real, real.shape[-1] // pipe.side)
+    real_names = [emoji.names[i] for i in seen]
+    groups = {
+        "seen": random.Random(1).sample(seen, PROMPTS),
+        "held out": random.Random(1).sample(sorted(emoji.held_out), PROMPTS),
+    }
+    result: dict[str, Any] = {}
+    for group, chosen in groups.items():
+        made = pictures(pipe, [emoji.caption(i) for i in chosen])
+        result[group] = rightly_named(made, [emoji.names[i] for i in chosen], real, real_names, lpips)
+        typer.echo(f"{group}: {result[group]:.1%}")
+    setting = {"prompts": PROMPTS, "names": NAMES, "chance": 1 / NAMES, "steps": STEPS, "guidance": GUIDANCE, "side": pipe.side}
+    about = {"date": datetime.now(UTC).date().isoformat(), "device": "cpu", "dtype": "float32"}
+    versions = {name: version(name) for name in ("arrowhead", "diffusers", "torch")}
+    text = json.dumps({**about, "versions": versions, **setting, "rightly_named": result}, indent=1)
+    (HERE / "results/mmdit_recognition.json").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

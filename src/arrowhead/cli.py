@@ -22,7 +22,7 @@ from arrowhead.search import THRESHOLDS
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Diffusion transformers that generate faster.")
 console = Console()
 
-ModelName = Annotated[str, typer.Argument(help="a Hub id, a local folder, or tiny:dit")]
+ModelName = Annotated[str, typer.Argument(help="a Hub id, a local folder, tiny:dit or tiny:mmdit")]
 Inputs = Annotated[
     list[str],
     typer.Option(
@@ -48,8 +48,13 @@ def search(
     model: ModelName,
     inputs: Inputs,
     out: Annotated[Path, typer.Option(help="the plan's file")] = Path("plan.json"),
-    threshold: Annotated[str, typer.Option(help=f"a number, or one of {', '.join(THRESHOLDS)}")] = "D4",
-    loss: Annotated[str, typer.Option(help="paper or signed")] = "paper",
+    strategy: Annotated[str, typer.Option(help="greedy (DiTFastAttn) or headwise (DiTFastAttnV2)")] = "greedy",
+    threshold: Annotated[
+        str, typer.Option(help=f"greedy: a number, or one of {', '.join(THRESHOLDS)}; headwise: a number, such as 0.6")
+    ] = "D4",
+    loss: Annotated[str, typer.Option(help="greedy: paper or signed")] = "paper",
+    share_cfg: Annotated[bool, typer.Option(help="headwise: sites may compute the conditional branch alone")] = False,
+    residual: Annotated[bool, typer.Option(help="headwise: arrows add the residual of their last full step")] = False,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
@@ -58,7 +63,12 @@ def search(
     pipe = load(model, device, dtype)
     call = parse(inputs) | {"generator": torch.Generator().manual_seed(seed)}
     out.parent.mkdir(parents=True, exist_ok=True)
-    plan = ah.search(pipe, call, threshold=threshold, loss=loss)  # type: ignore[arg-type]  # search says what it takes
+    how: Any = ah.Headwise(share_cfg=share_cfg, residual=residual) if strategy == "headwise" else strategy
+    if how == strategy and (share_cfg or residual):
+        raise InputsInvalid(
+            f"got --share-cfg or --residual with strategy {strategy}, wanted them with headwise; leave them out"
+        )
+    plan = ah.search(pipe, call, strategy=how, threshold=threshold, loss=loss)  # type: ignore[arg-type]  # it says what it takes
     plan.save(out)
     show_plan(plan)
     console.print(f"written to {out}")
@@ -128,15 +138,30 @@ def evaluate(
 def show(
     path: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="a plan that search wrote")],
     png: Annotated[Path | None, typer.Option(help="draw it into this file, too")] = None,
+    site: Annotated[str | None, typer.Option(help="draw the heads of this site instead; its path, or its number")] = None,
 ) -> None:
     """Print a plan as a coloured map of steps and sites."""
     plan = Plan.load(path)
     show_plan(plan)
     if png is not None:
-        from arrowhead.analysis.draw import plan_map  # noqa: PLC0415  # matplotlib
+        from arrowhead.analysis.draw import head_map, plan_map  # noqa: PLC0415  # matplotlib
 
-        plan_map({path.stem: plan}, png)
+        if site is None:
+            plan_map({path.stem: plan}, png)
+        else:
+            head_map(plan, _site_number(plan, site), png)
         console.print(f"drawn into {png}")
+    elif site is not None:
+        raise InputsInvalid(f"got --site {site} and nothing to draw into; wanted --png FILE beside it")
+
+
+def _site_number(plan: Plan, site: str) -> int:
+    paths = [s.path for s in plan.target.sites]
+    if site in paths:
+        return paths.index(site)
+    if site.isdecimal() and int(site) < len(paths):
+        return int(site)
+    raise InputsInvalid(f"got site {site!r}, wanted a number from 0 to {len(paths) - 1}, or a path such as {paths[0]}")
 
 
 def show_plan(plan: Plan) -> None:
@@ -151,6 +176,10 @@ def show_plan(plan: Plan) -> None:
         console.print(
             Text.assemble((f" {SYMBOLS[name]} ", _style(name)), f" {name}: {MEANINGS[name]}, {count[name] / total:.0%}")
         )
+    if any("head-wise" in name for name in count):
+        heads = plan.count_heads()
+        said = ", ".join(f"{name} {n / heads.total():.0%}" for name, n in heads.most_common())
+        console.print(f"heads: {said}", highlight=False)
     left, peak = plan.flops(), max(plan.cache_bytes())
     if searched := plan.about.get("search"):
         said = ", ".join(

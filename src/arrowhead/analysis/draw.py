@@ -2,18 +2,19 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from arrowhead.analysis.palette import COLOURS, MEANINGS
-from arrowhead.methods import paper_name
+from arrowhead.methods import Arrow, Attend, Cell, method_name, paper_name
 from arrowhead.plan import Plan
 
 
@@ -41,6 +42,49 @@ def plan_map(plans: Mapping[str, Plan], path: str | Path) -> None:
     figure.legend(handles=handles, loc="outside lower left", ncols=2, frameon=False, fontsize=9)
     figure.savefig(path, dpi=140)
     plt.close(figure)
+
+
+def head_map(plan: Plan, site: int, path: str | Path) -> None:
+    """What every head of one site does over the steps: heads × steps, arrows the lighter the narrower they are."""
+    at = plan.target.sites[site]
+    rows = [[_word(cell, head) for cell in plan.columns[site]] for head in range(at.heads)]
+    words = sorted({word for row in rows for word in row}, key=lambda word: (word[0], -word[1]))
+    colours = ListedColormap([_shade(word, words) for word in words])
+    figure, axis = plt.subplots(figsize=(9, 1.3 + 0.22 * at.heads), layout="constrained")
+    grid = [[words.index(word) for word in row] for row in rows]
+    axis.imshow(grid, cmap=colours, vmin=-0.5, vmax=len(words) - 0.5, aspect="auto", interpolation="nearest")
+    axis.set_xticks([x - 0.5 for x in range(plan.steps + 1)], minor=True)
+    axis.set_yticks([y - 0.5 for y in range(at.heads + 1)], minor=True)
+    axis.grid(which="minor", color="white", linewidth=0.6)
+    axis.tick_params(which="minor", length=0)
+    for ticks in (axis.xaxis, axis.yaxis):
+        ticks.set_major_locator(MaxNLocator(integer=True))
+    axis.set(xlabel="step", ylabel="head")
+    axis.set_title(at.path, loc="left")
+    handles = [Patch(color=_shade(word, words), label=_said(word)) for word in words]
+    figure.legend(handles=handles, loc="outside lower left", ncols=4, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
+Word = tuple[str, int]  # a name of the palette, and an arrow's radius or 0
+
+
+def _word(cell: Cell, head: int) -> Word:
+    if isinstance(cell, Attend):
+        method = cell.of_head(head).method
+        return method_name(method), method.radius if isinstance(method, Arrow) else 0  # type: ignore[arg-type]
+    return paper_name(cell), 0
+
+
+def _shade(word: Word, words: list[Word]) -> Any:
+    """The palette's colour, towards white for the narrower of several arrows."""
+    alike = [radius for name, radius in words if name == word[0]]
+    return tuple(1 - (1 - part) * (1 - 0.6 * alike.index(word[1]) / len(alike)) for part in to_rgb(COLOURS[word[0]]))
+
+
+def _said(word: Word) -> str:
+    return f"{word[0]}, {word[1]} on each side" if word[1] else f"{word[0]}: {MEANINGS[word[0]]}"
 
 
 def image_grid(rows: Mapping[str, Tensor], columns: list[str], path: str | Path) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from arrowhead.attend import Generation, attend
-from arrowhead.cache import Cache, Output
+from arrowhead.cache import Output
 from arrowhead.errors import AlreadyApplied, ArrowheadError, BandCoversAll, PlanMismatch, ShareCfgIgnored, SiteNotReached
 from arrowhead.intercept import Interception, SiteCall
 from arrowhead.kernels import dispatch
@@ -54,7 +54,7 @@ class Run:
     @property
     def cache_bytes(self) -> int:
         """Bytes that the caches hold now; 0 outside a generation."""
-        return self._generation.cache.held_bytes if self._generation else 0
+        return self._generation.held_bytes if self._generation else 0
 
     def summary(self) -> Summary:
         """What the latest generation computed, reused and skipped, from counters.
@@ -84,7 +84,7 @@ class Run:
             )
         self.plan.require(target_of(self._model))
         branches = self._model.branches(self._model.call_arguments(args, kwargs))
-        self._tally, self._branches = Tally(branches.samples), branches
+        self._tally, self._branches = Tally(branches.samples, branches.calls), branches
         try:
             if not branches.guided and any(getattr(cell, "share_cfg", False) for row in self.plan.cells for cell in row):
                 self._note(
@@ -125,13 +125,14 @@ class Run:
         """Before each call of the transformer: the step clock. Calls from outside the pipeline run uncompressed."""
         if self._branches is None or self._tally is None:
             return
+        call = self._model.transformer_arguments(args, kwargs)
+        tokens = self._model.family.tokens(transformer, call)
         if self._generation is None:
-            tokens = self._model.family.tokens(transformer, self._model.transformer_arguments(args, kwargs))
-            self.plan.require_call(len(self._model.pipe.scheduler.timesteps), tokens)
-            self._generation = Generation(self._branches, tokens, self.kernel, Cache(self._branches), self._tally)
+            self.plan.require_call(len(self._model.pipe.scheduler.timesteps), tokens, self._branches.calls)
+            self._generation = Generation.begin(self._branches, tokens, self.kernel, self._tally)
         else:
-            self._generation.step += 1
-        self._generation.tally.steps += 1
+            self._generation.advance(tokens)
+        self._generation.tally.steps += self._generation.call == 0
         if self._generation.step >= self.plan.steps:
             raise PlanMismatch(
                 f"plan is for {self.plan.steps} calls of the transformer, the pipeline makes more; search again with the "

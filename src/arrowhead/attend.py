@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from arrowhead.cache import Cache, Key, Output, both_branches
+from arrowhead.cache import Cache, Key, Output, both_branches, held_bytes
 from arrowhead.cost import computed_heads
 from arrowhead.errors import PlanMismatch
 from arrowhead.intercept import SiteCall
 from arrowhead.kernels import dispatch
 from arrowhead.layout import Branches, Tokens
-from arrowhead.lifetimes import Residual, Writes
+from arrowhead.lifetimes import HeadOutput, Residual, Writes
 from arrowhead.methods import Arrow, Attend, Cached, Cell, Full, Method, Reuse, grouped
 from arrowhead.route import AttentionCall
 from arrowhead.tally import Tally
@@ -19,14 +19,47 @@ from arrowhead.tally import Tally
 
 @dataclass
 class Generation:
-    """What one generation carries from call to call, and forgets at its end."""
+    """What one generation carries from call to call of the transformer, and forgets at its end.
+
+    `call` is which of the step's calls is running; each has its cache.
+    """
 
     branches: Branches
     tokens: Tokens
     kernel: str
-    cache: Cache
+    caches: tuple[Cache, ...]
     tally: Tally
     step: int = 0
+    call: int = 0
+
+    @classmethod
+    def begin(cls, branches: Branches, tokens: Tokens, kernel: str, tally: Tally) -> "Generation":
+        """Before the first call of the transformer."""
+        return cls(branches, tokens, kernel, tuple(Cache(branches) for _ in range(branches.calls)), tally)
+
+    def advance(self, tokens: Tokens) -> None:
+        """On to the next call of the transformer.
+
+        Raises:
+            PlanMismatch: it has other tokens.
+        """
+        if tokens != self.tokens:
+            raise PlanMismatch(
+                f"got {tokens} in one call of the transformer and {self.tokens} in another; wanted one length, so that prompt "
+                "and negative prompt can share; bring both to the same number of tokens"
+            )
+        self.call = (self.call + 1) % self.branches.calls
+        self.step += self.call == 0
+
+    @property
+    def cache(self) -> Cache:
+        """The running call's."""
+        return self.caches[self.call]
+
+    @property
+    def held_bytes(self) -> int:
+        """What the caches hold now."""
+        return held_bytes(self.caches)
 
 
 @dataclass(frozen=True)
@@ -53,6 +86,11 @@ class Passage:
         return self.cell.share_cfg and self.generation.branches.guided
 
     @property
+    def halved(self) -> bool:
+        """Whether the module runs for half of its batch."""
+        return self.shared and self.generation.branches.batched
+
+    @property
     def tokens(self) -> Tokens:
         """What the site attends over."""
         return self.call.site.tokens(self.generation.tokens)
@@ -75,14 +113,52 @@ def attend(call: SiteCall, cell: Cell, writes: Writes, generation: Generation) -
     if isinstance(cell, Reuse):
         return cache.read(Key(site.path), generation.step)
     passage = Passage(call, cell, writes, generation, computed_heads(site, cell))
-    rows = generation.branches.conditional(call.batch) if passage.shared else None
+    if passage.shared and generation.call == 1:
+        out = cache.read(Key(site.path, "handed over"), generation.step)
+    else:
+        out = _run(passage)
+    if generation.branches.calls > 1:
+        cache.expire(site.path, generation.step)
+    tally.peak_bytes = max(tally.peak_bytes, generation.held_bytes)
+    return both_branches(out) if passage.halved else out
+
+
+def _run(passage: Passage) -> Output:
+    """Run the module, and keep its output where a later call reads it."""
+    call, generation, site = passage.call, passage.generation, passage.call.site
+    rows = generation.branches.conditional(call.batch) if passage.halved else None
     some = passage.heads if len(passage.heads) < site.heads else None
     out = call.run(lambda attention: _attention(attention, passage), rows, some)
-    tally.projected(site, generation.tokens, cell, 1 if passage.shared else generation.branches.samples)
-    if writes.output_until is not None:
-        cache.write(Key(site.path), out, conditional_only=passage.shared, last_reader=writes.output_until)
-    tally.peak_bytes = max(tally.peak_bytes, cache.held_bytes)
-    return both_branches(out) if passage.shared else out
+    samples = 1 if passage.shared else generation.branches.samples
+    generation.tally.projected(site, generation.tokens, passage.cell, samples)
+    if passage.writes.output_until is not None:
+        _keep(Key(site.path), out, passage.writes.output_until, passage)
+    if passage.shared and generation.branches.calls == 2:
+        key = Key(site.path, "handed over")
+        generation.caches[1].write(key, out, conditional_only=False, last_reader=generation.step)
+    return out
+
+
+def _keep(key: Key, value: Output, last_reader: int, passage: Passage, kept: Residual | HeadOutput | None = None) -> None:
+    """Store what the conditional branch computed for both in both calls' caches; anything else in this call's."""
+    generation = passage.generation
+    only = kept is not None and kept.conditional_only
+    heads = None if kept is None else kept.heads
+    if generation.branches.calls == 1:
+        half = passage.halved or (only and generation.branches.guided)
+        generation.cache.write(key, value, conditional_only=half, last_reader=last_reader, heads=heads)
+        return
+    generation.cache.write(key, value, conditional_only=False, last_reader=last_reader, heads=heads)
+    if passage.shared and not only:
+        generation.caches[1].write(key, value, conditional_only=False, last_reader=last_reader, heads=heads)
+
+
+def _wanted(kept: Residual | HeadOutput, passage: Passage) -> slice | None:
+    """The rows of what was computed that are to be kept: all, those of the conditional branch, or none."""
+    branches = passage.generation.branches
+    if not kept.conditional_only or passage.shared or not branches.guided:
+        return slice(None)
+    return None if passage.generation.call == 1 else branches.conditional(passage.call.batch)
 
 
 def _attention(call: AttentionCall, passage: Passage) -> Tensor:
@@ -96,11 +172,9 @@ def _attention(call: AttentionCall, passage: Passage) -> Tensor:
     for residual in passage.writes.residuals:
         _write_residual(call, out, residual, passage)
     for kept in passage.writes.head_outputs:
-        halve, half = _half(kept.conditional_only, passage)
-        rows = passage.generation.branches.conditional(out.shape[0]) if halve else slice(None)
-        value = out[rows] if kept.heads is None else out[rows, list(kept.heads)]
-        key = Key(passage.call.site.path, "heads")
-        passage.generation.cache.write(key, value, conditional_only=half, last_reader=kept.last_reader, heads=kept.heads)
+        if (rows := _wanted(kept, passage)) is not None:
+            value = out[rows] if kept.heads is None else out[rows, list(kept.heads)]
+            _keep(Key(passage.call.site.path, "heads"), value, kept.last_reader, passage, kept)
     return out
 
 
@@ -121,14 +195,14 @@ def _by_method(call: AttentionCall, passage: Passage) -> Tensor:
         every = len(heads) == site.heads
         if isinstance(method, Cached):
             key = Key(site.path, "heads")
-            kept = generation.cache.read_heads(key, heads, site.heads, generation.step, conditional=passage.shared)
+            kept = generation.cache.read_heads(key, heads, site.heads, generation.step, conditional=passage.halved)
             if every:
                 out = kept
             else:
                 out[:, list(heads)] = kept
         elif isinstance(method, Arrow) and method.residual:
             key = Key(site.path, "residual", method.radius)
-            kept = generation.cache.read_heads(key, heads, site.heads, generation.step, conditional=passage.shared)
+            kept = generation.cache.read_heads(key, heads, site.heads, generation.step, conditional=passage.halved)
             visual = passage.tokens.visual_slice
             if every:
                 out[:, :, visual] += kept
@@ -137,23 +211,16 @@ def _by_method(call: AttentionCall, passage: Passage) -> Tensor:
     return out
 
 
-def _half(conditional_only: bool, passage: Passage) -> tuple[bool, bool]:
-    """Whether to halve what was computed before it is kept, and whether what is kept is the conditional half."""
-    halve = conditional_only and passage.generation.branches.guided and not passage.shared
-    return halve, halve or passage.shared
-
-
 def _write_residual(call: AttentionCall, out: Tensor, residual: Residual, passage: Passage) -> None:
     """R_r = O_r − W_r over the visual tokens, (b, h, V, D), before the output projection (WA-RS of DiTFastAttn)."""
     generation, site = passage.generation, passage.call.site
-    halve, half = _half(residual.conditional_only, passage)
-    rows = generation.branches.conditional(call.q.shape[0]) if halve else slice(None)
+    if (rows := _wanted(residual, passage)) is None:
+        return
     heads = tuple(range(site.heads)) if residual.heads is None else residual.heads
     visual = passage.tokens.visual_slice
     band = bands(call, heads, [residual.radius] * len(heads), rows, passage)[:, :, visual]
     whole = out[rows, :, visual] if residual.heads is None else out[rows, list(heads), visual]
-    key = Key(site.path, "residual", residual.radius)
-    generation.cache.write(key, whole - band, conditional_only=half, last_reader=residual.last_reader, heads=residual.heads)
+    _keep(Key(site.path, "residual", residual.radius), whole - band, residual.last_reader, passage, residual)
     generation.tally.residuals += 1
     _count(passage, [Arrow(residual.radius)] * len(heads), band.shape[0], generation.kernel)
 

@@ -16,10 +16,13 @@ Output = Tensor | tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Key:
-    """What an entry is: a site's module output, its heads' outputs, or their residuals of one radius."""
+    """What an entry is: a site's module output, its heads' outputs, or their residuals of one radius.
+
+    What is `handed over` is a module output that the second call of the transformer in a step takes from the first.
+    """
 
     site: str
-    what: Literal["output", "heads", "residual"] = "output"
+    what: Literal["output", "heads", "residual", "handed over"] = "output"
     radius: int | None = None
 
 
@@ -36,9 +39,14 @@ class Entry:
     heads: tuple[int, ...] | None = None
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The value's tensors."""
+        return self.value if isinstance(self.value, tuple) else (self.value,)
+
+    @property
     def nbytes(self) -> int:
         """Size of the value."""
-        return sum(t.nbytes for t in (self.value if isinstance(self.value, tuple) else (self.value,)))
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     def without(self, heads: Sequence[int]) -> "Entry | None":
         """The entry for the other heads; None when there are none."""
@@ -53,7 +61,10 @@ class Entry:
 
 @dataclass
 class Cache:
-    """Module outputs (B, N, C), head outputs (B, h, N, D) and residuals (B, h, V, D) of every site."""
+    """Module outputs (B, N, C), head outputs (B, h, N, D) and residuals (B, h, V, D) of every site.
+
+    Where the branches come in two calls, each call has a cache of its own, and no entry is for one branch of several.
+    """
 
     branches: Branches
     entries: dict[Key, list[Entry]] = field(default_factory=dict)
@@ -107,6 +118,11 @@ class Cache:
         """Forget what is stored under a key, if anything is."""
         self._keep(key, [])
 
+    def expire(self, site: str, step: int) -> None:
+        """Forget what of a site no step after `step` reads."""
+        for key in [key for key in self.entries if key.site == site]:
+            self._free(key, step)
+
     def _stored(self, key: Key, step: int) -> list[Entry]:
         entries = self.entries.get(key)
         if not entries:
@@ -131,11 +147,21 @@ class Cache:
         return value
 
     def _branch(self, entry: Entry, conditional: bool) -> Output:
+        if not self.branches.batched:
+            return entry.value
         if not conditional:
             return both_branches(entry.value) if entry.conditional_only else entry.value
         if entry.conditional_only:
             return entry.value
         return each(entry.value, lambda tensor: tensor[self.branches.conditional(tensor.shape[0])])
+
+
+def held_bytes(caches: Sequence[Cache]) -> int:
+    """Bytes of all that the caches hold; a tensor that two of them hold counts once."""
+    if len(caches) == 1:
+        return caches[0].held_bytes
+    entries = (entry for own in caches for stored in own.entries.values() for entry in stored)
+    return sum({id(tensor): tensor.nbytes for entry in entries for tensor in entry.tensors}.values())
 
 
 def each(value: Output, change: Callable[[Tensor], Tensor]) -> Output:

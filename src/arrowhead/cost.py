@@ -1,10 +1,11 @@
 """FLOPs and cache bytes in closed form. One multiply–add counts as two FLOPs, softmax is left out, as in both papers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from arrowhead.layout import Site, Tokens
-from arrowhead.lifetimes import HeadOutput, Residual, Writes, lifetimes
+from arrowhead.lifetimes import Writes, lifetimes
 from arrowhead.methods import FULL, Arrow, Attend, Cached, Cell, Full, Method, Reuse
 
 
@@ -84,42 +85,64 @@ def remaining_flops(cells: Sequence[Sequence[Cell]], sites: Sequence[Site], toke
 
 
 def cache_bytes(
-    cells: Sequence[Sequence[Cell]], sites: Sequence[Site], tokens: Tokens, samples: int, *, images: int, itemsize: int
+    cells: Sequence[Sequence[Cell]],
+    sites: Sequence[Site],
+    tokens: Tokens,
+    samples: int,
+    *,
+    images: int,
+    itemsize: int,
+    calls: int = 1,
 ) -> tuple[int, ...]:
     """The most bytes that the caches hold at any moment of each step.
 
-    `images` are generated at once; an element of their activations takes `itemsize` bytes. Sites follow one another in
-    order, and each frees what it has read for the last time before it writes.
+    `images` are generated at once; an element of their activations takes `itemsize` bytes. In each of a step's `calls` sites
+    follow one another in order, and each frees what it has read for the last time before it writes.
     """
-    columns = zip(*cells, strict=True)
-    held = [_elements_held(site, tokens, column, samples) for site, column in zip(sites, columns, strict=True)]
-    peaks, now = [], 0
-    for step in range(len(cells)):
-        peak = now
-        for elements in held:
-            now += elements[step] - (elements[step - 1] if step else 0)
-            peak = max(peak, now)
-        peaks.append(peak * images * itemsize)
-    return tuple(peaks)
+    change = [0] * (len(cells) * calls * len(sites) + 1)  # in elements, at each passage of a site
+    for place, (site, column) in enumerate(zip(sites, zip(*cells, strict=True), strict=True)):
+        for stored in _stored(site, tokens, column, samples, calls):
+            change[stored.written * len(sites) + place] += stored.elements
+            change[stored.freed * len(sites) + place] -= stored.elements
+    held = [0, *accumulate(change)]
+    width = calls * len(sites)
+    return tuple(max(held[step * width : (step + 1) * width + 1]) * images * itemsize for step in range(len(cells)))
 
 
-def _elements_held(site: Site, tokens: Tokens, column: Sequence[Cell], samples: int) -> list[int]:
-    """Elements per image that one site holds after each step."""
-    held = [0] * len(column)
+@dataclass(frozen=True)
+class _Stored:
+    """Elements per image that one site holds from one call of the transformer to another, counted through all steps."""
+
+    elements: int
+    written: int
+    freed: int
+
+
+def _stored(site: Site, tokens: Tokens, column: Sequence[Cell], samples: int, calls: int) -> Iterator[_Stored]:
+    length = site.tokens(tokens).total
+    output = length * (site.heads * site.head_dim if site.projects_out == "none" else site.channels)
     for step, (cell, writes) in enumerate(zip(column, lifetimes(column), strict=True)):
         if isinstance(cell, Reuse):
             continue
-        rows = _computed_samples(cell, samples)
+        entries = [(residual, tokens.visual) for residual in writes.residuals]
+        entries += [(output, length) for output in writes.head_outputs]  # type: ignore[misc]
+        kept = [
+            (rows * _count(entry.heads, site) * site.head_dim, entry.last_reader, entry.conditional_only)
+            for entry, rows in entries
+        ]
         if writes.output_until is not None:
-            for later in range(step, writes.output_until):
-                held[later] += rows * site.tokens(tokens).total * site.channels
-        stored: list[tuple[Residual | HeadOutput, int]] = [(residual, tokens.visual) for residual in writes.residuals]
-        stored += [(output, site.tokens(tokens).total) for output in writes.head_outputs]
-        for entry, length in stored:
-            kept = 1 if entry.conditional_only else rows
-            for later in range(step, entry.last_reader):
-                held[later] += kept * length * _count(entry.heads, site) * site.head_dim
-    return held
+            kept.append((output, writes.output_until, False))
+        if calls == 1:
+            rows = _computed_samples(cell, samples)
+            yield from (_Stored(size * (1 if half else rows), step, last) for size, last, half in kept)
+            continue
+        for size, last, half in kept:
+            if cell.share_cfg:  # one tensor, which serves both calls
+                yield _Stored(size, 2 * step, 2 * last + (not half))
+            else:
+                yield from (_Stored(size, 2 * step + call, 2 * last + call) for call in range(1 if half else 2))
+        if cell.share_cfg and writes.output_until is None:  # handed over from the first call to the second
+            yield _Stored(output, 2 * step, 2 * step + 1)
 
 
 def _count(heads: tuple[int, ...] | None, site: Site) -> int:

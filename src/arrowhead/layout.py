@@ -65,18 +65,28 @@ BranchOrder = Literal["cond_first", "uncond_first", "two_calls"]
 
 @dataclass(frozen=True)
 class Branches:
-    """The CFG branches of one generation: both in one batch, in the pipeline's order, or only the conditional one."""
+    """How the CFG branches of one generation arrive; where it is not guided there is the conditional one alone."""
 
     order: BranchOrder
     guided: bool
 
     @property
+    def calls(self) -> int:
+        """Calls of the transformer in a step."""
+        return 2 if self.guided and self.order == "two_calls" else 1
+
+    @property
     def samples(self) -> int:
-        """Transformer samples per generated image."""
-        return 2 if self.guided else 1
+        """Transformer samples per generated image in a call."""
+        return 2 if self.batched else 1
+
+    @property
+    def batched(self) -> bool:
+        """Whether both branches come in one batch."""
+        return self.guided and self.calls == 1
 
     def conditional(self, batch: int) -> slice:
-        """The rows of the conditional branch in a batch of `batch` rows."""
-        if not self.guided:
+        """The rows of the conditional branch in a batch of `batch` rows that holds it."""
+        if not self.batched:
             return slice(0, batch)
         return slice(0, batch // 2) if self.order == "cond_first" else slice(batch // 2, batch)

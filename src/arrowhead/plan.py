@@ -74,8 +74,8 @@ class Target:
 class Plan:
     """Steps × sites of cells, with what they were made for and how they were found.
 
-    `guided` says whether both CFG branches were in the batch; `about` holds the search's settings, the model's name and
-    the versions of the libraries, for people to read.
+    `guided` says whether there were both CFG branches, in one batch or in two `calls` of the transformer a step; `about` holds
+    the search's settings, the model's name and the versions of the libraries, for people to read.
 
     Raises:
         PlanInvalid: rows of different length, or a cell that reads what no earlier step wrote.
@@ -86,8 +86,11 @@ class Plan:
     tokens: Tokens
     guided: bool
     about: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    calls: int = 1
 
     def __post_init__(self) -> None:
+        if self.calls not in (1, 2) or (self.calls == 2 and not self.guided):
+            raise PlanInvalid(f"got {self.calls} calls a step, wanted 1, or 2 where there is guidance")
         if not self.cells or not self.target.sites:
             raise PlanInvalid(f"got {len(self.cells)} steps and {len(self.target.sites)} sites, wanted at least one each")
         for step, row in enumerate(self.cells):
@@ -102,7 +105,7 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        """Calls of the transformer in one generation."""
+        """Denoising steps."""
         return len(self.cells)
 
     @property
@@ -112,7 +115,7 @@ class Plan:
 
     @property
     def samples(self) -> int:
-        """Transformer samples per image: 2 with both CFG branches in the batch."""
+        """Transformer samples per image and step: 2 with both CFG branches."""
         return 2 if self.guided else 1
 
     def count_heads(self) -> Counter[str]:
@@ -137,8 +140,8 @@ class Plan:
 
     def cache_bytes(self, images: int = 1, itemsize: int = 2) -> tuple[int, ...]:
         """The most bytes that the caches hold in each step, for `images` at once in a dtype of `itemsize` bytes."""
-        sites, samples = self.target.sites, self.samples
-        return cost.cache_bytes(self.cells, sites, self.tokens, samples, images=images, itemsize=itemsize)
+        sites, samples, calls = self.target.sites, self.samples, self.calls
+        return cost.cache_bytes(self.cells, sites, self.tokens, samples, images=images, itemsize=itemsize, calls=calls)
 
     def require(self, target: Target) -> None:
         """Check that the plan was made for `target`.
@@ -149,8 +152,8 @@ class Plan:
         if found := self.target.differences(target):
             raise PlanMismatch("plan does not fit this pipeline; search again on it. " + "; ".join(found))
 
-    def require_call(self, steps: int, tokens: Tokens) -> None:
-        """Check that a generation has the plan's steps and tokens.
+    def require_call(self, steps: int, tokens: Tokens, calls: int) -> None:
+        """Check that a generation has the plan's steps and tokens, and as many calls of the transformer in a step.
 
         Raises:
             PlanMismatch: it has not; the message names every difference.
@@ -160,6 +163,8 @@ class Plan:
             found.append(f"plan is for {self.steps} steps, pipeline runs {steps}; search again with {steps} steps")
         if tokens != self.tokens:
             found.append(f"plan is for {self.tokens}, pipeline runs {tokens}; search again at this resolution")
+        if calls != self.calls and self.guided:
+            found.append(f"plan is for {self.calls} calls of the transformer a step, pipeline makes {calls}; search again")
         if found:
             raise PlanMismatch("; ".join(found))
 
@@ -171,6 +176,7 @@ class Plan:
             "format": FORMAT,
             "about": dict(self.about),
             "guided": self.guided,
+            "calls": self.calls,
             "tokens": asdict(self.tokens),
             "target": asdict(self.target),
             "legend": {name: _CellModel.of(cell).model_dump(exclude_none=True) for name, cell in legend.items()},
@@ -263,6 +269,7 @@ class _PlanModel(pydantic.BaseModel, extra="forbid"):
     format: int
     about: dict[str, Any]
     guided: bool
+    calls: Literal[1, 2]
     tokens: Tokens
     target: Target
     legend: dict[str, _CellModel]
@@ -277,4 +284,4 @@ class _PlanModel(pydantic.BaseModel, extra="forbid"):
     def plan(self) -> Plan:
         legend = {symbol: model.cell() for symbol, model in self.legend.items()}
         cells = tuple(tuple(legend[symbol] for symbol in row.split()) for row in self.cells)
-        return Plan(cells, self.target, self.tokens, self.guided, self.about)
+        return Plan(cells, self.target, self.tokens, self.guided, self.about, self.calls)

@@ -14,9 +14,13 @@ NO_FLOPS = cost.Flops(0, 0)
 
 @dataclass
 class Tally:
-    """What has been computed and reused so far in one generation. FLOPs are per image, `rows` too."""
+    """What has been computed and reused so far in one generation. FLOPs are per image, `rows` too.
+
+    `samples` are those of an image in one call of the transformer, of which a step has `calls`.
+    """
 
     samples: int
+    calls: int = 1
     steps: int = 0
     passes: Counter[Site] = field(default_factory=Counter)
     cells: Counter[str] = field(default_factory=Counter)
@@ -49,8 +53,8 @@ class Tally:
         self.kernels[kernel] += 1
 
     def count_missed_as_full(self, site: Site, tokens: Tokens) -> int:
-        """Steps in which a site was not passed: whatever ran there is counted as full attention."""
-        missing = self.steps - self.passes[site]
+        """Calls in which a site was not passed: whatever ran there is counted as full attention."""
+        missing = self.steps * self.calls - self.passes[site]
         for _ in range(missing):
             full = cost.site_flops(site, tokens, FULL, Writes(), self.samples)
             self.spent, self.whole = self.spent + full, self.whole + full

@@ -62,7 +62,7 @@ def head_map(plan: Plan, site: int, path: str | Path) -> None:
     axis.set(xlabel="step", ylabel="head")
     axis.set_title(at.path, loc="left")
     handles = [Patch(color=_shade(word, words), label=_said(word)) for word in words]
-    figure.legend(handles=handles, loc="outside lower left", ncols=4, frameon=False, fontsize=9)
+    figure.legend(handles=handles, loc="outside lower left", ncols=5, frameon=False, fontsize=9)
     figure.savefig(path, dpi=140)
     plt.close(figure)
 
@@ -84,7 +84,7 @@ def _shade(word: Word, words: list[Word]) -> Any:
 
 
 def _said(word: Word) -> str:
-    return f"{word[0]}, {word[1]} on each side" if word[1] else f"{word[0]}: {MEANINGS[word[0]]}"
+    return f"{word[0]}, {word[1]} on each side" if word[1] else word[0]
 
 
 def image_grid(rows: Mapping[str, Tensor], columns: list[str], path: str | Path) -> None:

@@ -47,18 +47,8 @@ class Model:
         return _by_name(inspect.signature(known.forward), (self.transformer, *args), kwargs, "the transformer")
 
     def branches(self, call: Mapping[str, Any]) -> Branches:
-        """How the CFG branches of a pipeline call with these arguments arrive.
-
-        Raises:
-            InputsInvalid: in two calls of the transformer a step.
-        """
-        guided = self.family.guided(call)
-        if guided and self.branch_order == "two_calls":
-            raise InputsInvalid(
-                f"got a negative prompt for {type(self.pipe).__name__}, which then calls its transformer twice a step; wanted "
-                "one call a step, until arrowhead knows better; leave out the negative prompt, or remove the plan"
-            )
-        return Branches(self.branch_order, guided)
+        """How the CFG branches of a pipeline call with these arguments arrive."""
+        return Branches(self.branch_order, self.family.guided(call))
 
 
 def find(pipe: "DiffusionPipeline") -> Model:

@@ -66,7 +66,7 @@ def search(
     settings: dict[str, Any]
     if strategy == "greedy":
         found = _shown(greedy_trials(pipe, inputs, threshold=delta, loss=loss), progress)
-        candidates = [paper_name(cell) for cell in dit_fast_attn_candidates(found.tokens.visual, found.guided)]
+        candidates = [paper_name(cell) for cell in dit_fast_attn_candidates(found.tokens.visual, found.branches.guided)]
         settings = {"strategy": "greedy", "candidates": candidates, "threshold": delta, "loss": loss}
     elif strategy == "headwise" or isinstance(strategy, Headwise):
         chosen_from = strategy if isinstance(strategy, Headwise) else Headwise()
@@ -80,7 +80,7 @@ def search(
         raise InputsInvalid(f"got strategy={strategy!r}, wanted 'greedy', 'headwise' or a Headwise")
     settings |= {"transformer_passes": found.passes, "attention_flops_by_raw": round(found.cost, 3)}
     target = before.common(target_of(find(pipe)))  # some schedulers change settings of their own while they run
-    plan = Plan(found.cells, target, found.tokens, found.guided, _about(pipe, inputs, settings))
+    plan = Plan(found.cells, target, found.tokens, found.branches.guided, _about(pipe, inputs, settings), found.branches.calls)
     if delta > 0 and all(cell == FULL for row in plan.cells for cell in row):
         warnings.warn(
             f"no candidate stayed below threshold {delta}, so the plan is full attention everywhere; a larger threshold "

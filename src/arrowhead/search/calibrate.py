@@ -1,7 +1,8 @@
 """One instrumented run of a pipeline, turned inside out: the search drives, step by step, and the pipeline waits.
 
 The pipeline's own loop runs in a greenlet of the same thread. At every call of its transformer it hands over to the search,
-which runs that call as often as it likes, with any cells, and decides with which output the pipeline goes on.
+which runs that call as often as it likes, with any cells, and decides with which output the pipeline goes on. Where a step has
+two calls, one for each CFG branch, the first is answered with a stand-in, so that the search has both before it decides.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,15 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from arrowhead.attend import Generation, attend
-from arrowhead.cache import Cache, Output
+from arrowhead.cache import Output
 from arrowhead.cost import site_flops
-from arrowhead.errors import NotIntercepted
+from arrowhead.errors import InputsInvalid, NotIntercepted
 from arrowhead.intercept import SiteCall, intercepted
 from arrowhead.kernels import dispatch
-from arrowhead.layout import Site, Tokens
+from arrowhead.layout import Branches, Site, Tokens
 from arrowhead.lifetimes import FOREVER, Residual, Writes
 from arrowhead.methods import FULL, Attend, Cell, refreshes_residual, residual_radius
 from arrowhead.models import Model
+from arrowhead.search.lockstep import blank, fill, meet, together
 from arrowhead.tally import Tally
 
 
@@ -33,7 +35,7 @@ class Found:
 
     cells: tuple[tuple[Cell, ...], ...]
     tokens: Tokens
-    guided: bool
+    branches: Branches
     passes: int
     cost: float
 
@@ -42,18 +44,27 @@ AtSite = Callable[[SiteCall, Generation], Output]
 """What a search does where a site's module is called: it gives what the module should."""
 
 
+@dataclass(frozen=True)
+class _Call:
+    """A call of the transformer by the pipeline: its tokens, and how to run it."""
+
+    tokens: Tokens
+    run: Callable[[], Any]
+
+
 class Calibration:
     """A run of a pipeline under a search's control: iterate over `steps()`, and finish each.
 
-    `passes` counts the transformer's runs.
+    `passes` counts the transformer's runs, two calls of one step as one.
     """
 
     def __init__(self, model: Model, inputs: Mapping[str, Any]) -> None:
         self.branches = model.branches(model.call_arguments((), inputs))
         self.passes = 0
         self._model, self._inputs = model, inputs
-        self._at_site: AtSite | None = None  # set while the transformer runs under the search
+        self._around: Callable[[SiteCall], Output] | None = None  # set while the transformer runs under the search
         self._generation: Generation | None = None
+        self._blank: Any = None  # what a call of the transformer gives, where the first of two has to be answered early
 
     @property
     def tokens(self) -> Tokens:
@@ -66,11 +77,11 @@ class Calibration:
 
     @property
     def step_count(self) -> int:
-        """The calls of the transformer in the whole run."""
+        """The steps of the whole run."""
         return len(self._model.pipe.scheduler.timesteps)
 
     def steps(self) -> Iterator["Step"]:
-        """The calls of the transformer, one after another. Closing the iterator ends the pipeline's run where it is.
+        """The denoising steps, one after another. Closing the iterator ends the pipeline's run where it is.
 
         Whatever happens, the pipeline, the generators among its inputs and the global random state are left as they were, but
         for the scheduler's timesteps, which every call of the pipeline sets anew.
@@ -80,18 +91,24 @@ class Calibration:
         own_forward = transformer.forward
 
         def hand_over(*args: Any, **kwargs: Any) -> Any:
-            return worker.parent.switch(Step(self._begin(args, kwargs), self, lambda: own_forward(*args, **kwargs)))
+            tokens = self._model.family.tokens(transformer, self._model.transformer_arguments(args, kwargs))
+            return worker.parent.switch(_Call(tokens, lambda: own_forward(*args, **kwargs)))
 
         with (
             _random_state_kept(self._inputs.get("generator"), pipe._execution_device),
             _no_progress_bar(pipe),
             _forward_replaced(transformer, hand_over),
-            intercepted(self._model.modules, self._around),
+            intercepted(self._model.modules, self._at),
         ):
             outer = torch.is_grad_enabled()  # the mode belongs to the thread, which the two greenlets share
-            step = worker.switch()
+            call = worker.switch()
             try:
                 while not worker.dead:
+                    calls, stand_in = [call], None
+                    if self.branches.calls == 2:
+                        stand_in = self._stand_in(call)
+                        calls.append(worker.switch(stand_in))
+                    step = Step(self._begin(calls), self, [call.run for call in calls])
                     inner = torch.is_grad_enabled()
                     torch.set_grad_enabled(outer)
                     try:
@@ -99,7 +116,9 @@ class Calibration:
                     finally:
                         outer = torch.is_grad_enabled()
                     torch.set_grad_enabled(inner)
-                    step = worker.switch(step.answer)
+                    if stand_in is not None:
+                        fill(stand_in, step.answers[0])
+                    call = worker.switch(step.answers[-1])
             finally:
                 if not worker.dead:
                     worker.throw(greenlet.GreenletExit)
@@ -109,29 +128,41 @@ class Calibration:
     def cost(self) -> float:
         """The search's attention FLOPs (matmuls) so far, in uncompressed generations of the same inputs."""
         tally, sites = self._state.tally, self._model.sites
-        raw = sum(site_flops(site, self.tokens, FULL, Writes(), self.branches.samples).attention for site in sites)
+        samples = self._state.branches.samples
+        raw = sum(site_flops(site, self.tokens, FULL, Writes(), samples).attention for site in sites)
         return tally.spent.attention / (raw * self.step_count)
 
     def found(self, rows: Sequence[Sequence[Cell]]) -> Found:
         """The end of a search with these cells, steps × sites."""
-        return Found(tuple(map(tuple, rows)), self.tokens, self.branches.guided, self.passes, self.cost)
+        return Found(tuple(map(tuple, rows)), self.tokens, self.branches, self.passes, self.cost)
 
-    def forward(self, run: Callable[[], Any], at_site: AtSite) -> Any:
-        """Run the transformer, each site as `at_site` has it."""
+    def forward(self, runs: Sequence[Callable[[], Any]], at_site: AtSite) -> list[Any]:
+        """Run the transformer, each site as `at_site` has it: what each of a step's calls gives."""
         passes = self._state.tally.passes
         before, self.passes = passes.total(), self.passes + 1
-        self._at_site = at_site
         try:
             with torch.no_grad():
-                output = run()
+                if len(runs) == 1:
+                    self._around = lambda call: at_site(call, self._state)
+                    outputs = [runs[0]()]
+                else:
+                    self._around = meet
+                    outputs = together(runs, lambda call: at_site(call, self._state))
         finally:
-            self._at_site = None
+            self._around = None
         if passes.total() - before != len(self._model.sites):
             raise NotIntercepted(
                 f"one call of the transformer passed {passes.total() - before} attention sites, wanted "
                 f"{len(self._model.sites)}; nothing can be learnt about the others, so the search ends here"
             )
-        return output
+        return outputs
+
+    def _stand_in(self, call: _Call) -> Any:
+        if self._blank is None:  # one run more than the search needs
+            self.passes += 1
+            with torch.no_grad():
+                self._blank = call.run()
+        return blank(self._blank)
 
     @property
     def _state(self) -> Generation:
@@ -139,29 +170,34 @@ class Calibration:
             raise NotIntercepted("the pipeline never called its transformer; wanted at least one denoising step")
         return self._generation
 
-    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    def _begin(self, calls: Sequence[_Call]) -> int:
+        """On to the next step; gives its number."""
+        tokens = calls[0].tokens
+        if any(call.tokens != tokens for call in calls):
+            raise InputsInvalid(
+                f"got {calls[0].tokens} for the prompt and {calls[1].tokens} for the negative prompt, wanted one length, so "
+                "that they can share; bring both to the same number of tokens"
+            )
         if self._generation is None:
-            call = self._model.transformer_arguments(args, kwargs)
-            tokens = self._model.family.tokens(self._model.transformer, call)
-            kernel, tally = dispatch.resolve("auto"), Tally(self.branches.samples)
-            self._generation = Generation(self.branches, tokens, kernel, Cache(self.branches), tally)
+            seen = Branches("cond_first", guided=True) if self.branches.calls == 2 else self.branches  # see `lockstep`
+            self._generation = Generation.begin(seen, tokens, dispatch.resolve("auto"), Tally(seen.samples))
         else:
-            self._generation.step += 1
+            self._generation.advance(tokens)
         return self._generation.step
 
-    def _around(self, call: SiteCall) -> Output:
-        if self._at_site is None:
+    def _at(self, call: SiteCall) -> Output:
+        if self._around is None:
             return call.run(lambda attention: attention.native())
-        return self._at_site(call, self._state)
+        return self._around(call)
 
 
 class Step:
-    """One call of the transformer, which the pipeline waits for."""
+    """One step of the pipeline, which waits: one call of the transformer, or one for each CFG branch."""
 
-    def __init__(self, index: int, calibration: Calibration, run: Callable[[], Any]) -> None:
+    def __init__(self, index: int, calibration: Calibration, runs: Sequence[Callable[[], Any]]) -> None:
         self.index = index
-        self.answer: Any = None
-        self._calibration, self._run = calibration, run
+        self.answers: list[Any] = []
+        self._calibration, self._runs = calibration, runs
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -174,18 +210,19 @@ class Step:
 
     def output(self, cells: Sequence[Cell]) -> Tensor:
         """The transformer's output with these cells, all branches; nothing is remembered."""
-        sample = self._calibration.forward(self._run, self._by(cells, lambda _: Writes()))[0]  # of a tuple or diffusers output
-        if not isinstance(sample, Tensor):
-            raise NotIntercepted(f"the transformer gave a {type(sample).__name__}; wanted a tensor as its first output")
-        return sample
+        outputs = self._calibration.forward(self._runs, self._by(cells, lambda _: Writes()))
+        samples = [output[0] for output in outputs]  # of a tuple, or of a diffusers output
+        if not all(isinstance(sample, Tensor) for sample in samples):
+            raise NotIntercepted(f"the transformer gave a {type(samples[0]).__name__}; wanted a tensor as its first output")
+        return samples[0] if len(samples) == 1 else torch.cat(samples)
 
     def finish(self, cells: Sequence[Cell], candidates: Sequence[Cell]) -> None:
         """Let the pipeline go on with the output under these cells, and remember all that `candidates` may read later."""
-        self.answer = self._calibration.forward(self._run, self._by(cells, partial(_writes, candidates)))
+        self.answers = self._calibration.forward(self._runs, self._by(cells, partial(_writes, candidates)))
 
     def finish_by(self, at_site: AtSite) -> None:
         """Let the pipeline go on with the output that comes of `at_site`."""
-        self.answer = self._calibration.forward(self._run, at_site)
+        self.answers = self._calibration.forward(self._runs, at_site)
 
     def _by(self, cells: Sequence[Cell], writes: Callable[[Cell], Writes]) -> AtSite:
         cell_of = dict(zip(self.sites, cells, strict=True))

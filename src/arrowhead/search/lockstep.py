@@ -1,0 +1,72 @@
+"""Two calls of a transformer, one for each CFG branch, run as if they were one call of a batch [cond, uncond].
+
+Each runs in a greenlet of its own; at every site both wait until their inputs have been put together and answered. So a search
+judges both branches of a step at once, whether a pipeline brings them in one batch or in two calls.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import greenlet
+import torch
+from torch import Tensor
+
+from arrowhead.cache import Output, each
+from arrowhead.errors import NotIntercepted
+from arrowhead.intercept import SiteCall
+
+
+def meet(call: SiteCall) -> Output:
+    """From within one of the two calls, at a site: wait for the other one, and for the answer."""
+    return greenlet.getcurrent().parent.switch(call)
+
+
+def together(runs: Sequence[Callable[[], Any]], at_site: Callable[[SiteCall], Output]) -> list[Any]:
+    """Run both, every site of theirs once: what each gives.
+
+    Raises:
+        NotIntercepted: they do not pass the same sites.
+    """
+    lanes = [greenlet.greenlet(run) for run in runs]
+    try:
+        met = [lane.switch() for lane in lanes]
+        while not any(lane.dead for lane in lanes):
+            if met[0].site != met[1].site:
+                paths = f"{met[0].site.path} and {met[1].site.path}"
+                raise NotIntercepted(f"the two calls of a step met at {paths}; wanted one site for both")
+            out = at_site(_joined(*met))
+            halves = each(out, lambda tensor: tensor.chunk(2)[0]), each(out, lambda tensor: tensor.chunk(2)[1])
+            met = [lane.switch(half) for lane, half in zip(lanes, halves, strict=True)]
+        if not all(lane.dead for lane in lanes):
+            raise NotIntercepted("one of the two calls of a step passed more sites than the other; wanted the same ones")
+        return met
+    finally:
+        for lane in lanes:
+            if lane and not lane.dead:
+                lane.throw(greenlet.GreenletExit)
+
+
+def _joined(first: SiteCall, second: SiteCall) -> SiteCall:
+    """Both inputs of a site as one batch, the first call's rows first."""
+
+    def both(a: Any, b: Any) -> Any:
+        return torch.cat([a, b]) if isinstance(a, Tensor) and a.ndim and a.shape[0] == first.batch else a
+
+    args = tuple(both(a, b) for a, b in zip(first.args, second.args, strict=True))
+    kwargs = {name: both(value, second.kwargs[name]) for name, value in first.kwargs.items()}
+    return SiteCall(first.site, first.processor, args, kwargs)
+
+
+def blank(output: Any) -> Any:
+    """A stand-in for a transformer's output, to be filled in later: a tuple, or a diffusers output."""
+    if isinstance(output, tuple):
+        return tuple(value.clone() if isinstance(value, Tensor) else value for value in output)
+    return type(output)(**{name: value.clone() if isinstance(value, Tensor) else value for name, value in output.items()})
+
+
+def fill(stand_in: Any, output: Any) -> None:
+    """Make a stand-in what it stands for; the pipeline, which holds it, has not looked at it yet."""
+    places, values = (stand_in, output) if isinstance(output, tuple) else (stand_in.values(), output.values())
+    for place, value in zip(places, values, strict=True):
+        if isinstance(value, Tensor):
+            place.copy_(value)

@@ -1,6 +1,7 @@
 """Small diffusers pipelines with random weights whose attention matters, and the arguments of a call of each."""
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,44 +11,59 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
 )
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast
 
 from arrowhead.tiny.pipeline import TinyDiTPipeline
+from arrowhead.tiny.text_to_image import TinyMMDiTPipeline
 
 CAPTION = (7, 12)  # text tokens, channels
+POOLED = 10  # channels of what SD3 knows of the whole text
 
 
 @dataclass
 class Bench:
-    """A pipeline under test. `conditional_first` is the order of its CFG batch, `visual` its tokens when called by `inputs`."""
+    """A pipeline under test. `conditional_first` is the order of its CFG batch, `visual` its tokens when called by `inputs`.
+
+    `text` are the tokens of text that its joint attention sees beside them.
+    """
 
     pipe: Any
     conditional_first: bool
     visual: int
     inputs: Callable[..., dict[str, Any]]  # of seed, images, guidance, steps, and more: fresh keyword arguments of a call
+    text: int = 0
 
     @property
     def layers(self) -> int:
-        return len(self.pipe.transformer.transformer_blocks)
+        return len(self.attentions)
 
     @property
     def attentions(self) -> list[Any]:
-        return [block.attn1 for block in self.pipe.transformer.transformer_blocks]
+        """The self-attentions in the order they run: `attn1`, or `attn` and, where there is one, `attn2`."""
+        blocks = self.pipe.transformer.transformer_blocks
+        if not self.text:
+            return [block.attn1 for block in blocks]
+        return [attn for block in blocks for attn in (block.attn, block.attn2) if attn is not None]
 
 
-def randomise(module: torch.nn.Module, seed: int) -> None:
+def randomise(module: torch.nn.Module, seed: int, sharp: Sequence[str] = (".attn1.",)) -> None:
     """Random weights, none of them zero, with sharp attention: scores of a deviation of about 3, outputs of order 1."""
     generator = torch.Generator().manual_seed(seed)
     for name, weight in module.named_parameters():
         noise = torch.randn(weight.shape, generator=generator)
+        gain = 1.7 if any(path in name for path in sharp) else 1.0
         if weight.ndim > 1 and "table" not in name:
-            gain = 1.7 if ".attn1." in name else 1.0
             noise *= gain / weight[0].numel() ** 0.5
         elif weight.ndim == 1 and "norm" in name and name.endswith("weight") and "linear" not in name:
-            noise = 1 + 0.2 * noise
+            noise = gain * (1 + 0.2 * noise)
         else:
             noise *= 0.5
         weight.data.copy_(noise)
@@ -160,6 +176,85 @@ def pixart_sigma(dtype: torch.dtype = torch.float64, seed: int = 0, **config: An
     return _pixart(PixArtSigmaPipeline, 8, dtype, seed, config)
 
 
+def _sd3_transformer(seed: int, **config: Any) -> SD3Transformer2DModel:
+    standard = {
+        "num_attention_heads": 3,
+        "attention_head_dim": 8,
+        "num_layers": 3,
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "joint_attention_dim": CAPTION[1],
+        "caption_projection_dim": 24,  # heads × head dimension
+        "pooled_projection_dim": POOLED,
+        "pos_embed_max_size": 8,
+    }
+    model = SD3Transformer2DModel(**standard | config)
+    randomise(model, seed, sharp=(".attn.", ".attn2."))
+    return model
+
+
+def sd3(dtype: torch.dtype = torch.float64, seed: int = 0, **config: Any) -> Bench:
+    """Text and image attend jointly, image first; the text of the last block goes nowhere."""
+    parts: dict[str, Any] = dict.fromkeys(
+        ["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3"]
+    )
+    model = _sd3_transformer(seed, **config)
+    pipe = StableDiffusion3Pipeline(model, FlowMatchEulerDiscreteScheduler(shift=3.0), vae(seed + 1), **parts)
+
+    def inputs(
+        seed: int = 0, images: int = 1, guidance: float = 3.0, steps: int = 5, negative: int = 0, **more: Any
+    ) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(seed)
+        other = torch.Generator().manual_seed(10**6 + negative)
+        call = {
+            "prompt_embeds": torch.randn(images, *CAPTION, generator=generator).to(dtype),
+            "pooled_prompt_embeds": torch.randn(images, POOLED, generator=generator).to(dtype),
+            "negative_prompt_embeds": torch.randn(images, *CAPTION, generator=other).to(dtype),
+            "negative_pooled_prompt_embeds": torch.randn(images, POOLED, generator=other).to(dtype),
+            "guidance_scale": guidance,
+            "num_inference_steps": steps,
+            "generator": generator,
+            "height": 16,
+            "width": 16,
+            "output_type": "latent",
+        }
+        return call | more
+
+    return Bench(_finished(pipe, dtype), False, 16, inputs, text=CAPTION[0])
+
+
+def sd35(dtype: torch.dtype = torch.float64, seed: int = 0, **config: Any) -> Bench:
+    """Two blocks of three sites, the second of which sees the image alone; Q and K are normalised head by head."""
+    return sd3(dtype, seed, **{"num_layers": 2, "qk_norm": "rms_norm", "dual_attention_layers": (0,), **config})
+
+
+WORDS = ("<pad>", "<begin>", "<unknown>", "<end>", "red", "green", "small", "fish", "house", "cloud")
+
+
+def tiny_mmdit(dtype: torch.dtype = torch.float64, seed: int = 0, **config: Any) -> Bench:
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unknown>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<end>", unk_token="<unknown>", model_max_length=CAPTION[0]
+    )
+    sizes = {"hidden_size": CAPTION[1], "intermediate_size": 24, "projection_dim": POOLED, "num_hidden_layers": 1}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 3}
+    text = CLIPTextConfig(vocab_size=len(WORDS), max_position_embeddings=CAPTION[0], num_attention_heads=2, **sizes, **ids)
+    encoder = CLIPTextModelWithProjection(text)
+    randomise(encoder, seed + 1)
+    model = _sd3_transformer(seed, **{"in_channels": 3, "out_channels": 3, "pos_embed_max_size": 4, **config})
+    pipe = TinyMMDiTPipeline(model, FlowMatchEulerDiscreteScheduler(shift=2.0), encoder, tokenizer)
+
+    def inputs(seed: int = 0, images: int = 1, guidance: float = 3.0, steps: int = 5, **more: Any) -> dict[str, Any]:
+        draw = random.Random(seed)
+        prompts = [" ".join(["<begin>", *draw.sample(WORDS[4:], 3), "<end>"]) for _ in range(images)]
+        call = {"prompt": prompts, "guidance_scale": guidance, "num_inference_steps": steps, "output_type": "pt"}
+        return call | {"generator": torch.Generator().manual_seed(seed)} | more
+
+    return Bench(_finished(pipe, dtype), False, 16, inputs, text=CAPTION[0])
+
+
 BENCHES: dict[str, Callable[..., Bench]] = {
     "dit": dit,
     "dit_learned_sigma": lambda *args, **kwargs: dit(*args, **{"learned_sigma": True, **kwargs}),
@@ -167,3 +262,5 @@ BENCHES: dict[str, Callable[..., Bench]] = {
     "pixart_sigma": pixart_sigma,
     "tiny": tiny,
 }
+JOINT: dict[str, Callable[..., Bench]] = {"sd3": sd3, "sd35": sd35, "tiny_mmdit": tiny_mmdit}
+"""Pipelines in which text and image attend together."""

@@ -25,6 +25,25 @@ from arrowhead.models import find
 
 Grid = Sequence[str]
 HALVES, FULLS, RESIDUAL = "CvVyY", "FC", "WVXY"
+GRIDS = {
+    "AST": ["FFF", "RRR", "FFF", "RRR", "FFF"],
+    "ASC": ["FFF", "CCC", "FCF", "CCC", "CFC"],
+    "ASC from the start": ["CCC", "CCC", "RRR", "FFF", "CCC"],
+    "WA-RS": ["FFF", "WWW", "XXX", "WXW", "XWX"],
+    "WA": ["FFF", "www", "xxx", "wxw", "vyv"],
+    "WA from the start": ["wxw", "RRR", "vyv", "RRR", "RRR"],
+    "WA-RS + ASC": ["FFF", "VVV", "YYY", "VYV", "YVY"],
+    "both branches read a residual, then one": ["FFF", "WWW", "VVV", "XXX", "YYY"],
+    "one branch reads a residual, then both": ["FFF", "VVV", "WWW", "YYY", "XXX"],
+    "ASC makes the residual for both": ["CCC", "WWW", "CCC", "XXX", "VVV"],
+    "a chain of AST over WA-RS": ["FFF", "WWW", "RRR", "RRR", "RRR"],
+    "a chain of AST over WA-RS + ASC": ["FFF", "VVV", "RRR", "RRR", "WWW"],
+    "AST over AST over full": ["FFF", "RRR", "RRR", "WWW", "RRR"],
+    "a residual outlives AST and WA": ["FFF", "RRR", "www", "RRR", "WWW"],
+    "full again": ["FFF", "WWW", "FFF", "WWW", "VVV"],
+    "one layer, the others full": ["FFF", "FWF", "FRF", "FVF", "FRF"],
+    "two radii from one full step": ["FFF", "WXW", "XWX", "VYV", "YVY"],
+}
 FAULTS = {  # what may go wrong, and a grid that shows it
     "output stale": ["FFF", "WWW", "RRR", "RRR"],
     "residual stale": ["FFF", "WWW", "FFF", "WWW"],
@@ -60,7 +79,7 @@ def cell(letter: str, near: int, far: int) -> Cell:
 
 def plan(bench: Bench, grid: Grid, near: int = 2, far: int = 5, guided: bool = True, visual: int | None = None) -> ah.Plan:
     cells = tuple(tuple(cell(letter, near, far) for letter in row) for row in grid)
-    return ah.Plan(cells, target_of(find(bench.pipe)), Tokens(visual or bench.visual), guided)
+    return ah.Plan(cells, target_of(find(bench.pipe)), Tokens(visual or bench.visual, bench.text), guided)
 
 
 @dataclass

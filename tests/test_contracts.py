@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, HeunDiscreteScheduler
-from pipelines import BENCHES, dit, pixart_alpha, pixart_sigma, tiny
+from pipelines import BENCHES, JOINT, dit, pixart_alpha, pixart_sigma, tiny, tiny_mmdit
 from replay import FULLS, HALVES, NAMES, assert_identical, assert_same, compressed, distance, plan, random_grid, replay, trace
 from untouched import left_as_it_was, parts, tensors_like
 
@@ -18,26 +18,41 @@ import arrowhead as ah
 from arrowhead.errors import ArrowheadError, BandCoversAll, ShareCfgIgnored
 
 MIXED = ["FFF", "WXV", "RRW", "CwR", "VYR"]
+ALL = BENCHES | JOINT
+
+
+@pytest.fixture(params=ALL)
+def any32(request):
+    """Each pipeline, with and without text beside the image, in float32, called before: diffusers writes calls down on some."""
+    any_bench = ALL[request.param](torch.float32)
+    trace(any_bench, any_bench.inputs())
+    return any_bench
+
+
+@pytest.fixture(params=ALL)
+def any64(request):
+    """Each pipeline, with and without text beside the image, in float64."""
+    return ALL[request.param]()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", BENCHES)
+@pytest.mark.parametrize("name", ALL)
 def test_a_full_plan_changes_no_bit(name, dtype):
-    bench = BENCHES[name](dtype)
+    bench = ALL[name](dtype)
     wanted = trace(bench, bench.inputs(images=2))
     assert_identical(compressed(bench, plan(bench, ["FFF"] * 5), bench.inputs(images=2)), wanted)
 
 
-def test_apply_then_remove_leaves_no_trace(bench32):
-    with left_as_it_was(bench32):
-        ah.apply(bench32.pipe, plan(bench32, MIXED))
-        ah.remove(bench32.pipe)
-    with left_as_it_was(bench32):
-        ah.apply(bench32.pipe, plan(bench32, MIXED))
-        trace(bench32, bench32.inputs())
-        ah.remove(bench32.pipe)
-    with left_as_it_was(bench32), ah.applied(bench32.pipe, plan(bench32, MIXED)):
-        trace(bench32, bench32.inputs())
+def test_apply_then_remove_leaves_no_trace(any32):
+    with left_as_it_was(any32):
+        ah.apply(any32.pipe, plan(any32, MIXED))
+        ah.remove(any32.pipe)
+    with left_as_it_was(any32):
+        ah.apply(any32.pipe, plan(any32, MIXED))
+        trace(any32, any32.inputs())
+        ah.remove(any32.pipe)
+    with left_as_it_was(any32), ah.applied(any32.pipe, plan(any32, MIXED)):
+        trace(any32, any32.inputs())
 
 
 @pytest.mark.parametrize("beyond", [0, 1, 100])
@@ -49,17 +64,17 @@ def test_a_band_that_covers_everything_is_full_attention(bench, beyond):
     assert_same(got, replay(bench, ["FFF", "FFF", "FFF", "FFC", "CRF"], bench.inputs()))
 
 
-def test_a_band_of_all_but_one_token_is_not(bench):
-    almost = plan(bench, ["FFF", "www", "www", "www", "www"], near=bench.visual - 2)
-    assert distance(compressed(bench, almost, bench.inputs()), trace(bench, bench.inputs())) > 1e-5  # and does not warn
+def test_a_band_of_all_but_one_token_is_not(any64):
+    almost = plan(any64, ["FFF", "www", "www", "www", "www"], near=any64.visual - 2)
+    assert distance(compressed(any64, almost, any64.inputs()), trace(any64, any64.inputs())) > 1e-5  # and does not warn
 
 
-def test_generations_follow_one_another_without_memory(bench):
-    mixed = plan(bench, MIXED)
-    fresh = [compressed(bench, mixed, bench.inputs(seed, images)) for seed, images in [(1, 2), (2, 1), (3, 3)]]
-    with ah.applied(bench.pipe, mixed):
+def test_generations_follow_one_another_without_memory(any64):
+    mixed = plan(any64, MIXED)
+    fresh = [compressed(any64, mixed, any64.inputs(seed, images)) for seed, images in [(1, 2), (2, 1), (3, 3)]]
+    with ah.applied(any64.pipe, mixed):
         for seed, images in [(1, 2), (1, 2), (2, 1), (3, 3), (2, 1)]:
-            assert_identical(trace(bench, bench.inputs(seed, images)), fresh[seed - 1])
+            assert_identical(trace(any64, any64.inputs(seed, images)), fresh[seed - 1])
 
 
 def test_another_batch_size_is_right_too(bench):
@@ -168,11 +183,11 @@ def test_only_what_is_read_later_stays_alive(either, seed, images):
 
 @pytest.mark.parametrize("images", [1, 2])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_summary_counts_what_the_plan_promised(bench, seed, images):
+def test_the_summary_counts_what_the_plan_promised(any64, seed, images):
     grid = random_grid(seed + 30, 6, 3)
-    the_plan = plan(bench, grid)
-    with ah.applied(bench.pipe, the_plan) as run:
-        bench.pipe(**bench.inputs(images=images, steps=6))
+    the_plan = plan(any64, grid)
+    with ah.applied(any64.pipe, the_plan) as run:
+        any64.pipe(**any64.inputs(images=images, steps=6))
     summary = run.summary()
     assert (summary.steps, summary.planned_steps, summary.notes) == (6, 6, ())
     assert summary.cells == Counter(NAMES[letter] for row in grid for letter in row) == the_plan.count()
@@ -211,17 +226,17 @@ def test_the_summary_of_an_interrupted_generation_counts_what_ran():
         assert run.summary().cells == {"full": 2}
 
 
-def test_the_transformer_alone_is_not_compressed(bench32):
-    pipe, calls = bench32.pipe, []
+def test_the_transformer_alone_is_not_compressed(any32):
+    pipe, calls = any32.pipe, []
     hook = pipe.transformer.register_forward_pre_hook(lambda _m, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
-    pipe(**bench32.inputs())
+    pipe(**any32.inputs())
     hook.remove()
     args, kwargs = calls[2]
     with torch.no_grad():
         wanted = pipe.transformer(*args, **kwargs)[0]
-        with ah.applied(pipe, plan(bench32, ["www", "RRR", "RRR", "RRR", "RRR"])) as run:
+        with ah.applied(pipe, plan(any32, ["www", "RRR", "RRR", "RRR", "RRR"])) as run:
             assert torch.equal(pipe.transformer(*args, **kwargs)[0], wanted)
-            pipe(**bench32.inputs())
+            pipe(**any32.inputs())
             assert torch.equal(pipe.transformer(*args, **kwargs)[0], wanted)
             assert run.summary().steps == 5
 
@@ -257,13 +272,11 @@ def test_one_generation_inside_another():
         assert_same(one, wanted[1])
 
 
-def test_kernels_agree(bench32):
-    chunked, reference = (
-        compressed(bench32, plan(bench32, MIXED), bench32.inputs(), kernel=k) for k in ("chunked", "reference")
-    )
+def test_kernels_agree(any32):
+    chunked, reference = (compressed(any32, plan(any32, MIXED), any32.inputs(), kernel=k) for k in ("chunked", "reference"))
     assert_same(chunked, reference, rtol=1e-3, atol=1e-4)
-    with ah.applied(bench32.pipe, plan(bench32, MIXED), kernel="reference") as run:
-        bench32.pipe(**bench32.inputs())
+    with ah.applied(any32.pipe, plan(any32, MIXED), kernel="reference") as run:
+        any32.pipe(**any32.inputs())
     assert set(run.summary().kernels) == {"native", "reference"}
 
 
@@ -316,19 +329,19 @@ def test_a_processor_of_ones_own(bench):
     assert F is torch.nn.functional
 
 
-def test_signature_name_and_class_are_kept(bench):
-    before = inspect.signature(bench.pipe.__call__), type(bench.pipe)
-    processors = parts(bench.pipe)["processors"]
-    with ah.applied(bench.pipe, plan(bench, MIXED)):
-        assert inspect.signature(bench.pipe.__call__) == before[0]
-        assert isinstance(bench.pipe, before[1])
-        assert (type(bench.pipe).__name__, type(bench.pipe).__module__) == (before[1].__name__, before[1].__module__)
-        for name, processor in parts(bench.pipe)["processors"].items():
+def test_signature_name_and_class_are_kept(any64):
+    before = inspect.signature(any64.pipe.__call__), type(any64.pipe)
+    processors = parts(any64.pipe)["processors"]
+    with ah.applied(any64.pipe, plan(any64, MIXED)):
+        assert inspect.signature(any64.pipe.__call__) == before[0]
+        assert isinstance(any64.pipe, before[1])
+        assert (type(any64.pipe).__name__, type(any64.pipe).__module__) == (before[1].__name__, before[1].__module__)
+        for name, processor in parts(any64.pipe)["processors"].items():
             assert isinstance(processor, type(processors[name]))
             assert inspect.signature(processor.__call__) == inspect.signature(processors[name].__call__)
 
 
-@pytest.mark.parametrize("make", [dit, tiny, pixart_sigma])
+@pytest.mark.parametrize("make", [dit, tiny, pixart_sigma, tiny_mmdit])
 def test_saving_an_applied_pipeline_saves_the_pipeline(make, tmp_path):
     bench = make(torch.float32)
     wanted = trace(bench, bench.inputs())

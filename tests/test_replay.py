@@ -3,28 +3,7 @@
 import pytest
 import torch
 from pipelines import BENCHES, dit, pixart_alpha, pixart_sigma
-from replay import FAULTS, assert_same, compressed, distance, plan, random_grid, replay, trace
-
-GRIDS = {
-    "AST": ["FFF", "RRR", "FFF", "RRR", "FFF"],
-    "ASC": ["FFF", "CCC", "FCF", "CCC", "CFC"],
-    "ASC from the start": ["CCC", "CCC", "RRR", "FFF", "CCC"],
-    "WA-RS": ["FFF", "WWW", "XXX", "WXW", "XWX"],
-    "WA": ["FFF", "www", "xxx", "wxw", "vyv"],
-    "WA from the start": ["wxw", "RRR", "vyv", "RRR", "RRR"],
-    "WA-RS + ASC": ["FFF", "VVV", "YYY", "VYV", "YVY"],
-    "both branches read a residual, then one": ["FFF", "WWW", "VVV", "XXX", "YYY"],
-    "one branch reads a residual, then both": ["FFF", "VVV", "WWW", "YYY", "XXX"],
-    "ASC makes the residual for both": ["CCC", "WWW", "CCC", "XXX", "VVV"],
-    "a chain of AST over WA-RS": ["FFF", "WWW", "RRR", "RRR", "RRR"],
-    "a chain of AST over WA-RS + ASC": ["FFF", "VVV", "RRR", "RRR", "WWW"],
-    "AST over AST over full": ["FFF", "RRR", "RRR", "WWW", "RRR"],
-    "a residual outlives AST and WA": ["FFF", "RRR", "www", "RRR", "WWW"],
-    "full again": ["FFF", "WWW", "FFF", "WWW", "VVV"],
-    "one layer, the others full": ["FFF", "FWF", "FRF", "FVF", "FRF"],
-    "two radii from one full step": ["FFF", "WXW", "XWX", "VYV", "YVY"],
-}
-
+from replay import FAULTS, GRIDS, assert_same, compressed, distance, plan, random_grid, replay, trace
 
 BOTH = str.maketrans("CvVyY", "FwWxX")  # what a letter is when both branches are computed
 

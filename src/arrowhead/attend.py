@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from arrowhead.cache import Cache, Key, Output, both_branches, held_bytes
+from arrowhead.cache import Cache, Key, Output, both_branches, compact, held_bytes
 from arrowhead.cost import computed_heads
 from arrowhead.errors import PlanMismatch
 from arrowhead.intercept import SiteCall
@@ -131,11 +131,13 @@ def _run(passage: Passage) -> Output:
     out = call.run(lambda attention: _attention(attention, passage), rows, some)
     samples = 1 if passage.shared else generation.branches.samples
     generation.tally.projected(site, generation.tokens, passage.cell, samples)
+    handed_over = passage.shared and generation.branches.calls == 2
+    kept = compact(out) if handed_over or passage.writes.output_until is not None else out
     if passage.writes.output_until is not None:
-        _keep(Key(site.path), out, passage.writes.output_until, passage)
-    if passage.shared and generation.branches.calls == 2:
+        _keep(Key(site.path), kept, passage.writes.output_until, passage)
+    if handed_over:
         key = Key(site.path, "handed over")
-        generation.caches[1].write(key, out, conditional_only=False, last_reader=generation.step)
+        generation.caches[1].write(key, kept, conditional_only=False, last_reader=generation.step)
     return out
 
 
@@ -174,7 +176,7 @@ def _attention(call: AttentionCall, passage: Passage) -> Tensor:
     for kept in passage.writes.head_outputs:
         if (rows := _wanted(kept, passage)) is not None:
             value = out[rows] if kept.heads is None else out[rows, list(kept.heads)]
-            _keep(Key(passage.call.site.path, "heads"), value, kept.last_reader, passage, kept)
+            _keep(Key(passage.call.site.path, "heads"), compact(value), kept.last_reader, passage, kept)
     return out
 
 

@@ -169,6 +169,11 @@ def each(value: Output, change: Callable[[Tensor], Tensor]) -> Output:
     return tuple(change(t) for t in value) if isinstance(value, tuple) else change(value)
 
 
+def compact(value: Output) -> Output:
+    """The same values, keeping no more memory alive than their own: a part of a larger tensor is copied."""
+    return each(value, lambda t: t.clone() if t.untyped_storage().nbytes() > t.nbytes else t)
+
+
 def both_branches(half: Output) -> Output:
     """One branch's rows, serving both: (B/2, …) -> (B, …). Alike for both orders of the branches."""
     return each(half, lambda tensor: torch.cat([tensor, tensor]))

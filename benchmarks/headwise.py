@@ -1,0 +1,214 @@
+"""Head-wise plans on the bundled MMDiT: thresholds, ablations, the greedy search beside them, and what a search costs.
+
+    python benchmarks/headwise.py search
+    python benchmarks/headwise.py generate
+    python benchmarks/headwise.py cost
+    python benchmarks/headwise.py measure --tools TOOLS
+
+`search` finds the plans, `generate` makes 64 images for each setting with paired seeds, both into a work folder: what is there
+already is not made again, so either can be interrupted, and shards (`--shard 0/2` and `--shard 1/2`) can run side by side.
+`cost` times searches against generating their calibration batch, in turn. `measure` needs LPIPS: a folder with
+`perceptual.py`; see benchmarks/README.md.
+"""
+
+import importlib
+import json
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict
+from datetime import UTC, datetime
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from torch import Tensor
+from tqdm import tqdm
+
+import arrowhead as ah
+from arrowhead.analysis import draw
+from arrowhead.metrics.images import psnr, ssim
+from arrowhead.search import THRESHOLDS as GREEDY
+
+HERE = Path(__file__).parent
+STEPS, GUIDANCE, BATCH = 28, 4.0, 4
+NAMES = ("hatching chick", "red heart", "sailboat", "broccoli", "grinning face", "locked", "fire engine", "maple leaf")
+STYLES = ("noto", "twemoji", "fluent")
+PROMPTS = [f"a {STYLES[(i + i // 8) % 3]} of a {NAMES[i % 8]}" for i in range(64)]
+CALIBRATION = [
+    f"a {STYLES[i % 3]} of a {name}"
+    for i, name in enumerate(("owl", "tomato", "bus", "key", "rose", "ghost", "drum", "cactus"))
+]
+CALIBRATION_SEED = 10_000
+THRESHOLDS, MIDDLE = (0.2, 0.4, 0.6, 0.8, 1.0), 0.6
+ABLATIONS = {
+    "arrows alone": ah.Headwise(caching=False),
+    "arrows + caching": ah.Headwise(),
+    "… + share_cfg": ah.Headwise(share_cfg=True),
+    "… + residual": ah.Headwise(residual=True),
+    "… + both": ah.Headwise(share_cfg=True, residual=True),
+    "no prefilter": ah.Headwise(prefilter=None),
+    "prefilter 1": ah.Headwise(prefilter=1.0),
+    "prefilter 2": ah.Headwise(prefilter=2.0),
+}
+SETTINGS: dict[str, tuple[Any, float]] = {
+    **{f"δ = {threshold}": (ah.Headwise(), threshold) for threshold in THRESHOLDS},
+    **{name: (settings, MIDDLE) for name, settings in ABLATIONS.items()},
+    **{f"greedy {name}": ("greedy", threshold) for name, threshold in GREEDY.items()},
+}
+
+app = typer.Typer(add_completion=False)
+Work = Annotated[Path, typer.Option(help="folder for plans and images")]
+Shard = Annotated[str, typer.Option(help="which of how many processes, e.g. 0/2")]
+WEIGHTS = sha256((HERE.parent / "src/arrowhead/tiny/mmdit/transformer/diffusion_pytorch_model.safetensors").read_bytes())
+WORK = Path("checkpoints/headwise") / WEIGHTS.hexdigest()[:12]  # other weights, other pictures
+
+
+def calibration() -> dict[str, Any]:
+    """The arguments of a search's run."""
+    common = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "output_type": "pt"}
+    return {**common, "prompt": CALIBRATION, "generator": torch.Generator().manual_seed(CALIBRATION_SEED)}
+
+
+def own_share(shard: str) -> tuple[int, int]:
+    """This process's number, and how many there are; one thread each, so that shards do not fight."""
+    torch.set_num_threads(1)
+    index, count = map(int, shard.split("/"))
+    return index, count
+
+
+@app.command()
+def search(work: Work = WORK, shard: Shard = "0/1") -> None:
+    """Find every setting's plan, each on eight prompts and one seed."""
+    index, count = own_share(shard)
+    pipe = ah.tiny.load("mmdit")
+    work.mkdir(parents=True, exist_ok=True)
+    for name in [*SETTINGS][index::count]:
+        path, (strategy, threshold) = work / f"{name}.json", SETTINGS[name]
+        if not path.exists():
+            ah.search(pipe, calibration(), strategy=strategy, threshold=threshold).save(path)
+
+
+@app.command()
+def generate(work: Work = WORK, shard: Shard = "0/1") -> None:
+    """Make the images; image i has prompt i and seed i in every setting."""
+    index, count = own_share(shard)
+    pipe = ah.tiny.load("mmdit")
+    for name in ("raw", *SETTINGS):
+        folder = work / name
+        folder.mkdir(parents=True, exist_ok=True)
+        with nullcontext() if name == "raw" else ah.applied(pipe, ah.Plan.load(work / f"{name}.json")):
+            for start in tqdm(range(0, len(PROMPTS), BATCH)[index::count], desc=name, mininterval=10):
+                path = folder / f"{start:05}.npy"
+                if path.exists():
+                    continue
+                generators = [torch.Generator().manual_seed(i) for i in range(start, start + BATCH)]
+                out = pipe(PROMPTS[start : start + BATCH], None, GUIDANCE, generators, STEPS, output_type="pt").images
+                temporary = path.with_suffix(".part.npy")
+                np.save(temporary, out.numpy())
+                temporary.rename(path)
+
+
+@app.command()
+def cost(rounds: int = 3, out: Annotated[Path, typer.Option(help="folder for headwise_cost.json")] = HERE / "results") -> None:
+    """Time searches by generating their calibration batch raw, in turn, one thread."""
+    torch.set_num_threads(1)
+    pipe = ah.tiny.load("mmdit")
+    searches: dict[str, tuple[Any, float]] = {
+        "headwise": (ah.Headwise(), MIDDLE),
+        "headwise, all options": (ABLATIONS["… + both"], MIDDLE),
+        "greedy D4": ("greedy", 0.1),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ("raw", *searches)}
+    counted: dict[str, Any] = {}
+    for _ in range(rounds):
+        for name, spent in seconds.items():
+            started = time.perf_counter()
+            if name == "raw":
+                pipe(**calibration())
+            else:
+                strategy, threshold = searches[name]
+                plan = ah.search(pipe, calibration(), strategy=strategy, threshold=threshold, progress=False)
+                counted[name] = {key: plan.about["search"][key] for key in ("transformer_passes", "attention_flops_by_raw")}
+            spent.append(time.perf_counter() - started)
+    table = {
+        name: {"seconds_by_raw": median(a / b for a, b in zip(seconds[name], seconds["raw"], strict=True)), **counted[name]}
+        for name in searches
+    }
+    write(out / "headwise_cost.json", {"rounds": rounds, "raw_seconds": median(seconds["raw"]), "searches": table})
+
+
+@app.command()
+def measure(
+    tools: Annotated[Path, typer.Option(help="folder of perceptual.py")],
+    work: Work = WORK,
+    out: Annotated[Path, typer.Option(help="folder for headwise.json and its pictures")] = HERE / "results",
+) -> None:
+    """Compare every setting's images with the raw ones."""
+    sys.path.insert(0, str(tools))
+    lpips = importlib.import_module("perceptual").LPIPS()
+    raw = load_images(work / "raw")
+    table, pictures = {}, {"raw": raw[:10]}
+    plans = {name: ah.Plan.load(work / f"{name}.json") for name in SETTINGS}
+    for name, plan in plans.items():
+        images, left, heads = load_images(work / name), plan.flops(), plan.count_heads()
+        table[name] = {
+            "attention_flops": left.attention,
+            "module_flops": left.module,
+            "heads": {method: number / heads.total() for method, number in heads.items()},
+            "search": plan.about["search"],
+            "lpips": float(lpips(images * 2 - 1, raw * 2 - 1).mean()),
+            "ssim": ssim(images, raw),
+            "psnr": psnr(images, raw),
+        }
+        pictures[name] = images[:10]
+    shown = ("raw", f"δ = {THRESHOLDS[0]}", f"δ = {MIDDLE}", f"δ = {THRESHOLDS[-1]}")
+    write(out / "headwise.json", {"images": len(raw), "settings": table, "at_greedy_budgets": at_greedy_budgets(table)})
+    draw.image_grid(
+        {name: pictures[name] for name in shown}, [p.removeprefix("a ") for p in PROMPTS[:10]], out / "headwise_images.png"
+    )
+    draw.head_map(plans[f"δ = {MIDDLE}"], len(plans[f"δ = {MIDDLE}"].target.sites) // 2, out / "headwise_heads.png")
+
+
+def at_greedy_budgets(table: dict[str, Any]) -> dict[str, Any]:
+    """Head-wise LPIPS, interpolated linearly between thresholds at the module FLOPs of each greedy plan within their range."""
+    points = sorted((table[name]["module_flops"], table[name]["lpips"]) for name in table if name.startswith("δ"))
+    budgets, values = zip(*points, strict=True)
+    return {
+        name: {
+            "module_flops": row["module_flops"],
+            "greedy": row["lpips"],
+            "headwise": float(np.interp(row["module_flops"], budgets, values)),
+        }
+        for name, row in table.items()
+        if name.startswith("greedy") and budgets[0] <= row["module_flops"] <= budgets[-1]
+    }
+
+
+def load_images(folder: Path) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.load(path) for path in sorted(folder.glob("?????.npy"))]))
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """A result with how it was got."""
+    about = {
+        "command": "see the head of benchmarks/headwise.py",
+        "date": datetime.now(UTC).date().isoformat(),
+        "model": "tiny:mmdit",
+        "device": "cpu, float32",
+        "steps": STEPS,
+        "guidance_scale": GUIDANCE,
+        "calibration": {"prompts": CALIBRATION, "seed": CALIBRATION_SEED},
+        "ablations": {name: asdict(settings) for name, settings in ABLATIONS.items()},
+        "versions": {name: version(name) for name in ("arrowhead", "diffusers", "torch")},
+    }
+    path.write_text(json.dumps(about | result, indent=1, allow_nan=False) + "\n")
+
+
+if __name__ == "__main__":
+    app()

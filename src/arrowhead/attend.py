@@ -1,7 +1,7 @@
 """One site in one step under one cell: where methods meet kernels and cache."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from arrowhead.kernels import dispatch
 from arrowhead.layout import Branches, Tokens
 from arrowhead.lifetimes import HeadOutput, Residual, Writes
 from arrowhead.methods import Arrow, Attend, Cached, Cell, Full, Method, Reuse, grouped
+from arrowhead.project import heads_apart
 from arrowhead.route import AttentionCall
 from arrowhead.tally import Tally
 
@@ -83,7 +84,7 @@ class Passage:
     @property
     def shared(self) -> bool:
         """Whether the conditional branch is computed for both."""
-        return self.cell.share_cfg and self.generation.branches.guided
+        return self.cell.share_cfg
 
     @property
     def halved(self) -> bool:
@@ -109,10 +110,15 @@ def attend(call: SiteCall, cell: Cell, writes: Writes, generation: Generation) -
         NotIntercepted: the module's attention could not be reached, or what the cell reads was never stored.
     """
     site, cache, tally = call.site, generation.cache, generation.tally
+    if isinstance(cell, Attend) and cell.share_cfg and not generation.branches.guided:
+        cell = replace(cell, share_cfg=False)  # there is nothing to share
     tally.passed(site, cell, generation.tokens)
     if isinstance(cell, Reuse):
         return cache.read(Key(site.path), generation.step)
-    passage = Passage(call, cell, writes, generation, computed_heads(site, cell))
+    heads = computed_heads(site, cell)
+    if len(heads) < site.heads and not heads_apart(call.module):  # any more: the plan was applied before that changed
+        heads = tuple(range(site.heads))
+    passage = Passage(call, cell, writes, generation, heads)
     if passage.shared and generation.call == 1:
         out = cache.read(Key(site.path, "handed over"), generation.step)
     else:
@@ -130,7 +136,7 @@ def _run(passage: Passage) -> Output:
     some = passage.heads if len(passage.heads) < site.heads else None
     out = call.run(lambda attention: _attention(attention, passage), rows, some)
     samples = 1 if passage.shared else generation.branches.samples
-    generation.tally.projected(site, generation.tokens, passage.cell, samples)
+    generation.tally.projected(site, generation.tokens, len(passage.heads), samples)
     handed_over = passage.shared and generation.branches.calls == 2
     kept = compact(out) if handed_over or passage.writes.output_until is not None else out
     if passage.writes.output_until is not None:

@@ -50,8 +50,8 @@ def search(
     out: Annotated[Path, typer.Option(help="the plan's file")] = Path("plan.json"),
     strategy: Annotated[str, typer.Option(help="greedy (DiTFastAttn) or headwise (DiTFastAttnV2)")] = "greedy",
     threshold: Annotated[
-        str, typer.Option(help=f"greedy: a number, or one of {', '.join(THRESHOLDS)}; headwise: a number, such as 0.6")
-    ] = "D4",
+        str | None, typer.Option(help=f"greedy: a number, or one of {', '.join(THRESHOLDS)} (D4); headwise: a number (0.6)")
+    ] = None,
     loss: Annotated[str, typer.Option(help="greedy: paper or signed")] = "paper",
     share_cfg: Annotated[bool, typer.Option(help="headwise: sites may compute the conditional branch alone")] = False,
     residual: Annotated[bool, typer.Option(help="headwise: arrows add the residual of their last full step")] = False,
@@ -68,7 +68,8 @@ def search(
         raise InputsInvalid(
             f"got --share-cfg or --residual with strategy {strategy}, wanted them with headwise; leave them out"
         )
-    plan = ah.search(pipe, call, strategy=how, threshold=threshold, loss=loss)  # type: ignore[arg-type]  # it says what it takes
+    bound: Any = _number(threshold)
+    plan = ah.search(pipe, call, strategy=how, threshold=bound, loss=loss)  # type: ignore[arg-type]  # it says what it takes
     plan.save(out)
     show_plan(plan)
     console.print(f"written to {out}")
@@ -153,6 +154,13 @@ def show(
         console.print(f"drawn into {png}")
     elif site is not None:
         raise InputsInvalid(f"got --site {site} and nothing to draw into; wanted --png FILE beside it")
+
+
+def _number(text: str | None) -> float | str | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
 
 
 def _site_number(plan: Plan, site: str) -> int:

@@ -39,14 +39,13 @@ def head_flops(site: Site, tokens: Tokens, method: Method) -> float:
     return 4 * site.head_dim * pairs(method, site.tokens(tokens))
 
 
-def projection_flops(site: Site, tokens: Tokens, cell: Attend) -> float:
+def projection_flops(site: Site, tokens: Tokens, heads: int) -> float:
     """The Q, K, V and output projections of one sample: 8·N·d² where the heads' width is the model's width d.
 
-    Cached heads need no Q, K and V, see `computed_heads`.
+    Q, K and V are those of `heads` heads, see `computed_heads`.
     """
-    heads = computed_heads(site, cell)
     rows = {"all": site.tokens(tokens).total, "visual": tokens.visual, "none": 0}[site.projects_out]
-    return 2 * site.channels * site.head_dim * (3 * len(heads) * site.tokens(tokens).total + site.heads * rows)
+    return 2 * site.channels * site.head_dim * (3 * heads * site.tokens(tokens).total + site.heads * rows)
 
 
 def computed_heads(site: Site, cell: Attend) -> tuple[int, ...]:
@@ -71,7 +70,7 @@ def site_flops(site: Site, tokens: Tokens, cell: Cell, writes: Writes, samples: 
     for residual in writes.residuals:
         rows = 1 if residual.conditional_only else computed
         matmuls += head_flops(site, tokens, Arrow(residual.radius)) * rows * _count(residual.heads, site)
-    return Flops(matmuls, matmuls + projection_flops(site, tokens, cell) * computed)
+    return Flops(matmuls, matmuls + projection_flops(site, tokens, len(computed_heads(site, cell))) * computed)
 
 
 def remaining_flops(cells: Sequence[Sequence[Cell]], sites: Sequence[Site], tokens: Tokens, samples: int) -> Flops:

@@ -83,10 +83,10 @@ def evaluate(
         InputsInvalid: there is no seed or no plan, or the inputs bring a generator.
         PlanMismatch: a plan was made for something else.
     """
-    if not seeds or not plans or "generator" in inputs:
+    if not seeds or not plans or "raw" in plans or "generator" in inputs:
         raise InputsInvalid(
-            f"got {len(seeds)} seeds, {len(plans)} plans and inputs {sorted(inputs)}; wanted at least one seed, at least one "
-            "plan, and no generator among the inputs"
+            f"got {len(seeds)} seeds, plans {sorted(plans)} and inputs {sorted(inputs)}; wanted at least one seed, one plan, "
+            "none of them named raw, and no generator among the inputs"
         )
     settings: dict[str, Plan | None] = {"raw": None, **plans}
     images: dict[str, list[Tensor]] = {name: [] for name in settings}

@@ -32,6 +32,11 @@ class SiteCall:
     kwargs: Mapping[str, Any]
 
     @property
+    def module(self) -> Any:
+        """The site's module, as the processor gets it."""
+        return self.args[0]
+
+    @property
     def batch(self) -> int:
         """Rows of the module's input (B, N, C)."""
         return self._hidden_states.shape[0]
@@ -55,6 +60,11 @@ class SiteCall:
 
         def once(call: AttentionCall) -> Tensor:
             nonlocal reached
+            if reached:
+                raise NotIntercepted(
+                    f"{self.site.path}: {type(self.processor.__self__).__name__} computes attention twice, as for an "
+                    "IP-Adapter; wanted a processor that does once; unload the adapter, or remove the plan"
+                )
             reached = True
             attended = answer(call)
             if some is not None:

@@ -152,7 +152,7 @@ class Plan:
         if found := self.target.differences(target):
             raise PlanMismatch("plan does not fit this pipeline; search again on it. " + "; ".join(found))
 
-    def require_call(self, steps: int, tokens: Tokens, calls: int) -> None:
+    def require_call(self, steps: int, tokens: Tokens, calls: int = 1) -> None:
         """Check that a generation has the plan's steps and tokens, and as many calls of the transformer in a step.
 
         Raises:

@@ -16,16 +16,15 @@ def heads_apart(module: Any) -> bool:
     norms = [norm for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k") if (norm := getattr(module, name, None))]
     width = module.to_q.out_features // module.heads
     own_width = all(w.numel() == width for norm in norms for w in norm.parameters())
-    known = all(map(plain, linears)) and not getattr(module, "fused_projections", False)
+    known = all(map(is_plain, linears)) and not getattr(module, "fused_projections", False)
     return known and own_width and all(linear.out_features == width * module.heads for linear in linears)
 
 
-def plain(linear: Any) -> bool:
-    """Whether a layer multiplies by its weight and does nothing else: no LoRA, no hook, no forward put on it (offloading)."""
-    hooks = (
-        (linear._forward_hooks, linear._forward_pre_hooks, "forward" in vars(linear)) if type(linear) is nn.Linear else (True,)
-    )
-    return not any(hooks)
+def is_plain(linear: Any) -> bool:
+    """Whether a layer multiplies by a plain weight and does no more: no LoRA, quantisation, hook, or forward put on it."""
+    if type(linear) is not nn.Linear or type(linear.weight.data) is not Tensor:
+        return False
+    return not (linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear))
 
 
 class SomeHeads:
@@ -42,7 +41,7 @@ class SomeHeads:
         return partial(self._project, value) if name in QKV and value is not None else value
 
     def _project(self, linear: nn.Linear, x: Tensor) -> Tensor:
-        if not plain(linear):  # any more: the plan was applied before it came; all heads, then these
+        if not is_plain(linear):  # any more: the plan was applied before it came; all heads, then these
             return linear(x).unflatten(-1, (self._all, -1))[..., self._rows, :].flatten(-2)
         weight = linear.weight.view(self._all, -1, linear.in_features)[self._rows].flatten(0, 1)  # (H·D, C) -> (h·D, C)
         bias = None if linear.bias is None else linear.bias.view(self._all, -1)[self._rows].flatten()

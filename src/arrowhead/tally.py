@@ -42,9 +42,9 @@ class Tally:
             self.heads[paper_name(cell)] += site.heads
         self.whole += cost.site_flops(site, tokens, FULL, Writes(), self.samples)
 
-    def projected(self, site: Site, tokens: Tokens, cell: Attend, rows: float) -> None:
-        """The Q, K, V and output projections ran, as far as the cell needs them."""
-        self.spent += cost.Flops(0, cost.projection_flops(site, tokens, cell) * rows)
+    def projected(self, site: Site, tokens: Tokens, heads: int, rows: float) -> None:
+        """The output projection ran, and the Q, K and V projections of so many heads."""
+        self.spent += cost.Flops(0, cost.projection_flops(site, tokens, heads) * rows)
 
     def attended(self, site: Site, tokens: Tokens, methods: Sequence[Method], rows: float, kernel: str) -> None:
         """One pass over queries and keys ran, for heads with these methods."""

@@ -79,5 +79,6 @@ def chunk_length(radius: int) -> int:
 @lru_cache(maxsize=64)
 def _bias(offset: int, queries: int, keys: int, radius: int, text: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """0 where a pair is kept, −∞ elsewhere, (queries, keys + text): inner chunks are alike and share one."""
-    seen = masks.band(range(offset, offset + queries), range(keys), radius, device)
-    return masks.bias(torch.cat([seen, seen.new_ones(queries, text)], 1), dtype)
+    with torch.inference_mode(False):  # it is kept, and autograd may need it later
+        seen = masks.band(range(offset, offset + queries), range(keys), radius, device)
+        return masks.bias(torch.cat([seen, seen.new_ones(queries, text)], 1), dtype)

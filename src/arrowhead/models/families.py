@@ -14,7 +14,7 @@ class Family:
     `site_pattern` is a regular expression for the module paths of the sites, `joint_pattern` for those of them that attend over
     text and image together; `branch_order` gives each pipeline class's
     order of the CFG branches in its batch, which no shape reveals; `tokens` counts them from a call's arguments; `guided`
-    tells from the pipeline call's arguments whether both branches are in the batch.
+    tells from the pipeline call's arguments whether there are both branches; `refused`, what of them cannot be compressed.
     """
 
     transformer: str
@@ -23,6 +23,7 @@ class Family:
     tokens: Callable[[Any, Mapping[str, Any]], Tokens]
     guided: Callable[[Mapping[str, Any]], bool]
     joint_pattern: str = ""
+    refused: Callable[[Mapping[str, Any]], str | None] = lambda _: None
 
 
 def _patches(transformer: Any, call: Mapping[str, Any]) -> Tokens:
@@ -38,6 +39,11 @@ def _patches_then_text(transformer: Any, call: Mapping[str, Any]) -> Tokens:
 def _text_then_packed(_: Any, call: Mapping[str, Any]) -> Tokens:
     visual, text = call["hidden_states"].shape[1], call["encoder_hidden_states"].shape[1]  # (B, V, C), (B, T, C)
     return Tokens(visual, text, text_first=True)
+
+
+def _skipped_layers(call: Mapping[str, Any]) -> str | None:
+    skips = call.get("skip_guidance_layers")
+    return None if skips is None else f"skip_guidance_layers={skips}, which calls the transformer once more in some steps"
 
 
 def _true_cfg(call: Mapping[str, Any]) -> bool:
@@ -71,6 +77,7 @@ FAMILIES: tuple[Family, ...] = (
         branch_order={"StableDiffusion3Pipeline": "uncond_first", "TinyMMDiTPipeline": "uncond_first"},
         tokens=_patches_then_text,
         guided=_guidance_above_one,
+        refused=_skipped_layers,
     ),
     Family(
         transformer="FluxTransformer2DModel",  # single-stream blocks have no output projection of their own

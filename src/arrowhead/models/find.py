@@ -47,7 +47,13 @@ class Model:
         return _by_name(inspect.signature(known.forward), (self.transformer, *args), kwargs, "the transformer")
 
     def branches(self, call: Mapping[str, Any]) -> Branches:
-        """How the CFG branches of a pipeline call with these arguments arrive."""
+        """How the CFG branches of a pipeline call with these arguments arrive.
+
+        Raises:
+            InputsInvalid: the call asks for what cannot be compressed.
+        """
+        if refused := self.family.refused(call):
+            raise InputsInvalid(f"got {refused}; wanted the same calls in every step; leave it out, or remove the plan")
         return Branches(self.branch_order, self.family.guided(call))
 
 

@@ -32,7 +32,7 @@ def search(
     inputs: Mapping[str, Any],
     *,
     strategy: Literal["greedy", "headwise"] | Headwise = "greedy",
-    threshold: float | str = 0.1,
+    threshold: float | str | None = None,
     loss: LossForm = "paper",
     progress: bool = True,
 ) -> Plan:
@@ -46,7 +46,7 @@ def search(
         strategy: `greedy` is DiTFastAttn's Algorithm 1, `headwise` DiTFastAttnV2's choice for single heads; a `Headwise` says
             what that one may choose from.
         threshold: for `greedy`, the error allowed at the last layer of a step, or one of D1 … D6 (0.025 … 0.15); for
-            `headwise`, the sum of a site's errors in a step (the paper has 0.2 … 1).
+            `headwise`, the sum of a site's errors in a step (the paper has 0.2 … 1). None: 0.1 or 0.6.
         loss: for `greedy`, the error's form, see `metrics.error.relative_error`.
         progress: show a tqdm bar.
 
@@ -59,9 +59,14 @@ def search(
     Warns:
         NothingCompressed: the threshold is positive, but every cell stayed full.
     """
-    delta = _threshold(threshold)
     if loss not in ("paper", "signed"):
         raise InputsInvalid(f"got loss={loss!r}, wanted 'paper' or 'signed'")
+    if strategy != "greedy" and (loss != "paper" or isinstance(threshold, str)):
+        raise InputsInvalid(
+            f"got loss={loss!r} and threshold={threshold!r} with strategy={strategy!r}; the signed loss and D1 … D6 are "
+            "greedy's; leave out the loss, and give the threshold as a number, such as 0.6"
+        )
+    delta = _threshold(threshold if threshold is not None else 0.1 if strategy == "greedy" else 0.6)
     before = target_of(find(pipe))
     settings: dict[str, Any]
     if strategy == "greedy":

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from arrowhead.attend import Generation, attend
 from arrowhead.cache import Output
 from arrowhead.cost import site_flops
-from arrowhead.errors import InputsInvalid, NotIntercepted
+from arrowhead.errors import ArrowheadError, InputsInvalid, NotIntercepted
 from arrowhead.intercept import SiteCall, intercepted
 from arrowhead.kernels import dispatch
 from arrowhead.layout import Branches, Site, Tokens
@@ -46,10 +46,11 @@ AtSite = Callable[[SiteCall, Generation], Output]
 
 @dataclass(frozen=True)
 class _Call:
-    """A call of the transformer by the pipeline: its tokens, and how to run it."""
+    """A call of the transformer by the pipeline: its tokens, how to run it, and whether it scales a LoRA meanwhile."""
 
     tokens: Tokens
     run: Callable[[], Any]
+    scales: bool
 
 
 class Calibration:
@@ -84,15 +85,24 @@ class Calibration:
         """The denoising steps, one after another. Closing the iterator ends the pipeline's run where it is.
 
         Whatever happens, the pipeline, the generators among its inputs and the global random state are left as they were, but
-        for the scheduler's timesteps, which every call of the pipeline sets anew.
+        for the scheduler's timesteps, which every call of the pipeline sets anew. Between two steps the pipeline is in use:
+        its transformer cannot be called, and what is drawn from the global random state meanwhile is drawn again afterwards.
         """
         pipe, transformer = self._model.pipe, self._model.transformer
         worker = greenlet.greenlet(lambda: pipe(**self._inputs))
         own_forward = transformer.forward
 
         def hand_over(*args: Any, **kwargs: Any) -> Any:
+            if greenlet.getcurrent() is not worker:
+                raise ArrowheadError(
+                    f"{type(transformer).__name__} was called from outside while a search runs on it; wanted the pipeline's "
+                    "own calls alone; let the search end, or close it, first"
+                )
+            if self.branches.calls == 2:  # the pipeline may change what it gave before the first call is looked at
+                kwargs = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
             tokens = self._model.family.tokens(transformer, self._model.transformer_arguments(args, kwargs))
-            return worker.parent.switch(_Call(tokens, lambda: own_forward(*args, **kwargs)))
+            scales = {value.get("scale") for value in kwargs.values() if isinstance(value, dict)} - {None, 1}
+            return worker.parent.switch(_Call(tokens, lambda: own_forward(*args, **kwargs), bool(scales)))
 
         with (
             _random_state_kept(self._inputs.get("generator"), pipe._execution_device),
@@ -126,7 +136,10 @@ class Calibration:
 
     @property
     def cost(self) -> float:
-        """The search's attention FLOPs (matmuls) so far, in uncompressed generations of the same inputs."""
+        """The search's attention FLOPs (matmuls) so far, in uncompressed generations of the same inputs.
+
+        Without the one run of a single call that stands in for what is not known yet, where a step has two.
+        """
         tally, sites = self._state.tally, self._model.sites
         samples = self._state.branches.samples
         raw = sum(site_flops(site, self.tokens, FULL, Writes(), samples).attention for site in sites)
@@ -173,6 +186,11 @@ class Calibration:
     def _begin(self, calls: Sequence[_Call]) -> int:
         """On to the next step; gives its number."""
         tokens = calls[0].tokens
+        if len(calls) == 2 and any(call.scales for call in calls):
+            raise InputsInvalid(
+                "got a LoRA scale among the attention arguments of a pipeline that calls its transformer twice a step, which "
+                "scales its layers in each; wanted none while searching; fuse the LoRA, or set its weight with set_adapters"
+            )
         if any(call.tokens != tokens for call in calls):
             raise InputsInvalid(
                 f"got {calls[0].tokens} for the prompt and {calls[1].tokens} for the negative prompt, wanted one length, so "

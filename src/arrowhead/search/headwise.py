@@ -110,7 +110,7 @@ class Chooser:
         site, tally = call.site, state.tally
         tally.passed(site, FULL, state.tokens)
         out = call.run(lambda attention: self._attention(attention, call, state))
-        tally.projected(site, state.tokens, FULL, state.branches.samples)
+        tally.projected(site, state.tokens, site.heads, state.branches.samples)
         return out
 
     def _attention(self, attention: AttentionCall, call: SiteCall, state: Generation) -> Tensor:
@@ -254,5 +254,5 @@ def _savings(settings: Headwise, site: Site, tokens: Tokens, methods: Sequence[M
     def spent(method: Method, samples: int) -> int:
         return int(samples * (cost.head_flops(site, tokens, method) + (0 if isinstance(method, Cached) else projected)))
 
-    besides = cost.projection_flops(site, tokens, FULL) - site.heads * projected  # what sharing alone halves
+    besides = cost.projection_flops(site, tokens, site.heads) - site.heads * projected  # what sharing alone halves
     return [spent(Full(), 2) - spent(method, rows) for method in methods], int(besides) if share else 0

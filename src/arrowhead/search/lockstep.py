@@ -50,11 +50,26 @@ def _joined(first: SiteCall, second: SiteCall) -> SiteCall:
     """Both inputs of a site as one batch, the first call's rows first."""
 
     def both(a: Any, b: Any) -> Any:
-        return torch.cat([a, b]) if isinstance(a, Tensor) and a.ndim and a.shape[0] == first.batch else a
+        if isinstance(a, Tensor) and isinstance(b, Tensor) and a.ndim and a.shape[0] == first.batch:
+            return torch.cat([a, b])
+        if not _alike(a, b):
+            raise NotIntercepted(
+                f"{first.site.path}: the two calls of a step bring arguments that differ and are no batch of tensors; wanted "
+                "them alike; unload what brings them, such as an IP-Adapter"
+            )
+        return a
 
     args = tuple(both(a, b) for a, b in zip(first.args, second.args, strict=True))
     kwargs = {name: both(value, second.kwargs[name]) for name, value in first.kwargs.items()}
     return SiteCall(first.site, first.processor, args, kwargs)
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_alike, a, b))
+    return a is b or (type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b))
 
 
 def blank(output: Any) -> Any:

@@ -5,7 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from arrowhead.layout import Site, Tokens
-from arrowhead.methods import Arrow, Attend, Cell, Full, Reuse
+from arrowhead.methods import Arrow, Attend, Cached, Cell, Full, Method, Reuse
 from arrowhead.plan import Plan, Target
 
 few = settings(max_examples=80, deadline=None)
@@ -23,38 +23,105 @@ def dense_mask(tokens: Tokens, radius: int) -> torch.Tensor:
     return near | text[:, None] | text[None, :]
 
 
-def is_full(cell: Cell) -> bool:
-    return isinstance(cell, Attend) and isinstance(cell.method, Full)
+def by_head(cell: Attend, heads: int) -> tuple[Method, ...]:
+    """What each head does."""
+    return cell.method if isinstance(cell.method, tuple) else (cell.method,) * heads
 
 
-def reads_residual(cell: Cell) -> bool:
-    return isinstance(cell, Attend) and isinstance(cell.method, Arrow) and cell.method.residual
+def told_apart(column: tuple[Cell, ...]) -> int:
+    """How many heads a column speaks of; 1 where it speaks of all at once."""
+    return max((len(c.method) for c in column if isinstance(c, Attend) and isinstance(c.method, tuple)), default=1)
+
+
+def reads(cell: Cell, heads: int) -> set[tuple]:
+    """What a cell needs of earlier steps: ("output",), ("residual", radius, head) or ("head", head)."""
+    if isinstance(cell, Reuse):
+        return {("output",)}
+    methods = list(enumerate(by_head(cell, heads)))
+    cached = {("head", head) for head, method in methods if isinstance(method, Cached)}
+    return cached | {("residual", m.radius, head) for head, m in methods if isinstance(m, Arrow) and m.residual}
+
+
+def renews(cell: Cell, what: tuple, heads: int) -> bool:
+    """Whether the cell voids what an earlier step kept under this name, and can make it anew."""
+    if isinstance(cell, Reuse) or what == ("output",):
+        return not isinstance(cell, Reuse)
+    method = by_head(cell, heads)[what[-1]]
+    return isinstance(method, Full) if what[0] == "residual" else not isinstance(method, Cached)
+
+
+def readers(column: tuple[Cell, ...], step: int, what: tuple, heads: int) -> list[Cell]:
+    """The cells after `step` that need what is known under this name there."""
+    found = []
+    for cell in column[step + 1 :]:
+        if renews(cell, what, heads):
+            break
+        found += [cell] * (what in reads(cell, heads))
+    return found
+
+
+def made(column: tuple[Cell, ...], step: int, heads: int) -> dict[tuple, list[Cell]]:
+    """What a later step needs of this one, with who needs it."""
+    later = set().union(*(reads(cell, heads) for cell in column[step + 1 :]))
+    return {what: who for what in later if renews(column[step], what, heads) and (who := readers(column, step, what, heads))}
+
+
+def for_one_branch(what: tuple, who: list[Cell]) -> bool:
+    """Whether it is kept for the conditional branch alone: every reader shares CFG. A reused output serves both."""
+    return what != ("output",) and all(cell.share_cfg for cell in who)
 
 
 @st.composite
-def columns(draw: st.DrawFn, steps: int) -> tuple[Cell, ...]:
-    """One site's cells over the steps: any that has what it reads."""
+def columns(draw: st.DrawFn, steps: int, heads: int | None = None) -> tuple[Cell, ...]:
+    """One site's cells over the steps: any that has what it reads. With `heads`, these may each do something else."""
     column: list[Cell] = []
-    for _ in range(steps):
-        kinds = ["full", "band"] + ["reuse"] * bool(column) + ["residual"] * any(is_full(cell) for cell in column)
-        kind = draw(st.sampled_from(kinds))
-        if kind == "reuse":
+    for step in range(steps):
+        if step and draw(st.integers(0, 4)) == 0:
             column.append(Reuse())
+            continue
+        before = [[by_head(c, heads or 1)[h] for c in column if isinstance(c, Attend)] for h in range(heads or 1)]
+        if heads is not None and draw(st.booleans()):
+            method = tuple(draw(_methods([seen])) for seen in before)
         else:
-            method = Full() if kind == "full" else Arrow(draw(st.sampled_from(RADII)), residual=kind == "residual")
-            column.append(Attend(method, share_cfg=draw(st.booleans())))
+            method = draw(_methods(before))
+        column.append(Attend(method, share_cfg=draw(st.booleans())))
     return tuple(column)
 
 
-any_columns = st.integers(1, 9).flatmap(columns)
+def _methods(before: list[list[Method]]) -> st.SearchStrategy[Method]:
+    """What a head can do that did these before, in steps that were not reused; or what all of several can."""
+    radii = st.sampled_from(RADII)
+    kinds = [st.just(Full()), st.builds(Arrow, radii)]
+    kinds += [st.builds(Arrow, radii, st.just(True))] * all(Full() in seen for seen in before)
+    kinds += [st.just(Cached())] * all(before)  # the first of them computed
+    return st.one_of(kinds)
+
+
+any_columns = st.tuples(st.integers(1, 9), st.sampled_from([None, 1, 2, 3])).flatmap(lambda sizes: columns(*sizes))
+
+sites = st.builds(
+    Site,
+    path=st.just("blocks.0.attn"),
+    heads=st.integers(1, 5),
+    head_dim=st.integers(1, 16),
+    channels=st.integers(1, 64),
+    joint=st.booleans(),
+    projects_out=st.sampled_from(["all", "visual", "none"]),
+    heads_apart=st.booleans(),
+)
+
+
+def tokens_of(site: Site, tokens: Tokens) -> Tokens:
+    """What a site attends over: everything where it is joint, else the image."""
+    return tokens if site.joint else Tokens(tokens.visual)
 
 
 @st.composite
 def plans(draw: st.DrawFn) -> Plan:
     """Any plan that can run, over sites of different sizes."""
     steps, width = draw(st.integers(1, 7)), draw(st.integers(1, 3))
-    sizes = st.tuples(st.integers(1, 5), st.integers(1, 16), st.integers(1, 64))  # heads, head_dim, channels
-    sites = tuple(Site(f"blocks.{i}.attn1", *draw(sizes), joint=True) for i in range(width))
-    cells = tuple(zip(*[draw(columns(steps)) for _ in sites], strict=True))
-    target = Target("Transformer", "Scheduler", {"shift": draw(st.floats(0, 9)), "betas": None}, sites)
-    return Plan(cells, target, draw(token_layouts), guided=draw(st.booleans()))
+    chosen = tuple(Site(**vars(draw(sites)) | {"path": f"blocks.{i}.attn"}) for i in range(width))
+    cells = tuple(zip(*[draw(columns(steps, site.heads)) for site in chosen], strict=True))
+    target = Target("Transformer", "Scheduler", {"shift": draw(st.floats(0, 9)), "betas": None}, chosen)
+    calls, guided = draw(st.sampled_from([(1, False), (1, True), (2, True)]))
+    return Plan(cells, target, draw(token_layouts), guided, calls=calls)

@@ -1,16 +1,25 @@
 """FLOPs and bytes in closed form against counting, and against the table that DiTFastAttn prints."""
 
-from itertools import takewhile
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from independent import dense_mask, few, is_full, plans, reads_residual, token_layouts
+from independent import (
+    by_head,
+    dense_mask,
+    few,
+    for_one_branch,
+    made,
+    plans,
+    readers,
+    reads,
+    token_layouts,
+    tokens_of,
+)
 
 from arrowhead.cost import pairs, site_flops
 from arrowhead.layout import Site, Tokens
 from arrowhead.lifetimes import Writes
-from arrowhead.methods import ASC, AST, FULL, Arrow, Attend, Full, Reuse, wa_rs
+from arrowhead.methods import ASC, AST, FULL, Arrow, Attend, Cached, Full, Reuse, wa_rs
 from arrowhead.plan import Plan, Target
 
 DIT = Site("blocks.0.attn1", heads=16, head_dim=72, channels=1152)
@@ -44,41 +53,65 @@ def test_a_step_by_hand():
     assert left.attention == pytest.approx((2 * matmuls + 2 * band) / (6 * matmuls))
 
 
+def test_a_step_of_heads_by_hand():
+    v, t, heads, d, c, w = 12, 4, 3, 8, 20, 2
+    site = Site("attn", heads, d, c, joint=True, projects_out="visual")
+    cells = ((FULL,), (Attend((Cached(), Full(), Arrow(w, residual=True))),), (Attend(Cached(), share_cfg=True),))
+    left = Plan(cells, Target("Transformer", "Scheduler", {}, (site,)), Tokens(v, t), guided=False).flops()
+    n, band = v + t, v * (2 * w + 1) - w * (w + 1) + t * (2 * v + t)
+    qkv, out = 2 * 3 * n * c * d, 2 * v * c * heads * d  # of a head, of all heads
+    full, attended = 4 * heads * n * n * d, 4 * d * (n * n + band)
+    spent = full + 4 * d * band + attended
+    assert left.attention == pytest.approx(spent / (3 * full))
+    projected = (heads * qkv + out) + (2 * qkv + out) + (qkv + out)  # one head leads a step of cached ones to its projection
+    assert left.module == pytest.approx((spent + projected) / (3 * (full + heads * qkv + out)))
+    bytes_held = Plan(cells, Target("Transformer", "Scheduler", {}, (site,)), Tokens(v, t), guided=False).cache_bytes(1, 2)
+    assert bytes_held == (2 * d * (v + n), 2 * d * 3 * n, 2 * d * 3 * n)
+
+
 @few
 @given(tokens=token_layouts, radius=st.integers(0, 30))
 def test_pairs_are_what_a_mask_keeps(tokens, radius):
     assert pairs(Arrow(radius), tokens) == pairs(Arrow(radius, residual=True), tokens) == int(dense_mask(tokens, radius).sum())
     assert pairs(Full(), tokens) == dense_mask(tokens, radius).numel()
+    assert pairs(Cached(), tokens) == 0
 
 
 def kept(method, tokens):
+    """Query–key pairs: those of a mask, every one, or none."""
+    if isinstance(method, Cached):
+        return 0
     return int(dense_mask(tokens, method.radius if isinstance(method, Arrow) else 10**6).sum())
 
 
-def before_next_full(column, step):
-    return list(takewhile(lambda cell: not is_full(cell), column[step + 1 :]))
+def projected(site, cell, tokens):
+    """Weights met in the projections of one sample: Q, K, V of the heads at work, and the output from all heads."""
+    own = tokens_of(site, tokens)
+    working = [head for head, method in enumerate(by_head(cell, site.heads)) if not isinstance(method, Cached)]
+    heads = max(len(working), 1) if site.heads_apart else site.heads
+    inward = 3 * (own.visual + own.text) * heads
+    outward = {"all": own.visual + own.text, "visual": own.visual, "none": 0}[site.projects_out] * site.heads
+    return (inward + outward) * site.head_dim * site.channels
 
 
 def counted_flops(plan):
     """Fractions left of (attention, module): walk the plan, look ahead for residuals that have to be made, count pairs."""
-    n, spent, whole = plan.tokens.visual + plan.tokens.text, [0, 0], [0, 0]
+    spent, whole = [0, 0], [0, 0]
     for row, site in enumerate(plan.target.sites):
-        width = site.heads * site.head_dim
-        projections = 4 * 2 * n * site.channels * width  # Q, K, V and output: a multiply–add for each weight and token
-        column = [cells[row] for cells in plan.cells]
+        own = tokens_of(site, plan.tokens)
+        column = tuple(cells[row] for cells in plan.cells)
         for step, cell in enumerate(column):
-            everything = 2 * 2 * width * n * n * plan.samples
-            whole = [whole[0] + everything, whole[1] + everything + projections * plan.samples]
+            everything = kept(Full(), own) * site.heads * site.head_dim * plan.samples
+            whole = [whole[0] + 2 * everything, whole[1] + 2 * everything + projected(site, FULL, plan.tokens) * plan.samples]
             if isinstance(cell, Reuse):
                 continue
             rows = 1 if cell.share_cfg else plan.samples
-            looked_at = kept(cell.method, plan.tokens) * rows
-            if is_full(cell):
-                readers = [later for later in before_next_full(column, step) if reads_residual(later)]
-                for radius in {reader.method.radius for reader in readers}:
-                    for_one = all(reader.share_cfg for reader in readers if reader.method.radius == radius)
-                    looked_at += kept(Arrow(radius), plan.tokens) * (1 if for_one else rows)
-            spent = [spent[0] + 4 * width * looked_at, spent[1] + 4 * width * looked_at + projections * rows]
+            looked_at = sum(kept(method, own) for method in by_head(cell, site.heads)) * rows
+            for what, who in made(column, step, site.heads).items():
+                if what[0] == "residual":
+                    looked_at += kept(Arrow(what[1]), own) * (1 if for_one_branch(what, who) else rows)
+            matmuls = 2 * looked_at * site.head_dim  # two multiply–adds for a pair and channel; one for a weight and token
+            spent = [spent[0] + matmuls, spent[1] + matmuls + projected(site, cell, plan.tokens) * rows]
     return spent[0] / whole[0], spent[1] / whole[1]
 
 
@@ -97,30 +130,43 @@ def test_sharing_costs_half_under_guidance_and_nothing_changes_without(plan):
     assert both == (2 if plan.guided else 1) * shared > 0
 
 
+def elements(site, what, tokens):
+    """Numbers in one sample of what a site keeps."""
+    own = tokens_of(site, tokens)
+    if what[0] == "output":
+        projected_out = {"all": own.visual + own.text, "visual": own.visual, "none": 0}[site.projects_out]
+        return projected_out * site.channels + (own.visual + own.text - projected_out) * site.heads * site.head_dim
+    return (own.visual if what[0] == "residual" else own.visual + own.text) * site.head_dim
+
+
 def simulated_bytes(plan, images, itemsize):
-    """The most bytes at any moment of each step, and the bytes at its end: entries are stored, read and freed one by one."""
+    """The most bytes at any moment of each step, and the bytes at its end: entries are stored, read and freed one by one.
+
+    `held` has (call, site, name): (tensor, bytes), so that a tensor which serves both calls of a step counts once.
+    """
     held, peaks, ends = {}, [], []
-    n, v = plan.tokens.visual + plan.tokens.text, plan.tokens.visual
     for step, cells in enumerate(plan.cells):
-        moments = [sum(held.values())]
-        for row, (site, cell) in enumerate(zip(plan.target.sites, cells, strict=True)):
-            column = [cells[row] for cells in plan.cells]
-            again = isinstance(column[step + 1], Reuse) if step + 1 < plan.steps else False
-            readers = [later for later in before_next_full(column, step) if reads_residual(later)]
-            if isinstance(cell, Reuse):
-                if not again:
-                    del held[site, "output"]
-            else:
-                rows = (1 if cell.share_cfg else plan.samples) * images
-                if reads_residual(cell) and all(later.method.radius != cell.method.radius for later in readers):
-                    del held[site, cell.method.radius]
-                if is_full(cell):
-                    for radius in {reader.method.radius for reader in readers}:
-                        for_one = all(reader.share_cfg for reader in readers if reader.method.radius == radius)
-                        held[site, radius] = (images if for_one else rows) * v * site.heads * site.head_dim * itemsize
-                if again:
-                    held[site, "output"] = rows * n * site.channels * itemsize
-            moments.append(sum(held.values()))
+        moments = [sum(dict(held.values()).values())]
+        for call in range(plan.calls):
+            for row, (site, cell) in enumerate(zip(plan.target.sites, cells, strict=True)):
+                column, shared = tuple(cells[row] for cells in plan.cells), getattr(cell, "share_cfg", False)
+                held.pop((call, row, "handed over"), None)
+                for what in reads(cell, site.heads):
+                    if not readers(column, step, what, site.heads):
+                        held.pop((call, row, what), None)
+                stored = {} if isinstance(cell, Reuse) or (shared and call) else made(column, step, site.heads)
+                for what, who in stored.items():
+                    only = for_one_branch(what, who)
+                    samples = 1 if shared or only else plan.samples // plan.calls
+                    entry = (step, call, row, what), elements(site, what, plan.tokens) * samples * images * itemsize
+                    if not (call and only):
+                        held[call, row, what] = entry
+                    if plan.calls == 2 and shared and not only:
+                        held[1, row, what] = entry
+                if plan.calls == 2 and shared and not call:
+                    tensor = (step, call, row, ("output",))
+                    held[1, row, "handed over"] = tensor, elements(site, ("output",), plan.tokens) * images * itemsize
+                moments.append(sum(dict(held.values()).values()))
         peaks.append(max(moments))
         ends.append(moments[-1])
     assert not held

@@ -89,7 +89,7 @@ def test_an_evaluation_without_any_loss_is_still_json(tmp_path):
         (["search", "tiny:dit", "-i", "prompt=a cat"], "class_labels"),
         (["search", "tiny:dit", *INPUTS, "--threshold", "much"], "D1, D2"),
         (["search", "tiny:dit", *INPUTS, "--dtype", "float33"], "bfloat16"),
-        (["generate", "tiny:nothing", *INPUTS], "'dit'"),
+        (["generate", "tiny:nothing", *INPUTS], "'dit', 'mmdit'"),
         (["generate", "no/such/folder", *INPUTS], "tiny:dit"),
         (["generate", "tiny:dit", *INPUTS, "--device", "cuda:77"], "such as cpu"),
         (["generate", "tiny:dit", *INPUTS, "-i", "prompt=a cat"], "class_labels"),

@@ -17,6 +17,7 @@ LAYOUTS = [
     pytest.param(7, False, id="text after"),
     pytest.param(7, True, id="text before"),
 ]
+MASKS = ["padding", "one", "two dimensions", "each", "each row"]
 every_kernel = pytest.mark.parametrize("kernel", KERNELS)
 every_layout = pytest.mark.parametrize(("text", "text_first"), LAYOUTS)
 
@@ -30,12 +31,42 @@ def random_qkv(tokens, batch=2, heads=3, dim=8, dtype=torch.float32, seed=None):
     return [torch.randn(batch, heads, tokens.visual + tokens.text, dim, generator=generator).to(dtype) for _ in "qkv"]
 
 
-def dense(q, k, v, tokens, radius, scale=None):
-    """Masked attention in float64, (B, H, N, D): weights are exponentials, zero where the mask forbids, over their sum."""
+def dense(q, k, v, tokens, radii, scale=None, mask=None):
+    """Masked attention in float64, (B, H, N, D): weights are exponentials, zero where a mask forbids, over their sum."""
     q, k, v = q.double(), k.double(), v.double()
+    radii = [radii] * q.shape[1] if isinstance(radii, int) else radii
+    allowed = torch.stack([dense_mask(tokens, 10**6 if radius is None else radius) for radius in radii])  # (H, N, N)
     scores = torch.einsum("bhid,bhjd->bhij", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    weights = (scores - scores.amax(-1, keepdim=True)).exp() * dense_mask(tokens, radius)  # (B, H, N, N)
+    if mask is not None:
+        seen = torch.zeros(mask.shape).double().masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask.double()
+        scores = scores + seen
+    weights = (scores - scores.amax(-1, keepdim=True)).exp() * allowed  # (B, H, N, N)
     return torch.einsum("bhij,bhjd->bhid", weights / weights.sum(-1, keepdim=True), v)
+
+
+def random_mask(kind, tokens, radii, shape, seed=None):
+    """A model's own mask, under which each query keeps itself, a text token, or a visual one within every radius.
+
+    `padding`: keys hidden from everyone, (B, 1, 1, N); the others are added to the scores, and hide pairs, too.
+    """
+    generator = torch.Generator()
+    seed = generator.seed() if seed is None else seed
+    print(f"mask's seed {seed}")
+    generator.manual_seed(seed)
+    (batch, heads), n = shape, tokens.visual + tokens.text
+    if kind == "padding":
+        first = tokens.text if tokens.text_first else 0
+        last = tokens.text - 1 if tokens.text_first else n - 1
+        seen = torch.rand(batch, 1, 1, n, generator=generator) < 0.4
+        if tokens.text:
+            seen[..., last] = True
+        else:
+            seen[..., first :: min([n if radius is None else radius for radius in radii]) + 1] = True
+        return seen
+    sizes = {"one": (1, 1, n, n), "two dimensions": (n, n), "each": (batch, heads, n, n), "each row": (batch, 1, n, n)}
+    bias = torch.randn(sizes[kind], generator=generator)
+    hidden = (torch.rand(sizes[kind], generator=generator) < 0.4) & ~torch.eye(n, dtype=torch.bool)
+    return bias.masked_fill(hidden, -torch.inf)
 
 
 @every_kernel
@@ -57,6 +88,35 @@ def test_agrees_with_dense_attention(kernel, tokens, radius, batch, heads, dim, 
 
 
 @every_kernel
+@few
+@given(
+    tokens=token_layouts,
+    radii=st.lists(st.none() | st.integers(0, 20), min_size=1, max_size=4),
+    batch=st.integers(1, 3),
+    kind=st.sampled_from([None, *MASKS]),
+    scale=st.sampled_from([None, 0.3]),
+    seed=st.integers(0, 2**32),
+)
+def test_each_head_has_its_radius_under_the_models_own_mask(kernel, tokens, radii, batch, kind, scale, seed):
+    q, k, v = random_qkv(tokens, batch, len(radii), 4, seed=seed)
+    mask = None if kind is None else random_mask(kind, tokens, radii, (batch, len(radii)), seed)
+    out = dispatch.arrow(q, k, v, tokens, radii, scale=scale, mask=mask, kernel=kernel)
+    assert out.shape == q.shape
+    torch.testing.assert_close(out.double(), dense(q, k, v, tokens, radii, scale, mask), atol=2e-6, rtol=2e-5)
+
+
+@every_kernel
+@every_layout
+@pytest.mark.parametrize("kind", MASKS)
+def test_radii_and_mask_agree_where_the_sequence_is_longer_than_a_chunk(kernel, text, text_first, kind):
+    tokens, radii = Tokens(301, text, text_first), (40, None, 1, 40, 300)
+    q, k, v = random_qkv(tokens, heads=len(radii))
+    mask = random_mask(kind, tokens, radii, (2, len(radii)))
+    out = dispatch.arrow(q, k, v, tokens, radii, mask=mask, kernel=kernel)
+    torch.testing.assert_close(out.double(), dense(q, k, v, tokens, radii, mask=mask), atol=2e-6, rtol=2e-5)
+
+
+@every_kernel
 @every_layout
 @pytest.mark.parametrize("radius", [0, 1, 40, 64, 100, 299])
 def test_agrees_where_the_sequence_is_longer_than_a_chunk(kernel, text, text_first, radius):
@@ -69,7 +129,7 @@ def test_agrees_where_the_sequence_is_longer_than_a_chunk(kernel, text, text_fir
 @every_kernel
 @every_layout
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)], ids=str)
-@pytest.mark.parametrize("radius", [0, 20, 500])
+@pytest.mark.parametrize("radius", [0, 20, 500, (20, None, 0)])
 def test_half_precision_is_kept_and_is_close_to_float32(kernel, text, text_first, dtype, tolerance, radius):
     tokens = Tokens(131, text, text_first)
     q, k, v = random_qkv(tokens, dtype=dtype)

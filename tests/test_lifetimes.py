@@ -2,66 +2,111 @@
 
 import pytest
 from hypothesis import given
-from independent import any_columns, few, is_full, reads_residual
+from independent import any_columns, by_head, few, for_one_branch, reads, renews, told_apart
 
-from arrowhead.lifetimes import Residual, Writes, first_fault, lifetimes
-from arrowhead.methods import ASC, AST, FULL, Arrow, Attend, Reuse, wa_rs
+from arrowhead.lifetimes import HeadOutput, Residual, Writes, first_fault, lifetimes
+from arrowhead.methods import ASC, AST, FULL, Arrow, Attend, Cached, Full, Reuse, wa_rs
 
 WA = Attend(Arrow(3))
+BAND, RESIDUAL, CACHED = Arrow(3), Arrow(3, residual=True), Cached()
+
+
+def stored(writes, heads):
+    """What is written, name by name: (name, last reader promised, for the conditional branch alone)."""
+    found = [(("output",), writes.output_until, False)] if writes.output_until is not None else []
+    for entry in writes.residuals + writes.head_outputs:
+        name = ("residual", entry.radius) if isinstance(entry, Residual) else ("head",)
+        whose = range(heads) if entry.heads is None else entry.heads
+        found += [((*name, head), entry.last_reader, entry.conditional_only) for head in whose]
+    return found
 
 
 def replay(column):
-    """Follow the writes: (step written, key) -> (last reader promised, steps that read it, whether each shares CFG)."""
-    entries, latest = {}, {}
+    """Follow the writes: (step written, name) -> (last reader promised, for one branch, readers by their steps)."""
+    entries, latest, heads = {}, {}, told_apart(column)
     for step, (cell, writes) in enumerate(zip(column, lifetimes(column), strict=True)):
-        key = "output" if isinstance(cell, Reuse) else cell.method.radius if reads_residual(cell) else None
-        if key is not None:
-            assert key in latest, f"step {step} reads {key}, which nothing wrote"
-            promised, readers, shared = entries[latest[key]]
-            assert promised >= step, f"step {step} reads {key}, which was kept until step {promised}"
-            readers.append(step)
-            shared.append(getattr(cell, "share_cfg", False))
-        if is_full(cell):  # residuals of an earlier full step are void
-            latest = {name: written for name, written in latest.items() if name == "output"}
-        if not isinstance(cell, Reuse):  # so is an earlier output
-            latest.pop("output", None)
-        stored = [("output", writes.output_until)] if writes.output_until is not None else []
-        for name, last_reader in [*stored, *((r.radius, r.last_reader) for r in writes.residuals)]:
+        for name in reads(cell, heads):
+            assert name in latest, f"step {step} reads {name}, which nothing wrote"
+            promised, _, readers = entries[latest[name]]
+            assert promised >= step, f"step {step} reads {name}, which was kept until step {promised}"
+            readers[step] = cell
+        latest = {name: written for name, written in latest.items() if not renews(cell, name, heads)}
+        for name, promised, for_one in stored(writes, heads):
+            assert name not in latest, f"step {step} writes {name} anew, though it has none"
             latest[name] = (step, name)
-            entries[step, name] = (last_reader, [], [])
+            entries[step, name] = (promised, for_one, {})
     return entries
 
 
 @few
 @given(column=any_columns)
 def test_every_read_has_a_live_entry(column):
-    reads = sum(isinstance(cell, Reuse) or reads_residual(cell) for cell in column)
-    assert sum(len(readers) for _, readers, _ in replay(column).values()) == reads
+    needed = sum(len(reads(cell, told_apart(column))) for cell in column)
+    assert sum(len(readers) for _, _, readers in replay(column).values()) == needed
 
 
 @few
 @given(column=any_columns)
 def test_nothing_is_written_in_vain_or_kept_too_long(column):
-    for promised, readers, _ in replay(column).values():
+    for promised, _, readers in replay(column).values():
         assert readers
-        assert promised == readers[-1]
+        assert promised == max(readers)
 
 
 @few
 @given(column=any_columns)
-def test_a_residual_is_for_the_conditional_branch_alone_when_every_reader_shares(column):
-    entries = replay(column)
-    for step, writes in enumerate(lifetimes(column)):
-        for residual in writes.residuals:
-            assert residual.conditional_only == all(entries[step, residual.radius][2])
+def test_what_is_for_the_conditional_branch_alone_has_only_readers_that_share(column):
+    for (_, name), (_, for_one, readers) in replay(column).items():
+        assert for_one == for_one_branch(name, list(readers.values()))
 
 
 @few
 @given(column=any_columns)
-def test_only_full_steps_make_residuals_and_reusing_steps_write_nothing(column):
+def test_only_full_heads_make_residuals_computed_ones_outputs_and_reusing_steps_nothing(column):
+    heads = told_apart(column)
     for cell, writes in zip(column, lifetimes(column), strict=True):
-        assert is_full(cell) or writes.residuals == ()
         assert not isinstance(cell, Reuse) or writes == Writes()
+        for (what, *_, head), _, _ in (entry for entry in stored(writes, heads) if entry[0] != ("output",)):
+            method = by_head(cell, heads)[head]
+            assert isinstance(method, Full) if what == "residual" else not isinstance(method, Cached)
+
+
+@few
+@given(column=any_columns)
+def test_heads_that_agree_are_kept_together(column):
+    for writes in lifetimes(column):
+        for kind in (writes.residuals, writes.head_outputs):
+            alike = [(getattr(entry, "radius", None), entry.last_reader, entry.conditional_only) for entry in kind]
+            assert len(set(alike)) == len(alike)
+            assert all(entry.heads is None or 0 < len(entry.heads) < told_apart(column) for entry in kind)
+
+
+def test_heads_with_a_fate_of_their_own():
+    column = (
+        FULL,
+        Attend((BAND, Full(), RESIDUAL)),  # renews the second head's residual, and the outputs of all
+        Attend((CACHED, RESIDUAL, CACHED), share_cfg=True),
+        AST,
+        Attend((CACHED, CACHED, RESIDUAL)),
+    )
+    assert lifetimes(column) == (
+        Writes(residuals=(Residual(3, 4, conditional_only=False, heads=(2,)),)),
+        Writes(
+            residuals=(Residual(3, 2, conditional_only=True, heads=(1,)),),
+            head_outputs=(HeadOutput(2, conditional_only=True, heads=(2,)), HeadOutput(4, conditional_only=False, heads=(0,))),
+        ),
+        Writes(output_until=3, head_outputs=(HeadOutput(4, conditional_only=False, heads=(1,)),)),
+        Writes(),
+        Writes(),
+    )
+
+
+def test_a_chain_of_cached_steps_reads_the_output_before_it():
+    cached = Attend(CACHED)
+    wanted = HeadOutput(4, conditional_only=False), HeadOutput(6, conditional_only=True)
+    column = (WA, cached, AST, cached, cached, FULL, Attend(CACHED, share_cfg=True))
+    assert [writes.head_outputs for writes in lifetimes(column)] == [wanted[:1], (), (), (), (), wanted[1:], ()]
+    assert [writes.output_until for writes in lifetimes(column)] == [None, 2, None, None, None, None, None]
 
 
 def test_a_chain_of_reuse_reads_the_output_before_it():
@@ -94,12 +139,32 @@ def test_a_column_that_can_run_has_no_fault(column):
         ((WA, AST, wa_rs(3), FULL), 2, "residual"),
         ((WA, AST, AST, wa_rs(3, share_cfg=True)), 3, "residual"),
         ((Attend(Arrow(3), share_cfg=True), wa_rs(3)), 1, "residual"),
+        ((Attend(CACHED),), 0, "repeats"),
+        ((Attend(CACHED, share_cfg=True), FULL), 0, "repeats"),
     ],
 )
 def test_the_first_read_of_what_nothing_wrote_is_named(column, step, word):
     fault = first_fault(column)
     assert fault is not None
     assert fault.startswith(f"step {step} ")
+    assert word in fault
+
+
+@pytest.mark.parametrize(
+    ("column", "head", "step", "word"),
+    [
+        ((Attend((Full(), CACHED)),), 1, 0, "repeats"),
+        ((Attend((CACHED, Full())), FULL), 0, 0, "repeats"),
+        ((Attend((Full(), BAND)), AST, wa_rs(3)), 1, 2, "residual"),
+        ((Attend((BAND, Full())), Attend((CACHED, RESIDUAL)), Attend((RESIDUAL, RESIDUAL))), 0, 2, "residual"),
+        ((WA, Attend((BAND, BAND, Full())), Attend((CACHED, RESIDUAL, RESIDUAL)), wa_rs(3)), 1, 2, "residual"),
+        ((AST, Attend((Full(), BAND))), 0, 0, "reuses"),
+    ],
+)
+def test_the_first_head_that_reads_what_nothing_wrote_is_named(column, head, step, word):
+    fault = first_fault(column)
+    assert fault is not None
+    assert fault.startswith(f"head {head}: step {step} ")
     assert word in fault
 
 
@@ -111,6 +176,9 @@ def test_the_first_read_of_what_nothing_wrote_is_named(column, step, word):
         (FULL, wa_rs(3), AST, wa_rs(3)),
         (WA, AST, ASC, AST, wa_rs(3, share_cfg=True)),
         (FULL, ASC, wa_rs(3), AST),
+        (WA, AST, Attend(CACHED), AST, Attend(CACHED, share_cfg=True)),
+        (FULL, Attend((BAND, CACHED)), Attend((CACHED, RESIDUAL)), Attend((RESIDUAL, CACHED))),
+        (Attend((Full(), BAND)), Attend((RESIDUAL, Full())), AST, Attend((CACHED, RESIDUAL))),
     ],
 )
 def test_what_lies_between_a_full_step_and_its_reader_is_no_fault(column):

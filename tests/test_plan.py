@@ -1,18 +1,20 @@
 """Plans on disk and in the hand: nothing is lost, nothing unsound gets in, and every difference is named."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
 import diffusers
 import pytest
 from hypothesis import given
-from independent import few, plans
+from hypothesis import strategies as st
+from independent import by_head, few, plans
 
 from arrowhead.apply import target_of
 from arrowhead.errors import PlanInvalid, PlanMismatch
 from arrowhead.layout import Site, Tokens
-from arrowhead.methods import ASC, AST, FULL, Arrow, Attend, paper_name, wa_rs
+from arrowhead.methods import ASC, AST, FULL, Arrow, Attend, Cached, Full, Reuse, paper_name, wa_rs
 from arrowhead.plan import SYMBOLS, Plan, Target
 
 SITES = (Site("blocks.0.attn1", 2, 8, 16), Site("blocks.1.attn1", 4, 8, 32))
@@ -58,6 +60,25 @@ class TestRoundTrip:
             assert f"arrow:{cell.method.radius}" in content["legend"][symbol]["heads"]
         assert Plan.load(tmp_path / "plan.json") == plan
 
+    def test_heads_are_spelt_one_by_one_where_they_differ(self, tmp_path):
+        row = Attend((Full(), Arrow(8))), Attend((Arrow(8, residual=True), Arrow(32), Full(), Cached()), share_cfg=True)
+        both = Attend(Cached(), share_cfg=True)
+        plan = Plan(((FULL, FULL), row, (Attend((Cached(), Full())), both), (AST, Attend(Cached()))), TARGET, TOKENS, True)
+        plan.save(tmp_path / "plan.json")
+        content = strict_json((tmp_path / "plan.json").read_text())
+        assert content["format"] == 2
+        assert content["cells"] == ["F F", "H I", "H2 L", "R K"]
+        assert content["legend"] == {
+            "F": {"does": "attend", "heads": "full", "share_cfg": False},
+            "H": {"does": "attend", "heads": "full arrow:8", "share_cfg": False},
+            "I": {"does": "attend", "heads": "arrow:8+residual arrow:32 full cached", "share_cfg": True},
+            "H2": {"does": "attend", "heads": "cached full", "share_cfg": False},
+            "L": {"does": "attend", "heads": "cached", "share_cfg": True},
+            "R": {"does": "reuse"},
+            "K": {"does": "attend", "heads": "cached", "share_cfg": False},
+        }
+        assert Plan.load(tmp_path / "plan.json") == plan
+
     def test_what_people_read_comes_back_too(self, tmp_path):
         about = {"model": "tiny:dit", "search": {"threshold": 0.1, "loss": "paper"}, "seeds": [3, 4]}
         replace(PLAN, about=about).save(tmp_path / "plan.json")
@@ -96,6 +117,25 @@ def broken(change):
     return edit
 
 
+UNSOUND_HEADS = {
+    "a negative radius": "arrow:-1",
+    "a radius in words": "arrow:wide",
+    "half a token of radius": "arrow:2.5",
+    "an arrow without radius": "arrow",
+    "an arrow of nothing": "arrow:",
+    "a radius in other digits": "arrow:٣",
+    "a residual of its own": "arrow:8 +residual",
+    "an unknown addition": "arrow:8+sum",
+    "full attention with a radius": "full:3",
+    "full attention with a residual": "full+residual",
+    "a cached head with a radius": "cached:3",
+    "an unknown word": "full skipped",
+    "words with commas": "full, full",
+    "shouting": "FULL",
+    "empty heads": "",
+    "blank heads": "  ",
+    "heads too many": "full arrow:8 full",
+}
 UNSOUND = {
     "a list": lambda content: [content],
     "a number": lambda content: 3,
@@ -118,12 +158,16 @@ UNSOUND = {
     "no tokens": broken(lambda c: c.pop("tokens")),
     "no guidance": broken(lambda c: c.pop("guided")),
     "cells that are a string": broken(lambda c: c.update(cells="F F")),
-    "a negative radius": broken(lambda c: c["legend"]["W"].update(radius=-1)),
-    "a radius in words": broken(lambda c: c["legend"]["W"].update(radius="wide")),
-    "half a token of radius": broken(lambda c: c["legend"]["W"].update(radius=2.5)),
-    "an arrow without radius": broken(lambda c: c["legend"]["W"].pop("radius")),
-    "full attention with a radius": broken(lambda c: c["legend"]["F"].update(radius=3)),
-    "full attention with a residual": broken(lambda c: c["legend"]["F"].update(residual=True)),
+    **{what: broken(lambda c, words=words: c["legend"]["W"].update(heads=words)) for what, words in UNSOUND_HEADS.items()},
+    "heads in a list": broken(lambda c: c["legend"]["W"].update(heads=["arrow:8", "full"])),
+    "heads that are null": broken(lambda c: c["legend"]["W"].update(heads=None)),
+    "no heads": broken(lambda c: c["legend"]["W"].pop("heads")),
+    "heads too few": broken(lambda c: c["legend"]["V"].update(heads="full arrow:8 full")),
+    "sharing in words": broken(lambda c: c["legend"]["W"].update(share_cfg="yes")),
+    "a radius beside the heads": broken(lambda c: c["legend"]["W"].update(radius=8)),
+    "reuse with heads": broken(lambda c: c["legend"]["R"].update(heads="full")),
+    "reuse with empty heads": broken(lambda c: c["legend"]["R"].update(heads="")),
+    "equal words for more heads than there are": broken(lambda c: c["legend"]["F"].update(heads="full full full")),
     "reuse that shares": broken(lambda c: c["legend"]["R"].update(share_cfg=True)),
     "an unknown deed": broken(lambda c: c["legend"]["W"].update(does="dance")),
     "an unknown kind of site": broken(lambda c: c["target"]["sites"][0].update(kind="no_such_kind")),
@@ -135,6 +179,10 @@ UNSOUND = {
     "no sites": broken(lambda c: c["target"].update(sites=[])),
     "a first step that reuses": broken(lambda c: c["cells"].__setitem__(0, "F R")),
     "a residual of nothing": broken(lambda c: c["cells"].__setitem__(0, "W F")),
+    "a first step that repeats a head": broken(lambda c: c["legend"]["F"].update(heads="cached")),
+    "no calls": broken(lambda c: c.pop("calls")),
+    "three calls": broken(lambda c: c.update(calls=3)),
+    "two calls without guidance": broken(lambda c: c.update(calls=2, guided=False)),
 }
 
 
@@ -189,13 +237,57 @@ class TestConstructor:
         with pytest.raises(PlanInvalid, match=f"{SITES[1].path}.*step {len(cells) - 1}"):
             Plan(cells, TARGET, TOKENS, guided=True)
 
+    @pytest.mark.parametrize("methods", [(Full(), Arrow(3)), (Full(), Arrow(3), Full()), (*[Full()] * 4, Arrow(3))])
+    def test_there_is_a_method_for_each_head(self, methods):
+        with pytest.raises(PlanInvalid, match=f"{SITES[1].path} has 4 heads, got methods for {len(methods)}"):
+            Plan(((FULL, Attend(methods)),), TARGET, TOKENS, guided=True)
+
+    def test_a_head_that_reads_what_nothing_wrote_is_named(self):
+        cells = (FULL, Attend((Full(), Arrow(3), Full(), Full()))), (FULL, Attend((Cached(), *[Arrow(3, residual=True)] * 3)))
+        with pytest.raises(PlanInvalid, match=f"{SITES[1].path}: head 1: step 1"):
+            Plan(cells, TARGET, TOKENS, guided=True)
+
+    @pytest.mark.parametrize(("guided", "calls"), [(True, 0), (True, 3), (False, 2)])
+    def test_a_step_has_a_call_or_with_guidance_two(self, guided, calls):
+        with pytest.raises(PlanInvalid, match=f"got {calls} calls"):
+            Plan(PLAN.cells, TARGET, TOKENS, guided, calls=calls)
+
     def test_a_negative_radius_is_no_band(self):
         with pytest.raises(ValueError, match="-1"):
             Arrow(-1)
 
+    def test_a_cell_of_no_heads_is_none(self):
+        with pytest.raises(ValueError, match="one for each head"):
+            Attend(())
+
+    @few
+    @given(
+        method=st.sampled_from([Full(), Cached()]) | st.builds(Arrow, st.integers(0, 9), st.booleans()),
+        heads=st.integers(1, 9),
+        shared=st.booleans(),
+    )
+    def test_heads_that_all_do_the_same_are_the_uniform_cell(self, method, heads, shared):
+        each, uniform = Attend((method,) * heads, shared), Attend(method, shared)
+        assert each == uniform
+        assert hash(each) == hash(uniform)
+        assert each.methods(heads) == uniform.methods(heads) == (method,) * heads
+
     def test_counts(self):
         assert (PLAN.steps, PLAN.samples, replace(PLAN, guided=False).samples) == (3, 2, 1)
         assert PLAN.count() == {"full": 2, "WA-RS": 1, "AST": 1, "ASC": 1, "WA-RS+ASC": 1}
+        assert PLAN.count_heads() == {"full": 2 + 4 + 2, "WA-RS": 2 + 4, "AST": 4}
+
+    @few
+    @given(plan=plans())
+    def test_every_head_of_every_step_is_counted_once(self, plan):
+        count = Counter()
+        for row in plan.cells:
+            for cell, site in zip(row, plan.target.sites, strict=True):
+                methods = ["AST"] * site.heads if isinstance(cell, Reuse) else by_head(cell, site.heads)
+                bands = {Arrow(radius, residual) for radius in range(21) for residual in (True, False)}
+                names = {"AST": "AST", Full(): "full", Cached(): "cached"}
+                count.update((names | {b: "WA-RS" if b.residual else "WA" for b in bands})[method] for method in methods)
+        assert plan.count_heads() == count
 
 
 class TestMismatch:
@@ -206,7 +298,9 @@ class TestMismatch:
 
     def test_its_own_target_and_call_are_accepted(self):
         PLAN.require(replace(TARGET, scheduler_config=dict(TARGET.scheduler_config)))
-        PLAN.require_call(3, Tokens(64))
+        PLAN.require_call(3, Tokens(64), 1)
+        replace(PLAN, calls=2).require_call(3, Tokens(64), 2)
+        replace(PLAN, guided=False).require_call(3, Tokens(64), 2)  # it shares nothing between branches
 
     def test_another_transformer(self):
         message = self.differences(transformer="FluxTransformer2DModel")
@@ -254,16 +348,17 @@ class TestMismatch:
         assert all(word in message for word in ["Other", "num_train_timesteps", "77", "cosine", "number of sites"])
 
     @pytest.mark.parametrize(
-        ("steps", "tokens", "words"),
+        ("steps", "tokens", "calls", "words"),
         [
-            (5, TOKENS, ["3 steps", "5"]),
-            (3, Tokens(256), ["64", "256"]),
-            (3, Tokens(64, 7), ["text=0", "text=7"]),
-            (3, Tokens(64, 7, text_first=True), ["text_first=True"]),
-            (5, Tokens(256), ["3 steps", "5", "64", "256"]),
+            (5, TOKENS, 1, ["3 steps", "5"]),
+            (3, Tokens(256), 1, ["64", "256"]),
+            (3, Tokens(64, 7), 1, ["text=0", "text=7"]),
+            (3, Tokens(64, 7, text_first=True), 1, ["text_first=True"]),
+            (3, TOKENS, 2, ["1 calls", "makes 2"]),
+            (5, Tokens(256), 2, ["3 steps", "5", "64", "256", "makes 2"]),
         ],
     )
-    def test_another_call(self, steps, tokens, words):
+    def test_another_call(self, steps, tokens, calls, words):
         with pytest.raises(PlanMismatch) as error:
-            PLAN.require_call(steps, tokens)
+            PLAN.require_call(steps, tokens, calls)
         assert all(word in str(error.value) for word in words)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import diffusers.models.attention_processor
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
@@ -22,7 +23,6 @@ from diffusers import (
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from pipelines import dit, dit_transformer, pixart_alpha, pixart_sigma, scheduler, tiny, vae
 from replay import Memory, Processor, assert_identical, assert_same, compressed, plan, replay, trace
-from test_contracts import OwnProcessor
 from untouched import left_as_it_was
 
 import arrowhead as ah
@@ -282,19 +282,27 @@ def test_a_processor_from_elsewhere(either):
             ah.search(either.pipe, either.inputs(), progress=False)
 
 
-def test_a_band_where_the_model_masks_attention():
-    """Reuse and sharing go with a mask, a band does not."""
+class CausalProcessor:
+    """Each token sees those before it alone."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+        q, k, v = (f(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for f in (attn.to_q, attn.to_k, attn.to_v))
+        return attn.to_out[0](F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("grid", [["FFF", "FFw", "FFF", "FFF", "FFF"], ["FFF", "WFF", "FFF", "FFF", "FFF"]])
+def test_a_band_where_the_models_attention_is_causal(grid):
+    """Reuse and sharing go with it, a band does not."""
     bench = dit()
-    mask = torch.randn(bench.visual, bench.visual, dtype=torch.float64)
     for attn in bench.attentions:
-        attn.processor = OwnProcessor(mask)
+        attn.processor = CausalProcessor()
     with left_as_it_was(bench):
-        for grid in (["FFF", "FFw", "FFF", "FFF", "FFF"], ["FFF", "WFF", "FFF", "FFF", "FFF"]):
-            with ah.applied(bench.pipe, plan(bench, grid)) as run:
-                with pytest.raises(PlanMismatch, match="mask"):
-                    bench.pipe(**bench.inputs())
-                assert run.cache_bytes == 0
+        with ah.applied(bench.pipe, plan(bench, grid)) as run:
+            with pytest.raises(PlanMismatch, match=r"transformer_blocks.*causal"):
+                bench.pipe(**bench.inputs())
+            assert run.cache_bytes == 0
         assert_identical(compressed(bench, plan(bench, ["FFF"] * 5), bench.inputs()), trace(bench, bench.inputs()))
+        compressed(bench, plan(bench, ["FFF", "RCF", "CRR", "FFC", "RRR"]), bench.inputs())
 
 
 def test_processors_that_are_replaced_while_a_plan_is_applied(either):

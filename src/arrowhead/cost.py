@@ -119,7 +119,8 @@ class _Stored:
 
 def _stored(site: Site, tokens: Tokens, column: Sequence[Cell], samples: int, calls: int) -> Iterator[_Stored]:
     length = site.tokens(tokens).total
-    output = length * (site.heads * site.head_dim if site.projects_out == "none" else site.channels)
+    projected = {"all": length, "visual": tokens.visual, "none": 0}[site.projects_out]
+    output = projected * site.channels + (length - projected) * site.heads * site.head_dim
     for step, (cell, writes) in enumerate(zip(column, lifetimes(column), strict=True)):
         if isinstance(cell, Reuse):
             continue

@@ -257,7 +257,7 @@ def _word(method: Method) -> str:
 def _method(word: str) -> Method:
     if word in ("full", "cached"):
         return Full() if word == "full" else Cached()
-    arrow = re.fullmatch(r"arrow:([0-9]{1,9})(\+residual)?", word)
+    arrow = re.fullmatch(r"arrow:([0-9]+)(\+residual)?", word)
     if arrow is None:
         raise ValueError(f"got a head that does {word!r}, wanted full, cached, arrow:R or arrow:R+residual")
     return Arrow(int(arrow[1]), residual=bool(arrow[2]))
@@ -279,6 +279,15 @@ class _PlanModel(pydantic.BaseModel, extra="forbid"):
     def _known_symbols(self) -> "_PlanModel":
         if unknown := {symbol for row in self.cells for symbol in row.split()} - set(self.legend):
             raise ValueError(f"cells use {sorted(unknown)}, which the legend does not explain")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _words_for_the_site_s_heads(self) -> "_PlanModel":
+        words = {symbol: len((cell.heads or "").split()) for symbol, cell in self.legend.items()}
+        for row in self.cells:
+            for symbol, site in zip(row.split(), self.target.sites, strict=False):  # lengths are checked by Plan
+                if words.get(symbol, 1) not in (0, 1, site.heads):
+                    raise ValueError(f"{symbol} has {words[symbol]} heads at {site.path}, wanted one word, or {site.heads}")
         return self
 
     def plan(self) -> Plan:

@@ -105,7 +105,7 @@ class Interception:
                 if hasattr(module.processor, "arrowhead_around"):
                     raise AlreadyApplied(f"{site.path} is intercepted already; call arrowhead.remove(pipe) first")
                 try:
-                    self._routes.append(route(module.processor))
+                    self._routes += route(module.processor)
                 except NotIntercepted as error:
                     raise NotIntercepted(f"{site.path}: {error}") from None
                 self._originals[site] = module.processor

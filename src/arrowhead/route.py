@@ -113,29 +113,34 @@ _originals: dict[str, dict[str, Any]] = {}  # module: what its routed names were
 _users: Counter[str] = Counter()
 
 
-def route(processor: Any) -> str:
-    """Route the names in the module of a processor's class; gives the module's name, for `unroute`.
+def route(processor: Any) -> list[str]:
+    """Route the names wherever a processor's class, or one that it inherits from, is defined; gives the modules, for `unroute`.
 
     Raises:
-        NotIntercepted: the module has neither name.
+        NotIntercepted: none of them has either name.
     """
-    name = type(processor).__module__
-    if name not in _originals:
-        namespace = sys.modules[name]
-        stand_ins: dict[str, Any] = {}
-        if getattr(namespace, "F", None) is F:
-            stand_ins["F"] = _functional
-        if callable(dispatch := getattr(namespace, "dispatch_attention_fn", None)):
-            stand_ins["dispatch_attention_fn"] = _routed_dispatch(dispatch)
-        if not stand_ins:
-            raise NotIntercepted(
-                f"{type(processor).__name__} lives in {name}, which uses neither torch.nn.functional as F nor "
-                "dispatch_attention_fn; wanted a processor of diffusers, such as AttnProcessor2_0"
-            )
-        _originals[name] = {own: getattr(namespace, own) for own in stand_ins}
-        vars(namespace).update(stand_ins)
-    _users[name] += 1
-    return name
+    modules = [name for name in dict.fromkeys(cls.__module__ for cls in type(processor).__mro__) if _stand_ins(name)]
+    if not modules:
+        raise NotIntercepted(
+            f"{type(processor).__name__} lives in {type(processor).__module__}, which uses neither torch.nn.functional as F "
+            "nor dispatch_attention_fn; wanted a processor of diffusers, such as AttnProcessor2_0"
+        )
+    for name in modules:
+        if name not in _originals:
+            namespace, stand_ins = vars(sys.modules[name]), _stand_ins(name)
+            _originals[name] = {own: namespace[own] for own in stand_ins}
+            namespace.update(stand_ins)
+        _users[name] += 1
+    return modules
+
+
+def _stand_ins(name: str) -> dict[str, Any]:
+    """What to put in place of a module's names, as they are when it is not routed."""
+    own = vars(sys.modules[name]) | _originals.get(name, {})
+    found: dict[str, Any] = {"F": _functional} if own.get("F") is F else {}
+    if callable(dispatch := own.get("dispatch_attention_fn")):
+        found["dispatch_attention_fn"] = _routed_dispatch(dispatch)
+    return found
 
 
 def unroute(name: str) -> None:

@@ -1,0 +1,112 @@
+"""What would go wrong unseen: named instead, or right all the same."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import JointAttnProcessor2_0
+from pipelines import dit, sd3
+from replay import plan as uniform_plan
+from test_flux import bench as flux_fixture
+from test_flux import flux_plan, random_cells
+from untouched import left_as_it_was
+
+import arrowhead as ah
+from arrowhead.errors import ArrowheadError, InputsInvalid, NotIntercepted
+from arrowhead.evaluate import evaluate
+from arrowhead.intercept import SiteCall
+from arrowhead.layout import Site
+from arrowhead.search import Headwise, greedy_trials
+from arrowhead.search.lockstep import meet, together
+
+flux = flux_fixture
+
+
+class Twice(JointAttnProcessor2_0):
+    """As an IP-Adapter's: attends again, to something else."""
+
+    def __call__(self, attn, hidden_states, *args, **kwargs):
+        image, *text = super().__call__(attn, hidden_states, *args, **kwargs)
+        q = torch.ones(len(hidden_states), attn.heads, 3, 8, dtype=hidden_states.dtype)
+        extra = F.scaled_dot_product_attention(q, q, q).mean()
+        return image + 0.1 * extra, *text
+
+
+@pytest.mark.parametrize("grid", [["FFF"] * 5, ["FFF", "www", "WWW", "RRR", "FFF"]], ids=["full", "mixed"])
+def test_a_processor_that_attends_twice(grid):
+    bench = sd3()
+    bench.attentions[1].processor = Twice()
+    with left_as_it_was(bench), ah.applied(bench.pipe, uniform_plan(bench, grid)) as run:
+        with pytest.raises(NotIntercepted, match="attn: Twice computes attention twice"):
+            bench.pipe(**bench.inputs())
+        assert run.cache_bytes == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_projections_that_are_fused_after_the_plan_was_applied(flux, seed):
+    plan = flux_plan(flux, random_cells(seed))
+    with ah.applied(flux.pipe, plan):
+        apart = flux.pipe(**flux.inputs())[0]
+    with ah.applied(flux.pipe, plan) as run:
+        flux.pipe.transformer.fuse_qkv_projections()
+        fused = flux.pipe(**flux.inputs())[0]
+        assert run.summary().flops.module > plan.flops().module  # what was projected after all is counted
+    torch.testing.assert_close(fused, apart, rtol=1e-6, atol=1e-6)
+
+
+def test_skipped_guidance_layers():
+    bench = sd3()
+    inputs = bench.inputs(skip_guidance_layers=[1])
+    with left_as_it_was(bench):
+        with pytest.raises(InputsInvalid, match="skip_guidance_layers"):
+            ah.search(bench.pipe, inputs, progress=False)
+        with (
+            ah.applied(bench.pipe, uniform_plan(bench, ["FFF"] * 5)),
+            pytest.raises(InputsInvalid, match="skip_guidance_layers"),
+        ):
+            bench.pipe(**inputs)
+
+
+@pytest.mark.parametrize("settings", [{"loss": "signed"}, {"threshold": "D6"}], ids=str)
+@pytest.mark.parametrize("strategy", ["headwise", Headwise()], ids=["name", "value"])
+def test_settings_of_another_strategy(strategy, settings):
+    bench = dit()
+    with left_as_it_was(bench), pytest.raises(InputsInvalid, match=r"greedy's"):
+        ah.search(bench.pipe, bench.inputs(), strategy=strategy, progress=False, **settings)
+
+
+def test_a_transformer_called_from_outside_while_it_is_searched():
+    bench = dit()
+    with left_as_it_was(bench):
+        trials = greedy_trials(bench.pipe, bench.inputs(), threshold=0.5)
+        next(trials)
+        with pytest.raises(ArrowheadError, match="called from outside"):
+            bench.pipe.transformer(
+                torch.zeros(1, 4, 8, 8).double(), timestep=torch.zeros(1), class_labels=torch.zeros(1, dtype=torch.long)
+            )
+        trials.close()
+
+
+def test_a_plan_named_as_the_baseline():
+    bench = dit()
+    plan = uniform_plan(bench, ["FFF"] * 5)
+    with pytest.raises(InputsInvalid, match="none of them named raw"):
+        evaluate(bench.pipe, {"raw": plan}, {"class_labels": [1]}, seeds=[0], progress=False)
+
+
+def test_two_calls_that_bring_different_extras():
+    def passing(extra):
+        return lambda: meet(SiteCall(Site("a", 1, 1, 1), None, (None, torch.zeros(1, 2, 3)), {"extra": extra}))
+
+    rope = torch.rand(4, 2), torch.rand(4, 2)
+    together([passing(rope), passing(tuple(part.clone() for part in rope))], lambda call: call.args[1])
+    for other in ((rope[0], rope[1] + 1), None, [rope[0]]):
+        with pytest.raises(NotIntercepted, match="a: the two calls of a step bring arguments that differ"):
+            together([passing(rope), passing(other)], lambda call: call.args[1])
+
+
+def test_sharing_without_guidance_is_not_counted():
+    bench = dit()
+    with ah.applied(bench.pipe, uniform_plan(bench, ["FFF", "CCC", "VVV", "FFF", "CCC"])) as run:
+        with pytest.warns(ah.errors.ShareCfgIgnored):
+            bench.pipe(**bench.inputs(guidance=1.0))
+        assert not any("ASC" in name for name in run.summary().cells)

@@ -27,8 +27,8 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from shards import load_images, make_images, own_share
 from torch import Tensor
-from tqdm import tqdm
 
 import arrowhead as ah
 from arrowhead.analysis import draw
@@ -75,13 +75,6 @@ def calibration() -> dict[str, Any]:
     return {**common, "prompt": CALIBRATION, "generator": torch.Generator().manual_seed(CALIBRATION_SEED)}
 
 
-def own_share(shard: str) -> tuple[int, int]:
-    """This process's number, and how many there are; one thread each, so that shards do not fight."""
-    torch.set_num_threads(1)
-    index, count = map(int, shard.split("/"))
-    return index, count
-
-
 @app.command()
 def search(work: Work = WORK, shard: Shard = "0/1") -> None:
     """Find every setting's plan, each on eight prompts and one seed."""
@@ -100,18 +93,13 @@ def generate(work: Work = WORK, shard: Shard = "0/1") -> None:
     index, count = own_share(shard)
     pipe = ah.tiny.load("mmdit")
     for name in ("raw", *SETTINGS):
-        folder = work / name
-        folder.mkdir(parents=True, exist_ok=True)
+
+        def make(start: int) -> Tensor:
+            generators = [torch.Generator().manual_seed(i) for i in range(start, start + BATCH)]
+            return pipe(PROMPTS[start : start + BATCH], None, GUIDANCE, generators, STEPS, output_type="pt").images
+
         with nullcontext() if name == "raw" else ah.applied(pipe, ah.Plan.load(work / f"{name}.json")):
-            for start in tqdm(range(0, len(PROMPTS), BATCH)[index::count], desc=name, mininterval=10):
-                path = folder / f"{start:05}.npy"
-                if path.exists():
-                    continue
-                generators = [torch.Generator().manual_seed(i) for i in range(start, start + BATCH)]
-                out = pipe(PROMPTS[start : start + BATCH], None, GUIDANCE, generators, STEPS, output_type="pt").images
-                temporary = path.with_suffix(".part.npy")
-                np.save(temporary, out.numpy())
-                temporary.rename(path)
+            make_images(work / name, range(0, len(PROMPTS), BATCH)[index::count], make)
 
 
 @app.command()
@@ -188,10 +176,6 @@ def at_greedy_budgets(table: dict[str, Any]) -> dict[str, Any]:
         for name, row in table.items()
         if name.startswith("greedy") and budgets[0] <= row["module_flops"] <= budgets[-1]
     }
-
-
-def load_images(folder: Path) -> Tensor:
-    return torch.from_numpy(np.concatenate([np.load(path) for path in sorted(folder.glob("?????.npy"))]))
 
 
 def write(path: Path, result: dict[str, Any]) -> None:

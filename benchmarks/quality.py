@@ -25,6 +25,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from shards import load_images, make_images, own_share
 from torch import Tensor
 from torchmetrics.image.kid import poly_mmd
 from tqdm import tqdm
@@ -77,13 +78,6 @@ def plan_of(pipe: Any, work: Path, name: str) -> ah.Plan | None:
     return windows_at_equal_flops(pipe)[name] if name in WINDOWS else ah.Plan.load(work / f"{name}.json")
 
 
-def own_share(shard: str) -> tuple[int, int]:
-    """This process's number, and how many there are; one thread each, so that shards do not fight."""
-    torch.set_num_threads(1)
-    index, count = map(int, shard.split("/"))
-    return index, count
-
-
 @app.command()
 def search(work: Work = WORK, shard: Shard = "0/1") -> None:
     """Find the plans D1–D6, each on eight labels and one seed."""
@@ -108,23 +102,15 @@ def generate(work: Work = WORK, shard: Shard = "0/1", images: int = IMAGES) -> N
     index, count = own_share(shard)
     pipe = ah.tiny.load("dit")
     for name in NAMES:
-        folder, plan = work / name, plan_of(pipe, work, name)
-        folder.mkdir(parents=True, exist_ok=True)
+        plan = plan_of(pipe, work, name)
+
+        def make(start: int) -> Tensor:
+            generators = [torch.Generator().manual_seed(i) for i in range(start, start + BATCH)]
+            labels = [i % 10 for i in range(start, start + BATCH)]
+            return pipe(labels, GUIDANCE, generators, STEPS, output_type="pt").images  # (BATCH, 3, 32, 32)
+
         with nullcontext() if plan is None else ah.applied(pipe, plan):
-            for start in tqdm(range(0, images, BATCH)[index::count], desc=name, mininterval=10):
-                path = folder / f"{start:05}.npy"
-                if path.exists():
-                    continue
-                generators = [torch.Generator().manual_seed(i) for i in range(start, start + BATCH)]
-                labels = [i % 10 for i in range(start, start + BATCH)]
-                out = pipe(labels, GUIDANCE, generators, STEPS, output_type="pt").images  # (BATCH, 3, 32, 32)
-                temporary = path.with_suffix(".part.npy")
-                np.save(temporary, out.numpy())
-                temporary.rename(path)
-
-
-def load_images(folder: Path) -> Tensor:
-    return torch.from_numpy(np.concatenate([np.load(path) for path in sorted(folder.glob("?????.npy"))]))
+            make_images(work / name, range(0, images, BATCH)[index::count], make)
 
 
 def in_batches(images: Tensor, size: int = 100) -> Iterator[Tensor]:

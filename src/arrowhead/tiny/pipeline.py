@@ -7,6 +7,8 @@ import torch
 from diffusers import DiffusionPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from arrowhead.tiny.pixels import OUTPUT_TYPES, from_latents
+
 
 class TinyDiTPipeline(DiffusionPipeline):
     """Images of a `DiTTransformer2DModel` that was trained on pixels; the CFG batch is [cond, uncond]."""
@@ -45,7 +47,7 @@ class TinyDiTPipeline(DiffusionPipeline):
         class_labels = [int(label) for label in class_labels]
         if not class_labels or not all(0 <= label < null for label in class_labels):
             raise ValueError(f"got class_labels={class_labels}, wanted at least one, each from 0 to {null - 1}")
-        if output_type not in ("pil", "np", "pt"):
+        if output_type not in OUTPUT_TYPES:
             raise ValueError(f"got output_type={output_type!r}, wanted 'pil', 'np' or 'pt'")
         guided, images = guidance_scale > 1, len(class_labels)
         shape = (images, config.in_channels, config.sample_size, config.sample_size)
@@ -60,10 +62,6 @@ class TinyDiTPipeline(DiffusionPipeline):
                 conditional, unconditional = velocity.chunk(2)
                 velocity = unconditional + guidance_scale * (conditional - unconditional)
             latents = self.scheduler.step(velocity, t, latents).prev_sample
-        pixels: Any = (latents / 2 + 0.5).clamp(0, 1)  # (B, 3, H, W)
-        if output_type != "pt":
-            pixels = pixels.permute(0, 2, 3, 1).float().cpu().numpy()
-        if output_type == "pil":
-            pixels = self.numpy_to_pil(pixels)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=pixels) if return_dict else (pixels,)
+        made = from_latents(latents, output_type)
+        return ImagePipelineOutput(images=made) if return_dict else (made,)

@@ -9,6 +9,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerFast
 
+from arrowhead.tiny.pixels import OUTPUT_TYPES, from_latents
+
 
 class TinyMMDiTPipeline(DiffusionPipeline):
     """Images of an `SD3Transformer2DModel` that was trained on pixels; the CFG batch is [uncond, cond]."""
@@ -78,13 +80,9 @@ class TinyMMDiTPipeline(DiffusionPipeline):
                 unconditional, conditional = velocity.chunk(2)
                 velocity = unconditional + guidance_scale * (conditional - unconditional)
             latents = self.scheduler.step(velocity, t, latents).prev_sample
-        pixels: Any = (latents / 2 + 0.5).clamp(0, 1)  # (B, 3, H, W)
-        if output_type != "pt":
-            pixels = pixels.permute(0, 2, 3, 1).float().cpu().numpy()
-        if output_type == "pil":
-            pixels = self.numpy_to_pil(pixels)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=pixels) if return_dict else (pixels,)
+        made = from_latents(latents, output_type)
+        return ImagePipelineOutput(images=made) if return_dict else (made,)
 
     @property
     def side(self) -> int:
@@ -98,5 +96,5 @@ class TinyMMDiTPipeline(DiffusionPipeline):
             raise ValueError(f"got {len(prompts)} prompts and {len(negatives)} negative prompts, wanted one each or more")
         if any(s % patch or not 0 < s <= self.side for s in size):
             raise ValueError(f"got height and width {size}, wanted multiples of {patch} up to {self.side}")
-        if output_type not in ("pil", "np", "pt"):
+        if output_type not in OUTPUT_TYPES:
             raise ValueError(f"got output_type={output_type!r}, wanted 'pil', 'np' or 'pt'")

@@ -2,12 +2,14 @@
 
     python benchmarks/quality.py search
     python benchmarks/quality.py generate
-    python benchmarks/quality.py measure --tools TOOLS --inception inception.pt --data cifar10.npz
+    python benchmarks/quality.py features --tools TOOLS --inception inception.pt --data cifar10.npz
+    python benchmarks/quality.py measure --tools TOOLS
 
-`search` finds the plans, `generate` makes 500 images for each setting with paired seeds, both into a work folder: what is
-there already is not made again, so either can be interrupted, and shards (`--shard 0/2` and `--shard 1/2`) can run side by
-side. `measure` needs networks and data that are not part of the project: a folder with `perceptual.py` (LPIPS, CIFAR-10
-classifier) and `fid_inception.py`, the Inception network, and CIFAR-10's test set; see benchmarks/README.md.
+`search` finds the plans, `generate` makes 500 images for each setting with paired seeds, `features` takes their Inception
+features, all into a work folder: what is there already is not made again, so each can be interrupted, and shards (`--shard 0/2`
+and `--shard 1/2`) can run side by side. `features` and `measure` need networks and data that are not part of the project: a
+folder with `perceptual.py` (LPIPS, CIFAR-10 classifier) and `fid_inception.py`, the Inception network, and CIFAR-10's test set;
+see benchmarks/README.md.
 """
 
 import importlib
@@ -43,10 +45,11 @@ HERE = Path(__file__).parent
 STEPS, GUIDANCE, IMAGES, BATCH = 50, 3.0, 500, 10
 CALIBRATION_LABELS, CALIBRATION_SEED = [0, 1, 2, 3, 5, 7, 8, 9], 10_000
 FULL_EVERY = 5
-KID_SUBSETS, KID_SUBSET_SIZE, KID_REAL = 100, 250, 2000
+KID_SUBSETS, KID_SUBSET_SIZE, KID_REAL, KID_LEAST = 100, 250, 2000, 500
 
 app = typer.Typer(add_completion=False)
 Work = Annotated[Path, typer.Option(help="folder for plans and images")]
+Tools = Annotated[Path, typer.Option(help="folder of perceptual.py and fid_inception.py")]
 Shard = Annotated[str, typer.Option(help="which of how many processes, e.g. 0/2")]
 WEIGHTS = sha256((HERE.parent / "src/arrowhead/tiny/dit/transformer/diffusion_pytorch_model.safetensors").read_bytes())
 WORK = Path("checkpoints/quality") / WEIGHTS.hexdigest()[:12]  # other weights, other pictures
@@ -97,11 +100,16 @@ def search(work: Work = WORK, shard: Shard = "0/1") -> None:
 
 
 @app.command()
-def generate(work: Work = WORK, shard: Shard = "0/1", images: int = IMAGES) -> None:
+def generate(
+    work: Work = WORK,
+    shard: Shard = "0/1",
+    images: int = IMAGES,
+    only: Annotated[list[str] | None, typer.Option(help="settings to make; all when there is none")] = None,
+) -> None:
     """Make the images; image i has label i mod 10 and seed i in every setting."""
     index, count = own_share(shard)
     pipe = ah.tiny.load("dit")
-    for name in NAMES:
+    for name in only or NAMES:
         plan = plan_of(pipe, work, name)
 
         def make(start: int) -> Tensor:
@@ -129,46 +137,67 @@ def kid(real: Tensor, made: Tensor) -> dict[str, float]:
 
 
 @app.command()
-def measure(
-    tools: Annotated[Path, typer.Option(help="folder of perceptual.py and fid_inception.py")],
+def features(
+    tools: Tools,
     inception: Annotated[Path, typer.Option(help="the FID Inception network, TorchScript")],
     data: Annotated[Path, typer.Option(help="npz with x_test")],
+    work: Work = WORK,
+    shard: Shard = "0/1",
+) -> None:
+    """Inception features, (n, 2048), of the first test images and of every setting's images where there are enough for KID."""
+    index, count = own_share(shard)
+    sys.path.insert(0, str(tools))
+    fid = importlib.import_module("fid_inception")
+    network = fid.load(inception)
+    for name in ["real", *NAMES][index::count]:
+        if name == "real":
+            pixels = np.load(data)["x_test"][:KID_REAL]  # (n, 32, 32, 3)
+        else:
+            pixels = (load_images(work / name) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+        path = features_of(work, name, len(pixels))
+        if not path.exists() and len(pixels) >= KID_LEAST:
+            np.save(path, fid.features(network, pixels))
+
+
+def features_of(work: Path, name: str, images: int) -> Path:
+    return work / f"{name}_{images}_features.npy"
+
+
+@app.command()
+def measure(
+    tools: Tools,
     work: Work = WORK,
     out: Annotated[Path, typer.Option(help="folder for quality.json and its pictures")] = HERE / "results",
 ) -> None:
     """Compare every setting's images with the raw ones and with the test set."""
     sys.path.insert(0, str(tools))
-    perceptual, fid = importlib.import_module("perceptual"), importlib.import_module("fid_inception")
-    classifier, lpips, network = perceptual.CifarResNet56(), perceptual.LPIPS(), fid.load(inception)
+    perceptual = importlib.import_module("perceptual")
+    classifier, lpips = perceptual.CifarResNet56(), perceptual.LPIPS()
 
-    def features(images: np.ndarray, cache: Path) -> Tensor:  # (n, H, W, 3) uint8 -> (n, 2048)
-        if not cache.exists():
-            np.save(cache, fid.features(network, images))
-        return torch.from_numpy(np.load(cache)).double()
+    def kept_features(name: str, images: int) -> Tensor:
+        return torch.from_numpy(np.load(features_of(work, name, images))).double()
 
-    real = features(np.load(data)["x_test"][:KID_REAL], work / "real_features.npy")
+    real = kept_features("real", KID_REAL)
     pipe = ah.tiny.load("dit")
-    raw = load_images(work / "raw")
-    labels = torch.arange(len(raw)) % 10
+    all_raw = load_images(work / "raw")
     table, plans, pictures = {}, {}, {}
     for name in tqdm(NAMES, desc="measure"):
         images = load_images(work / name)
-        if len(images) != len(raw):
-            raise typer.BadParameter(f"{name} has {len(images)} images, raw has {len(raw)}; run generate to its end")
+        raw, labels = all_raw[: len(images)], torch.arange(len(images)) % 10
         plan = plan_of(pipe, work, name)
-        pixels = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()  # (n, 32, 32, 3)
         right = torch.cat([classifier(batch)[0].argmax(-1) for batch in in_batches(images)]) == labels
         distances = torch.cat([lpips(a * 2 - 1, b * 2 - 1) for a, b in zip(in_batches(images), in_batches(raw), strict=True)])
         left = plan.flops() if plan else None
         seconds = work / f"{name}.seconds"
         table[name] = {
+            "images": len(images),
             "attention_flops": left.attention if left else 1.0,
             "module_flops": left.module if left else 1.0,
             "cells": dict(plan.count()) if plan else {},
             "search_transformer_passes": plan.about["search"]["transformer_passes"] if seconds.exists() and plan else None,
             "search_seconds_one_thread": float(seconds.read_text()) if seconds.exists() else None,
             "accuracy": right.float().mean().item(),
-            **kid(real, features(pixels, work / f"{name}_{len(pixels)}_features.npy")),
+            **(kid(real, kept_features(name, len(images))) if len(images) >= KID_LEAST else {}),
             "lpips": distances.mean().item(),
             "ssim": ssim(images, raw),
             "psnr": psnr(images, raw) if plan else None,
@@ -180,7 +209,6 @@ def measure(
         "command": "see the head of benchmarks/quality.py",
         "date": datetime.now(UTC).date().isoformat(),
         "model": "tiny:dit",
-        "images": len(raw),
         "steps": STEPS,
         "guidance_scale": GUIDANCE,
         "dtype": "float32, CPU",

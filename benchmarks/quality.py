@@ -149,7 +149,8 @@ def features(
     sys.path.insert(0, str(tools))
     fid = importlib.import_module("fid_inception")
     network = fid.load(inception)
-    for name in ["real", *NAMES][index::count]:
+    made = [name for name in NAMES if (work / name).is_dir()]
+    for name in ["real", *made][index::count]:
         if name == "real":
             pixels = np.load(data)["x_test"][:KID_REAL]  # (n, 32, 32, 3)
         else:
@@ -181,7 +182,9 @@ def measure(
     pipe = ah.tiny.load("dit")
     all_raw = load_images(work / "raw")
     table, plans, pictures = {}, {}, {}
-    for name in tqdm(NAMES, desc="measure"):
+    made = [name for name in NAMES if (work / name).is_dir()]
+    typer.echo(f"measured: {', '.join(made)}; not generated, so left out: {', '.join(set(NAMES) - {*made}) or 'none'}")
+    for name in tqdm(made, desc="measure"):
         images = load_images(work / name)
         raw, labels = all_raw[: len(images)], torch.arange(len(images)) % 10
         plan = plan_of(pipe, work, name)

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -32,6 +31,7 @@ from arrowhead.layout import Tokens
 from arrowhead.methods import ASC, AST, FULL, Cell, wa_rs
 from arrowhead.models import find
 from arrowhead.tiny.pipeline import TinyDiTPipeline
+from arrowhead.versions import versions
 
 HERE = Path(__file__).parent
 
@@ -149,7 +149,7 @@ def main(
         "date": datetime.now(UTC).date().isoformat(),
         "device": f"CPU {platform.machine()}, one thread of {os.cpu_count()} cores, float32, process time",
         "baseline": "the untouched pipeline, torch's own CPU attention",
-        "versions": {name: version(name) for name in ("arrowhead", "diffusers", "torch")},
+        "versions": versions(),
         "kernel": [measure_kernel(*shape, rounds=4 * rounds) for shape in shapes],
         "pipelines": [
             measure_pipeline(ah.tiny.load("dit"), 256, images=8, steps=10, rounds=rounds),

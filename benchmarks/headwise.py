@@ -19,7 +19,6 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
 from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -34,6 +33,7 @@ import arrowhead as ah
 from arrowhead.analysis import draw
 from arrowhead.metrics.images import psnr, ssim
 from arrowhead.search import THRESHOLDS as GREEDY
+from arrowhead.versions import versions
 
 HERE = Path(__file__).parent
 STEPS, GUIDANCE, BATCH = 28, 4.0, 4
@@ -189,7 +189,7 @@ def write(path: Path, result: dict[str, Any]) -> None:
         "guidance_scale": GUIDANCE,
         "calibration": {"prompts": CALIBRATION, "seed": CALIBRATION_SEED},
         "ablations": {name: asdict(settings) for name, settings in ABLATIONS.items()},
-        "versions": {name: version(name) for name in ("arrowhead", "diffusers", "torch")},
+        "versions": versions(),
     }
     path.write_text(json.dumps(about | result, indent=1, allow_nan=False) + "\n")
 

@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,6 +39,7 @@ from arrowhead.methods import FULL, Arrow, Attend, Cell, wa_rs
 from arrowhead.metrics.images import psnr, ssim
 from arrowhead.models import find
 from arrowhead.search import THRESHOLDS
+from arrowhead.versions import versions
 
 HERE = Path(__file__).parent
 STEPS, GUIDANCE, IMAGES, BATCH = 50, 3.0, 500, 10
@@ -219,7 +219,7 @@ def measure(
         "calibration": {"labels": CALIBRATION_LABELS, "seed": CALIBRATION_SEED},
         "kid": f"{KID_SUBSETS} subsets of {KID_SUBSET_SIZE}, against the first {KID_REAL} test images, TF1 bilinear resize",
         "windows": f"full attention every {FULL_EVERY} steps, WA-RS of radius 32 else; WA widened to equal FLOPs",
-        "versions": {name: version(name) for name in ("arrowhead", "diffusers", "torch")},
+        "versions": versions(),
         "settings": table,
     }
     (out / "quality.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")

@@ -11,7 +11,6 @@ import json
 import random
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import arrowhead as ah
+from arrowhead.versions import versions
 
 HERE = Path(__file__).parent
 PROMPTS, NAMES, STEPS, GUIDANCE, BATCH = 200, 50, 28, 4.0, 8
@@ -74,8 +74,7 @@ def main(
         typer.echo(f"{group}: {result[group]:.1%}")
     setting = {"prompts": PROMPTS, "names": NAMES, "chance": 1 / NAMES, "steps": STEPS, "guidance": GUIDANCE, "side": pipe.side}
     about = {"date": datetime.now(UTC).date().isoformat(), "device": "cpu", "dtype": "float32"}
-    versions = {name: version(name) for name in ("arrowhead", "diffusers", "torch")}
-    text = json.dumps({**about, "versions": versions, **setting, "rightly_named": result}, indent=1)
+    text = json.dumps({**about, "versions": versions(), **setting, "rightly_named": result}, indent=1)
     (HERE / "results/mmdit_recognition.json").write_text(text + "\n")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from pipelines import Bench
-from replay import Trace, trace
+from replay import Trace, processors, trace
 from torch import Tensor
 
 import arrowhead as ah
@@ -256,21 +256,17 @@ class Processor:
 @contextmanager
 def remembering(memory: Memory, grid: Grid) -> Iterator[None]:
     """The memory's processors in place of the pipeline's, and a line of the grid for each call of the transformer."""
-    attentions, lines = memory.bench.attentions, iter(grid)
-    before = [attn.processor for attn in attentions]
+    lines = iter(grid)
 
     def tick(*_: Any) -> None:
         memory.row = next(lines).split()
 
-    for place, attn in enumerate(attentions):
-        attn.processor = Processor(place, memory)
     hook = memory.bench.pipe.transformer.register_forward_pre_hook(tick)
     try:
-        yield
+        with processors(memory.bench, [Processor(place, memory) for place in range(memory.bench.layers)]):
+            yield
     finally:
         hook.remove()
-        for attn, processor in zip(attentions, before, strict=True):
-            attn.processor = processor
 
 
 def replay(

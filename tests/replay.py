@@ -8,7 +8,7 @@ A grid holds one word per step and one letter per layer:
 
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -185,17 +185,21 @@ class Processor:
 
 
 @contextmanager
-def remembering(memory: Memory) -> Iterator[None]:
-    """The memory's processors in place of the pipeline's."""
-    attentions = memory.bench.attentions
-    before = [attn.processor for attn in attentions]
-    for layer, attn in enumerate(attentions):
-        attn.processor = Processor(layer, memory)
+def processors(bench: Bench, own: Sequence[Any]) -> Iterator[None]:
+    """Other processors in place of the pipeline's."""
+    before = [attn.processor for attn in bench.attentions]
+    for attn, processor in zip(bench.attentions, own, strict=True):
+        attn.processor = processor
     try:
         yield
     finally:
-        for attn, processor in zip(attentions, before, strict=True):
+        for attn, processor in zip(bench.attentions, before, strict=True):
             attn.processor = processor
+
+
+def remembering(memory: Memory) -> AbstractContextManager[None]:
+    """The memory's processors in place of the pipeline's."""
+    return processors(memory.bench, [Processor(layer, memory) for layer in range(memory.bench.layers)])
 
 
 def replay(

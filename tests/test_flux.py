@@ -9,7 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransfo
 from diffusers.models.embeddings import apply_rotary_emb
 from independent import dense_mask
 from pipelines import Bench, randomise, vae
-from replay import assert_identical, assert_same, distance, trace
+from replay import assert_identical, assert_same, distance, processors, trace
 from untouched import left_as_it_was
 
 import arrowhead as ah
@@ -124,12 +124,8 @@ def test_heads_are_what_a_replay_gives(bench, seed):
     with ah.applied(bench.pipe, flux_plan(bench, cells)) as run:
         given = trace(bench, bench.inputs(seed, images))
         summary = run.summary()
-    before = [attn.processor for attn in bench.attentions]
-    for attn, column in zip(bench.attentions, zip(*cells, strict=True), strict=True):
-        attn.processor = Replayed(column)
-    wanted = trace(bench, bench.inputs(seed, images))
-    for attn, processor in zip(bench.attentions, before, strict=True):
-        attn.processor = processor
+    with processors(bench, [Replayed(column) for column in zip(*cells, strict=True)]):
+        wanted = trace(bench, bench.inputs(seed, images))
     assert_same(given, wanted)
     assert distance(given, trace(bench, bench.inputs(seed, images))) > 1e-3
     assert summary.flops.module == pytest.approx(flux_plan(bench, cells).flops().module)

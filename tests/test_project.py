@@ -53,12 +53,10 @@ def test_heads_of_others_do_not(make):
 
 
 @few
-@given(data=st.data(), bias=st.booleans(), doubled=st.booleans(), seed=st.integers(0, 2**32))
-def test_some_heads_project_exactly_their_rows(data, bias, doubled, seed):
+@given(data=st.data(), bias=st.booleans(), seed=st.integers(0, 2**32))
+def test_some_heads_project_exactly_their_rows(data, bias, seed):
     torch.manual_seed(seed)
     module = attention(bias=bias, added_kv_proj_dim=12, added_proj_bias=bias)
-    if doubled:  # something that came after the plan was applied
-        module.to_k.register_forward_hook(lambda _m, _a, out: 2 * out)
     heads = data.draw(st.lists(st.integers(0, 2), min_size=1, max_size=3, unique=True))
     some = SomeHeads(module, heads)
     assert some.heads == len(heads)

@@ -171,10 +171,9 @@ def _wanted(kept: Residual | HeadOutput, passage: Passage) -> slice | None:
 
 def _attention(call: AttentionCall, passage: Passage) -> Tensor:
     """Attention of every head under its method, and what is kept of it: (b, H, N, D), b the rows of the call."""
-    methods = passage.methods
-    if methods == (Full(),) * len(methods):
+    if passage.cell.method == Full():
         out = call.native()
-        _count(passage, methods, call.q.shape[0], "native")
+        count(passage, passage.methods, call.q.shape[0], "native")
     else:
         out = _by_method(call, passage)
     for residual in passage.writes.residuals:
@@ -198,24 +197,17 @@ def _by_method(call: AttentionCall, passage: Passage) -> Tensor:
             out = attended
         else:
             out[:, list(computed)] = attended
-        _count(passage, methods, call.q.shape[0], generation.kernel)
+        count(passage, methods, call.q.shape[0], generation.kernel)
     for method, heads in grouped(methods):
-        every = len(heads) == site.heads
+        where = slice(None) if len(heads) == site.heads else list(heads)
         if isinstance(method, Cached):
             key = Key(site.path, "heads")
             kept = generation.cache.read_heads(key, heads, site.heads, generation.step, conditional=passage.halved)
-            if every:
-                out = kept
-            else:
-                out[:, list(heads)] = kept
+            out[:, where] = kept
         elif isinstance(method, Arrow) and method.residual:
             key = Key(site.path, "residual", method.radius)
             kept = generation.cache.read_heads(key, heads, site.heads, generation.step, conditional=passage.halved)
-            visual = passage.tokens.visual_slice
-            if every:
-                out[:, :, visual] += kept
-            else:
-                out[:, list(heads), visual] += kept
+            out[:, where, passage.tokens.visual_slice] += kept
     return out
 
 
@@ -230,7 +222,7 @@ def _write_residual(call: AttentionCall, out: Tensor, residual: Residual, passag
     whole = out[rows, :, visual] if residual.heads is None else out[rows, list(heads), visual]
     _keep(Key(site.path, "residual", residual.radius), whole - band, residual.last_reader, passage, residual)
     generation.tally.residuals += 1
-    _count(passage, [Arrow(residual.radius)] * len(heads), band.shape[0], generation.kernel)
+    count(passage, [Arrow(residual.radius)] * len(heads), band.shape[0], generation.kernel)
 
 
 def bands(call: AttentionCall, heads: Sequence[int], radii: Sequence[int | None], rows: slice, passage: Passage) -> Tensor:
@@ -256,6 +248,7 @@ def bands(call: AttentionCall, heads: Sequence[int], radii: Sequence[int | None]
     return dispatch.arrow(q, k, v, passage.tokens, radii, scale=call.scale, mask=mask, kernel=generation.kernel)
 
 
-def _count(passage: Passage, methods: Sequence[Method], rows: int, kernel: str) -> None:
+def count(passage: Passage, methods: Sequence[Method], rows: int, kernel: str) -> None:
+    """Tally one pass over queries and keys, of `rows` of the batch, for heads with these methods."""
     generation, site = passage.generation, passage.call.site
     generation.tally.attended(site, generation.tokens, methods, rows / passage.images, kernel)

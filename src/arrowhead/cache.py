@@ -70,15 +70,15 @@ class Cache:
     entries: dict[Key, list[Entry]] = field(default_factory=dict)
     held_bytes: int = 0
 
-    def read(self, key: Key, step: int, *, conditional: bool = False) -> Output:
-        """A module's output, for both branches or for the `conditional` one; freed if no later step reads it.
+    def read(self, key: Key, step: int) -> Output:
+        """A module's output, for both branches; freed if no later step reads it.
 
         Raises:
             NotIntercepted: nothing was stored.
         """
         (entry,) = self._stored(key, step)
         self._free(key, step)
-        return self._branch(entry, conditional)
+        return self._branch(entry, conditional=False)
 
     def read_heads(self, key: Key, heads: Sequence[int], count: int, step: int, *, conditional: bool = False) -> Tensor:
         """Stored tensors of these heads, (B, len(heads), ·, D), of a site with `count` heads; freed like others.
@@ -142,11 +142,11 @@ class Cache:
             self.entries[key] = kept
 
     def _tensor(self, entry: Entry, conditional: bool) -> Tensor:
-        value = self._branch(entry, conditional)
+        value = self._branch(entry, conditional=conditional)
         assert isinstance(value, Tensor)
         return value
 
-    def _branch(self, entry: Entry, conditional: bool) -> Output:
+    def _branch(self, entry: Entry, *, conditional: bool) -> Output:
         if not self.branches.batched:
             return entry.value
         if not conditional:

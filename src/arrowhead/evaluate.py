@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from importlib.metadata import version
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from arrowhead.errors import InputsInvalid
 from arrowhead.metrics.images import psnr, ssim
 from arrowhead.plan import Plan
 from arrowhead.tally import Summary
+from arrowhead.versions import versions
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
     from diffusers import DiffusionPipeline
@@ -115,7 +115,7 @@ def evaluate(
         "seeds": list(seeds),
         "device": str(pipe.transformer.device),
         "dtype": str(pipe.transformer.dtype),
-        "versions": {name: version(name) for name in ("arrowhead", "diffusers", "torch")},
+        "versions": versions(),
         "baseline": "the untouched pipeline, each seed in turn with the plans",
     }
     return Evaluation(raw, median(seconds["raw"]), tuple(scores), setting)

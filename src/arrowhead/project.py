@@ -28,7 +28,10 @@ def is_plain(linear: Any) -> bool:
 
 
 class SomeHeads:
-    """An attention module as its processor sees it, projecting Q, K and V for some of its heads only."""
+    """An attention module as its processor sees it, projecting Q, K and V for some of its heads only.
+
+    Only for modules whose heads are apart.
+    """
 
     def __init__(self, module: Any, heads: Sequence[int]) -> None:
         self.heads = len(heads)
@@ -41,8 +44,6 @@ class SomeHeads:
         return partial(self._project, value) if name in QKV and value is not None else value
 
     def _project(self, linear: nn.Linear, x: Tensor) -> Tensor:
-        if not is_plain(linear):  # any more: the plan was applied before it came; all heads, then these
-            return linear(x).unflatten(-1, (self._all, -1))[..., self._rows, :].flatten(-2)
         weight = linear.weight.view(self._all, -1, linear.in_features)[self._rows].flatten(0, 1)  # (H·D, C) -> (h·D, C)
         bias = None if linear.bias is None else linear.bias.view(self._all, -1)[self._rows].flatten()
         return F.linear(x, weight, bias)

@@ -52,6 +52,12 @@ def answered_by(answer: Answer) -> Iterator[None]:
         _answer.reset(token)
 
 
+def _ask(call: AttentionCall) -> Tensor:
+    """What whoever answers says, or, when nobody does, what the model computes itself."""
+    answer = _answer.get()
+    return call.native() if answer is None else answer(call)
+
+
 class _RoutedFunctional(types.ModuleType):
     """torch.nn.functional, but for attention."""
 
@@ -74,10 +80,7 @@ class _RoutedFunctional(types.ModuleType):
                 query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, **kwargs
             )
 
-        answer = _answer.get()
-        if answer is None:
-            return native()
-        return answer(AttentionCall(query, key, value, scale, attn_mask, is_causal or dropout_p > 0, native))
+        return _ask(AttentionCall(query, key, value, scale, attn_mask, is_causal or dropout_p > 0, native))
 
 
 def _routed_dispatch(dispatch: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -96,14 +99,10 @@ def _routed_dispatch(dispatch: Callable[..., Tensor]) -> Callable[..., Tensor]:
         **kwargs: Any,
     ) -> Tensor:
         def native() -> Tensor:
-            return dispatch(query, key, value, attn_mask, dropout_p, is_causal, scale, *args, **kwargs)
+            return dispatch(query, key, value, attn_mask, dropout_p, is_causal, scale, *args, **kwargs).transpose(1, 2)
 
-        answer = _answer.get()
-        if answer is None:
-            return native()
         q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))  # (B, N, H, D) -> (B, H, N, D)
-        call = AttentionCall(q, k, v, scale, attn_mask, is_causal or dropout_p > 0, lambda: native().transpose(1, 2))
-        return answer(call).transpose(1, 2)
+        return _ask(AttentionCall(q, k, v, scale, attn_mask, is_causal or dropout_p > 0, native)).transpose(1, 2)
 
     return routed
 

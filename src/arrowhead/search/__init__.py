@@ -5,7 +5,6 @@ from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
@@ -20,6 +19,7 @@ from arrowhead.plan import Plan
 from arrowhead.search.calibrate import Found
 from arrowhead.search.greedy import Trial, greedy_trials
 from arrowhead.search.headwise import Choice, Headwise, headwise_choices
+from arrowhead.versions import versions
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
     from diffusers import DiffusionPipeline
@@ -135,7 +135,7 @@ def _about(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], settings: Mappi
         "device": str(pipe.transformer.device),
         "dtype": str(pipe.transformer.dtype),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {name: version(name) for name in ("arrowhead", "diffusers", "torch")},
+        "versions": versions(),
     }
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from arrowhead import cost
-from arrowhead.attend import Generation, Passage, bands
+from arrowhead.attend import Generation, Passage, bands, count
 from arrowhead.cache import Key, Output, both_branches
 from arrowhead.errors import InputsInvalid
 from arrowhead.intercept import SiteCall
@@ -121,7 +121,7 @@ class Chooser:
                 f"at step {state.step} {call.site.path} gave values that are not finite, with full attention; wanted finite "
                 "ones; use bfloat16 or float32"
             )
-        _count(passage, [Full()] * call.site.heads)
+        count(passage, passage.methods, len(full), "native")
         site = _AtSite(self._settings, attention, passage, full)
         cell, error = site.choose(self._threshold) if self._threshold > 0 else (FULL, 0.0)
         self.chosen[call.site] = cell, error
@@ -196,7 +196,7 @@ class _AtSite:
         if isinstance(method, Cached):
             return self._kept(Key(self.passage.call.site.path, "heads"), heads, rows)
         out = bands(self.attention, heads, [method.radius] * len(heads), rows, self.passage)
-        _count(self.passage, [method] * len(heads), out.shape[0])
+        count(self.passage, [method] * len(heads), len(out), self.passage.generation.kernel)
         if method.residual:
             key = Key(self.passage.call.site.path, "residual", method.radius)
             out[:, :, self.passage.tokens.visual_slice] += self._kept(key, heads, rows)
@@ -227,12 +227,6 @@ class _AtSite:
 def _runs(heads: int, length: int) -> Iterator[list[int]]:
     for start in range(0, heads, length):
         yield list(range(start, min(start + length, heads)))
-
-
-def _count(passage: Passage, methods: Sequence[Method], rows: int | None = None) -> None:
-    state = passage.generation
-    samples = state.branches.samples if rows is None else rows / passage.images
-    state.tally.attended(passage.call.site, state.tokens, methods, samples, state.kernel)
 
 
 def _savings(settings: Headwise, site: Site, tokens: Tokens, methods: Sequence[Method], share: bool) -> tuple[list[int], int]:

@@ -7,8 +7,24 @@ and takes it off again.
 from arrowhead import tiny
 from arrowhead.apply import Run, applied, apply, remove
 from arrowhead.plan import Plan
-from arrowhead.search import Headwise, search
+from arrowhead.search import Budget, Extent, Headwise, Table, calibrate, search, solve, sweep
 from arrowhead.tally import Summary
 
 __version__ = "0.1.0"
-__all__ = ["Headwise", "Plan", "Run", "Summary", "applied", "apply", "remove", "search", "tiny"]
+__all__ = [
+    "Budget",
+    "Extent",
+    "Headwise",
+    "Plan",
+    "Run",
+    "Summary",
+    "Table",
+    "applied",
+    "apply",
+    "calibrate",
+    "remove",
+    "search",
+    "solve",
+    "sweep",
+    "tiny",
+]

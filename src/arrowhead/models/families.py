@@ -14,7 +14,8 @@ class Family:
     `site_pattern` is a regular expression for the module paths of the sites, `joint_pattern` for those of them that attend over
     text and image together; `branch_order` gives each pipeline class's
     order of the CFG branches in its batch, which no shape reveals; `tokens` counts them from a call's arguments; `guided`
-    tells from the pipeline call's arguments whether there are both branches; `refused`, what of them cannot be compressed.
+    tells from the pipeline call's arguments whether there are both branches, `guidance_scale` how far apart they are driven,
+    and `refused` what of them cannot be compressed.
     """
 
     transformer: str
@@ -23,6 +24,7 @@ class Family:
     tokens: Callable[[Any, Mapping[str, Any]], Tokens]
     guided: Callable[[Mapping[str, Any]], bool]
     joint_pattern: str = ""
+    guidance_scale: Callable[[Mapping[str, Any]], float] = lambda call: float(call["guidance_scale"])
     refused: Callable[[Mapping[str, Any]], str | None] = lambda _: None
 
 
@@ -86,5 +88,6 @@ FAMILIES: tuple[Family, ...] = (
         branch_order={"FluxPipeline": "two_calls"},
         tokens=_text_then_packed,
         guided=_true_cfg,
+        guidance_scale=lambda call: float(call["true_cfg_scale"]),
     ),
 )

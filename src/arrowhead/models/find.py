@@ -32,6 +32,12 @@ class Model:
         """The sites in the order they run."""
         return tuple(self.modules)
 
+    @property
+    def latent_channels(self) -> int:
+        """Channels of what the transformer takes as its input."""
+        config: Any = self.transformer.config
+        return int(config.in_channels)
+
     def call_arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The pipeline call's arguments by name, defaults included.
 

@@ -1,25 +1,26 @@
-"""Find a plan for a pipeline: `search` is the door, `greedy` and `headwise` the strategies, `calibrate` the run they share."""
+"""Find a plan for a pipeline: `search` is the door, `greedy`, `headwise` and `budget` the strategies, `calibrate` their run."""
 
 import warnings
 from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import asdict
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import torch
 from tqdm.auto import tqdm
 
-from arrowhead.apply import plain, target_of
+from arrowhead.apply import target_of
 from arrowhead.errors import InputsInvalid, NothingCompressed
-from arrowhead.methods import FULL, dit_fast_attn_candidates, paper_name
+from arrowhead.methods import dit_fast_attn_candidates, paper_name
 from arrowhead.metrics.error import LossForm
 from arrowhead.models import find
 from arrowhead.plan import Plan
+from arrowhead.search.about import about
+from arrowhead.search.budget import PRESETS, Budget, budgeted, calibrate, solve, sweep
+from arrowhead.search.budget.record import Extent
+from arrowhead.search.budget.table import Table
 from arrowhead.search.calibrate import Found
 from arrowhead.search.greedy import Trial, greedy_trials
 from arrowhead.search.headwise import Choice, Headwise, headwise_choices
-from arrowhead.versions import versions
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
     from diffusers import DiffusionPipeline
@@ -31,12 +32,15 @@ def search(
     pipe: "DiffusionPipeline",
     inputs: Mapping[str, Any],
     *,
-    strategy: Literal["greedy", "headwise"] | Headwise = "greedy",
+    strategy: Literal["greedy", "headwise", "budget"] | Headwise | None = None,
+    budget: Budget | Literal["light", "balanced", "strong"] | None = None,
     threshold: float | str | None = None,
     loss: LossForm = "paper",
     progress: bool = True,
 ) -> Plan:
     """Find a plan on one calibration run of the pipeline.
+
+    The strategy follows the arguments: with a `threshold` it is `greedy` where none is named, else `budget`.
 
     Args:
         pipe: a diffusers pipeline of a supported family. It is left as it was, whatever happens, but for the scheduler's
@@ -44,7 +48,9 @@ def search(
         inputs: the keyword arguments of the pipeline's call: prompts or labels, steps, guidance. A `generator` among them
             is left as it was found.
         strategy: `greedy` is DiTFastAttn's Algorithm 1, `headwise` DiTFastAttnV2's choice for single heads; a `Headwise` says
-            what that one may choose from.
+            what that one may choose from; `budget` spends a budget for the whole generation where it hurts least.
+        budget: for `budget`, what may be spent or lost, or the name of an error: `light` 0.03, `balanced` 0.07, `strong` 0.15.
+            None: `balanced`.
         threshold: for `greedy`, the error allowed at the last layer of a step, or one of D1 … D6 (0.025 … 0.15); for
             `headwise`, the sum of a site's errors in a step (the paper has 0.2 … 1). None: 0.1 or 0.6.
         loss: for `greedy`, the error's form, see `metrics.error.relative_error`.
@@ -57,43 +63,62 @@ def search(
         NotIntercepted: attention was computed where it could not be seen.
 
     Warns:
-        NothingCompressed: the threshold is positive, but every cell stayed full.
+        NothingCompressed: something may be lost, but every cell stayed full.
     """
-    if loss not in ("paper", "signed"):
-        raise InputsInvalid(f"got loss={loss!r}, wanted 'paper' or 'signed'")
-    if strategy != "greedy" and (loss != "paper" or isinstance(threshold, str)):
-        raise InputsInvalid(
-            f"got loss={loss!r} and threshold={threshold!r} with strategy={strategy!r}; the signed loss and D1 … D6 are "
-            "greedy's; leave out the loss, and give the threshold as a number, such as 0.6"
-        )
-    delta = _threshold(threshold if threshold is not None else 0.1 if strategy == "greedy" else 0.6)
-    before = target_of(find(pipe))
-    settings: dict[str, Any]
-    if strategy == "greedy":
-        found = _shown(greedy_trials(pipe, inputs, threshold=delta, loss=loss), progress)
-        candidates = [paper_name(cell) for cell in dit_fast_attn_candidates(found.tokens.visual, found.branches.guided)]
-        settings = {"strategy": "greedy", "candidates": candidates, "threshold": delta, "loss": loss}
-    elif strategy == "headwise" or isinstance(strategy, Headwise):
-        chosen_from = strategy if isinstance(strategy, Headwise) else Headwise()
-        found = _shown(headwise_choices(pipe, inputs, threshold=delta, settings=chosen_from), progress)
-        settings = {
-            "strategy": "headwise",
-            **{name: plain(value) for name, value in asdict(chosen_from).items()},
-            "threshold": delta,
-        }
+    named = strategy or ("greedy" if threshold is not None and budget is None else "budget")
+    _check_arguments(named, budget, threshold, loss)
+    if named == "budget":
+        wanted = Budget(error=PRESETS[budget or "balanced"]) if budget is None or isinstance(budget, str) else budget
+        plan = budgeted(pipe, inputs, wanted, progress=progress)
+        (asked, value), may_lose = wanted.asked, wanted.error is not None or wanted.asked[1] < 1
     else:
-        raise InputsInvalid(f"got strategy={strategy!r}, wanted 'greedy', 'headwise' or a Headwise")
-    settings |= {"transformer_passes": found.passes, "attention_flops_by_raw": round(found.cost, 3)}
-    target = before.common(target_of(find(pipe)))  # some schedulers change settings of their own while they run
-    plan = Plan(found.cells, target, found.tokens, found.branches.guided, _about(pipe, inputs, settings), found.branches.calls)
-    if delta > 0 and all(cell == FULL for row in plan.cells for cell in row):
+        delta = _threshold(threshold if threshold is not None else 0.1 if named == "greedy" else 0.6)
+        plan = _thresholded(pipe, inputs, named, delta, loss, progress)
+        asked, value, may_lose = "threshold", delta, delta > 0
+    if may_lose and set(plan.count()) == {"full"}:
         warnings.warn(
-            f"no candidate stayed below threshold {delta}, so the plan is full attention everywhere; a larger threshold "
-            "compresses more",
+            f"nothing could be left out within {asked} = {value}, so the plan is full attention everywhere; allow more",
             NothingCompressed,
             stacklevel=2,
         )
     return plan
+
+
+def _check_arguments(named: str | Headwise, budget: Budget | str | None, threshold: float | str | None, loss: str) -> None:
+    if not isinstance(named, Headwise) and named not in ("greedy", "headwise", "budget"):
+        raise InputsInvalid(f"got strategy={named!r}, wanted 'greedy', 'headwise', a Headwise, or 'budget'")
+    if loss not in ("paper", "signed"):
+        raise InputsInvalid(f"got loss={loss!r}, wanted 'paper' or 'signed'")
+    if named != "greedy" and (loss != "paper" or isinstance(threshold, str)):
+        raise InputsInvalid(
+            f"got loss={loss!r} and threshold={threshold!r} with strategy={named!r}; the signed loss and D1 … D6 are "
+            "greedy's; leave out the loss, and give the threshold as a number, such as 0.6"
+        )
+    if (budget is not None and named != "budget") or (threshold is not None and named == "budget"):
+        raise InputsInvalid(
+            f"got budget={budget!r} and threshold={threshold!r} with strategy={named!r}; wanted a threshold for 'greedy' and "
+            "'headwise', a budget for 'budget'; leave the other one out"
+        )
+    if isinstance(budget, str) and budget not in PRESETS:
+        raise InputsInvalid(f"got budget={budget!r}, wanted a Budget, or one of {', '.join(PRESETS)}")
+
+
+def _thresholded(
+    pipe: "DiffusionPipeline", inputs: Mapping[str, Any], named: str | Headwise, delta: float, loss: LossForm, progress: bool
+) -> Plan:
+    """The papers' searches."""
+    before = target_of(find(pipe))
+    if named == "greedy":
+        found = _shown(greedy_trials(pipe, inputs, threshold=delta, loss=loss), progress)
+        candidates = [paper_name(cell) for cell in dit_fast_attn_candidates(found.tokens.visual, found.branches.guided)]
+        settings: dict[str, Any] = {"strategy": "greedy", "candidates": candidates, "threshold": delta, "loss": loss}
+    else:
+        chosen_from = named if isinstance(named, Headwise) else Headwise()
+        found = _shown(headwise_choices(pipe, inputs, threshold=delta, settings=chosen_from), progress)
+        settings = {"strategy": "headwise", **asdict(chosen_from), "threshold": delta}
+    settings |= {"transformer_passes": found.passes, "attention_flops_by_raw": round(found.cost, 3)}
+    target = before.common(target_of(find(pipe)))  # some schedulers change settings of their own while they run
+    return Plan(found.cells, target, found.tokens, found.branches.guided, about(pipe, inputs, settings), found.branches.calls)
 
 
 def _threshold(value: float | str) -> float:
@@ -123,24 +148,19 @@ def _shown(trials: Generator[Tried, None, Found], progress: bool) -> Found:
             bar.set_postfix(error=f"{trial.error:.4f}", refresh=False)
 
 
-def _about(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    generator = inputs.get("generator")
-    seeds = [g.initial_seed() for g in ([generator] if isinstance(generator, torch.Generator) else generator or [])]
-    return {
-        "pipeline": type(pipe).__name__,
-        "model": str(pipe.config.get("_name_or_path") or ""),
-        "search": dict(settings),
-        "inputs": {name: _said(value) for name, value in inputs.items() if name != "generator"},
-        "seeds": seeds,
-        "device": str(pipe.transformer.device),
-        "dtype": str(pipe.transformer.dtype),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
-    }
-
-
-def _said(value: Any) -> Any:
-    return f"tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else plain(value)
-
-
-__all__ = ["THRESHOLDS", "Choice", "Headwise", "Trial", "greedy_trials", "headwise_choices", "search"]
+__all__ = [
+    "PRESETS",
+    "THRESHOLDS",
+    "Budget",
+    "Choice",
+    "Extent",
+    "Headwise",
+    "Table",
+    "Trial",
+    "calibrate",
+    "greedy_trials",
+    "headwise_choices",
+    "search",
+    "solve",
+    "sweep",
+]

@@ -105,8 +105,7 @@ class Calibration:
             return worker.parent.switch(_Call(tokens, lambda: own_forward(*args, **kwargs), bool(scales)))
 
         with (
-            _random_state_kept(self._inputs.get("generator"), pipe._execution_device),
-            _no_progress_bar(pipe),
+            quiet(pipe, self._inputs.get("generator")),
             _forward_replaced(transformer, hand_over),
             intercepted(self._model.modules, self._at),
         ):
@@ -149,12 +148,17 @@ class Calibration:
         """The end of a search with these cells, steps × sites."""
         return Found(tuple(map(tuple, rows)), self.tokens, self.branches, self.passes, self.cost)
 
-    def forward(self, runs: Sequence[Callable[[], Any]], at_site: AtSite) -> list[Any]:
+    @property
+    def seen(self) -> Branches:
+        """The branches as a search sees them: two calls of a step look like one batch, see `lockstep`."""
+        return Branches("cond_first", guided=True) if self.branches.calls == 2 else self.branches
+
+    def forward(self, runs: Sequence[Callable[[], Any]], at_site: AtSite, *, grad: bool = False) -> list[Any]:
         """Run the transformer, each site as `at_site` has it: what each of a step's calls gives."""
         passes = self._state.tally.passes
         before, self.passes = passes.total(), self.passes + 1
         try:
-            with torch.no_grad():
+            with torch.set_grad_enabled(grad):
                 if len(runs) == 1:
                     self._around = lambda call: at_site(call, self._state)
                     outputs = [runs[0]()]
@@ -197,8 +201,7 @@ class Calibration:
                 "that they can share; bring both to the same number of tokens"
             )
         if self._generation is None:
-            seen = Branches("cond_first", guided=True) if self.branches.calls == 2 else self.branches  # see `lockstep`
-            self._generation = Generation.begin(seen, tokens, dispatch.resolve("auto"), Tally(seen.samples))
+            self._generation = Generation.begin(self.seen, tokens, dispatch.resolve("auto"), Tally(self.seen.samples))
         else:
             self._generation.advance(tokens)
         return self._generation.step
@@ -228,11 +231,15 @@ class Step:
 
     def output(self, cells: Sequence[Cell]) -> Tensor:
         """The transformer's output with these cells, all branches; nothing is remembered."""
-        outputs = self._calibration.forward(self._runs, self._by(cells, lambda _: Writes()))
-        samples = [output[0] for output in outputs]  # of a tuple, or of a diffusers output
-        if not all(isinstance(sample, Tensor) for sample in samples):
-            raise NotIntercepted(f"the transformer gave a {type(samples[0]).__name__}; wanted a tensor as its first output")
+        samples = _samples(self._calibration.forward(self._runs, self._by(cells, lambda _: Writes())))
         return samples[0] if len(samples) == 1 else torch.cat(samples)
+
+    def traced(self, at_site: AtSite) -> list[Tensor]:
+        """Let the pipeline go on with the output that comes of `at_site`; gives each call's, for gradients to start from."""
+        outputs = self._calibration.forward(self._runs, at_site, grad=True)
+        samples = _samples(outputs)
+        self.answers = [_with_sample(output, sample.detach()) for output, sample in zip(outputs, samples, strict=True)]
+        return samples
 
     def finish(self, cells: Sequence[Cell], candidates: Sequence[Cell]) -> None:
         """Let the pipeline go on with the output under these cells, and remember all that `candidates` may read later."""
@@ -247,6 +254,22 @@ class Step:
         return lambda call, state: attend(call, cell_of[call.site], writes(cell_of[call.site]), state)
 
 
+def _samples(outputs: Sequence[Any]) -> list[Tensor]:
+    """The first of what each call gave, a tuple or a diffusers output."""
+    samples = [output[0] for output in outputs]
+    if not all(isinstance(sample, Tensor) for sample in samples):
+        raise NotIntercepted(f"the transformer gave a {type(samples[0]).__name__}; wanted a tensor as its first output")
+    return samples
+
+
+def _with_sample(output: Any, sample: Tensor) -> Any:
+    """A transformer's output with another first tensor."""
+    if isinstance(output, tuple):
+        return (sample, *output[1:])
+    first, *_ = output
+    return type(output)(**{**output, first: sample})
+
+
 def _writes(candidates: Sequence[Cell], cell: Cell) -> Writes:
     """In a search all that some later step might read is kept until it is overwritten."""
     if not isinstance(cell, Attend):
@@ -254,6 +277,13 @@ def _writes(candidates: Sequence[Cell], cell: Cell) -> Writes:
     radii = {residual_radius(candidate) for candidate in candidates} if refreshes_residual(cell) else set()
     residuals = (Residual(radius, FOREVER, conditional_only=False) for radius in radii if radius is not None)
     return Writes(FOREVER, tuple(residuals))
+
+
+@contextmanager
+def quiet(pipe: Any, generator: torch.Generator | Sequence[torch.Generator] | None) -> Iterator[None]:
+    """No progress bar, and random states, the inputs' generators included, as they were afterwards."""
+    with _random_state_kept(generator, pipe._execution_device), _no_progress_bar(pipe):
+        yield
 
 
 @contextmanager

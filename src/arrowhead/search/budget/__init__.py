@@ -1,0 +1,177 @@
+"""The search under a budget for the whole generation: calibrate once, solve, check."""
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+from tqdm.auto import tqdm
+
+from arrowhead.errors import InputsInvalid
+from arrowhead.plan import Plan
+from arrowhead.search.budget.allocate import Allocation, within_cost, within_damage
+from arrowhead.search.budget.check import measured_error
+from arrowhead.search.budget.given import Choices
+from arrowhead.search.budget.problem import Granularity, Problem
+from arrowhead.search.budget.record import Extent, Recording, record
+from arrowhead.search.budget.table import Table
+
+if TYPE_CHECKING:  # diffusers takes seconds to import
+    from diffusers import DiffusionPipeline
+
+PRESETS = {"light": 0.03, "balanced": 0.07, "strong": 0.15}
+"""Relative errors of the final latents."""
+TRIES = 5
+"""Generations that an error may take to be met."""
+CLOSE, AIM = 0.9, 0.95
+"""A measured error is close enough from this fraction of the one asked for on, and aimed at so much of it."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a generation may cost, or how far it may stray: one of the first three.
+
+    Args:
+        attention_flops: what may remain of the FLOPs of attention's two matmuls, in (0, 1].
+        module_flops: of the attention modules' FLOPs, with the Q, K, V and output projections, in (0, 1].
+        error: norm of the change of the final latents over their norm, on the calibration's inputs; the fewest module FLOPs
+            are sought that keep to it.
+        granularity: what does the same in a step: all heads of a site, single ones, or groups of so many.
+        share_cfg: whether a site may compute the conditional branch alone.
+        residual: whether arrows may add a residual.
+        reuse: whether outputs may be repeated.
+    """
+
+    attention_flops: float | None = None
+    module_flops: float | None = None
+    error: float | None = None
+    granularity: Granularity = "head"
+    share_cfg: bool = True
+    residual: bool = True
+    reuse: bool = True
+
+    def __post_init__(self) -> None:
+        asked = {name: value for name in ASKED if (value := getattr(self, name)) is not None}
+        if len(asked) != 1:
+            raise InputsInvalid(
+                f"got a budget of {asked or 'nothing'}, wanted one of {', '.join(ASKED)}, such as module_flops=0.4"
+            )
+        ((name, value),) = asked.items()
+        highest = float("inf") if name == "error" else 1
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= highest:
+            raise InputsInvalid(f"got {name}={value!r}, wanted a number above 0{'' if name == 'error' else ', at most 1'}")
+
+    @property
+    def asked(self) -> tuple[str, float]:
+        """Which of the three, and its value."""
+        return next((name, value) for name in ASKED if (value := getattr(self, name)) is not None)
+
+    def problem(self, table: Table) -> Problem:
+        """What has to be solved with a table."""
+        choices = Choices(table.radii, table.ages, self.share_cfg and table.branches.guided, self.residual, self.reuse)
+        return Problem(table, choices, "attention" if self.attention_flops is not None else "module", self.granularity)
+
+
+ASKED = tuple(field.name for field in fields(Budget)[:3])
+
+
+def calibrate(
+    pipe: "DiffusionPipeline", inputs: Mapping[str, Any], *, extent: Extent | None = None, progress: bool = True
+) -> Table:
+    """Run the pipeline once with `inputs`, and note what skipping anything would do; the table serves any budget.
+
+    Args:
+        pipe: a diffusers pipeline of a supported family. It is left as it was.
+        inputs: the keyword arguments of the pipeline's call. A `generator` among them is left as it was found.
+        extent: how far to look: radii, ages, random vectors.
+        progress: show a tqdm bar.
+
+    Raises what `arrowhead.search` raises.
+    """
+    return _recorded(pipe, inputs, extent or Extent(), progress).table
+
+
+def solve(table: Table, budget: Budget) -> Plan:
+    """The plan for a budget of FLOPs, from a table alone; nothing is run.
+
+    Raises:
+        InputsInvalid: the budget is an error, which real generations have to show, or nothing is as cheap.
+    """
+    name, value = budget.asked
+    if name == "error":
+        raise InputsInvalid(
+            f"got a budget of error={value}, wanted FLOPs: an error is met by generating, which arrowhead.search does"
+        )
+    return _plan(table, budget, within_cost(budget.problem(table), value))
+
+
+def sweep(table: Table, budgets: Sequence[Budget]) -> list[Plan]:
+    """A plan for each budget of FLOPs, from one table. Raises what `solve` raises."""
+    return [solve(table, budget) for budget in budgets]
+
+
+def budgeted(
+    pipe: "DiffusionPipeline", inputs: Mapping[str, Any], budget: Budget, *, extent: Extent | None = None, progress: bool = True
+) -> Plan:
+    """Calibrate, solve, and check by generating once more. Raises what `arrowhead.search` raises.
+
+    An error is met by correction: the additive model takes errors as independent, and so predicts too small a figure, but the
+    ratio of the measured error to it changes slowly with the budget. Each try solves with the ratio of the one before, between
+    what was met and what was missed, until the measured error is 0.9 to 1 of what was asked, or five plans were tried.
+    """
+    recording = _recorded(pipe, inputs, extent or Extent(), progress)
+    table, (name, value) = recording.table, budget.asked
+
+    about = {"calibration_passes": recording.passes, "calibration_attention_flops_by_raw": round(recording.cost, 3)}
+    if name != "error":
+        plan = solve(table, budget)
+        return _told(plan, measured_error=_short(measured_error(pipe, inputs, plan, recording.final)), **about)
+    problem, best = budget.problem(table), None
+    kept_to, missed, limit = 0.0, math.inf, value  # predicted errors
+    for generations in count(1):
+        found = within_damage(problem, limit**2)
+        plan, predicted = _plan(table, budget, found), found.damage**0.5
+        error = measured_error(pipe, inputs, plan, recording.final)
+        if error <= value:
+            kept_to, best = predicted, _told(plan, measured_error=_short(error))
+        else:
+            missed = predicted
+        if best is not None and (generations >= TRIES or predicted == 0 or CLOSE * value <= error <= value):
+            return _told(best, generations=generations, **about)
+        limit = AIM * value * predicted / error if error else 2 * limit
+        if not kept_to < limit < missed:
+            limit = math.sqrt(kept_to * missed) if kept_to else missed / 4
+    raise AssertionError  # full attention, without any error, comes at last
+
+
+def _recorded(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], extent: Extent, progress: bool) -> Recording:
+    """Drain a calibration behind a bar over the steps."""
+    steps = record(pipe, inputs, extent)
+    with closing(steps), tqdm(desc="calibrate", unit="step", disable=not progress) as bar:
+        while True:
+            try:
+                step, bar.total = next(steps)
+            except StopIteration as end:
+                return end.value
+            bar.update(step + 1 - bar.n)
+
+
+def _plan(table: Table, budget: Budget, found: Allocation) -> Plan:
+    name, value = budget.asked
+    settings = {key: setting for key, setting in asdict(budget).items() if key not in ASKED}
+    search = {"strategy": "budget", name: value, **settings, **dict(table.about.get("search", {}))}
+    search["predicted_error"] = _short(found.damage**0.5)
+    rows = tuple(zip(*found.columns, strict=True))
+    about = {**table.about, "search": search}
+    return Plan(rows, table.target, table.tokens, table.branches.guided, about, table.branches.calls)
+
+
+def _told(plan: Plan, **facts: Any) -> Plan:
+    """The plan, saying more of how it was found."""
+    return replace(plan, about={**plan.about, "search": {**plan.about["search"], **facts}})
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.3g}")

@@ -1,0 +1,80 @@
+"""A limit met with all sites: one multiplier found by bisection, and a repair that spends what it leaves."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from arrowhead.errors import InputsInvalid
+from arrowhead.search.budget.problem import Column, Offer, Problem
+
+ROUNDS = 40
+"""Halvings of the multiplier's logarithm."""
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A column for each site, with the sums of damage and cost.
+
+    `bound`: in the additive model no choice for whole sites that costs as little does less damage, by Lagrangian duality.
+    """
+
+    columns: tuple[Column, ...]
+    damage: float
+    cost: float
+    bound: float
+
+
+def within_cost(problem: Problem, budget: float) -> Allocation:
+    """The least damage found whose cost is at most `budget`, a fraction of the uncompressed run's.
+
+    Raises:
+        InputsInvalid: nothing is as cheap as that; the message names the nearest budget.
+    """
+    tried = _bisected(problem, lambda offer: float(offer.cost.sum()) <= budget)
+    if not (met := [offer for offer in tried if offer.cost.sum() <= budget]):
+        least = min(float(offer.cost.sum()) for offer in tried)
+        raise InputsInvalid(
+            f"got a budget of {budget:.4g} of the {problem.measure} FLOPs, wanted at least {least:.4g}, the least that these "
+            "choices can do; a larger budget, or more ages, will do"
+        )
+    bound = max(float(o.damage.sum()) + o.multiplier * (float(o.cost.sum()) - budget) for o in tried)
+    return _repaired(min(met, key=lambda offer: float(offer.damage.sum())), tried, budget, max(bound, 0.0))
+
+
+def within_damage(problem: Problem, limit: float) -> Allocation:
+    """The least cost found among the multipliers' offers whose damage is at most `limit`."""
+    tried = _bisected(problem, lambda offer: float(offer.damage.sum()) > limit)
+    best = min((o for o in tried if o.damage.sum() <= limit), key=lambda o: float(o.cost.sum()))  # full attention does none
+    return Allocation(best.columns, float(best.damage.sum()), float(best.cost.sum()), 0.0)
+
+
+def _bisected(problem: Problem, dear_enough: Callable[[Offer], bool]) -> list[Offer]:
+    """Offers at multipliers that close in on the one where `dear_enough` begins to hold."""
+    tried = [problem.offer(0.0)]
+    if dear_enough(tried[0]):
+        return tried
+    high = problem.dear
+    tried.append(problem.offer(high))
+    low = 1e-18 * high
+    for _ in range(ROUNDS):
+        if not dear_enough(tried[1]) or high / low < 1 + 1e-6:
+            break
+        middle = float(np.sqrt(low * high))
+        tried.append(problem.offer(middle))
+        low, high = (low, middle) if dear_enough(tried[-1]) else (middle, high)
+    return tried
+
+
+def _repaired(start: Offer, tried: list[Offer], budget: float, bound: float) -> Allocation:
+    """Sites' columns are exchanged for others seen, as the budget allows, the most damage less per cost first."""
+    columns, damage, cost = list(start.columns), start.damage.copy(), start.cost.copy()
+    seen_damage, seen_cost = np.stack([o.damage for o in tried]), np.stack([o.cost for o in tried])  # (tried, sites)
+    while True:
+        gain, more = damage - seen_damage, seen_cost - cost
+        worth = np.where((gain > 0) & (more <= budget - cost.sum()), gain / np.maximum(more, 1e-12), 0.0)
+        best, site = np.unravel_index(worth.argmax(), worth.shape)
+        if worth[best, site] <= 0:
+            return Allocation(tuple(columns), float(damage.sum()), float(cost.sum()), bound)
+        columns[site] = tried[best].columns[site]
+        damage[site], cost[site] = seen_damage[best, site], seen_cost[best, site]

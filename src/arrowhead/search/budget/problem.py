@@ -1,0 +1,167 @@
+"""A table solved for a budget: offers of all sites at a multiplier, and the cells that they amount to."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arrowhead import cost
+from arrowhead.errors import InputsInvalid
+from arrowhead.layout import Site
+from arrowhead.lifetimes import Writes, lifetimes
+from arrowhead.methods import FULL, Attend, Cached, Cell, Method, Reuse
+from arrowhead.search.budget.given import Choices
+from arrowhead.search.budget.programme import Programme
+from arrowhead.search.budget.table import Floats, Table
+
+Measure = Literal["attention", "module"]
+Granularity = Literal["site", "head"] | int
+"""What does the same in a step: all heads of a site, single ones, or groups of so many."""
+
+Column = tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Offer:
+    """At a multiplier a column for each site, with its damage and its cost (sites,), a fraction of the uncompressed run's."""
+
+    multiplier: float
+    columns: tuple[Column, ...]
+    damage: Floats
+    cost: Floats
+
+
+class Problem:
+    """A table, what may be chosen, and what is counted as cost."""
+
+    def __init__(self, table: Table, choices: Choices, measure: Measure, granularity: Granularity = "site") -> None:
+        self.table, self.measure = table, measure
+        self._sites = table.target.sites
+        self._programme = Programme(choices)
+        self._samples = 2 if table.branches.guided else 1
+        self._whole = table.steps * sum(self._site_cost(site, FULL, Writes()) for site in self._sites)
+        self._groups = tuple(self._grouped(granularity))
+
+    def offer(self, multiplier: float) -> Offer:
+        """The best column of every site at this multiplier; exact where a site's heads all do the same, see `_of_groups`."""
+        chosen = self._programme.solve(self._site_damage, self._site_costs, multiplier)
+        columns = [self._programme.cells(moves) for moves in chosen.moves.T]
+        damage, spent = chosen.damage, self._spent(columns)
+        if len(self._groups) > len(self._sites):
+            columns, damage, spent = self._of_groups(multiplier, columns, damage, spent)
+        return Offer(multiplier, tuple(columns), damage, spent)
+
+    @property
+    def dear(self) -> float:
+        """A multiplier at which cost alone decides."""
+        harm = self._site_damage[np.isfinite(self._site_damage)].max(initial=1e-300)
+        levels = np.unique(self._site_costs.round(15))
+        return float(1e3 * self.table.steps * harm / np.diff(levels).min(initial=1.0))
+
+    def _of_groups(
+        self, multiplier: float, columns: list[Column], damage: Floats, spent: Floats
+    ) -> tuple[list[Column], Floats, Floats]:
+        """Groups of heads on their own, where that is better than the whole site.
+
+        A site shares its branches or does not, for all heads at once: which steps share is taken from the whole site's column,
+        and for these the groups are solved exactly.
+        """
+        shared = np.array([[isinstance(c, Attend) and c.share_cfg for c in column] for column in columns]).T  # (S, sites)
+        harm = self._group_damage.copy()
+        computed = [(g, given.share) for g, given in enumerate(self._programme.givens) if given.lag == 0]
+        for g, share in computed:
+            harm[:, g][shared[:, self._site_of_group] != share] = np.inf
+        chosen = self._programme.solve(harm, self._group_costs, multiplier)
+        cells = [self._programme.cells(moves) for moves in chosen.moves.T]
+        merged, better = list(columns), damage.copy()
+        for site, _ in enumerate(self._sites):
+            mine = [(cells[g], len(heads)) for g, (s, heads) in enumerate(self._groups) if s == site]
+            merged[site] = tuple(_merge(row, [n for _, n in mine]) for row in zip(*(column for column, _ in mine), strict=True))
+            better[site] = sum(chosen.damage[g] for g, (s, _) in enumerate(self._groups) if s == site)
+        apart = self._spent(merged)
+        wins = better + multiplier * apart < damage + multiplier * spent
+        return (
+            [merged[i] if wins[i] else columns[i] for i in range(len(columns))],
+            np.where(wins, better, damage),
+            np.where(wins, apart, spent),
+        )
+
+    def _grouped(self, granularity: Granularity) -> Iterator[tuple[int, range]]:
+        """(site, heads among those of all sites)."""
+        for i, site in enumerate(self._sites):
+            heads = self.table.heads(i)
+            size = site.heads if granularity == "site" else 1 if granularity == "head" else granularity
+            if not isinstance(size, int) or size < 1 or site.heads % size:
+                raise InputsInvalid(
+                    f"got granularity={granularity!r}, wanted 'site', 'head', or a number that divides {site.path}'s "
+                    f"{site.heads} heads"
+                )
+            yield from ((i, heads[start : start + size]) for start in range(0, site.heads, size))
+
+    @cached_property
+    def _site_of_group(self) -> NDArray[np.int64]:
+        return np.array([site for site, _ in self._groups])
+
+    @cached_property
+    def _site_damage(self) -> Floats:
+        return self.table.damages([self.table.heads(i) for i in range(len(self._sites))], self._programme.givens)
+
+    @cached_property
+    def _group_damage(self) -> Floats:
+        return self.table.damages([heads for _, heads in self._groups], self._programme.givens)
+
+    @cached_property
+    def _site_costs(self) -> Floats:
+        """(spendings, sites)."""
+        return np.array([[self._site_cost(s, *spending) for s in self._sites] for spending in self._programme.spendings]) / (
+            self._whole
+        )
+
+    @cached_property
+    def _group_costs(self) -> Floats:
+        """(spendings, groups): what a group's heads add to what their site costs in any case."""
+        sites = [self._sites[site] for site, _ in self._groups]
+        sizes = [len(heads) for _, heads in self._groups]
+        return np.array(
+            [
+                [self._heads_cost(site, size, *spending) for site, size in zip(sites, sizes, strict=True)]
+                for spending in self._programme.spendings
+            ]
+        ) / (self._whole)
+
+    def _site_cost(self, site: Site, cell: Cell, writes: Writes) -> float:
+        return float(getattr(cost.site_flops(site, self.table.tokens, cell, writes, self._samples), self.measure))
+
+    def _heads_cost(self, site: Site, heads: int, cell: Cell, writes: Writes) -> float:
+        if isinstance(cell, Reuse):
+            return 0.0
+        per_head = self._site_cost(site, cell, writes) / site.heads
+        if self.measure == "attention":
+            return per_head * heads
+        rows = 1 if cell.share_cfg else self._samples
+        fixed = cost.projection_flops(site, self.table.tokens, 0 if site.heads_apart else site.heads) / site.heads
+        return (per_head - rows * fixed) * heads
+
+    def _spent(self, columns: Sequence[Column]) -> Floats:
+        """The sites' real cost (sites,)."""
+        spent = [
+            sum(self._site_cost(site, cell, writes) for cell, writes in zip(column, lifetimes(column), strict=True))
+            for site, column in zip(self._sites, columns, strict=True)
+        ]
+        return np.array(spent) / self._whole
+
+
+def _merge(cells: Sequence[Cell], sizes: Sequence[int]) -> Cell:
+    """The cell of a site whose groups of heads do these; a head that reuses beside others that do not is cached."""
+    if len(set(cells)) == 1:
+        return cells[0]
+    methods: list[Method] = []
+    for cell, size in zip(cells, sizes, strict=True):
+        if isinstance(cell, Reuse):
+            methods += [Cached()] * size
+        else:
+            methods += cell.methods(size)
+    return Attend(tuple(methods), any(isinstance(cell, Attend) and cell.share_cfg for cell in cells))

@@ -1,0 +1,213 @@
+"""The calibration: one run with full attention, in each step of which gradients meet what was computed before."""
+
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from arrowhead.apply import target_of
+from arrowhead.attend import Generation, Passage, bands, count
+from arrowhead.cache import Output
+from arrowhead.errors import InputsInvalid
+from arrowhead.intercept import SiteCall
+from arrowhead.layout import Branches, Site, Tokens
+from arrowhead.lifetimes import Writes
+from arrowhead.methods import FULL, Arrow
+from arrowhead.models import find
+from arrowhead.plan import Target
+from arrowhead.route import AttentionCall
+from arrowhead.search.about import about
+from arrowhead.search.budget.guidance import Guidance
+from arrowhead.search.budget.samplers import Sampling, observed
+from arrowhead.search.budget.table import Table
+from arrowhead.search.calibrate import Calibration, Step
+
+if TYPE_CHECKING:  # diffusers takes seconds to import
+    from diffusers import DiffusionPipeline
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How far a calibration looks: arrows of which radii, outputs and residuals of how many steps ago, by how many vectors.
+
+    `radii` None: an eighth, a 16th and a 32nd of the visual tokens.
+    """
+
+    radii: tuple[int, ...] | None = None
+    ages: int = 6
+    vectors: int = 1
+    seed: int = 0
+
+    def bands(self, tokens: Tokens) -> tuple[int, ...]:
+        """The radii, widest first; bands that would cover everything are left out."""
+        wanted = (tokens.visual // 8, tokens.visual // 16, tokens.visual // 32) if self.radii is None else self.radii
+        return tuple(sorted({radius for radius in wanted if radius < tokens.visual - 1}, reverse=True))
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What a calibration ends with: the table, the run's final latents, and what it cost, as `Found` says it."""
+
+    table: Table
+    final: Tensor
+    passes: int
+    cost: float
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """One step of a site: its heads' output (B, H, N, D), and its residuals (B, H, V, D), one for each radius."""
+
+    output: Tensor
+    residuals: tuple[Tensor, ...]
+
+
+def record(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], extent: Extent) -> Generator[tuple[int, int], None, Recording]:
+    """Run the pipeline once with `inputs`, full attention everywhere; yield (step, steps) after each step.
+
+    Every step is one pass forward and one back for each vector, with respect to activations alone. Outputs and residuals of the
+    last steps are held for all sites.
+
+    Raises what `arrowhead.search` raises.
+    """
+    model = find(pipe)
+    target = target_of(model)
+    calibration = Calibration(model, inputs)
+    scale = model.family.guidance_scale(model.call_arguments((), inputs)) if calibration.branches.guided else 1.0
+    guidance = Guidance(calibration.seen, scale, model.latent_channels)
+    recorder: _Recorder | None = None
+    with observed(pipe.scheduler) as sampling, _parameters_frozen(model.transformer):
+        for step in calibration.steps():
+            recorder = recorder or _Recorder(step.sites, calibration.tokens, guidance, extent)
+            recorder.follow(step)
+            yield step.index, calibration.step_count
+    assert recorder is not None  # a pipeline that never calls its transformer is refused before
+    target = target.common(target_of(model))  # some schedulers change settings of their own while they run
+    table = recorder.table(sampling, calibration.branches, target, about(pipe, inputs, asdict(extent)))
+    return Recording(table, sampling.latents(), calibration.passes, calibration.cost)
+
+
+class _Recorder:
+    """The buffers of the last steps, and the products so far."""
+
+    def __init__(self, sites: Sequence[Site], tokens: Tokens, guidance: Guidance, extent: Extent) -> None:
+        self._sites, self._tokens, self._guidance, self._extent = tuple(sites), tokens, guidance, extent
+        self._radii = extent.bands(tokens)
+        self._generator = torch.Generator().manual_seed(extent.seed)
+        self._kept: dict[str, deque[_Kept]] = {site.path: deque(maxlen=extent.ages + 1) for site in sites}
+        self._products: list[tuple[Tensor, Tensor]] = []  # of each step, see `Table`
+
+    def follow(self, step: Step) -> None:
+        """One step: forward, back, and the products of what comes back with what is kept."""
+        probes: dict[str, Tensor] = {}
+        with torch.enable_grad():
+            outputs = step.traced(lambda call, state: self._at_site(call, state, probes))
+        vectors = self._extent.vectors
+        found = [self._of_vector(probes, outputs, last=i == vectors - 1) for i in range(vectors)]
+        self._products.append((torch.cat([of[0] for of in found], -1), torch.cat([of[1] for of in found], -1)))
+
+    def table(self, sampling: Sampling, branches: Branches, target: Target, about: Mapping[str, Any]) -> Table:
+        """All steps together."""
+        final = sampling.latents()
+        outputs, residuals = zip(*self._products, strict=True)
+        return Table(
+            target=target,
+            tokens=self._tokens,
+            branches=branches,
+            radii=self._radii,
+            ages=self._extent.ages,
+            outputs=torch.stack(outputs).float(),
+            residuals=torch.stack(residuals).float(),
+            gains=sampling.gains(len(outputs)),
+            final=float(final.square().mean()),
+            elements=final[0].numel(),
+            about=about,
+        )
+
+    def _at_site(self, call: SiteCall, state: Generation, probes: dict[str, Tensor]) -> Output:
+        """The module's output; where its heads' outputs arise, a probe of zeros that gradients come back to."""
+        site, tally = call.site, state.tally
+        tally.passed(site, FULL, state.tokens)
+
+        def attention(asked: AttentionCall) -> Tensor:
+            out = asked.native()  # (B, H, N, D)
+            if site.path in probes:  # a checkpointed block, which runs again on the way back
+                return out + probes[site.path]
+            passage = Passage(call, FULL, Writes(), state, tuple(range(site.heads)))
+            count(passage, passage.methods, len(out), "native")
+            with torch.no_grad():
+                if not out.isfinite().all():
+                    raise InputsInvalid(
+                        f"at step {state.step} {site.path} gave values that are not finite, with full attention; wanted finite "
+                        "ones; use bfloat16 or float32"
+                    )
+                self._kept[site.path].appendleft(_Kept(out.detach(), tuple(self._residuals_of(asked, out, passage))))
+            probes[site.path] = torch.zeros_like(out, requires_grad=True)
+            return out + probes[site.path]
+
+        out = call.run(attention)
+        tally.projected(site, state.tokens, site.heads, state.branches.samples)
+        return out
+
+    def _residuals_of(self, asked: AttentionCall, out: Tensor, passage: Passage) -> Iterator[Tensor]:
+        heads, visual = range(passage.call.site.heads), passage.tokens.visual_slice
+        for radius in self._radii:
+            band = bands(asked, heads, [radius] * len(heads), slice(None), passage)
+            count(passage, [Arrow(radius)] * len(heads), len(band), passage.generation.kernel)
+            yield out[:, :, visual] - band[:, :, visual]
+
+    def _of_vector(self, probes: dict[str, Tensor], outputs: Sequence[Tensor], *, last: bool) -> tuple[Tensor, Tensor]:
+        """Of all heads of all sites, for a new random vector: (H, ages + 1, pairs, B), (H, radii, ages + 1, pairs, B)."""
+        guided = self._guidance.guided([output.detach() for output in outputs])
+        vector = torch.randn(guided.shape, generator=self._generator).to(guided.device, guided.dtype)
+        cotangents = self._guidance.cotangents(outputs, vector)
+        gradients = torch.autograd.grad(outputs, list(probes.values()), cotangents, retain_graph=not last)
+        by_site = dict(zip(probes, gradients, strict=True))
+        products = [self._of_site(site, by_site[site.path].float()) for site in self._sites]
+        return torch.cat([of_outputs for of_outputs, _ in products]), torch.cat([of_residuals for _, of_residuals in products])
+
+    def _of_site(self, site: Site, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Products of the gradient (B, H, N, D), as in `_of_vector`, for the heads of one site."""
+        kept, visual = self._kept[site.path], site.tokens(self._tokens).visual_slice
+        older = self._extent.ages + 1 - len(kept)
+        outputs = self._paired(gradient, [entry.output for entry in kept])  # (H, steps kept, pairs, B)
+        now = outputs[:, :1, [0, 1, 1]] if self._guidance.branches.batched else outputs[:, :1]  # of the gradient's own branch
+        residuals = [
+            self._paired(gradient[:, :, visual], [entry.residuals[r] for entry in kept]) for r in range(len(self._radii))
+        ]
+        padded = [nn.functional.pad(products, (0, 0, 0, 0, 0, older)) for products in (outputs - now, *residuals)]
+        return padded[0], torch.stack(padded[1:], 1) if residuals else padded[0].new_zeros(site.heads, 0, *padded[0].shape[1:])
+
+    def _paired(self, gradient: Tensor, sources: Sequence[Tensor]) -> Tensor:
+        """⟨g, source⟩ of each head and image, for each pair of branches: (H, sources, pairs, B)."""
+        conditional, other = self._guidance.halves(gradient)
+        found = []
+        for source in sources:
+            from_conditional, from_other = self._guidance.halves(source)
+            pairs = [_product(conditional, from_conditional)]
+            if other is not None and from_other is not None:
+                pairs += [_product(other, from_other), _product(other, from_conditional)]
+            found.append(torch.stack(pairs, 1))
+        return torch.stack(found, 1)
+
+
+def _product(gradient: Tensor, source: Tensor) -> Tensor:
+    """(B, H, N, D) twice -> (H, B), in float64 on the CPU: differences of such products are small."""
+    return (gradient * source.float()).sum((2, 3)).T.double().cpu()
+
+
+@contextmanager
+def _parameters_frozen(module: nn.Module) -> Iterator[None]:
+    """No gradients with respect to weights: what they would need is not kept."""
+    learnt = [p for p in module.parameters() if p.requires_grad]
+    for p in learnt:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in learnt:
+            p.requires_grad_(True)

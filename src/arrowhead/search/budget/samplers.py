@@ -1,0 +1,132 @@
+"""What becomes of an error in one step: the sampler's part is measured by replaying it, the model's estimated."""
+
+import copy
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arrowhead.errors import NotIntercepted
+
+NUDGE = 1e-2
+"""Size of the errors that are tried, in units of the output's own."""
+
+
+@dataclass
+class Sampling:
+    """The calls that a pipeline made of its scheduler in one run, and the scheduler as it was before the first.
+
+    `outputs` are the guided outputs that the scheduler was given, `final` the latents that its last call gave.
+    """
+
+    scheduler: Any = None
+    outputs: list[Tensor] = field(default_factory=list)
+    arguments: list[tuple[Any, Tensor, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    final: Tensor | None = None
+
+    def latents(self) -> Tensor:
+        """The run's final latents, float32.
+
+        Raises:
+            NotIntercepted: the pipeline never called its scheduler.
+        """
+        if self.final is None:
+            raise NotIntercepted("the pipeline never called its scheduler's step; wanted one call in every denoising step")
+        return self.final.float()
+
+    def gains(self, steps: int) -> tuple[float, ...]:
+        """Norm of the change of the final latents over that of an error in the guided output, for each step.
+
+        Two factors. What the sampler alone makes of an error is measured: it is replayed with one output changed and all others
+        as they were. The model's answer in the steps that follow is not: it is estimated as if data were Gaussian. If latents
+        are x_t = a·x_final + noise of variance b², the flow multiplies an error along a direction in which final latents have
+        the deviation s by s/√(a²s² + b²). a and b are measured on this run, and s along the change of the output from the step
+        before, the direction of what reuse gets wrong.
+
+        Raises:
+            NotIntercepted: the scheduler was not called once in each of the `steps`.
+        """
+        if len(self.outputs) != steps:
+            raise NotIntercepted(
+                f"the scheduler's step was called {len(self.outputs)} times in {steps} steps of the model, wanted one each"
+            )
+        final, generator = self.latents(), torch.Generator().manual_seed(0)
+        sample, scheduler = self.arguments[0][1].float(), copy.deepcopy(self.scheduler)
+        reference = self._replay(0, sample, scheduler, None)
+        found: list[float] = []
+        for step, output in enumerate(self.outputs):
+            noise = torch.randn(output.shape, generator=generator).to(output.device)
+            if step:  # an error in the sample that this step begins with
+                error = NUDGE * sample.square().mean().sqrt() * noise
+                fixed = _ratio(self._replay(step, sample + error, scheduler, None) - reference, error)
+                found[-1] *= self._answered(step, sample, final) / max(fixed, 1e-12)
+            error = NUDGE * output.float().square().mean().sqrt() * noise
+            found.append(_ratio(self._replay(step, sample, scheduler, error) - reference, error))
+            sample = self._step(step, sample, scheduler, None)
+        return tuple(found)
+
+    def _answered(self, step: int, sample: Tensor, final: Tensor) -> float:
+        """s/√(a²s² + b²) for the latents (B, …) before a step."""
+        begun = self.arguments[0][1].float()
+        both = torch.stack([final.flatten(), begun.flatten()], 1)
+        signal = max(float(torch.linalg.lstsq(both, sample.flatten()[:, None]).solution[0]), 1e-3)
+        noise = float((sample - signal * final).square().mean().sqrt())
+        change = (self.outputs[step - 1].float() - self.outputs[step].float()).flatten(1)
+        change = change / change.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        images, flat = len(final), final.flatten(1)
+        along = (flat - flat.mean(0) if images > 1 else flat) @ change.T  # (B, B): images, directions
+        if images > 1:  # a direction says too much about the image that it comes from
+            along = along[~torch.eye(images, dtype=torch.bool, device=along.device)] * (images / (images - 1)) ** 0.5
+        spread = float(along.square().mean().sqrt())
+        return spread / max((signal**2 * spread**2 + noise**2) ** 0.5, 1e-12)
+
+    def _replay(self, start: int, sample: Tensor, scheduler: Any, error: Tensor | None) -> Tensor:
+        scheduler = copy.deepcopy(scheduler)
+        for step in range(start, len(self.outputs)):
+            sample = self._step(step, sample, scheduler, error if step == start else None)
+        return sample
+
+    def _step(self, step: int, sample: Tensor, scheduler: Any, error: Tensor | None) -> Tensor:
+        timestep, _, args, kwargs = self.arguments[step]
+        output = self.outputs[step].float() if error is None else self.outputs[step].float() + error
+        with torch.random.fork_rng([sample.device] if sample.device.type == "cuda" else []), torch.no_grad():
+            torch.manual_seed(step)  # a sampler that draws noise draws the same in every replay
+            kwargs = {name: value for name, value in kwargs.items() if name not in ("generator", "return_dict")}
+            moved: Tensor = scheduler.step(output, timestep, sample, *args, **kwargs, return_dict=False)[0]
+        return moved.float()
+
+
+def _ratio(change: Tensor, error: Tensor) -> float:
+    return float(change.norm() / error.norm().clamp_min(1e-12))
+
+
+@contextmanager
+def observed(scheduler: Any) -> Iterator[Sampling]:
+    """Note every call of a scheduler's `step`, for the length of a `with` block."""
+    sampling, own_step = Sampling(), scheduler.step
+    before = vars(scheduler).get("step")
+
+    @functools.wraps(own_step)
+    def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if sampling.scheduler is None:
+            del scheduler.step  # not into the copy
+            sampling.scheduler = copy.deepcopy(scheduler)
+            scheduler.step = step
+        sampling.outputs.append(model_output.clone())
+        sampling.arguments.append((timestep, sample.clone(), args, kwargs))
+        out = own_step(model_output, timestep, sample, *args, **kwargs)
+        sampling.final = out[0] if isinstance(out, tuple) else out.prev_sample
+        return out
+
+    scheduler.step = step
+    try:
+        yield sampling
+    finally:
+        if before is None:
+            del scheduler.step
+        else:
+            scheduler.step = before

@@ -1,0 +1,187 @@
+"""A calibration's table: what every kept tensor does to the guided output, per step, site and head; damages follow from it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydantic
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from arrowhead.errors import InputsInvalid
+from arrowhead.layout import Branches, Tokens
+from arrowhead.lifetimes import of_head
+from arrowhead.methods import Cell
+from arrowhead.plan import Target
+from arrowhead.search.budget.given import Given, givens_of
+
+FORMAT = 1
+SAME, CROSSED = slice(0, 2), slice(0, 3, 2)
+"""Of a guided table's three pairs (gradient's branch, source's branch): (c, c) and (u, u); (c, c) and (u, c)."""
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Products of gradients with kept tensors, from one run of a pipeline with full attention.
+
+    In step t, with g the gradient of r·(guided output) with respect to a head's output O_t, for a random r:
+
+    * `outputs` (S, H, ages + 1, pairs, M): ⟨g, O_{t−k} − O_t⟩ for each age k;
+    * `residuals` (S, H, radii, ages + 1, pairs, M): ⟨g, R_{t−k}⟩ with R = O − W, the arrow of that radius subtracted.
+
+    H counts the heads of all sites, one site after another. The pairs are those of branches that g and what it is multiplied
+    with belong to: (c, c), (u, u), (u, c) under guidance, else one. M counts images × random vectors. What is older than the
+    run is 0. All float32.
+
+    `gains` are the sampler's, see `Sampling.gains`; `final` is the mean square of an element of the final latents, of which an
+    image has `elements`. `about` says how the run was made.
+    """
+
+    target: Target
+    tokens: Tokens
+    branches: Branches
+    radii: tuple[int, ...]
+    ages: int
+    outputs: Tensor
+    residuals: Tensor
+    gains: tuple[float, ...]
+    final: float
+    elements: int
+    about: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps."""
+        return len(self.gains)
+
+    def heads(self, site: int) -> range:
+        """Where a site's heads stand among those of all."""
+        first = sum(s.heads for s in self.target.sites[:site])
+        return range(first, first + self.target.sites[site].heads)
+
+    def damages(self, columns: Sequence[Sequence[int]], givens: Sequence[Given]) -> Floats:
+        """Expected squared change of the final latents, relative to their square: (S, givens, C).
+
+        A column is some heads of one site that do the same. Errors of different columns and steps are taken as independent.
+        """
+        member = torch.zeros(len(columns), self.outputs.shape[1])
+        for c, heads in enumerate(columns):
+            member[c, list(heads)] = 1
+        outputs = torch.einsum("ch,shkpm->sckpm", member, self.outputs)
+        residuals = torch.einsum("ch,shrkpm->scrkpm", member, self.residuals)
+        found = np.empty((self.steps, len(givens), len(columns)))
+        for g, given in enumerate(givens):
+            found[:, g] = self._weights[:, None] * self._change(outputs, residuals, given).square().mean(2).double().numpy()
+        return found
+
+    def damage(self, columns: Sequence[Sequence[Cell]]) -> Floats:
+        """What a plan's columns, one for each site, do in each step: (S,). Heads that always do the same err together."""
+        found = np.zeros(self.steps)
+        for site, column in enumerate(columns):
+            alike: dict[tuple[Cell, ...], list[int]] = {}
+            for place, head in enumerate(self.heads(site)):
+                alike.setdefault(of_head(column, place), []).append(head)
+            for cells, heads in alike.items():
+                givens = givens_of(cells)
+                harm = self.damages([heads], givens)[:, :, 0]
+                found += harm[range(self.steps), range(self.steps)]
+        return found
+
+    @property
+    def _weights(self) -> Floats:
+        """Relative squared change of the final latents by a squared change of a step's guided output: (S,)."""
+        return np.square(self.gains) / (self.final * self.elements)
+
+    def _change(self, outputs: Tensor, residuals: Tensor, given: Given) -> Tensor:
+        """Change of r·(guided output), if columns give this instead of full attention's output: (S, C, M)."""
+        pairs = self._pairs(given.share)
+        found = outputs[:, :, given.lag, pairs].sum(2)
+        if given.radius is not None:
+            radius = self.radii.index(given.radius)
+            found = found - residuals[:, :, radius, given.lag, pairs].sum(2)
+            if given.residual_lag is not None:
+                pairs = self._pairs(given.share or given.residual_shared)
+                found = found + residuals[:, :, radius, given.residual_lag, pairs].sum(2)
+        return found
+
+    def _pairs(self, shared: bool) -> slice:
+        if not self.branches.guided:
+            return slice(0, 1)
+        return CROSSED if shared else SAME
+
+    def save(self, path: str | Path) -> None:
+        """Write the table as safetensors, with everything else as JSON in the file's header."""
+        header = _Header(
+            format=FORMAT,
+            target=self.target,
+            tokens=self.tokens,
+            branches=self.branches,
+            radii=self.radii,
+            ages=self.ages,
+            gains=self.gains,
+            final=self.final,
+            elements=self.elements,
+            about=dict(self.about),
+        )
+        tensors = {"outputs": self.outputs.contiguous(), "residuals": self.residuals.contiguous()}
+        content = json.dumps(header.model_dump(mode="json"), default=str, allow_nan=False)
+        save_file(tensors, path, metadata={"arrowhead": content})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Table":
+        """Read a table that `save` wrote.
+
+        Raises:
+            InputsInvalid: the file is no such table, or contradicts itself.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                content = (file.metadata() or {}).get("arrowhead", "{}")
+                header = _Header.model_validate_json(content, strict=True)
+                tensors = {name: file.get_tensor(name) for name in ("outputs", "residuals")}
+        except (OSError, SafetensorError, pydantic.ValidationError) as error:
+            raise InputsInvalid(f"{path} is no sound table; wanted a file that Table.save wrote. {error}") from error
+        if found := header.faults(tensors):
+            raise InputsInvalid(f"{path} is no sound table; wanted a file that Table.save wrote. {found}")
+        fields = {name: getattr(header, name) for name in type(header).model_fields if name != "format"}
+        return cls(**fields, **tensors)
+
+
+class _Header(pydantic.BaseModel, extra="forbid"):
+    """All of a table but its tensors."""
+
+    format: int
+    target: Target
+    tokens: Tokens
+    branches: Branches
+    radii: tuple[int, ...]
+    ages: int
+    gains: tuple[float, ...]
+    final: float
+    elements: int
+    about: dict[str, Any]
+
+    def faults(self, tensors: Mapping[str, Tensor]) -> str | None:
+        """What does not fit together."""
+        if self.format != FORMAT:
+            return f"got format {self.format}, wanted {FORMAT}"
+        heads, pairs = sum(site.heads for site in self.target.sites), 3 if self.branches.guided else 1
+        ages, images = self.ages + 1, tensors["outputs"].shape[-1] if tensors["outputs"].ndim == 5 else 0
+        shapes = {
+            "outputs": (len(self.gains), heads, ages, pairs, images),
+            "residuals": (len(self.gains), heads, len(self.radii), ages, pairs, images),
+        }
+        wrong = [
+            f"{name} of shape {tuple(tensors[name].shape)}, wanted {shape}"
+            for name, shape in shapes.items()
+            if tuple(tensors[name].shape) != shape
+        ]
+        return "; ".join(wrong) or None

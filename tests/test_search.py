@@ -101,7 +101,7 @@ def test_a_threshold_of_nothing_compresses_nothing_and_says_nothing(either):
 
 def test_a_threshold_too_small_is_said():
     bench = dit()
-    with pytest.warns(NothingCompressed, match="larger threshold"):
+    with pytest.warns(NothingCompressed, match="within threshold"):
         the_plan = ah.search(bench.pipe, bench.inputs(), threshold=1e-9, progress=False)
     assert the_plan.cells == as_cells(bench, ["FFF"] * 5)
 

@@ -18,6 +18,7 @@ from arrowhead.methods import paper_name
 from arrowhead.models import find
 from arrowhead.plan import SYMBOLS, Plan
 from arrowhead.search import THRESHOLDS
+from arrowhead.search.budget import ASKED
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Diffusion transformers that generate faster.")
 console = Console()
@@ -48,7 +49,13 @@ def search(
     model: ModelName,
     inputs: Inputs,
     out: Annotated[Path, typer.Option(help="the plan's file")] = Path("plan.json"),
-    strategy: Annotated[str, typer.Option(help="greedy (DiTFastAttn) or headwise (DiTFastAttnV2)")] = "greedy",
+    budget: Annotated[
+        str | None,
+        typer.Option(help="attention_flops=F or module_flops=F, what may remain; error=E, or light, balanced, strong"),
+    ] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="greedy (DiTFastAttn), headwise (DiTFastAttnV2) or budget; follows the other options")
+    ] = None,
     threshold: Annotated[
         str | None, typer.Option(help=f"greedy: a number, or one of {', '.join(THRESHOLDS)} (D4); headwise: a number (0.6)")
     ] = None,
@@ -63,16 +70,51 @@ def search(
     pipe = load(model, device, dtype)
     call = parse(inputs) | {"generator": torch.Generator().manual_seed(seed)}
     out.parent.mkdir(parents=True, exist_ok=True)
-    how: Any = ah.Headwise(share_cfg=share_cfg, residual=residual) if strategy == "headwise" else strategy
+    how = ah.Headwise(share_cfg=share_cfg, residual=residual) if strategy == "headwise" else strategy
     if how == strategy and (share_cfg or residual):
         raise InputsInvalid(
             f"got --share-cfg or --residual with strategy {strategy}, wanted them with headwise; leave them out"
         )
-    bound: Any = _number(threshold)
-    plan = ah.search(pipe, call, strategy=how, threshold=bound, loss=loss)  # type: ignore[arg-type]  # it says what it takes
+    asked: Any = {"strategy": how, "budget": _budget(budget), "threshold": _number(threshold), "loss": loss}
+    plan = ah.search(pipe, call, **asked)  # which says what it takes
     plan.save(out)
     show_plan(plan)
     console.print(f"written to {out}")
+
+
+@app.command()
+def sweep(
+    model: ModelName,
+    inputs: Inputs,
+    out: Annotated[Path, typer.Option(help="folder for the table, the plans and the figure")] = Path("sweep"),
+    measure: Annotated[str, typer.Option(help="attention_flops or module_flops")] = "module_flops",
+    points: Annotated[int, typer.Option(help="how many budgets", min=2)] = 20,
+    least: Annotated[float, typer.Option(help="the smallest budget")] = 0.15,
+    table: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="a table that sweep wrote: solve it, and run no model")
+    ] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+) -> None:
+    """Find plans for many budgets on one calibration run."""
+    from arrowhead.analysis.draw import sweep_curve  # noqa: PLC0415  # matplotlib
+
+    steps = (points - 1) / (1 - least)
+    budgets = [ah.Budget(**{measure: round(least + i / steps, 4)}) for i in range(points)]  # type: ignore[arg-type]
+    out.mkdir(parents=True, exist_ok=True)
+    if table is not None:
+        found = ah.Table.load(table)
+        console.print(f"{table} was made on {found.about['model']}")
+    else:
+        pipe = load(model, device, dtype)
+        found = ah.calibrate(pipe, parse(inputs) | {"generator": torch.Generator().manual_seed(seed)})
+        found.save(out / "table.safetensors")
+    plans = dict(zip((f"{budget.asked[1]:.3f}" for budget in budgets), ah.sweep(found, budgets), strict=True))
+    for name, plan in plans.items():
+        plan.save(out / f"{name}.json")
+    sweep_curve(plans, measure, out / "sweep.png")
+    console.print(f"{len(plans)} plans, their table and sweep.png written to {out}/")
 
 
 @app.command()
@@ -154,6 +196,18 @@ def show(
         console.print(f"drawn into {png}")
     elif site is not None:
         raise InputsInvalid(f"got --site {site} and nothing to draw into; wanted --png FILE beside it")
+
+
+def _budget(text: str | None) -> ah.Budget | str | None:
+    """A preset's name, or NAME=VALUE."""
+    name, equals, value = (text or "").partition("=")
+    if not equals:
+        return text
+    if name not in ASKED or not isinstance(number := _number(value), float):
+        raise InputsInvalid(
+            f"got --budget {text}, wanted a name, or one of {', '.join(ASKED)} with a number, as in module_flops=0.4"
+        )
+    return ah.Budget(**{name: number})  # type: ignore[arg-type]
 
 
 def _number(text: str | None) -> float | str | None:

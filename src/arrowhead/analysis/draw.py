@@ -87,6 +87,19 @@ def _said(word: Word) -> str:
     return f"{word[0]}, {word[1]} on each side" if word[1] else word[0]
 
 
+def sweep_curve(plans: Mapping[str, Plan], measure: str, path: str | Path) -> None:
+    """Predicted error of the final latents over what is left of the FLOPs, for plans found under a budget."""
+    left = [getattr(plan.flops(), measure.removesuffix("_flops")) for plan in plans.values()]
+    errors = [plan.about["search"]["predicted_error"] for plan in plans.values()]
+    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    axis.plot(left, errors, marker="o", color=COLOURS["AST"])
+    axis.set(xlabel=f"{measure.replace('_', ' ')} left", ylabel="predicted error", xlim=(0, 1.02), ylim=(0, None))
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
 def image_grid(rows: Mapping[str, Tensor], columns: list[str], path: str | Path) -> None:
     """Rows of images, (n, C, H, W) in [0, 1] each, one row a setting, with the same seed in each column."""
     shape = (len(rows), len(columns))

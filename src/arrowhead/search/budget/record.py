@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from arrowhead.apply import target_of
 from arrowhead.attend import Generation, Passage, bands, count
 from arrowhead.cache import Output
-from arrowhead.errors import InputsInvalid
+from arrowhead.errors import InputsInvalid, NotIntercepted
 from arrowhead.intercept import SiteCall
 from arrowhead.layout import Branches, Site, Tokens
 from arrowhead.lifetimes import Writes
@@ -34,13 +34,21 @@ if TYPE_CHECKING:  # diffusers takes seconds to import
 class Extent:
     """How far a calibration looks: arrows of which radii, outputs and residuals of how many steps ago, by how many vectors.
 
-    `radii` None: an eighth, a 16th and a 32nd of the visual tokens.
+    `radii` None: an eighth, a 16th and a 32nd of the visual tokens. The vectors follow from `seed`.
     """
 
     radii: tuple[int, ...] | None = None
     ages: int = 6
     vectors: int = 1
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.radii is not None and not all(type(radius) is int and radius >= 0 for radius in self.radii):
+            raise InputsInvalid(f"got radii={self.radii!r}, wanted numbers of tokens, 0 or more")
+        for name, least in (("ages", 1), ("vectors", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise InputsInvalid(f"got {name}={value!r}, wanted a whole number of {least} or more")
 
     def bands(self, tokens: Tokens) -> tuple[int, ...]:
         """The radii, widest first; bands that would cover everything are left out."""
@@ -85,7 +93,8 @@ def record(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], extent: Extent)
             recorder = recorder or _Recorder(step.sites, calibration.tokens, guidance, extent)
             recorder.follow(step)
             yield step.index, calibration.step_count
-    assert recorder is not None  # a pipeline that never calls its transformer is refused before
+    if recorder is None:
+        raise NotIntercepted("the pipeline never called its transformer; wanted at least one denoising step")
     target = target.common(target_of(model))  # some schedulers change settings of their own while they run
     table = recorder.table(sampling, calibration.branches, target, about(pipe, inputs, asdict(extent)))
     return Recording(table, sampling.latents(), calibration.passes, calibration.cost)

@@ -1,0 +1,241 @@
+"""Plans found under a budget beside the papers' searches and blind reuse, at equal FLOPs, on either bundled model.
+
+    python benchmarks/budget.py search dit
+    python benchmarks/budget.py generate dit
+    python benchmarks/budget.py cost dit
+    python benchmarks/budget.py measure dit --tools TOOLS
+
+`search` finds the plans, `generate` makes the images with paired seeds, both into a work folder: what is there already is not
+made again, so either can be interrupted, and shards (`--shard 0/2` and `--shard 1/2`) can run side by side. `cost` times a
+calibration against generating its inputs, in turn. `measure` needs LPIPS and, for `dit`, a classifier: a folder with
+`perceptual.py`; see benchmarks/README.md. What follows the name of the model may be `mmdit` as well.
+"""
+
+import importlib
+import json
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from hashlib import sha256
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import headwise
+import numpy as np
+import torch
+import typer
+from shards import load_images, make_images, own_share
+from torch import Tensor
+
+import arrowhead as ah
+from arrowhead.methods import AST
+from arrowhead.metrics.images import psnr, ssim
+from arrowhead.search import THRESHOLDS
+from arrowhead.versions import versions
+
+HERE = Path(__file__).parent
+BUDGETS = (0.7, 0.55, 0.4, 0.25, 0.2)
+PERIODS = (2, 3, 4, 5, 6)
+SEED = 10_000
+
+
+class Name(StrEnum):
+    """The bundled models."""
+
+    DIT = "dit"
+    MMDIT = "mmdit"
+
+
+@dataclass(frozen=True)
+class Case:
+    """How a model is called: common arguments, the calibration's prompts or labels and those of the images, and batches."""
+
+    common: dict[str, Any]
+    asks: str
+    calibration: list[Any]
+    images: list[Any]
+    batch: int
+
+
+CASES = {
+    Name.DIT: Case(
+        {"num_inference_steps": 50, "guidance_scale": 3.0, "output_type": "pt"},
+        "class_labels",
+        [0, 3, 5, 8, 1, 6, 7, 9],
+        [i % 10 for i in range(100)],
+        10,
+    ),
+    Name.MMDIT: Case(
+        {"num_inference_steps": headwise.STEPS, "guidance_scale": headwise.GUIDANCE, "output_type": "pt"},
+        "prompt",
+        headwise.CALIBRATION,
+        headwise.PROMPTS,
+        headwise.BATCH,
+    ),
+}
+FOUND: dict[str, dict[str, Any]] = {
+    **{f"budget {b:.0%}": {"budget": ah.Budget(module_flops=b)} for b in BUDGETS},
+    **{f"budget {b:.0%}, whole sites": {"budget": ah.Budget(module_flops=b, granularity="site")} for b in BUDGETS},
+    **{f"greedy {name}": {"strategy": "greedy", "threshold": name} for name in THRESHOLDS},
+}
+HEADWISE = {f"headwise {t}": {"strategy": "headwise", "threshold": t} for t in headwise.THRESHOLDS}
+UNIFORM = {f"every {period} steps": period for period in PERIODS}
+
+app = typer.Typer(add_completion=False)
+Shard = Annotated[str, typer.Option(help="which of how many processes, e.g. 0/2")]
+Only = Annotated[list[str] | None, typer.Option(help="settings to make; all when there is none")]
+
+
+def settings(name: Name) -> dict[str, dict[str, Any]]:
+    """What is searched for."""
+    return FOUND | (HEADWISE if name is Name.MMDIT else {})
+
+
+def work_of(name: Name) -> Path:
+    """Other weights, other pictures."""
+    weights = HERE.parent / f"src/arrowhead/tiny/{name}/transformer/diffusion_pytorch_model.safetensors"
+    return Path("checkpoints/budget") / f"{name}-{sha256(weights.read_bytes()).hexdigest()[:12]}"
+
+
+def calibration(case: Case) -> dict[str, Any]:
+    """The arguments of a search's run."""
+    return {**case.common, case.asks: case.calibration, "generator": torch.Generator().manual_seed(SEED)}
+
+
+def uniform(like: ah.Plan, period: int) -> ah.Plan:
+    """Full attention in every `period`-th step; all sites repeat their output in the others."""
+    full, reused = (like.cells[0][0],), (AST,)
+    rows = tuple((full if step % period == 0 else reused) * len(like.target.sites) for step in range(like.steps))
+    return ah.Plan(rows, like.target, like.tokens, like.guided)
+
+
+@app.command()
+def search(name: Name, shard: Shard = "0/1", only: Only = None) -> None:
+    """Find every setting's plan, each on eight inputs and one seed; budgets from one table."""
+    index, count = own_share(shard)
+    case, work, pipe = CASES[name], work_of(name), ah.tiny.load(name)
+    work.mkdir(parents=True, exist_ok=True)
+    for setting in (only or [*settings(name)])[index::count]:
+        path, asked = work / f"{setting}.json", settings(name)[setting]
+        if path.exists():
+            continue
+        if "budget" in asked:
+            file = work / "table.safetensors"
+            if not file.exists():
+                ah.calibrate(pipe, calibration(case)).save(file)
+            plan = ah.solve(ah.Table.load(file), asked["budget"])
+        else:
+            plan = ah.search(pipe, calibration(case), **asked)
+        plan.save(path)
+
+
+@app.command()
+def generate(name: Name, shard: Shard = "0/1", only: Only = None) -> None:
+    """Make the images; image i has input i and seed i in every setting. What has not been searched for is left out."""
+    index, count = own_share(shard)
+    case, work, pipe = CASES[name], work_of(name), ah.tiny.load(name)
+    like = ah.Plan.load(work / f"budget {BUDGETS[0]:.0%}.json")
+    plans = {setting: uniform(like, period) for setting, period in UNIFORM.items()}
+    plans |= {setting: ah.Plan.load(path) for setting in settings(name) if (path := work / f"{setting}.json").exists()}
+    for setting in only or ["raw", *plans]:
+
+        def make(start: int) -> Tensor:
+            stop = min(start + case.batch, len(case.images))
+            generators = [torch.Generator().manual_seed(i) for i in range(start, stop)]
+            return pipe(**case.common, **{case.asks: case.images[start:stop]}, generator=generators).images
+
+        with nullcontext() if setting == "raw" else ah.applied(pipe, plans[setting]):
+            make_images(work / setting, range(0, len(case.images), case.batch)[index::count], make)
+
+
+@app.command()
+def cost(name: Name, rounds: int = 3) -> None:
+    """Time a calibration by generating its inputs raw, in turn, one thread."""
+    torch.set_num_threads(1)
+    case, pipe = CASES[name], ah.tiny.load(name)
+    raw, calibrated = [], []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        pipe(**calibration(case))
+        raw.append(time.perf_counter() - started)
+        started = time.perf_counter()
+        table = ah.calibrate(pipe, calibration(case), progress=False)
+        calibrated.append(time.perf_counter() - started)
+    started = time.perf_counter()
+    ah.solve(table, ah.Budget(module_flops=0.4))
+    solved = time.perf_counter() - started
+    ratio = median(a / b for a, b in zip(calibrated, raw, strict=True))
+    result = {"rounds": rounds, "raw_seconds": median(raw), "calibration_by_raw": ratio, "solving_seconds": solved}
+    write(HERE / f"results/budget_{name}_cost.json", name, result)
+
+
+@app.command()
+def measure(name: Name, tools: Annotated[Path, typer.Option(help="folder of perceptual.py")]) -> None:
+    """Compare every setting's images with the raw ones."""
+    sys.path.insert(0, str(tools))
+    perceptual = importlib.import_module("perceptual")
+    lpips, classifier = perceptual.LPIPS(), perceptual.CifarResNet56() if name is Name.DIT else None
+    case, work = CASES[name], work_of(name)
+    raw, table = load_images(work / "raw"), {}
+    labels = torch.tensor(case.images) if name is Name.DIT else None
+
+    def scores(images: Tensor) -> dict[str, Any]:
+        found = {
+            "lpips": float(lpips(images * 2 - 1, raw * 2 - 1).mean()),
+            "ssim": ssim(images, raw),
+            "psnr": psnr(images, raw),
+        }
+        right = {} if classifier is None else {"accuracy": float((classifier(images)[0].argmax(-1) == labels).float().mean())}
+        return found | right
+
+    like = ah.Plan.load(work / f"budget {BUDGETS[0]:.0%}.json")
+    for setting in [*settings(name), *UNIFORM]:
+        if len(images := load_images(work / setting) if (work / setting).is_dir() else raw[:0]) < len(raw):
+            typer.echo(f"{setting}: {len(images)} images of {len(raw)}, left out")
+            continue
+        plan = uniform(like, UNIFORM[setting]) if setting in UNIFORM else ah.Plan.load(work / f"{setting}.json")
+        left = plan.flops()
+        flops = {"attention_flops": left.attention, "module_flops": left.module}
+        table[setting] = {**flops, "cells": dict(plan.count()), "search": plan.about.get("search", {}), **scores(images)}
+    if classifier is not None:
+        table = {"raw": {"accuracy": scores(raw)["accuracy"]}, **table}
+    write(HERE / f"results/budget_{name}.json", name, {"images": len(raw), "settings": table, "at_budgets": at_budgets(table)})
+
+
+def at_budgets(table: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """LPIPS of every family of settings at each budget, its logarithm interpolated over module FLOPs within their range."""
+    found: dict[str, dict[str, float]] = {}
+    for family in ("greedy", "headwise", "every"):
+        rows = sorted((row["module_flops"], row["lpips"]) for name, row in table.items() if name.startswith(family))
+        for budget in BUDGETS:
+            if rows and rows[0][0] <= budget <= rows[-1][0]:
+                value = float(np.exp(np.interp(budget, [f for f, _ in rows], np.log([v for _, v in rows]))))
+                found.setdefault(f"{budget:.0%}", {})[family] = value
+    for budget in BUDGETS:
+        for kind in ("", ", whole sites"):
+            if row := table.get(f"budget {budget:.0%}{kind}"):
+                found.setdefault(f"{budget:.0%}", {})[f"budget{kind}"] = row["lpips"]
+    return found
+
+
+def write(path: Path, name: Name, result: dict[str, Any]) -> None:
+    """A result with how it was got."""
+    case = CASES[name]
+    about = {
+        "command": "see the head of benchmarks/budget.py",
+        "date": datetime.now(UTC).date().isoformat(),
+        "model": f"tiny:{name}",
+        "device": "cpu, float32",
+        **case.common,
+        "calibration": {case.asks: case.calibration, "seed": SEED},
+        "versions": versions(),
+    }
+    path.write_text(json.dumps(about | result, indent=1, allow_nan=False) + "\n")
+
+
+if __name__ == "__main__":
+    app()

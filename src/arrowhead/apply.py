@@ -160,7 +160,7 @@ def apply(pipe: "DiffusionPipeline", plan: Plan, *, kernel: str = "auto") -> Run
     """
     if _run_on(pipe):
         raise AlreadyApplied("this pipeline carries a plan already; call arrowhead.remove(pipe) first")
-    return Run(find(pipe), plan, kernel)
+    return Run(find(pipe, {site.kind for site in plan.target.sites}), plan, kernel)
 
 
 def remove(pipe: "DiffusionPipeline") -> None:

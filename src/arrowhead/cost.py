@@ -11,7 +11,7 @@ from arrowhead.methods import FULL, Arrow, Attend, Cached, Cell, Full, Method, R
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs, or fractions of the uncompressed run's: the two attention matmuls, and the module with its projections."""
+    """FLOPs, or fractions of the uncompressed run's: attention's two matmuls, and whole modules, projections included."""
 
     attention: float
     module: float
@@ -36,14 +36,18 @@ def pairs(method: Method, tokens: Tokens) -> int:
 
 def head_flops(site: Site, tokens: Tokens, method: Method) -> float:
     """The two matmuls of one head of one sample: Q·Kᵀ, and the weights times V. `tokens` are those of the call."""
+    if site.kind == "feed_forward":
+        return 0
     return 4 * site.head_dim * pairs(method, site.tokens(tokens))
 
 
 def projection_flops(site: Site, tokens: Tokens, heads: int) -> float:
     """The Q, K, V and output projections of one sample: 8·N·d² where the heads' width is the model's width d.
 
-    Q, K and V are those of `heads` heads, see `computed_heads`.
+    Q, K and V are those of `heads` heads, see `computed_heads`. Of a feed-forward, all that it multiplies.
     """
+    if site.kind == "feed_forward":
+        return 2 * site.weights * site.tokens(tokens).total
     rows = {"all": site.tokens(tokens).total, "visual": tokens.visual, "none": 0}[site.projects_out]
     return 2 * site.channels * site.head_dim * (3 * heads * site.tokens(tokens).total + site.heads * rows)
 
@@ -80,7 +84,7 @@ def remaining_flops(cells: Sequence[Sequence[Cell]], sites: Sequence[Site], toke
         for cell, writes in zip(column, lifetimes(column), strict=True):
             spent += site_flops(site, tokens, cell, writes, samples)
             whole += site_flops(site, tokens, FULL, Writes(), samples)
-    return Flops(spent.attention / whole.attention, spent.module / whole.module)
+    return Flops(spent.attention / (whole.attention or 1), spent.module / whole.module)
 
 
 def cache_bytes(

@@ -4,14 +4,16 @@ The subclass is made on the spot, with the original signature. What lies between
 """
 
 import copy
+import functools
 import inspect
 import types
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -23,23 +25,57 @@ from arrowhead.route import Answer, AttentionCall, answered_by, route, unroute
 
 
 @dataclass(frozen=True)
-class SiteCall:
-    """One call of a site's module: projections, attention, output projection."""
+class SiteCall(ABC):
+    """One call of a site's module."""
 
     site: Site
-    processor: types.MethodType
+    module: Any
+    original: Callable[..., Output]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-
-    @property
-    def module(self) -> Any:
-        """The site's module, as the processor gets it."""
-        return self.args[0]
 
     @property
     def batch(self) -> int:
         """Rows of the module's input (B, N, C)."""
         return self._hidden_states.shape[0]
+
+    @abstractmethod
+    def run(self, answer: Answer, rows: slice | None = None, heads: Sequence[int] | None = None) -> Output:
+        """Run the module on `rows` of its input: (rows, N, C)."""
+
+    @property
+    def _hidden_states(self) -> Tensor:
+        return self.kwargs["hidden_states"] if "hidden_states" in self.kwargs else self.args[self._first]
+
+    _first: ClassVar[int] = 0
+    """Where the input stands among the arguments."""
+
+    def _of_rows(self, rows: slice | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments for these rows."""
+
+        def part(value: Any) -> Any:
+            return value[rows] if isinstance(value, Tensor) and value.ndim and value.shape[0] == self.batch else value
+
+        if rows is None:
+            return self.args, dict(self.kwargs)
+        return tuple(map(part, self.args)), {name: part(value) for name, value in self.kwargs.items()}
+
+
+@dataclass(frozen=True)
+class FeedForwardCall(SiteCall):
+    """One call of a feed-forward; `original` is its forward."""
+
+    def run(self, answer: Answer, rows: slice | None = None, heads: Sequence[int] | None = None) -> Output:  # noqa: ARG002
+        """There is no attention to answer, and there are no heads to choose from."""
+        args, kwargs = self._of_rows(rows)
+        return self.original(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class AttentionSiteCall(SiteCall):
+    """One call of an attention module's processor, whose first argument the module is."""
+
+    _first: ClassVar[int] = 1
 
     def run(self, answer: Answer, rows: slice | None = None, heads: Sequence[int] | None = None) -> Output:
         """Run the module on `rows` of its input, its attention computed by `answer`: (rows, N, C).
@@ -49,10 +85,7 @@ class SiteCall:
         Raises:
             NotIntercepted: the processor computed attention in a way that is not routed.
         """
-        args, kwargs = self.args, self.kwargs
-        if rows is not None:
-            args = tuple(self._of_rows(value, rows) for value in args)
-            kwargs = {name: self._of_rows(value, rows) for name, value in kwargs.items()}
+        args, kwargs = self._of_rows(rows)
         some = None if heads is None else SomeHeads(args[0], heads)
         if some is not None:
             args = (some, *args[1:])
@@ -62,7 +95,7 @@ class SiteCall:
             nonlocal reached
             if reached:
                 raise NotIntercepted(
-                    f"{self.site.path}: {type(self.processor.__self__).__name__} computes attention twice, as for an "
+                    f"{self.site.path}: {self._processor} computes attention twice, as for an "
                     "IP-Adapter; wanted a processor that does once; unload the adapter, or remove the plan"
                 )
             reached = True
@@ -72,21 +105,18 @@ class SiteCall:
             return attended
 
         with answered_by(once):
-            out: Output = self.processor(*args, **kwargs)
+            out = self.original(*args, **kwargs)
         if not reached:
             raise NotIntercepted(
-                f"{self.site.path}: {type(self.processor.__self__).__name__} did not call F.scaled_dot_product_attention or "
+                f"{self.site.path}: {self._processor} did not call F.scaled_dot_product_attention or "
                 "dispatch_attention_fn; "
                 "wanted a processor that does, such as diffusers' AttnProcessor2_0"
             )
         return out
 
     @property
-    def _hidden_states(self) -> Tensor:
-        return self.kwargs["hidden_states"] if "hidden_states" in self.kwargs else self.args[1]  # args[0] is the module
-
-    def _of_rows(self, value: Any, rows: slice) -> Any:
-        return value[rows] if isinstance(value, Tensor) and value.shape[0] == self.batch else value
+    def _processor(self) -> str:
+        return type(self.module.processor).__name__
 
 
 Around = Callable[[SiteCall], Output]
@@ -102,6 +132,10 @@ class Interception:
         self._routes: list[str] = []
         try:
             for site, module in modules.items():
+                if site.kind == "feed_forward":
+                    self._originals[site] = vars(module).get("forward")  # accelerate, too, sets it on the instance
+                    self._wrapped[site] = module.forward = _wrap_forward(module, site, around)
+                    continue
                 if hasattr(module.processor, "arrowhead_around"):
                     raise AlreadyApplied(f"{site.path} is intercepted already; call arrowhead.remove(pipe) first")
                 try:
@@ -115,14 +149,17 @@ class Interception:
             raise
 
     def remove(self) -> None:
-        """Put every processor and every name back. A processor that somebody else has set since stays, with a warning."""
+        """Put every processor, forward and name back. What somebody else has set since stays, with a warning."""
         replaced = []
         for site, original in self._originals.items():
-            module = self._modules[site]
-            if module.processor is self._wrapped.get(site):
-                module.processor = original
+            module, name = self._modules[site], "forward" if site.kind == "feed_forward" else "processor"
+            current = vars(module).get(name, getattr(module, name))
+            if current is not self._wrapped.get(site):
+                replaced.append(f"{site.path} by a {type(current).__name__}")
+            elif original is None:
+                delattr(module, name)
             else:
-                replaced.append(f"{site.path} by a {type(module.processor).__name__}")
+                setattr(module, name, original)
         for name in self._routes:
             unroute(name)
         self._originals, self._wrapped, self._routes = {}, {}, []
@@ -133,6 +170,16 @@ class Interception:
                 ProcessorReplaced,
                 stacklevel=4,
             )
+
+
+def _wrap_forward(module: nn.Module, site: Site, around: Around) -> Callable[..., Output]:
+    forward = module.forward
+
+    @functools.wraps(forward)
+    def wrapped(*args: Any, **kwargs: Any) -> Output:
+        return around(FeedForwardCall(site, module, forward, args, kwargs))
+
+    return wrapped
 
 
 def _wrap(processor: Any, site: Site, around: Around) -> Any:
@@ -151,7 +198,7 @@ def _wrapper_class(base: type) -> type:
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Output:
         original = types.MethodType(base.__call__, self)
-        return self.arrowhead_around(SiteCall(self.arrowhead_site, original, args, kwargs))
+        return self.arrowhead_around(AttentionSiteCall(self.arrowhead_site, args[0], original, args, kwargs))
 
     __call__.__signature__ = inspect.signature(base.__call__)  # type: ignore[attr-defined]
     return type(base.__name__, (base,), {"__call__": __call__, "__module__": base.__module__})

@@ -32,6 +32,9 @@ class Tokens:
         return slice(0, self.text) if self.text_first else slice(self.visual, self.total)
 
 
+Kind = Literal["self_attention", "feed_forward"]
+
+
 @dataclass(frozen=True)
 class Site:
     """One module that a plan speaks of: its path in the transformer and the sizes its cost follows from.
@@ -39,6 +42,8 @@ class Site:
     `joint` sites attend over text and image tokens, others over the image's alone. `projects_out` says which tokens have an
     output projection of the site's own. `heads_apart`: whether single heads' Q, K and V can be computed without the others'; it
     may change while a pipeline is used (LoRA), and is no part of what a plan is bound to.
+
+    A `feed_forward` has one head as wide as its channels, and multiplies each visual token with so many `weights`.
     """
 
     path: str
@@ -48,7 +53,8 @@ class Site:
     joint: bool = False
     projects_out: Literal["all", "visual", "none"] = "all"
     heads_apart: bool = field(default=True, compare=False)
-    kind: Literal["self_attention"] = "self_attention"
+    kind: Kind = "self_attention"
+    weights: int = 0
 
     def tokens(self, of_call: Tokens) -> Tokens:
         """What the site attends over, in a call of the transformer with these tokens."""

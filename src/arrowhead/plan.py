@@ -119,10 +119,12 @@ class Plan:
         return 2 if self.guided else 1
 
     def count_heads(self) -> Counter[str]:
-        """How many heads do what, by the papers' names, over all steps and sites."""
+        """How many heads do what, by the papers' names, over all steps and attention sites."""
         count: Counter[str] = Counter()
         for row in self.cells:
             for site, cell in zip(self.target.sites, row, strict=True):
+                if site.kind == "feed_forward":
+                    continue
                 methods = cell.methods(site.heads) if isinstance(cell, Attend) else ()
                 count.update([method_name(method) for method in methods] or {paper_name(cell): site.heads})
         return count
@@ -134,7 +136,8 @@ class Plan:
     def flops(self) -> cost.Flops:
         """Fractions of the uncompressed run's FLOPs that remain, residual steps included.
 
-        `.attention` counts the two matmuls of attention, `.module` also the Q, K, V and output projections.
+        `.attention` counts the two matmuls of attention, `.module` all that the plan's sites multiply: the Q, K, V and output
+        projections, too, and feed-forwards where the plan speaks of them.
         """
         return cost.remaining_flops(self.cells, self.target.sites, self.tokens, self.samples)
 

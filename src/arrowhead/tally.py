@@ -36,7 +36,9 @@ class Tally:
         """A site was passed, and did what `cell` says."""
         self.passes[site] += 1
         self.cells[paper_name(cell)] += 1
-        if isinstance(cell, Attend):
+        if site.kind == "feed_forward":
+            pass  # it has no heads
+        elif isinstance(cell, Attend):
             self.heads.update(method_name(method) for method in cell.methods(site.heads))
         else:
             self.heads[paper_name(cell)] += site.heads
@@ -63,7 +65,7 @@ class Tally:
     def summary(self, planned_steps: int) -> "Summary":
         """The counters so far, as a value."""
         spent, whole = (self.spent, self.whole) if self.whole.module else (cost.Flops(1, 1), cost.Flops(1, 1))
-        left = cost.Flops(spent.attention / whole.attention, spent.module / whole.module)
+        left = cost.Flops(spent.attention / (whole.attention or 1), spent.module / whole.module)
         cells, heads, kernels = Counter(self.cells), Counter(self.heads), Counter(self.kernels)
         return Summary(
             self.steps, planned_steps, cells, heads, self.residuals, kernels, left, self.peak_bytes, tuple(self.notes)

@@ -11,11 +11,11 @@ from arrowhead.layout import BranchOrder, Tokens
 class Family:
     """What has to be known about a transformer class and its pipelines.
 
-    `site_pattern` is a regular expression for the module paths of the sites, `joint_pattern` for those of them that attend over
-    text and image together; `branch_order` gives each pipeline class's
-    order of the CFG branches in its batch, which no shape reveals; `tokens` counts them from a call's arguments; `guided`
-    tells from the pipeline call's arguments whether there are both branches, `guidance_scale` how far apart they are driven,
-    and `refused` what of them cannot be compressed.
+    `site_pattern` is a regular expression for the module paths of the attention sites, `joint_pattern` for those of them that
+    attend over text and image together, `feed_forward_pattern` for the image's feed-forwards; `branch_order` gives each
+    pipeline class's order of the CFG branches in its batch, which no shape reveals; `tokens` counts them from a call's
+    arguments; `guided` tells from the pipeline call's arguments whether there are both branches, `guidance_scale` how far apart
+    they are driven, and `refused` what of them cannot be compressed.
     """
 
     transformer: str
@@ -24,6 +24,7 @@ class Family:
     tokens: Callable[[Any, Mapping[str, Any]], Tokens]
     guided: Callable[[Mapping[str, Any]], bool]
     joint_pattern: str = ""
+    feed_forward_pattern: str = r"transformer_blocks\.\d+\.ff"
     guidance_scale: Callable[[Mapping[str, Any]], float] = lambda call: float(call["guidance_scale"])
     refused: Callable[[Mapping[str, Any]], str | None] = lambda _: None
 

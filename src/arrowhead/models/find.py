@@ -2,19 +2,23 @@
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
 from arrowhead.errors import InputsInvalid, UnsupportedPipeline
-from arrowhead.layout import Branches, BranchOrder, Site
+from arrowhead.layout import Branches, BranchOrder, Kind, Site
 from arrowhead.models.families import FAMILIES, Family
 from arrowhead.project import heads_apart
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
     from diffusers import DiffusionPipeline
+
+
+ATTENTION: frozenset[Kind] = frozenset({"self_attention"})
+EVERYTHING: frozenset[Kind] = frozenset({"self_attention", "feed_forward"})
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,8 @@ class Model:
         return Branches(self.branch_order, self.family.guided(call))
 
 
-def find(pipe: "DiffusionPipeline") -> Model:
-    """Look a pipeline up in the families table and find its attention sites.
+def find(pipe: "DiffusionPipeline", kinds: Collection[Kind] = ATTENTION) -> Model:
+    """Look a pipeline up in the families table and find its sites of these kinds, by default those of attention.
 
     Raises:
         UnsupportedPipeline: the pipeline or its transformer is not in the table, or no site was found.
@@ -83,11 +87,12 @@ def find(pipe: "DiffusionPipeline") -> Model:
             f"got {name}, whose order of CFG branches is not known; wanted one of {', '.join(family.branch_order)}, "
             f"or a subclass of one"
         )
-    modules = {
-        _site(family, path, module): module
-        for path, module in transformer.named_modules()
-        if re.fullmatch(family.site_pattern, path)
-    }
+    modules: dict[Site, nn.Module] = {}
+    for path, module in transformer.named_modules():
+        if "self_attention" in kinds and re.fullmatch(family.site_pattern, path):
+            modules[_site(family, path, module)] = module
+        elif "feed_forward" in kinds and re.fullmatch(family.feed_forward_pattern, path):
+            modules[_feed_forward(path, module)] = module
     if not modules:
         raise UnsupportedPipeline(
             f"{type(transformer).__name__} has no module whose path matches {family.site_pattern!r}; wanted at least one "
@@ -108,6 +113,13 @@ def _site(family: Family, path: str, module: Any) -> Site:
         projects_out=out,
         heads_apart=heads_apart(module),
     )
+
+
+def _feed_forward(path: str, module: nn.Module) -> Site:
+    linears = [linear for linear in module.modules() if isinstance(linear, nn.Linear)]
+    channels = linears[0].in_features
+    weights = sum(linear.in_features * linear.out_features for linear in linears)
+    return Site(path, 1, channels, channels, heads_apart=False, kind="feed_forward", weights=weights)
 
 
 def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any], callee: str) -> dict[str, Any]:

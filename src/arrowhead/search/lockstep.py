@@ -5,6 +5,7 @@ judges both branches of a step at once, whether a pipeline brings them in one ba
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import greenlet
@@ -61,7 +62,7 @@ def _joined(first: SiteCall, second: SiteCall) -> SiteCall:
 
     args = tuple(both(a, b) for a, b in zip(first.args, second.args, strict=True))
     kwargs = {name: both(value, second.kwargs[name]) for name, value in first.kwargs.items()}
-    return SiteCall(first.site, first.processor, args, kwargs)
+    return replace(first, args=args, kwargs=kwargs)
 
 
 def _alike(a: Any, b: Any) -> bool:

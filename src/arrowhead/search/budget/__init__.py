@@ -31,13 +31,14 @@ CLOSE, AIM = 0.9, 0.95
 
 @dataclass(frozen=True)
 class Budget:
-    """What a generation may cost, or how far it may stray: one of the first three.
+    """What a generation may cost, or how far it may stray: one of the first four.
 
     Args:
-        attention_flops: what may remain of the FLOPs of attention's two matmuls, in (0, 1].
-        module_flops: of the attention modules' FLOPs, with the Q, K, V and output projections, in (0, 1].
-        error: norm of the change of the final latents over their norm, on the calibration's inputs; the fewest module FLOPs
-            are sought that keep to it.
+        attention_flops: what may remain of the FLOPs of attention's two matmuls, in (0, 1]; feed-forwards are left alone.
+        module_flops: of the attention modules' FLOPs, with the Q, K, V and output projections, in (0, 1]; likewise.
+        transformer_flops: of all FLOPs of the transformer, in (0, 1].
+        error: norm of the change of the final latents over their norm, on the calibration's inputs; the fewest FLOPs of the
+            transformer are sought that keep to it.
         granularity: what does the same in a step: all heads of a site, single ones, or groups of so many.
         share_cfg: whether a site may compute the conditional branch alone.
         residual: whether arrows may add a residual.
@@ -46,6 +47,7 @@ class Budget:
 
     attention_flops: float | None = None
     module_flops: float | None = None
+    transformer_flops: float | None = None
     error: float | None = None
     granularity: Granularity = "head"
     share_cfg: bool = True
@@ -65,16 +67,20 @@ class Budget:
 
     @property
     def asked(self) -> tuple[str, float]:
-        """Which of the three, and its value."""
+        """Which of the four, and its value."""
         return next((name, value) for name in ASKED if (value := getattr(self, name)) is not None)
 
     def problem(self, table: Table) -> Problem:
         """What has to be solved with a table."""
         choices = Choices(table.radii, table.ages, self.share_cfg and table.branches.guided, self.residual, self.reuse)
-        return Problem(table, choices, "attention" if self.attention_flops is not None else "module", self.granularity)
+        if self.attention_flops is not None:
+            return Problem(table.attention_alone(), choices, "attention", self.granularity)
+        if self.module_flops is not None:
+            return Problem(table.attention_alone(), choices, "module", self.granularity)
+        return Problem(table, choices, "transformer", self.granularity)
 
 
-ASKED = tuple(field.name for field in fields(Budget)[:3])
+ASKED = tuple(field.name for field in fields(Budget)[:4])
 
 
 def calibrate(
@@ -104,7 +110,8 @@ def solve(table: Table, budget: Budget) -> Plan:
         raise InputsInvalid(
             f"got a budget of error={value}, wanted FLOPs: an error is met by generating, which arrowhead.search does"
         )
-    return _plan(table, budget, within_cost(budget.problem(table), value))
+    problem = budget.problem(table)
+    return _plan(problem, budget, within_cost(problem, value))
 
 
 def sweep(table: Table, budgets: Sequence[Budget]) -> list[Plan]:
@@ -132,7 +139,7 @@ def budgeted(
     kept_to, missed, limit = 0.0, math.inf, value  # predicted errors
     for generations in count(1):
         found = within_damage(problem, limit**2)
-        plan, predicted = _plan(table, budget, found), found.damage**0.5
+        plan, predicted = _plan(problem, budget, found), found.damage**0.5
         error = measured_error(pipe, inputs, plan, recording.final)
         if error <= value:
             kept_to, best = predicted, _told(plan, measured_error=_short(error))
@@ -158,11 +165,11 @@ def _recorded(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], extent: Exte
             bar.update(step + 1 - bar.n)
 
 
-def _plan(table: Table, budget: Budget, found: Allocation) -> Plan:
-    name, value = budget.asked
+def _plan(problem: Problem, budget: Budget, found: Allocation) -> Plan:
+    table, (name, value) = problem.table, budget.asked
     settings = {key: setting for key, setting in asdict(budget).items() if key not in ASKED}
-    search = {"strategy": "budget", name: value, **settings, **dict(table.about.get("search", {}))}
-    search["predicted_error"] = _short(found.damage**0.5)
+    search = {"strategy": "budget", "asked": f"{name} = {value}", **settings, **dict(table.about.get("search", {}))}
+    search |= {f"{problem.measure}_flops": _short(found.cost + problem.fixed), "predicted_error": _short(found.damage**0.5)}
     rows = tuple(zip(*found.columns, strict=True))
     about = {**table.about, "search": search}
     return Plan(rows, table.target, table.tokens, table.branches.guided, about, table.branches.calls)

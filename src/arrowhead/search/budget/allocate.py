@@ -1,5 +1,6 @@
 """A limit met with all sites: one multiplier found by bisection, and a repair that spends what it leaves."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ ROUNDS = 40
 
 @dataclass(frozen=True)
 class Allocation:
-    """A column for each site, with the sums of damage and cost.
+    """A column for each site, with the sums of damage and cost; the cost is that of the sites alone.
 
     `bound`: in the additive model no choice for whole sites that costs as little does less damage, by Lagrangian duality.
     """
@@ -31,12 +32,13 @@ def within_cost(problem: Problem, budget: float) -> Allocation:
     Raises:
         InputsInvalid: nothing is as cheap as that; the message names the nearest budget.
     """
+    asked, budget = budget, budget - problem.fixed
     tried = _bisected(problem, lambda offer: float(offer.cost.sum()) <= budget)
     if not (met := [offer for offer in tried if offer.cost.sum() <= budget]):
-        least = min(float(offer.cost.sum()) for offer in tried)
+        least = min(float(offer.cost.sum()) for offer in tried) + problem.fixed
         raise InputsInvalid(
-            f"got a budget of {budget:.4g} of the {problem.measure} FLOPs, wanted at least {least:.4g}, the least that these "
-            "choices can do; a larger budget, or more ages, will do"
+            f"got a budget of {asked:.4g} of the {problem.measure} FLOPs, wanted at least {math.ceil(1e4 * least) / 1e4}, the "
+            "least that these choices can do; a larger budget, or more ages, will do"
         )
     bound = max(float(o.damage.sum()) + o.multiplier * (float(o.cost.sum()) - budget) for o in tried)
     return _repaired(min(met, key=lambda offer: float(offer.damage.sum())), tried, budget, max(bound, 0.0))

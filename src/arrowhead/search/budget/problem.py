@@ -1,7 +1,7 @@
 """A table solved for a budget: offers of all sites at a multiplier, and the cells that they amount to."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -17,7 +17,7 @@ from arrowhead.search.budget.given import Choices
 from arrowhead.search.budget.programme import Programme
 from arrowhead.search.budget.table import Floats, Table
 
-Measure = Literal["attention", "module"]
+Measure = Literal["attention", "module", "transformer"]
 Granularity = Literal["site", "head"] | int
 """What does the same in a step: all heads of a site, single ones, or groups of so many."""
 
@@ -35,31 +35,53 @@ class Offer:
 
 
 class Problem:
-    """A table, what may be chosen, and what is counted as cost."""
+    """A table, what may be chosen, and what is counted as cost.
+
+    `fixed` is the part of the cost that no choice changes: what the transformer computes outside of the table's sites.
+    """
 
     def __init__(self, table: Table, choices: Choices, measure: Measure, granularity: Granularity = "site") -> None:
         self.table, self.measure = table, measure
         self._sites = table.target.sites
-        self._programme = Programme(choices)
         self._samples = 2 if table.branches.guided else 1
-        self._whole = table.steps * sum(self._site_cost(site, FULL, Writes()) for site in self._sites)
-        self._groups = tuple(self._grouped(granularity))
+        other = table.other_flops if measure == "transformer" else 0.0
+        self._whole = table.steps * (other + sum(self._site_cost(site, FULL, Writes()) for site in self._sites))
+        self.fixed = table.steps * other / self._whole
+        self._programme = Programme(choices)
+        self._feed_forward = Programme(replace(choices, radii=()))  # no pairs of tokens, no arrows
+        self._groups = () if granularity == "site" else tuple(self._grouped(granularity))
 
     def offer(self, multiplier: float) -> Offer:
         """The best column of every site at this multiplier; exact where a site's heads all do the same, see `_of_groups`."""
-        chosen = self._programme.solve(self._site_damage, self._site_costs, multiplier)
-        columns = [self._programme.cells(moves) for moves in chosen.moves.T]
-        damage, spent = chosen.damage, self._spent(columns)
-        if len(self._groups) > len(self._sites):
+        columns: list[Column] = [()] * len(self._sites)
+        damage = np.zeros(len(self._sites))
+        for sites, programme, harm, price in self._parts:
+            chosen = programme.solve(harm, price, multiplier)
+            damage[sites] = chosen.damage
+            for site, moves in zip(sites, chosen.moves.T, strict=True):
+                columns[site] = programme.cells(moves)
+        spent = self._spent(columns)
+        if self._groups:
             columns, damage, spent = self._of_groups(multiplier, columns, damage, spent)
         return Offer(multiplier, tuple(columns), damage, spent)
 
     @property
     def dear(self) -> float:
         """A multiplier at which cost alone decides."""
-        harm = self._site_damage[np.isfinite(self._site_damage)].max(initial=1e-300)
-        levels = np.unique(self._site_costs.round(15))
-        return float(1e3 * self.table.steps * harm / np.diff(levels).min(initial=1.0))
+        harm = max(damage[np.isfinite(damage)].max(initial=1e-300) for _, _, damage, _ in self._parts)
+        steps = [np.diff(np.unique(price.round(15))).min(initial=1.0) for _, _, _, price in self._parts]
+        return float(1e3 * self.table.steps * harm / min(steps))
+
+    @cached_property
+    def _parts(self) -> list[tuple[list[int], Programme, Floats, Floats]]:
+        """Sites of a kind, as wholes: their numbers, programme, damages (S, givens, sites) and costs (spendings, sites)."""
+        found = []
+        for kind, programme in (("self_attention", self._programme), ("feed_forward", self._feed_forward)):
+            if sites := [i for i, site in enumerate(self._sites) if site.kind == kind]:
+                damage = self.table.damages([self.table.heads(i) for i in sites], programme.givens)
+                costs = [[self._site_cost(self._sites[i], *spending) for i in sites] for spending in programme.spendings]
+                found.append((sites, programme, damage, np.array(costs) / self._whole))
+        return found
 
     def _of_groups(
         self, multiplier: float, columns: list[Column], damage: Floats, spent: Floats
@@ -77,7 +99,7 @@ class Problem:
         chosen = self._programme.solve(harm, self._group_costs, multiplier)
         cells = [self._programme.cells(moves) for moves in chosen.moves.T]
         merged, better = list(columns), damage.copy()
-        for site, _ in enumerate(self._sites):
+        for site in sorted({site for site, _ in self._groups}):
             mine = [(cells[g], len(heads)) for g, (s, heads) in enumerate(self._groups) if s == site]
             merged[site] = tuple(_merge(row, [n for _, n in mine]) for row in zip(*(column for column, _ in mine), strict=True))
             better[site] = sum(chosen.damage[g] for g, (s, _) in enumerate(self._groups) if s == site)
@@ -90,10 +112,12 @@ class Problem:
         )
 
     def _grouped(self, granularity: Granularity) -> Iterator[tuple[int, range]]:
-        """(site, heads among those of all sites)."""
+        """Of the attention sites: (site, heads among those of all sites)."""
         for i, site in enumerate(self._sites):
+            if site.kind != "self_attention":
+                continue
             heads = self.table.heads(i)
-            size = site.heads if granularity == "site" else 1 if granularity == "head" else granularity
+            size = 1 if granularity == "head" else granularity
             if not isinstance(size, int) or size < 1 or site.heads % size:
                 raise InputsInvalid(
                     f"got granularity={granularity!r}, wanted 'site', 'head', or a number that divides {site.path}'s "
@@ -106,19 +130,8 @@ class Problem:
         return np.array([site for site, _ in self._groups])
 
     @cached_property
-    def _site_damage(self) -> Floats:
-        return self.table.damages([self.table.heads(i) for i in range(len(self._sites))], self._programme.givens)
-
-    @cached_property
     def _group_damage(self) -> Floats:
         return self.table.damages([heads for _, heads in self._groups], self._programme.givens)
-
-    @cached_property
-    def _site_costs(self) -> Floats:
-        """(spendings, sites)."""
-        return np.array([[self._site_cost(s, *spending) for s in self._sites] for spending in self._programme.spendings]) / (
-            self._whole
-        )
 
     @cached_property
     def _group_costs(self) -> Floats:
@@ -133,7 +146,8 @@ class Problem:
         ) / (self._whole)
 
     def _site_cost(self, site: Site, cell: Cell, writes: Writes) -> float:
-        return float(getattr(cost.site_flops(site, self.table.tokens, cell, writes, self._samples), self.measure))
+        flops = cost.site_flops(site, self.table.tokens, cell, writes, self._samples)
+        return flops.attention if self.measure == "attention" else flops.module
 
     def _heads_cost(self, site: Site, heads: int, cell: Cell, writes: Writes) -> float:
         if isinstance(cell, Reuse):

@@ -2,12 +2,13 @@
 
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from arrowhead.apply import target_of
 from arrowhead.attend import Generation, Passage, bands, count
@@ -17,7 +18,7 @@ from arrowhead.intercept import SiteCall
 from arrowhead.layout import Branches, Site, Tokens
 from arrowhead.lifetimes import Writes
 from arrowhead.methods import FULL, Arrow
-from arrowhead.models import find
+from arrowhead.models import ATTENTION, EVERYTHING, find
 from arrowhead.plan import Target
 from arrowhead.route import AttentionCall
 from arrowhead.search.about import about
@@ -34,12 +35,14 @@ if TYPE_CHECKING:  # diffusers takes seconds to import
 class Extent:
     """How far a calibration looks: arrows of which radii, outputs and residuals of how many steps ago, by how many vectors.
 
-    `radii` None: an eighth, a 16th and a 32nd of the visual tokens. The vectors follow from `seed`.
+    `radii` None: an eighth, a 16th and a 32nd of the visual tokens. `feed_forward`: whether to look at feed-forwards, too. The
+    vectors follow from `seed`.
     """
 
     radii: tuple[int, ...] | None = None
     ages: int = 6
     vectors: int = 1
+    feed_forward: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -82,7 +85,7 @@ def record(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], extent: Extent)
 
     Raises what `arrowhead.search` raises.
     """
-    model = find(pipe)
+    model = find(pipe, EVERYTHING if extent.feed_forward else ATTENTION)
     target = target_of(model)
     calibration = Calibration(model, inputs)
     scale = model.family.guidance_scale(model.call_arguments((), inputs)) if calibration.branches.guided else 1.0
@@ -108,13 +111,19 @@ class _Recorder:
         self._radii = extent.bands(tokens)
         self._generator = torch.Generator().manual_seed(extent.seed)
         self._kept: dict[str, deque[_Kept]] = {site.path: deque(maxlen=extent.ages + 1) for site in sites}
+        self._inside: list[FlopCounterMode] = []  # of the sites in the first step
+        self._other_flops = 0.0  # of all else, for one image in a step
         self._products: list[tuple[Tensor, Tensor]] = []  # of each step, see `Table`
 
     def follow(self, step: Step) -> None:
         """One step: forward, back, and the products of what comes back with what is kept."""
         probes: dict[str, Tensor] = {}
-        with torch.enable_grad():
+        counting = FlopCounterMode(display=False) if not self._products else nullcontext()  # the first step tells for all
+        with torch.enable_grad(), counting as whole:
             outputs = step.traced(lambda call, state: self._at_site(call, state, probes))
+        if whole is not None:
+            outside = whole.get_total_flops() - sum(inside.get_total_flops() for inside in self._inside)
+            self._other_flops = outside / len(self._guidance.guided(outputs))
         vectors = self._extent.vectors
         found = [self._of_vector(probes, outputs, last=i == vectors - 1) for i in range(vectors)]
         self._products.append((torch.cat([of[0] for of in found], -1), torch.cat([of[1] for of in found], -1)))
@@ -134,6 +143,7 @@ class _Recorder:
             gains=sampling.gains(len(outputs)),
             final=float(final.square().mean()),
             elements=final[0].numel(),
+            other_flops=self._other_flops,
             about=about,
         )
 
@@ -141,6 +151,8 @@ class _Recorder:
         """The module's output; where its heads' outputs arise, a probe of zeros that gradients come back to."""
         site, tally = call.site, state.tally
         tally.passed(site, FULL, state.tokens)
+        if site.kind == "feed_forward":
+            return self._of_feed_forward(call, state, probes)
 
         def attention(asked: AttentionCall) -> Tensor:
             out = asked.native()  # (B, H, N, D)
@@ -158,9 +170,28 @@ class _Recorder:
             probes[site.path] = torch.zeros_like(out, requires_grad=True)
             return out + probes[site.path]
 
-        out = call.run(attention)
+        with self._counted():
+            out = call.run(attention)
         tally.projected(site, state.tokens, site.heads, state.branches.samples)
         return out
+
+    def _of_feed_forward(self, call: SiteCall, state: Generation, probes: dict[str, Tensor]) -> Output:
+        """As a site of one head, (B, 1, N, C)."""
+        with self._counted():
+            out = call.run(lambda attention: attention.native())
+        if not isinstance(out, Tensor):
+            raise NotIntercepted(f"{call.site.path} gave a {type(out).__name__}; wanted a tensor")
+        self._kept[call.site.path].appendleft(_Kept(out.detach()[:, None], ()))
+        probes[call.site.path] = probe = torch.zeros_like(out[:, None], requires_grad=True)
+        state.tally.projected(call.site, state.tokens, 1, state.branches.samples)
+        return out + probe[:, 0]
+
+    def _counted(self) -> AbstractContextManager[Any]:
+        """Around a site: what it multiplies, in the first step."""
+        if self._products:
+            return nullcontext()
+        self._inside.append(FlopCounterMode(display=False))
+        return self._inside[-1]
 
     def _residuals_of(self, asked: AttentionCall, out: Tensor, passage: Passage) -> Iterator[Tensor]:
         heads, visual = range(passage.call.site.heads), passage.tokens.visual_slice
@@ -182,14 +213,15 @@ class _Recorder:
     def _of_site(self, site: Site, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Products of the gradient (B, H, N, D), as in `_of_vector`, for the heads of one site."""
         kept, visual = self._kept[site.path], site.tokens(self._tokens).visual_slice
-        older = self._extent.ages + 1 - len(kept)
         outputs = self._paired(gradient, [entry.output for entry in kept])  # (H, steps kept, pairs, B)
         now = outputs[:, :1, [0, 1, 1]] if self._guidance.branches.batched else outputs[:, :1]  # of the gradient's own branch
         residuals = [
-            self._paired(gradient[:, :, visual], [entry.residuals[r] for entry in kept]) for r in range(len(self._radii))
+            self._paired(gradient[:, :, visual], [entry.residuals[r] for entry in kept]) for r in range(len(kept[0].residuals))
         ]
-        padded = [nn.functional.pad(products, (0, 0, 0, 0, 0, older)) for products in (outputs - now, *residuals)]
-        return padded[0], torch.stack(padded[1:], 1) if residuals else padded[0].new_zeros(site.heads, 0, *padded[0].shape[1:])
+        found = torch.zeros(1 + len(self._radii), *outputs.shape[:1], self._extent.ages + 1, *outputs.shape[2:])
+        for place, products in enumerate((outputs - now, *residuals)):
+            found[place, :, : len(kept)] = products
+        return found[0], found[1:].transpose(0, 1)
 
     def _paired(self, gradient: Tensor, sources: Sequence[Tensor]) -> Tensor:
         """⟨g, source⟩ of each head and image, for each pair of branches: (H, sources, pairs, B)."""

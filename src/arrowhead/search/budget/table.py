@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from arrowhead import cost
 from arrowhead.errors import InputsInvalid
 from arrowhead.layout import Branches, Tokens
-from arrowhead.lifetimes import of_head
-from arrowhead.methods import Cell
+from arrowhead.lifetimes import Writes, of_head
+from arrowhead.methods import FULL, Cell
 from arrowhead.plan import Target
 from arrowhead.search.budget.given import Given, givens_of
 
@@ -42,7 +43,8 @@ class Table:
     run is 0. All float32.
 
     `gains` are the sampler's, see `Sampling.gains`; `final` is the mean square of an element of the final latents, of which an
-    image has `elements`. `about` says how the run was made.
+    image has `elements`. `other_flops` are what the transformer multiplies outside of all sites, per image and step; `about`
+    says how the run was made.
     """
 
     target: Target
@@ -55,12 +57,28 @@ class Table:
     gains: tuple[float, ...]
     final: float
     elements: int
+    other_flops: float = 0.0
     about: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def steps(self) -> int:
         """Denoising steps."""
         return len(self.gains)
+
+    def attention_alone(self) -> "Table":
+        """The same without feed-forwards: they count among what is outside of all sites."""
+        kept = [i for i, site in enumerate(self.target.sites) if site.kind == "self_attention"]
+        heads = [head for i in kept for head in self.heads(i)]
+        left = [site for site in self.target.sites if site.kind != "self_attention"]
+        samples = self.branches.samples * self.branches.calls
+        other = sum(cost.site_flops(site, self.tokens, FULL, Writes(), samples).module for site in left)
+        return replace(
+            self,
+            target=replace(self.target, sites=tuple(self.target.sites[i] for i in kept)),
+            outputs=self.outputs[:, heads],
+            residuals=self.residuals[:, heads],
+            other_flops=self.other_flops + other,
+        )
 
     def heads(self, site: int) -> range:
         """Where a site's heads stand among those of all."""
@@ -129,6 +147,7 @@ class Table:
             gains=self.gains,
             final=self.final,
             elements=self.elements,
+            other_flops=self.other_flops,
             about=dict(self.about),
         )
         tensors = {"outputs": self.outputs.contiguous(), "residuals": self.residuals.contiguous()}
@@ -167,6 +186,7 @@ class _Header(pydantic.BaseModel, extra="forbid"):
     gains: tuple[float, ...]
     final: float
     elements: int
+    other_flops: float
     about: dict[str, Any]
 
     def faults(self, tensors: Mapping[str, Tensor]) -> str | None:

@@ -13,7 +13,7 @@ from untouched import left_as_it_was
 import arrowhead as ah
 from arrowhead.errors import ArrowheadError, InputsInvalid, NotIntercepted
 from arrowhead.evaluate import evaluate
-from arrowhead.intercept import SiteCall
+from arrowhead.intercept import AttentionSiteCall
 from arrowhead.layout import Site
 from arrowhead.search import Headwise, greedy_trials
 from arrowhead.search.lockstep import meet, together
@@ -95,7 +95,7 @@ def test_a_plan_named_as_the_baseline():
 
 def test_two_calls_that_bring_different_extras():
     def passing(extra):
-        return lambda: meet(SiteCall(Site("a", 1, 1, 1), None, (None, torch.zeros(1, 2, 3)), {"extra": extra}))
+        return lambda: meet(AttentionSiteCall(Site("a", 1, 1, 1), None, None, (None, torch.zeros(1, 2, 3)), {"extra": extra}))
 
     rope = torch.rand(4, 2), torch.rand(4, 2)
     together([passing(rope), passing(tuple(part.clone() for part in rope))], lambda call: call.args[1])

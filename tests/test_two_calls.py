@@ -13,7 +13,7 @@ from untouched import left_as_it_was
 
 import arrowhead as ah
 from arrowhead.errors import InputsInvalid, NotIntercepted, PlanInvalid, PlanMismatch
-from arrowhead.intercept import SiteCall
+from arrowhead.intercept import AttentionSiteCall
 from arrowhead.layout import Site
 from arrowhead.models import families
 from arrowhead.search import Headwise
@@ -164,7 +164,7 @@ def test_calls_that_do_not_pass_the_same_sites(second):
     def passing(paths):
         def run():
             for path in paths:
-                meet(SiteCall(Site(path, 1, 1, 1), None, (None, torch.zeros(1, 2, 3)), {}))
+                meet(AttentionSiteCall(Site(path, 1, 1, 1), None, None, (None, torch.zeros(1, 2, 3)), {}))
 
         return run
 

@@ -169,7 +169,7 @@ class Calibration:
             self._around = None
         if passes.total() - before != len(self._model.sites):
             raise NotIntercepted(
-                f"one call of the transformer passed {passes.total() - before} attention sites, wanted "
+                f"one call of the transformer passed {passes.total() - before} sites, wanted "
                 f"{len(self._model.sites)}; nothing can be learnt about the others, so the search ends here"
             )
         return outputs

@@ -174,6 +174,17 @@ class Calibration:
             )
         return outputs
 
+    @contextmanager
+    def traced(self, runs: Sequence[Callable[[], Any]], at_site: AtSite) -> Iterator[list[Any]]:
+        """`forward` with gradients. Within the block they may be asked for, and blocks that are checkpointed run again."""
+        outputs = self.forward(runs, at_site, grad=True)
+        try:
+            if len(runs) == 1:
+                self._around = lambda call: at_site(call, self._state)
+            yield outputs
+        finally:
+            self._around = None
+
     def _stand_in(self, call: _Call) -> Any:
         if self._blank is None:  # one run more than the search needs
             self.passes += 1
@@ -234,12 +245,13 @@ class Step:
         samples = _samples(self._calibration.forward(self._runs, self._by(cells, lambda _: Writes())))
         return samples[0] if len(samples) == 1 else torch.cat(samples)
 
-    def traced(self, at_site: AtSite) -> list[Tensor]:
+    @contextmanager
+    def traced(self, at_site: AtSite) -> Iterator[list[Tensor]]:
         """Let the pipeline go on with the output that comes of `at_site`; gives each call's, for gradients to start from."""
-        outputs = self._calibration.forward(self._runs, at_site, grad=True)
-        samples = _samples(outputs)
-        self.answers = [_with_sample(output, sample.detach()) for output, sample in zip(outputs, samples, strict=True)]
-        return samples
+        with self._calibration.traced(self._runs, at_site) as outputs:
+            samples = _samples(outputs)
+            self.answers = [_with_sample(output, sample.detach()) for output, sample in zip(outputs, samples, strict=True)]
+            yield samples
 
     def finish(self, cells: Sequence[Cell], candidates: Sequence[Cell]) -> None:
         """Let the pipeline go on with the output under these cells, and remember all that `candidates` may read later."""

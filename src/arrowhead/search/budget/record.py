@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,14 +35,16 @@ if TYPE_CHECKING:  # diffusers takes seconds to import
 class Extent:
     """How far a calibration looks: arrows of which radii, outputs and residuals of how many steps ago, by how many vectors.
 
-    `radii` None: an eighth, a 16th and a 32nd of the visual tokens. `feed_forward`: whether to look at feed-forwards, too. The
-    vectors follow from `seed`.
+    `radii` None: an eighth, a 16th and a 32nd of the visual tokens. `feed_forward`: whether to look at feed-forwards, too.
+    `checkpoint`: blocks run again on the way back rather than keep what they need for it (diffusers' gradient checkpointing):
+    half as long again, in a fraction of the memory. The vectors follow from `seed`.
     """
 
     radii: tuple[int, ...] | None = None
     ages: int = 6
     vectors: int = 1
     feed_forward: bool = True
+    checkpoint: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -91,7 +93,11 @@ def record(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], extent: Extent)
     scale = model.family.guidance_scale(model.call_arguments((), inputs)) if calibration.branches.guided else 1.0
     guidance = Guidance(calibration.seen, scale, model.latent_channels)
     recorder: _Recorder | None = None
-    with observed(pipe.scheduler) as sampling, _parameters_frozen(model.transformer):
+    with (
+        observed(pipe.scheduler) as sampling,
+        _parameters_frozen(model.transformer),
+        _checkpointed(model.transformer, extent.checkpoint, calibration.branches),
+    ):
         for step in calibration.steps():
             recorder = recorder or _Recorder(step.sites, calibration.tokens, guidance, extent)
             recorder.follow(step)
@@ -119,13 +125,15 @@ class _Recorder:
         """One step: forward, back, and the products of what comes back with what is kept."""
         probes: dict[str, Tensor] = {}
         counting = FlopCounterMode(display=False) if not self._products else nullcontext()  # the first step tells for all
-        with torch.enable_grad(), counting as whole:
-            outputs = step.traced(lambda call, state: self._at_site(call, state, probes))
+        with ExitStack() as counted:
+            whole = counted.enter_context(counting)
+            with step.traced(lambda call, state: self._at_site(call, state, probes)) as outputs:
+                counted.close()  # before anything goes back
+                vectors = self._extent.vectors
+                found = [self._of_vector(probes, outputs, last=i == vectors - 1) for i in range(vectors)]
         if whole is not None:
             outside = whole.get_total_flops() - sum(inside.get_total_flops() for inside in self._inside)
-            self._other_flops = outside / len(self._guidance.guided(outputs))
-        vectors = self._extent.vectors
-        found = [self._of_vector(probes, outputs, last=i == vectors - 1) for i in range(vectors)]
+            self._other_flops = outside / len(self._guidance.guided([output.detach() for output in outputs]))
         self._products.append((torch.cat([of[0] for of in found], -1), torch.cat([of[1] for of in found], -1)))
 
     def table(self, sampling: Sampling, branches: Branches, target: Target, about: Mapping[str, Any]) -> Table:
@@ -150,14 +158,14 @@ class _Recorder:
     def _at_site(self, call: SiteCall, state: Generation, probes: dict[str, Tensor]) -> Output:
         """The module's output; where its heads' outputs arise, a probe of zeros that gradients come back to."""
         site, tally = call.site, state.tally
+        if site.path in probes:
+            return self._again(call, probes[site.path])
         tally.passed(site, FULL, state.tokens)
         if site.kind == "feed_forward":
             return self._of_feed_forward(call, state, probes)
 
         def attention(asked: AttentionCall) -> Tensor:
             out = asked.native()  # (B, H, N, D)
-            if site.path in probes:  # a checkpointed block, which runs again on the way back
-                return out + probes[site.path]
             passage = Passage(call, FULL, Writes(), state, tuple(range(site.heads)))
             count(passage, passage.methods, len(out), "native")
             with torch.no_grad():
@@ -185,6 +193,14 @@ class _Recorder:
         probes[call.site.path] = probe = torch.zeros_like(out[:, None], requires_grad=True)
         state.tally.projected(call.site, state.tokens, 1, state.branches.samples)
         return out + probe[:, 0]
+
+    def _again(self, call: SiteCall, probe: Tensor) -> Output:
+        """In a checkpointed block, which runs again on the way back."""
+        if call.site.kind == "feed_forward":
+            out = call.run(lambda attention: attention.native())
+            assert isinstance(out, Tensor)
+            return out + probe[:, 0]
+        return call.run(lambda attention: attention.native() + probe)
 
     def _counted(self) -> AbstractContextManager[Any]:
         """Around a site: what it multiplies, in the first step."""
@@ -252,3 +268,20 @@ def _parameters_frozen(module: nn.Module) -> Iterator[None]:
     finally:
         for p in learnt:
             p.requires_grad_(True)
+
+
+@contextmanager
+def _checkpointed(transformer: Any, wanted: bool, branches: Branches) -> Iterator[None]:
+    before = transformer.is_gradient_checkpointing
+    if (wanted or before) and branches.calls == 2:
+        raise InputsInvalid(
+            "got gradient checkpointing with a pipeline that calls its transformer twice a step, wanted none: the two calls "
+            "run side by side here, which cannot be done again; leave it out, or disable it"
+        )
+    if wanted:
+        transformer.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        if wanted and not before:
+            transformer.disable_gradient_checkpointing()

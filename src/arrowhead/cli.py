@@ -51,7 +51,9 @@ def search(
     out: Annotated[Path, typer.Option(help="the plan's file")] = Path("plan.json"),
     budget: Annotated[
         str | None,
-        typer.Option(help="attention_flops=F or module_flops=F, what may remain; error=E, or light, balanced, strong"),
+        typer.Option(
+            help="transformer_flops=F, module_flops=F, attention_flops=F, speedup=X or error=E; or light, balanced, strong"
+        ),
     ] = None,
     strategy: Annotated[
         str | None, typer.Option(help="greedy (DiTFastAttn), headwise (DiTFastAttnV2) or budget; follows the other options")

@@ -5,7 +5,7 @@ which runs that call as often as it likes, with any cells, and decides with whic
 two calls, one for each CFG branch, the first is answered with a stand-in, so that the search has both before it decides.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -81,7 +81,7 @@ class Calibration:
         """The steps of the whole run."""
         return len(self._model.pipe.scheduler.timesteps)
 
-    def steps(self) -> Iterator["Step"]:
+    def steps(self) -> Generator["Step", None, None]:
         """The denoising steps, one after another. Closing the iterator ends the pipeline's run where it is.
 
         Whatever happens, the pipeline, the generators among its inputs and the global random state are left as they were, but

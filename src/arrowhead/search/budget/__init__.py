@@ -11,8 +11,9 @@ from tqdm.auto import tqdm
 
 from arrowhead.errors import InputsInvalid
 from arrowhead.plan import Plan
-from arrowhead.search.budget.allocate import Allocation, within_cost, within_damage
-from arrowhead.search.budget.check import measured_error
+from arrowhead.search.budget.allocate import Allocation, Infeasible, within_cost, within_damage
+from arrowhead.search.budget.check import measured_error, measured_seconds
+from arrowhead.search.budget.costs import FlopCosts, Measure, SecondCosts, timed
 from arrowhead.search.budget.given import Choices
 from arrowhead.search.budget.problem import Granularity, Problem
 from arrowhead.search.budget.record import Extent, Recording, record
@@ -31,15 +32,17 @@ CLOSE, AIM = 0.9, 0.95
 
 @dataclass(frozen=True)
 class Budget:
-    """What a generation may cost, or how far it may stray: one of the first four.
+    """What a generation may cost, or how far it may stray: one of the first five.
 
     Args:
         attention_flops: what may remain of the FLOPs of attention's two matmuls, in (0, 1]; feed-forwards are left alone.
         module_flops: of the attention modules' FLOPs, with the Q, K, V and output projections, in (0, 1]; likewise.
         transformer_flops: of all FLOPs of the transformer, in (0, 1].
+        speedup: of the transformer, above 1, by the seconds that cells take on this device for the calibration's inputs.
         error: norm of the change of the final latents over their norm, on the calibration's inputs; the fewest FLOPs of the
             transformer are sought that keep to it.
-        granularity: what does the same in a step: all heads of a site, single ones, or groups of so many.
+        granularity: what does the same in a step: all heads of a site, single ones, or groups of so many. None: single ones,
+            for a speedup whole sites, since seconds of heads do not add up.
         share_cfg: whether a site may compute the conditional branch alone.
         residual: whether arrows may add a residual.
         reuse: whether outputs may be repeated.
@@ -48,8 +51,9 @@ class Budget:
     attention_flops: float | None = None
     module_flops: float | None = None
     transformer_flops: float | None = None
+    speedup: float | None = None
     error: float | None = None
-    granularity: Granularity = "head"
+    granularity: Granularity | None = None
     share_cfg: bool = True
     residual: bool = True
     reuse: bool = True
@@ -61,26 +65,44 @@ class Budget:
                 f"got a budget of {asked or 'nothing'}, wanted one of {', '.join(ASKED)}, such as module_flops=0.4"
             )
         ((name, value),) = asked.items()
-        highest = float("inf") if name == "error" else 1
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= highest:
-            raise InputsInvalid(f"got {name}={value!r}, wanted a number above 0{'' if name == 'error' else ', at most 1'}")
+        above, highest = RANGES.get(name, (0, 1))
+        if isinstance(value, bool) or not isinstance(value, int | float) or not above < value <= highest:
+            raise InputsInvalid(f"got {name}={value!r}, wanted a number above {above}, at most {highest}")
+        if self.speedup is not None and self.granularity not in (None, "site"):
+            raise InputsInvalid(
+                f"got a speedup with granularity={self.granularity!r}, wanted whole sites: seconds of heads do not add up; "
+                "leave it out, or ask for FLOPs"
+            )
 
     @property
     def asked(self) -> tuple[str, float]:
-        """Which of the four, and its value."""
+        """Which of the five, and its value."""
         return next((name, value) for name in ASKED if (value := getattr(self, name)) is not None)
 
-    def problem(self, table: Table) -> Problem:
-        """What has to be solved with a table."""
-        choices = Choices(table.radii, table.ages, self.share_cfg and table.branches.guided, self.residual, self.reuse)
-        if self.attention_flops is not None:
-            return Problem(table.attention_alone(), choices, "attention", self.granularity)
-        if self.module_flops is not None:
-            return Problem(table.attention_alone(), choices, "module", self.granularity)
-        return Problem(table, choices, "transformer", self.granularity)
+    @property
+    def fraction(self) -> float:
+        """What may remain of the cost."""
+        name, value = self.asked
+        return 1 / value if name == "speedup" else value
+
+    def choices(self, table: Table) -> Choices:
+        """What a table and this budget leave open."""
+        return Choices(table.radii, table.ages, self.share_cfg and table.branches.guided, self.residual, self.reuse)
+
+    def problem(self, table: Table, seconds: SecondCosts | None = None) -> Problem:
+        """What has to be solved with a table, and, for a speedup, with what was timed."""
+        if seconds is not None:
+            return Problem(table, self.choices(table), seconds, "site")
+        measure: Measure = "transformer"
+        if self.attention_flops is not None or self.module_flops is not None:
+            table, measure = table.attention_alone(), "module" if self.attention_flops is None else "attention"
+        samples = table.branches.samples * table.branches.calls
+        costs = FlopCosts(measure, table.tokens, samples, table.other_flops)
+        return Problem(table, self.choices(table), costs, self.granularity or "head")
 
 
-ASKED = tuple(field.name for field in fields(Budget)[:4])
+ASKED = tuple(field.name for field in fields(Budget)[:5])
+RANGES = {"speedup": (1, math.inf), "error": (0, math.inf)}
 
 
 def calibrate(
@@ -103,12 +125,12 @@ def solve(table: Table, budget: Budget) -> Plan:
     """The plan for a budget of FLOPs, from a table alone; nothing is run.
 
     Raises:
-        InputsInvalid: the budget is an error, which real generations have to show, or nothing is as cheap.
+        InputsInvalid: the budget is an error or a speedup, which the pipeline has to show, or nothing is as cheap.
     """
     name, value = budget.asked
-    if name == "error":
+    if name in ("error", "speedup"):
         raise InputsInvalid(
-            f"got a budget of error={value}, wanted FLOPs: an error is met by generating, which arrowhead.search does"
+            f"got a budget of {name}={value}, wanted FLOPs: a table alone knows no other; call arrowhead.search"
         )
     problem = budget.problem(table)
     return _plan(problem, budget, within_cost(problem, value))
@@ -132,6 +154,8 @@ def budgeted(
     table, (name, value) = recording.table, budget.asked
 
     about = {"calibration_passes": recording.passes, "calibration_attention_flops_by_raw": round(recording.cost, 3)}
+    if name == "speedup":
+        return _told(_fast_enough(pipe, inputs, budget, recording), **about)
     if name != "error":
         plan = solve(table, budget)
         return _told(plan, measured_error=_short(measured_error(pipe, inputs, plan, recording.final)), **about)
@@ -153,6 +177,28 @@ def budgeted(
     raise AssertionError  # full attention, without any error, comes at last
 
 
+def _fast_enough(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], budget: Budget, recording: Recording) -> Plan:
+    """Time cells, solve, and time a generation beside an untouched one."""
+    seconds = timed(pipe, inputs, budget.choices(recording.table))
+    problem = budget.problem(recording.table, seconds)
+    try:
+        found = within_cost(problem, budget.fraction)
+    except Infeasible as infeasible:
+        most = math.floor(100 / infeasible.least) / 100
+        raise InputsInvalid(
+            f"got a budget of speedup={budget.speedup}, wanted at most {most}, the most that these choices can do; ask for "
+            "less, or allow more ages"
+        ) from None
+    plan = _plan(problem, budget, found)
+    raw, compressed, error = measured_seconds(pipe, inputs, plan, recording.final)
+    return _told(
+        plan,
+        predicted_speedup=_short(1 / (found.cost + problem.fixed)),
+        measured_speedup=_short(raw / compressed),
+        measured_error=_short(error),
+    )
+
+
 def _recorded(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], extent: Extent, progress: bool) -> Recording:
     """Drain a calibration behind a bar over the steps."""
     steps = record(pipe, inputs, extent)
@@ -169,7 +215,9 @@ def _plan(problem: Problem, budget: Budget, found: Allocation) -> Plan:
     table, (name, value) = problem.table, budget.asked
     settings = {key: setting for key, setting in asdict(budget).items() if key not in ASKED}
     search = {"strategy": "budget", "asked": f"{name} = {value}", **settings, **dict(table.about.get("search", {}))}
-    search |= {f"{problem.measure}_flops": _short(found.cost + problem.fixed), "predicted_error": _short(found.damage**0.5)}
+    if isinstance(problem.costs, FlopCosts):
+        search[f"{problem.costs.measure}_flops"] = _short(found.cost + problem.fixed)
+    search["predicted_error"] = _short(found.damage**0.5)
     rows = tuple(zip(*found.columns, strict=True))
     about = {**table.about, "search": search}
     return Plan(rows, table.target, table.tokens, table.branches.guided, about, table.branches.calls)

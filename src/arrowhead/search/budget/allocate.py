@@ -26,20 +26,27 @@ class Allocation:
     bound: float
 
 
+class Infeasible(InputsInvalid):
+    """Nothing is as cheap as what was asked for; `least` is the nearest budget that something keeps to."""
+
+    def __init__(self, asked: float, least: float) -> None:
+        self.least = math.ceil(1e4 * least) / 1e4
+        super().__init__(
+            f"got a budget of {asked:.4g} of the whole cost, wanted at least {self.least}, the least that these choices can "
+            "do; a larger budget, or more ages, will do"
+        )
+
+
 def within_cost(problem: Problem, budget: float) -> Allocation:
     """The least damage found whose cost is at most `budget`, a fraction of the uncompressed run's.
 
     Raises:
-        InputsInvalid: nothing is as cheap as that; the message names the nearest budget.
+        Infeasible: nothing is as cheap as that.
     """
     asked, budget = budget, budget - problem.fixed
     tried = _bisected(problem, lambda offer: float(offer.cost.sum()) <= budget)
     if not (met := [offer for offer in tried if offer.cost.sum() <= budget]):
-        least = min(float(offer.cost.sum()) for offer in tried) + problem.fixed
-        raise InputsInvalid(
-            f"got a budget of {asked:.4g} of the {problem.measure} FLOPs, wanted at least {math.ceil(1e4 * least) / 1e4}, the "
-            "least that these choices can do; a larger budget, or more ages, will do"
-        )
+        raise Infeasible(asked, min(float(offer.cost.sum()) for offer in tried) + problem.fixed)
     bound = max(float(o.damage.sum()) + o.multiplier * (float(o.cost.sum()) - budget) for o in tried)
     return _repaired(min(met, key=lambda offer: float(offer.damage.sum())), tried, budget, max(bound, 0.0))
 

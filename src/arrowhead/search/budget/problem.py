@@ -13,11 +13,11 @@ from arrowhead.errors import InputsInvalid
 from arrowhead.layout import Site
 from arrowhead.lifetimes import Writes, lifetimes
 from arrowhead.methods import FULL, Attend, Cached, Cell, Method, Reuse
+from arrowhead.search.budget.costs import Costs, FlopCosts
 from arrowhead.search.budget.given import Choices
 from arrowhead.search.budget.programme import Programme
 from arrowhead.search.budget.table import Floats, Table
 
-Measure = Literal["attention", "module", "transformer"]
 Granularity = Literal["site", "head"] | int
 """What does the same in a step: all heads of a site, single ones, or groups of so many."""
 
@@ -40,13 +40,12 @@ class Problem:
     `fixed` is the part of the cost that no choice changes: what the transformer computes outside of the table's sites.
     """
 
-    def __init__(self, table: Table, choices: Choices, measure: Measure, granularity: Granularity = "site") -> None:
-        self.table, self.measure = table, measure
-        self._sites = table.target.sites
+    def __init__(self, table: Table, choices: Choices, costs: Costs, granularity: Granularity = "site") -> None:
+        self.table = table
+        self.costs, self._sites = costs, table.target.sites
         self._samples = 2 if table.branches.guided else 1
-        other = table.other_flops if measure == "transformer" else 0.0
-        self._whole = table.steps * (other + sum(self._site_cost(site, FULL, Writes()) for site in self._sites))
-        self.fixed = table.steps * other / self._whole
+        self._whole = table.steps * (costs.other + sum(costs.of(site, FULL, Writes()) for site in self._sites))
+        self.fixed = table.steps * costs.other / self._whole
         self._programme = Programme(choices)
         self._feed_forward = Programme(replace(choices, radii=()))  # no pairs of tokens, no arrows
         self._groups = () if granularity == "site" else tuple(self._grouped(granularity))
@@ -79,7 +78,7 @@ class Problem:
         for kind, programme in (("self_attention", self._programme), ("feed_forward", self._feed_forward)):
             if sites := [i for i, site in enumerate(self._sites) if site.kind == kind]:
                 damage = self.table.damages([self.table.heads(i) for i in sites], programme.givens)
-                costs = [[self._site_cost(self._sites[i], *spending) for i in sites] for spending in programme.spendings]
+                costs = [[self.costs.of(self._sites[i], *spending) for i in sites] for spending in programme.spendings]
                 found.append((sites, programme, damage, np.array(costs) / self._whole))
         return found
 
@@ -145,15 +144,12 @@ class Problem:
             ]
         ) / (self._whole)
 
-    def _site_cost(self, site: Site, cell: Cell, writes: Writes) -> float:
-        flops = cost.site_flops(site, self.table.tokens, cell, writes, self._samples)
-        return flops.attention if self.measure == "attention" else flops.module
-
     def _heads_cost(self, site: Site, heads: int, cell: Cell, writes: Writes) -> float:
+        assert isinstance(self.costs, FlopCosts)  # seconds of heads do not add up
         if isinstance(cell, Reuse):
             return 0.0
-        per_head = self._site_cost(site, cell, writes) / site.heads
-        if self.measure == "attention":
+        per_head = self.costs.of(site, cell, writes) / site.heads
+        if self.costs.measure == "attention":
             return per_head * heads
         rows = 1 if cell.share_cfg else self._samples
         fixed = cost.projection_flops(site, self.table.tokens, 0 if site.heads_apart else site.heads) / site.heads
@@ -162,7 +158,7 @@ class Problem:
     def _spent(self, columns: Sequence[Column]) -> Floats:
         """The sites' real cost (sites,)."""
         spent = [
-            sum(self._site_cost(site, cell, writes) for cell, writes in zip(column, lifetimes(column), strict=True))
+            sum(self.costs.of(site, cell, writes) for cell, writes in zip(column, lifetimes(column), strict=True))
             for site, column in zip(self._sites, columns, strict=True)
         ]
         return np.array(spent) / self._whole

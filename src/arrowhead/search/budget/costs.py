@@ -1,0 +1,154 @@
+"""What is counted as cost: FLOPs in closed form, or seconds measured on this device side by side with full attention."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+
+from arrowhead import cost
+from arrowhead.attend import Generation, attend
+from arrowhead.cache import Output
+from arrowhead.errors import NotIntercepted
+from arrowhead.intercept import SiteCall
+from arrowhead.layout import Site, Tokens
+from arrowhead.lifetimes import FOREVER, Residual, Writes
+from arrowhead.methods import FULL, Arrow, Attend, Cell, Full, Reuse
+from arrowhead.models import EVERYTHING, find
+from arrowhead.search.budget.given import Choices
+from arrowhead.search.calibrate import Calibration
+from arrowhead.tally import Tally
+
+if TYPE_CHECKING:  # diffusers takes seconds to import
+    from diffusers import DiffusionPipeline
+
+Measure = Literal["attention", "module", "transformer"]
+ROUNDS = 5
+
+
+class Costs(Protocol):
+    """Costs of one step: of a site under a cell, and of all that lies outside of the sites."""
+
+    @property
+    def other(self) -> float:
+        """What no cell changes."""
+
+    def of(self, site: Site, cell: Cell, writes: Writes) -> float:
+        """A site's."""
+
+
+@dataclass(frozen=True)
+class FlopCosts:
+    """FLOPs of one image, of attention's matmuls alone, or of whole modules; of the `transformer`: with `outside`."""
+
+    measure: Measure
+    tokens: Tokens
+    samples: int
+    outside: float = 0.0
+
+    @property
+    def other(self) -> float:
+        """What the transformer multiplies outside of the sites."""
+        return self.outside if self.measure == "transformer" else 0.0
+
+    def of(self, site: Site, cell: Cell, writes: Writes) -> float:
+        """In closed form, see `cost.site_flops`."""
+        flops = cost.site_flops(site, self.tokens, cell, writes, self.samples)
+        return flops.attention if self.measure == "attention" else flops.module
+
+
+Shape = Site
+"""A site without its path: those that are alike are timed once."""
+
+
+@dataclass(frozen=True)
+class SecondCosts:
+    """Seconds of one step with the inputs that were timed: cells, residuals made (radius, for one branch alone), and other."""
+
+    cells: Mapping[tuple[Shape, Cell], float]
+    residuals: Mapping[tuple[Shape, int, bool], float]
+    other: float
+
+    def of(self, site: Site, cell: Cell, writes: Writes) -> float:
+        """As measured at the first site of its shape."""
+        shape, shared = _shape(site), isinstance(cell, Attend) and cell.share_cfg
+        made = sum(self.residuals[shape, r.radius, r.conditional_only or shared] for r in writes.residuals)
+        return self.cells[shape, cell] + made
+
+
+def timed(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], choices: Choices) -> SecondCosts:
+    """Time every cell for whole sites on the first step of the pipeline's run with `inputs`; medians of interleaved rounds.
+
+    Raises what `arrowhead.search` raises.
+    """
+    model = find(pipe, EVERYTHING)
+    calibration = Calibration(model, inputs)
+    seconds: dict[tuple[Shape, Cell | Residual], list[float]] = defaultdict(list)
+    whole: list[float] = []
+
+    def at_site(call: SiteCall, state: Generation) -> Output:
+        state.tally.passed(call.site, FULL, state.tokens)
+        if (_shape(call.site), FULL) not in seconds:
+            _time_site(call, state, choices, seconds)
+        return call.run(lambda attention: attention.native())
+
+    with closing(calibration.steps()) as steps:
+        step = next(steps, None)
+        if step is None:
+            raise NotIntercepted("the pipeline never called its transformer; wanted at least one denoising step")
+        step.finish_by(at_site)
+        for _ in range(ROUNDS):
+            whole.append(_seconds(step.full))
+    found = {key: median(values) for key, values in seconds.items()}
+    full = sum(found[_shape(site), FULL] for site in model.sites)
+    cells = {(shape, what): value for (shape, what), value in found.items() if not isinstance(what, Residual)}
+    residuals = {
+        (shape, what.radius, what.conditional_only): max(value - found[shape, FULL], 0.0)
+        for (shape, what), value in found.items()
+        if isinstance(what, Residual)
+    }
+    return SecondCosts(cells, residuals, max(median(whole) - full, 0.0))
+
+
+def _time_site(
+    call: SiteCall, state: Generation, choices: Choices, seconds: dict[tuple[Shape, Cell | Residual], list[float]]
+) -> None:
+    """Every cell of a site in turn, `ROUNDS` times after one that does not count."""
+    own = Generation.begin(state.branches, state.tokens, state.kernel, Tally(state.branches.samples))
+    radii = choices.radii if call.site.kind == "self_attention" else ()
+    both = tuple(Residual(radius, FOREVER, conditional_only=False) for radius in radii)
+    attend(call, FULL, Writes(FOREVER, both), own)
+    for counted in [False] + [True] * ROUNDS:
+        for what, cell, writes in _tried(radii, choices.share_cfg):
+            spent = _seconds(lambda cell=cell, writes=writes: attend(call, cell, writes, own))  # type: ignore[misc]
+            if counted:
+                seconds[_shape(call.site), what].append(spent)
+
+
+def _tried(radii: tuple[int, ...], share_cfg: bool) -> Iterator[tuple[Cell | Residual, Cell, Writes]]:
+    """What is timed: cells, and full attention that makes one residual, which is kept as those before were."""
+    yield Reuse(), Reuse(), Writes()
+    for share in (False, True) if share_cfg else (False,):
+        yield Attend(Full(), share), Attend(Full(), share), Writes()
+        for radius in radii:
+            for residual in (False, True):
+                cell = Attend(Arrow(radius, residual), share)
+                yield cell, cell, Writes()
+            made = Residual(radius, FOREVER, conditional_only=share)
+            yield made, FULL, Writes(FOREVER, (made,))
+
+
+def _shape(site: Site) -> Shape:
+    return replace(site, path="")
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started

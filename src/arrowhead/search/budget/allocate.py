@@ -55,7 +55,8 @@ def within_damage(problem: Problem, limit: float) -> Allocation:
     """The least cost found among the multipliers' offers whose damage is at most `limit`."""
     tried = _bisected(problem, lambda offer: float(offer.damage.sum()) > limit)
     best = min((o for o in tried if o.damage.sum() <= limit), key=lambda o: float(o.cost.sum()))  # full attention does none
-    return Allocation(best.columns, float(best.damage.sum()), float(best.cost.sum()), 0.0)
+    columns = tuple(best.column(site) for site in range(len(best.cost)))
+    return Allocation(columns, float(best.damage.sum()), float(best.cost.sum()), 0.0)
 
 
 def _bisected(problem: Problem, dear_enough: Callable[[Offer], bool]) -> list[Offer]:
@@ -77,13 +78,14 @@ def _bisected(problem: Problem, dear_enough: Callable[[Offer], bool]) -> list[Of
 
 def _repaired(start: Offer, tried: list[Offer], budget: float, bound: float) -> Allocation:
     """Sites' columns are exchanged for others seen, as the budget allows, the most damage less per cost first."""
-    columns, damage, cost = list(start.columns), start.damage.copy(), start.cost.copy()
+    source, damage, cost = [start] * len(start.cost), start.damage.copy(), start.cost.copy()
     seen_damage, seen_cost = np.stack([o.damage for o in tried]), np.stack([o.cost for o in tried])  # (tried, sites)
     while True:
         gain, more = damage - seen_damage, seen_cost - cost
         worth = np.where((gain > 0) & (more <= budget - cost.sum()), gain / np.maximum(more, 1e-12), 0.0)
         best, site = np.unravel_index(worth.argmax(), worth.shape)
         if worth[best, site] <= 0:
-            return Allocation(tuple(columns), float(damage.sum()), float(cost.sum()), bound)
-        columns[site] = tried[best].columns[site]
+            columns = tuple(offer.column(i) for i, offer in enumerate(source))
+            return Allocation(columns, float(damage.sum()), float(cost.sum()), bound)
+        source[site] = tried[best]
         damage[site], cost[site] = seen_damage[best, site], seen_cost[best, site]

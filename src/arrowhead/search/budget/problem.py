@@ -1,21 +1,20 @@
 """A table solved for a budget: offers of all sites at a multiplier, and the cells that they amount to."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from arrowhead import cost
 from arrowhead.errors import InputsInvalid
 from arrowhead.layout import Site
-from arrowhead.lifetimes import Writes, lifetimes
+from arrowhead.lifetimes import Writes
 from arrowhead.methods import FULL, Attend, Cached, Cell, Method, Reuse
 from arrowhead.search.budget.costs import Costs, FlopCosts
 from arrowhead.search.budget.given import Choices
-from arrowhead.search.budget.programme import Programme
+from arrowhead.search.budget.programme import Moves, Programme
 from arrowhead.search.budget.table import Floats, Table
 
 Granularity = Literal["site", "head"] | int
@@ -26,12 +25,15 @@ Column = tuple[Cell, ...]
 
 @dataclass(frozen=True)
 class Offer:
-    """At a multiplier a column for each site, with its damage and its cost (sites,), a fraction of the uncompressed run's."""
+    """At a multiplier the damage and cost of a column for each site (sites,), the cost a fraction of the uncompressed run's.
+
+    `column` gives the cells of a site's, by the site's number.
+    """
 
     multiplier: float
-    columns: tuple[Column, ...]
     damage: Floats
     cost: Floats
+    column: Callable[[int], Column]
 
 
 class Problem:
@@ -52,17 +54,19 @@ class Problem:
 
     def offer(self, multiplier: float) -> Offer:
         """The best column of every site at this multiplier; exact where a site's heads all do the same, see `_of_groups`."""
-        columns: list[Column] = [()] * len(self._sites)
-        damage = np.zeros(len(self._sites))
+        damage, spent = np.zeros(len(self._sites)), np.zeros(len(self._sites))
+        moves: dict[int, tuple[Programme, Moves]] = {}
         for sites, programme, harm, price in self._parts:
             chosen = programme.solve(harm, price, multiplier)
-            damage[sites] = chosen.damage
-            for site, moves in zip(sites, chosen.moves.T, strict=True):
-                columns[site] = programme.cells(moves)
-        spent = self._spent(columns)
-        if self._groups:
-            columns, damage, spent = self._of_groups(multiplier, columns, damage, spent)
-        return Offer(multiplier, tuple(columns), damage, spent)
+            damage[sites], spent[sites] = chosen.damage, chosen.cost
+            moves |= {site: (programme, own) for site, own in zip(sites, chosen.moves.T, strict=True)}
+
+        def whole(site: int) -> Column:
+            programme, own = moves[site]
+            return programme.cells(own)
+
+        offer = Offer(multiplier, damage, spent, whole)
+        return self._of_groups(offer, {site: own for site, (_, own) in moves.items()}) if self._groups else offer
 
     @property
     def dear(self) -> float:
@@ -82,33 +86,35 @@ class Problem:
                 found.append((sites, programme, damage, np.array(costs) / self._whole))
         return found
 
-    def _of_groups(
-        self, multiplier: float, columns: list[Column], damage: Floats, spent: Floats
-    ) -> tuple[list[Column], Floats, Floats]:
+    def _of_groups(self, whole: Offer, moves: Mapping[int, Moves]) -> Offer:
         """Groups of heads on their own, where that is better than the whole site.
 
         A site shares its branches or does not, for all heads at once: which steps share is taken from the whole site's column,
         and for these the groups are solved exactly.
         """
-        shared = np.array([[isinstance(c, Attend) and c.share_cfg for c in column] for column in columns]).T  # (S, sites)
+        programme, sites = self._programme, sorted({site for site, _ in self._groups})
+        shared = np.stack([programme.shares[moves[site]] for site in sites], 1)  # (S, sites)
+        place = np.searchsorted(sites, [site for site, _ in self._groups])  # of each group's site
         harm = self._group_damage.copy()
-        computed = [(g, given.share) for g, given in enumerate(self._programme.givens) if given.lag == 0]
-        for g, share in computed:
-            harm[:, g][shared[:, self._site_of_group] != share] = np.inf
-        chosen = self._programme.solve(harm, self._group_costs, multiplier)
-        cells = [self._programme.cells(moves) for moves in chosen.moves.T]
-        merged, better = list(columns), damage.copy()
-        for site in sorted({site for site, _ in self._groups}):
-            mine = [(cells[g], len(heads)) for g, (s, heads) in enumerate(self._groups) if s == site]
-            merged[site] = tuple(_merge(row, [n for _, n in mine]) for row in zip(*(column for column, _ in mine), strict=True))
-            better[site] = sum(chosen.damage[g] for g, (s, _) in enumerate(self._groups) if s == site)
-        apart = self._spent(merged)
-        wins = better + multiplier * apart < damage + multiplier * spent
-        return (
-            [merged[i] if wins[i] else columns[i] for i in range(len(columns))],
-            np.where(wins, better, damage),
-            np.where(wins, apart, spent),
-        )
+        for g, given in enumerate(programme.givens):
+            if given.lag == 0:
+                harm[:, g][shared[:, place] != given.share] = np.inf
+        chosen = programme.solve(harm, self._group_costs, whole.multiplier)
+        reused = programme.reuses[chosen.moves]  # (S, groups)
+        idle = np.stack([reused[:, place == i].all(1) for i in range(len(sites))], 1)
+        rows = np.where(idle, 0, np.where(shared, 1, self._samples))  # that the rest of the site computes
+        damage, spent = whole.damage.copy(), whole.cost.copy()
+        damage[sites] = np.bincount(place, chosen.damage)
+        spent[sites] = np.bincount(place, chosen.cost) + rows.sum(0) * [self._rest(self._sites[i]) for i in sites] / self._whole
+        wins = damage + whole.multiplier * spent < whole.damage + whole.multiplier * whole.cost
+
+        def column(site: int) -> Column:
+            if not wins[site]:
+                return whole.column(site)
+            mine = [(programme.cells(chosen.moves[:, g]), len(heads)) for g, (s, heads) in enumerate(self._groups) if s == site]
+            return tuple(_merge(row, [n for _, n in mine]) for row in zip(*(cells for cells, _ in mine), strict=True))
+
+        return Offer(whole.multiplier, np.where(wins, damage, whole.damage), np.where(wins, spent, whole.cost), column)
 
     def _grouped(self, granularity: Granularity) -> Iterator[tuple[int, range]]:
         """Of the attention sites: (site, heads among those of all sites)."""
@@ -123,10 +129,6 @@ class Problem:
                     f"{site.heads} heads"
                 )
             yield from ((i, heads[start : start + size]) for start in range(0, site.heads, size))
-
-    @cached_property
-    def _site_of_group(self) -> NDArray[np.int64]:
-        return np.array([site for site, _ in self._groups])
 
     @cached_property
     def _group_damage(self) -> Floats:
@@ -145,23 +147,17 @@ class Problem:
         ) / (self._whole)
 
     def _heads_cost(self, site: Site, heads: int, cell: Cell, writes: Writes) -> float:
-        assert isinstance(self.costs, FlopCosts)  # seconds of heads do not add up
         if isinstance(cell, Reuse):
             return 0.0
-        per_head = self.costs.of(site, cell, writes) / site.heads
-        if self.costs.measure == "attention":
-            return per_head * heads
         rows = 1 if cell.share_cfg else self._samples
-        fixed = cost.projection_flops(site, self.table.tokens, 0 if site.heads_apart else site.heads) / site.heads
-        return (per_head - rows * fixed) * heads
+        return (self.costs.of(site, cell, writes) - rows * self._rest(site)) * heads / site.heads
 
-    def _spent(self, columns: Sequence[Column]) -> Floats:
-        """The sites' real cost (sites,)."""
-        spent = [
-            sum(self.costs.of(site, cell, writes) for cell, writes in zip(column, lifetimes(column), strict=True))
-            for site, column in zip(self._sites, columns, strict=True)
-        ]
-        return np.array(spent) / self._whole
+    def _rest(self, site: Site) -> float:
+        """What a site costs for one sample besides its heads, as long as one of them is computed."""
+        assert isinstance(self.costs, FlopCosts)  # seconds of heads do not add up
+        if self.costs.measure == "attention":
+            return 0.0
+        return cost.projection_flops(site, self.table.tokens, 0 if site.heads_apart else site.heads)
 
 
 def _merge(cells: Sequence[Cell], sizes: Sequence[int]) -> Cell:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arrowhead.lifetimes import Writes
-from arrowhead.methods import Cell
+from arrowhead.methods import Attend, Cell, Reuse
 from arrowhead.search.budget.given import START, Choices, Given, Memory, Move
 from arrowhead.search.budget.table import Floats
 
@@ -14,11 +14,14 @@ Spending = tuple[Cell, Writes]
 """What a move's cost follows from."""
 
 
+Moves = NDArray[np.int64]
+
+
 @dataclass(frozen=True)
 class Solution:
     """For each of C columns its cells over S steps, as numbers of moves (S, C), with their damage and cost (C,)."""
 
-    moves: NDArray[np.int64]
+    moves: Moves
     damage: Floats
     cost: Floats
 
@@ -50,6 +53,8 @@ class Programme:
         self._given = np.array([given_of[move.given] for move in self.moves])
         self._spending = np.array([spending_of[move.cell, move.writes] for move in self.moves])
         self._always = len(refreshing)
+        self.reuses = np.array([isinstance(move.cell, Reuse) for move in self.moves])
+        self.shares = np.array([isinstance(move.cell, Attend) and move.cell.share_cfg for move in self.moves])
         start = np.array([start for start, _ in others], dtype=np.int64)
         self._first = self._always + np.searchsorted(start, np.arange(len(number) + 1))
 
@@ -86,6 +91,6 @@ class Programme:
             spent += cost[self._spending[best], each]
         return Solution(chosen, harmed, spent)
 
-    def cells(self, moves: NDArray[np.int64]) -> tuple[Cell, ...]:
+    def cells(self, moves: Moves) -> tuple[Cell, ...]:
         """The cells of one column (S,)."""
         return tuple(self.moves[move].cell for move in moves)

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from arrowhead.errors import InputsInvalid
 from arrowhead.plan import Plan
-from arrowhead.search.budget.allocate import Allocation, Infeasible, within_cost, within_damage
+from arrowhead.search.budget.allocate import Allocation, Infeasible, within_cost, within_damage, within_memory
 from arrowhead.search.budget.check import measured_error, measured_seconds
 from arrowhead.search.budget.costs import FlopCosts, Measure, SecondCosts, timed
 from arrowhead.search.budget.given import Choices
@@ -41,6 +41,8 @@ class Budget:
         speedup: of the transformer, above 1, by the seconds that cells take on this device for the calibration's inputs.
         error: norm of the change of the final latents over their norm, on the calibration's inputs; the fewest FLOPs of the
             transformer are sought that keep to it.
+        cache_bytes: what the caches may hold at most, for as many images as the calibration has at once; beside one of the
+            five, but for an error.
         granularity: what does the same in a step: all heads of a site, single ones, or groups of so many. None: single ones,
             for a speedup whole sites, since seconds of heads do not add up.
         share_cfg: whether a site may compute the conditional branch alone.
@@ -53,6 +55,7 @@ class Budget:
     transformer_flops: float | None = None
     speedup: float | None = None
     error: float | None = None
+    cache_bytes: int | None = None
     granularity: Granularity | None = None
     share_cfg: bool = True
     residual: bool = True
@@ -68,6 +71,11 @@ class Budget:
         above, highest = RANGES.get(name, (0, 1))
         if isinstance(value, bool) or not isinstance(value, int | float) or not above < value <= highest:
             raise InputsInvalid(f"got {name}={value!r}, wanted a number above {above}, at most {highest}")
+        if self.cache_bytes is not None and (type(self.cache_bytes) is not int or self.cache_bytes < 0 or name == "error"):
+            raise InputsInvalid(
+                f"got cache_bytes={self.cache_bytes!r} with a budget of {name}, wanted a whole number of 0 or more, beside FLOPs "
+                "or a speedup; leave it out, or ask for one of these"
+            )
         if self.speedup is not None and self.granularity not in (None, "site"):
             raise InputsInvalid(
                 f"got a speedup with granularity={self.granularity!r}, wanted whole sites: seconds of heads do not add up; "
@@ -133,7 +141,7 @@ def solve(table: Table, budget: Budget) -> Plan:
             f"got a budget of {name}={value}, wanted FLOPs: a table alone knows no other; call arrowhead.search"
         )
     problem = budget.problem(table)
-    return _plan(problem, budget, within_cost(problem, value))
+    return _plan(problem, budget, _within(problem, budget))
 
 
 def sweep(table: Table, budgets: Sequence[Budget]) -> list[Plan]:
@@ -177,12 +185,25 @@ def budgeted(
     raise AssertionError  # full attention, without any error, comes at last
 
 
+def _within(problem: Problem, budget: Budget) -> Allocation:
+    """What is found within the cost, and within the bytes if they are bounded."""
+    if budget.cache_bytes is None:
+        return within_cost(problem, budget.fraction)
+    table = problem.table
+
+    def peak(found: Allocation) -> int:
+        plan = _plan(problem, budget, found)
+        return max(plan.cache_bytes(table.images, table.itemsize))
+
+    return within_memory(problem, budget.fraction, peak, budget.cache_bytes)
+
+
 def _fast_enough(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], budget: Budget, recording: Recording) -> Plan:
     """Time cells, solve, and time a generation beside an untouched one."""
     seconds = timed(pipe, inputs, budget.choices(recording.table))
     problem = budget.problem(recording.table, seconds)
     try:
-        found = within_cost(problem, budget.fraction)
+        found = _within(problem, budget)
     except Infeasible as infeasible:
         most = math.floor(100 / infeasible.least) / 100
         raise InputsInvalid(

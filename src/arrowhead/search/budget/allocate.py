@@ -9,8 +9,8 @@ import numpy as np
 from arrowhead.errors import InputsInvalid
 from arrowhead.search.budget.problem import Column, Offer, Problem
 
-ROUNDS = 40
-"""Halvings of the multiplier's logarithm."""
+ROUNDS, MEMORY_ROUNDS = 40, 16
+"""Halvings of the logarithms of the multiplier, and of the price of memory."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class Infeasible(InputsInvalid):
         )
 
 
-def within_cost(problem: Problem, budget: float) -> Allocation:
-    """The least damage found whose cost is at most `budget`, a fraction of the uncompressed run's.
+def within_cost(problem: Problem, budget: float, memory_price: float = 0.0) -> Allocation:
+    """The least damage found whose cost is at most `budget`, a fraction of the uncompressed run's; `memory_price`: see `offer`.
 
     Raises:
         Infeasible: nothing is as cheap as that.
     """
     asked, budget = budget, budget - problem.fixed
-    tried = _bisected(problem, lambda offer: float(offer.cost.sum()) <= budget)
+    tried = _bisected(problem, lambda offer: float(offer.cost.sum()) <= budget, memory_price)
     if not (met := [offer for offer in tried if offer.cost.sum() <= budget]):
         raise Infeasible(asked, min(float(offer.cost.sum()) for offer in tried) + problem.fixed)
     bound = max(float(o.damage.sum()) + o.multiplier * (float(o.cost.sum()) - budget) for o in tried)
@@ -59,19 +59,51 @@ def within_damage(problem: Problem, limit: float) -> Allocation:
     return Allocation(columns, float(best.damage.sum()), float(best.cost.sum()), 0.0)
 
 
-def _bisected(problem: Problem, dear_enough: Callable[[Offer], bool]) -> list[Offer]:
+def within_memory(problem: Problem, budget: float, peak: Callable[[Allocation], int], limit: int) -> Allocation:
+    """As `within_cost`, with caches whose `peak` is at most `limit` bytes: a price on what is held, found by bisection.
+
+    Raises:
+        Infeasible: nothing is as cheap as that.
+        InputsInvalid: caches as small were not found; the message names the smallest.
+    """
+    found = within_cost(problem, budget)
+    if peak(found) <= limit:
+        return found
+    low, high = 1e-9 * max(found.damage, 1e-12), 1e3 * max(found.damage, 1e-12)
+    best: Allocation | None = None
+    least = peak(found)
+    for _ in range(MEMORY_ROUNDS):
+        middle = float(np.sqrt(low * high))
+        found = within_cost(problem, budget, middle)
+        held = peak(found)
+        least = min(least, held)
+        if held > limit:
+            low = middle
+            continue
+        high = middle
+        if best is None or found.damage < best.damage:
+            best = found
+    if best is None:
+        raise InputsInvalid(
+            f"got caches of at most {limit} bytes with what else was asked, wanted at least {least}, the least that was found; "
+            "a larger limit, or a larger budget, will do"
+        )
+    return best
+
+
+def _bisected(problem: Problem, dear_enough: Callable[[Offer], bool], memory_price: float = 0.0) -> list[Offer]:
     """Offers at multipliers that close in on the one where `dear_enough` begins to hold."""
-    tried = [problem.offer(0.0)]
+    tried = [problem.offer(0.0, memory_price)]
     if dear_enough(tried[0]):
         return tried
     high = problem.dear
-    tried.append(problem.offer(high))
+    tried.append(problem.offer(high, memory_price))
     low = 1e-18 * high
     for _ in range(ROUNDS):
         if not dear_enough(tried[1]) or high / low < 1 + 1e-6:
             break
         middle = float(np.sqrt(low * high))
-        tried.append(problem.offer(middle))
+        tried.append(problem.offer(middle, memory_price))
         low, high = (low, middle) if dear_enough(tried[-1]) else (middle, high)
     return tried
 

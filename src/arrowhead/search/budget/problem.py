@@ -52,12 +52,16 @@ class Problem:
         self._feed_forward = Programme(replace(choices, radii=()))  # no pairs of tokens, no arrows
         self._groups = () if granularity == "site" else tuple(self._grouped(granularity))
 
-    def offer(self, multiplier: float) -> Offer:
-        """The best column of every site at this multiplier; exact where a site's heads all do the same, see `_of_groups`."""
+    def offer(self, multiplier: float, memory_price: float = 0.0) -> Offer:
+        """The best column of every site at this multiplier; exact where a site's heads all do the same, see `_of_groups`.
+
+        `memory_price` is the damage that holding the elements of one image's latents for a step is worth.
+        """
         damage, spent = np.zeros(len(self._sites)), np.zeros(len(self._sites))
         moves: dict[int, tuple[Programme, Moves]] = {}
         for sites, programme, harm, price in self._parts:
-            chosen = programme.solve(harm, price, multiplier)
+            held = memory_price * self._held_by_sites[sites[0]] if memory_price else None
+            chosen = programme.solve(harm, price, multiplier, held)
             damage[sites], spent[sites] = chosen.damage, chosen.cost
             moves |= {site: (programme, own) for site, own in zip(sites, chosen.moves.T, strict=True)}
 
@@ -66,7 +70,9 @@ class Problem:
             return programme.cells(own)
 
         offer = Offer(multiplier, damage, spent, whole)
-        return self._of_groups(offer, {site: own for site, (_, own) in moves.items()}) if self._groups else offer
+        if not self._groups:
+            return offer
+        return self._of_groups(offer, {site: own for site, (_, own) in moves.items()}, memory_price)
 
     @property
     def dear(self) -> float:
@@ -86,7 +92,7 @@ class Problem:
                 found.append((sites, programme, damage, np.array(costs) / self._whole))
         return found
 
-    def _of_groups(self, whole: Offer, moves: Mapping[int, Moves]) -> Offer:
+    def _of_groups(self, whole: Offer, moves: Mapping[int, Moves], memory_price: float) -> Offer:
         """Groups of heads on their own, where that is better than the whole site.
 
         A site shares its branches or does not, for all heads at once: which steps share is taken from the whole site's column,
@@ -99,7 +105,8 @@ class Problem:
         for g, given in enumerate(programme.givens):
             if given.lag == 0:
                 harm[:, g][shared[:, place] != given.share] = np.inf
-        chosen = programme.solve(harm, self._group_costs, whole.multiplier)
+        held = memory_price * self._held_by_groups if memory_price else None
+        chosen = programme.solve(harm, self._group_costs, whole.multiplier, held)
         reused = programme.reuses[chosen.moves]  # (S, groups)
         idle = np.stack([reused[:, place == i].all(1) for i in range(len(sites))], 1)
         rows = np.where(idle, 0, np.where(shared, 1, self._samples))  # that the rest of the site computes
@@ -129,6 +136,33 @@ class Problem:
                     f"{site.heads} heads"
                 )
             yield from ((i, heads[start : start + size]) for start in range(0, site.heads, size))
+
+    @cached_property
+    def _held_by_sites(self) -> dict[int, Floats]:
+        """Of each kind of sites, by its first one's number."""
+        return {
+            sites[0]: self._held(programme, [(i, self._sites[i].heads) for i in sites])
+            for sites, programme, _, _ in self._parts
+        }
+
+    @cached_property
+    def _held_by_groups(self) -> Floats:
+        return self._held(self._programme, [(site, len(heads)) for site, heads in self._groups])
+
+    def _held(self, programme: Programme, columns: Sequence[tuple[int, int]]) -> Floats:
+        """What columns of so many heads of a site hold, from one step to the next, to give this: (givens, C).
+
+        In units of one image's latents. An output counts in every step that reuses it, a residual in every one that adds it.
+        """
+        found = np.zeros((len(programme.givens), len(columns)))
+        for c, (i, heads) in enumerate(columns):
+            site, tokens = self._sites[i], self._sites[i].tokens(self.table.tokens)
+            for g, given in enumerate(programme.givens):
+                if given.lag:
+                    found[g, c] = (1 if given.share else self._samples) * heads * site.head_dim * tokens.total
+                elif given.residual_lag is not None:
+                    found[g, c] = (1 if given.residual_shared else self._samples) * heads * site.head_dim * tokens.visual
+        return found / self.table.elements
 
     @cached_property
     def _group_damage(self) -> Floats:

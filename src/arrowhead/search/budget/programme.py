@@ -58,14 +58,16 @@ class Programme:
         start = np.array([start for start, _ in others], dtype=np.int64)
         self._first = self._always + np.searchsorted(start, np.arange(len(number) + 1))
 
-    def solve(self, damage: Floats, cost: Floats, multiplier: float) -> Solution:
+    def solve(self, damage: Floats, cost: Floats, multiplier: float, held: Floats | None = None) -> Solution:
         """Exact for this multiplier: the least Σ damage + multiplier · Σ cost of each column.
 
         Args:
             damage: (S, givens, C), infinite where something is not open.
             cost: (spendings, C), of one step.
             multiplier: damage that a unit of cost is worth, 0 or more.
+            held: (givens, C), the price of what has to be held for a step to give that; no part of the damage.
         """
+        real, damage = damage, damage if held is None else damage + held
         steps, _, columns = damage.shape
         price, always = multiplier * cost, self._always
         memories, each = len(self._first) - 1, np.arange(columns)
@@ -87,7 +89,7 @@ class Programme:
             total += ahead[step + 1, self._to[moves], each]
             best = moves[total.argmin(0), each]
             chosen[step], memory = best, self._to[best]
-            harmed += damage[step, self._given[best], each]
+            harmed += real[step, self._given[best], each]
             spent += cost[self._spending[best], each]
         return Solution(chosen, harmed, spent)
 

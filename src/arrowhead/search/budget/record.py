@@ -152,6 +152,8 @@ class _Recorder:
             final=float(final.square().mean()),
             elements=final[0].numel(),
             other_flops=self._other_flops,
+            images=len(final),
+            itemsize=next(iter(self._kept.values()))[0].output.itemsize,
             about=about,
         )
 

@@ -43,8 +43,8 @@ class Table:
     run is 0. All float32.
 
     `gains` are the sampler's, see `Sampling.gains`; `final` is the mean square of an element of the final latents, of which an
-    image has `elements`. `other_flops` are what the transformer multiplies outside of all sites, per image and step; `about`
-    says how the run was made.
+    image has `elements`. `other_flops` are what the transformer multiplies outside of all sites, per image and step. `images`
+    were generated at once, in a dtype of `itemsize` bytes; `about` says how.
     """
 
     target: Target
@@ -58,6 +58,8 @@ class Table:
     final: float
     elements: int
     other_flops: float = 0.0
+    images: int = 1
+    itemsize: int = 4
     about: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
@@ -148,6 +150,8 @@ class Table:
             final=self.final,
             elements=self.elements,
             other_flops=self.other_flops,
+            images=self.images,
+            itemsize=self.itemsize,
             about=dict(self.about),
         )
         tensors = {"outputs": self.outputs.contiguous(), "residuals": self.residuals.contiguous()}
@@ -187,6 +191,8 @@ class _Header(pydantic.BaseModel, extra="forbid"):
     final: float
     elements: int
     other_flops: float
+    images: int
+    itemsize: int
     about: dict[str, Any]
 
     def faults(self, tensors: Mapping[str, Tensor]) -> str | None:

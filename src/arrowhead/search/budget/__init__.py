@@ -73,8 +73,8 @@ class Budget:
             raise InputsInvalid(f"got {name}={value!r}, wanted a number above {above}, at most {highest}")
         if self.cache_bytes is not None and (type(self.cache_bytes) is not int or self.cache_bytes < 0 or name == "error"):
             raise InputsInvalid(
-                f"got cache_bytes={self.cache_bytes!r} with a budget of {name}, wanted a whole number of 0 or more, beside FLOPs "
-                "or a speedup; leave it out, or ask for one of these"
+                f"got cache_bytes={self.cache_bytes!r} with a budget of {name}, wanted a whole number of 0 or more, beside "
+                "FLOPs or a speedup; leave it out, or ask for one of these"
             )
         if self.speedup is not None and self.granularity not in (None, "site"):
             raise InputsInvalid(

@@ -116,18 +116,21 @@ class Choices:
 
 
 def givens_of(column: Sequence[Cell]) -> list[Given]:
-    """What a column of one method gives in each step."""
+    """What a column of one method gives in each step. What is cached beside heads that share serves both branches, too."""
     found: list[Given] = []
-    full, shared_full = 0, False
+    made = Given()
+    full, full_shared = 0, False
     for step, cell in enumerate(column):
         if isinstance(cell, Reuse) or isinstance(cell.method, Cached):
-            found.append(found[-1].aged())
+            made = made.aged()
+            found.append(replace(made, share=made.share or (isinstance(cell, Attend) and cell.share_cfg)))
             continue
-        radius, residual_lag = None, None
-        if isinstance(cell.method, Arrow):
-            radius = cell.method.radius
-            residual_lag = step - full if cell.method.residual else None
+        made = Given(share=cell.share_cfg)
+        if not isinstance(cell.method, Arrow):
+            full, full_shared = step, cell.share_cfg
+        elif cell.method.residual:
+            made = Given(0, cell.method.radius, step - full, full_shared, cell.share_cfg)
         else:
-            full, shared_full = step, cell.share_cfg
-        found.append(Given(0, radius, residual_lag, shared_full and residual_lag is not None, cell.share_cfg))
+            made = Given(0, cell.method.radius, share=cell.share_cfg)
+        found.append(made)
     return found

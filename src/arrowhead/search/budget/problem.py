@@ -101,10 +101,13 @@ class Problem:
         programme, sites = self._programme, sorted({site for site, _ in self._groups})
         shared = np.stack([programme.shares[moves[site]] for site in sites], 1)  # (S, sites)
         place = np.searchsorted(sites, [site for site, _ in self._groups])  # of each group's site
-        harm = self._group_damage.copy()
+        harm, sharing = self._group_damage.copy(), shared[:, place]  # (S, groups)
         for g, given in enumerate(programme.givens):
             if given.lag == 0:
-                harm[:, g][shared[:, place] != given.share] = np.inf
+                harm[:, g][sharing != given.share] = np.inf
+            elif not given.share and sharing.any():  # what is cached beside heads that share serves both branches, too
+                both = programme.givens.index(replace(given, share=True))
+                harm[:, g][sharing] = self._group_damage[:, both][sharing]
         held = memory_price * self._held_by_groups if memory_price else None
         chosen = programme.solve(harm, self._group_costs, whole.multiplier, held)
         reused = programme.reuses[chosen.moves]  # (S, groups)

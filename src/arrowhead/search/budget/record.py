@@ -140,6 +140,7 @@ class _Recorder:
         """All steps together."""
         final = sampling.latents()
         outputs, residuals = zip(*self._products, strict=True)
+        images = outputs[0].shape[-1] // self._extent.vectors
         return Table(
             target=target,
             tokens=self._tokens,
@@ -148,11 +149,11 @@ class _Recorder:
             ages=self._extent.ages,
             outputs=torch.stack(outputs).float(),
             residuals=torch.stack(residuals).float(),
-            gains=sampling.gains(len(outputs)),
+            gains=sampling.gains(len(outputs), images),
             final=float(final.square().mean()),
             elements=final[0].numel(),
             other_flops=self._other_flops,
-            images=len(final),
+            images=images,
             itemsize=next(iter(self._kept.values()))[0].output.itemsize,
             about=about,
         )

@@ -38,8 +38,8 @@ class Sampling:
             raise NotIntercepted("the pipeline never called its scheduler's step; wanted one call in every denoising step")
         return self.final.float()
 
-    def gains(self, steps: int) -> tuple[float, ...]:
-        """Norm of the change of the final latents over that of an error in the guided output, for each step.
+    def gains(self, steps: int, images: int) -> tuple[float, ...]:
+        """Norm of the change of the final latents over that of an error in the guided output, for each step of so many images.
 
         Two factors. What the sampler alone makes of an error is measured: it is replayed with one output changed and all others
         as they were. The model's answer in the steps that follow is not: it is estimated as if data were Gaussian. If latents
@@ -54,7 +54,7 @@ class Sampling:
             raise NotIntercepted(
                 f"the scheduler's step was called {len(self.outputs)} times in {steps} steps of the model, wanted one each"
             )
-        final, generator = self.latents(), torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
         sample, scheduler = self.arguments[0][1].float(), copy.deepcopy(self.scheduler)
         reference = self._replay(0, sample, scheduler, None)
         found: list[float] = []
@@ -63,21 +63,21 @@ class Sampling:
             if step:  # an error in the sample that this step begins with
                 error = NUDGE * sample.square().mean().sqrt() * noise
                 fixed = _ratio(self._replay(step, sample + error, scheduler, None) - reference, error)
-                found[-1] *= self._answered(step, sample, final) / max(fixed, 1e-12)
+                found[-1] *= self._answered(step, images) / max(fixed, 1e-12)
             error = NUDGE * output.float().square().mean().sqrt() * noise
             found.append(_ratio(self._replay(step, sample, scheduler, error) - reference, error))
             sample = self._step(step, sample, scheduler, None)
         return tuple(found)
 
-    def _answered(self, step: int, sample: Tensor, final: Tensor) -> float:
-        """s/√(a²s² + b²) for the latents (B, …) before a step."""
-        begun = self.arguments[0][1].float()
+    def _answered(self, step: int, images: int) -> float:
+        """s/√(a²s² + b²) for the latents before a step. Some pipelines step both branches' rows, which are alike."""
+        begun, sample, final = (t[:images].float() for t in (self.arguments[0][1], self.arguments[step][1], self.latents()))
         both = torch.stack([final.flatten(), begun.flatten()], 1)
         signal = max(float(torch.linalg.lstsq(both, sample.flatten()[:, None]).solution[0]), 1e-3)
         noise = float((sample - signal * final).square().mean().sqrt())
-        change = (self.outputs[step - 1].float() - self.outputs[step].float()).flatten(1)
+        change = (self.outputs[step - 1][:images].float() - self.outputs[step][:images].float()).flatten(1)
         change = change / change.norm(dim=1, keepdim=True).clamp_min(1e-12)
-        images, flat = len(final), final.flatten(1)
+        flat = final.flatten(1)
         along = (flat - flat.mean(0) if images > 1 else flat) @ change.T  # (B, B): images, directions
         if images > 1:  # a direction says too much about the image that it comes from
             along = along[~torch.eye(images, dtype=torch.bool, device=along.device)] * (images / (images - 1)) ** 0.5

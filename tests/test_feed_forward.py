@@ -108,9 +108,8 @@ def test_beside_compressed_attention(any_bench):
     rows = random_rows(7, 5, layers)
     beside = plan_of(any_bench, rows)
     attention = iter(columns)
-    mixed = [
-        next(attention) if s.kind == "self_attention" else column for s, column in zip(beside.target.sites, beside.columns, strict=True)
-    ]
+    columns = zip(beside.target.sites, beside.columns, strict=True)
+    mixed = [next(attention) if s.kind == "self_attention" else column for s, column in columns]
     beside = ah.Plan(tuple(zip(*mixed, strict=True)), beside.target, tokens, guided=True)
     got = compressed(any_bench, beside, any_bench.inputs())
     with by_hand(any_bench, rows):

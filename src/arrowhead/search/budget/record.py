@@ -37,7 +37,9 @@ class Extent:
 
     `radii` None: an eighth, a 16th and a 32nd of the visual tokens. `feed_forward`: whether to look at feed-forwards, too.
     `checkpoint`: blocks run again on the way back rather than keep what they need for it (diffusers' gradient checkpointing):
-    half as long again, in a fraction of the memory. The vectors follow from `seed`.
+    half as long again, in a fraction of the memory. `feedback`: whether an early error counts for what the model makes of it in
+    the steps that follow (nearer to the raw latents), or all steps by what the sampler makes of them (nearer in LPIPS). The
+    vectors follow from `seed`.
     """
 
     radii: tuple[int, ...] | None = None
@@ -45,6 +47,7 @@ class Extent:
     vectors: int = 1
     feed_forward: bool = True
     checkpoint: bool = False
+    feedback: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -149,7 +152,7 @@ class _Recorder:
             ages=self._extent.ages,
             outputs=torch.stack(outputs).float(),
             residuals=torch.stack(residuals).float(),
-            gains=sampling.gains(len(outputs), images),
+            gains=sampling.gains(len(outputs), images, feedback=self._extent.feedback),
             final=float(final.square().mean()),
             elements=final[0].numel(),
             other_flops=self._other_flops,

@@ -1,6 +1,7 @@
 """A calibration's table: what every kept tensor does to the guided output, per step, site and head; damages follow from it."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -199,6 +200,16 @@ class _Header(pydantic.BaseModel, extra="forbid"):
         """What does not fit together."""
         if self.format != FORMAT:
             return f"got format {self.format}, wanted {FORMAT}"
+        sizes = {"steps": len(self.gains), "ages": self.ages, "elements": self.elements, "images": self.images}
+        if small := [f"{name} {value}" for name, value in (sizes | {"itemsize": self.itemsize}).items() if value < 1]:
+            return f"got {', '.join(small)}, wanted at least 1"
+        if (
+            not all(0 <= value < math.inf for value in (*self.gains, self.other_flops, *self.radii))
+            or not 0 < self.final < math.inf
+        ):
+            return "got gains, FLOPs, radii or a final square below 0 or not finite"
+        if not all(t.dtype == torch.float32 and t.isfinite().all() for t in tensors.values()):
+            return "got tensors that are not float32, or not finite"
         heads, pairs = sum(site.heads for site in self.target.sites), 3 if self.branches.guided else 1
         ages, images = self.ages + 1, tensors["outputs"].shape[-1] if tensors["outputs"].ndim == 5 else 0
         shapes = {

@@ -1,0 +1,306 @@
+"""Tables of random products solved for budgets: against all columns there are, and against what plans count."""
+
+import re
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from budget import damage_of, every_column, synthetic
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import arrowhead as ah
+from arrowhead.cost import site_flops
+from arrowhead.errors import InputsInvalid
+from arrowhead.layout import Site
+from arrowhead.lifetimes import Writes, of_head
+from arrowhead.methods import AST, FULL, Attend
+from arrowhead.search.budget.allocate import within_cost, within_damage
+from arrowhead.search.budget.given import Choices
+
+MEASURES = st.sampled_from(["attention", "module", "transformer"])
+MULTIPLIERS = st.sampled_from([0.0, 1e-3, 0.03, 0.3, 3.0, 30.0])
+
+
+@st.composite
+def tables(draw, **fixed):
+    """Small ones, over sites of all kinds."""
+    sizes = {"steps": draw(st.integers(2, 6)), "count": draw(st.integers(1, 3)), "heads": draw(st.sampled_from([1, 2, 4]))}
+    sizes |= {"ages": draw(st.integers(1, 3)), "radii": draw(st.sampled_from([(6,), (12, 3)]))}
+    sizes |= {"guided": draw(st.booleans()), "feed_forward": draw(st.booleans()), "text": draw(st.sampled_from([0, 5]))}
+    table = synthetic(draw(st.integers(0, 2**32)), **sizes | fixed)
+    kinds = st.fixed_dictionaries(
+        {
+            "joint": st.booleans(),
+            "heads_apart": st.booleans(),
+            "projects_out": st.sampled_from(["all", "visual", "none"]),
+            "head_dim": st.sampled_from([4, 32]),
+        }
+    )
+    chosen = (Site(**vars(site) | draw(kinds)) if site.kind == "self_attention" else site for site in table.target.sites)
+    return replace(table, target=replace(table.target, sites=tuple(chosen)))
+
+
+WHAT = st.fixed_dictionaries({"share_cfg": st.booleans(), "residual": st.booleans(), "reuse": st.booleans()})
+
+
+def budget_of(measure, value=1.0, **settings):
+    return ah.Budget(**{f"{measure}_flops": value, "granularity": "site"} | settings)
+
+
+def plan_of(table, columns):
+    return ah.Plan(tuple(zip(*columns, strict=True)), table.target, table.tokens, table.branches.guided)
+
+
+def flops(table, columns, measure):
+    """What a table's sites leave of the FLOPs; of the transformer's, with all else."""
+    left = plan_of(table, columns).flops()
+    if measure != "transformer":
+        return getattr(left, measure)
+    samples = 2 if table.branches.guided else 1
+    sites = sum(site_flops(site, table.tokens, FULL, Writes(), samples).module for site in table.target.sites)
+    return (left.module * sites + table.other_flops) / (sites + table.other_flops)
+
+
+def columns_of(offer):
+    return [offer.column(site) for site in range(len(offer.cost))]
+
+
+def site_damage(table, site, column):
+    """Of heads that do the same throughout together, of others apart."""
+    alike = {}
+    for place, head in enumerate(table.heads(site)):
+        alike.setdefault(of_head(column, place), []).append(head)
+    return sum(damage_of(table, group, own) for own, group in alike.items())
+
+
+def every_column_of(table, site, what):
+    """All that may be chosen, over three steps."""
+    share = what["share_cfg"] and table.branches.guided
+    choices = Choices(table.radii if site.kind == "self_attention" else (), table.ages, **what | {"share_cfg": share})
+    return list(dict.fromkeys(tuple(cell for cell, _ in past.spent) for past in every_column(choices, 3)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), table=tables(heads=2), measure=MEASURES, what=WHAT)
+def test_a_plan_is_within_its_budget_and_counts_what_it_was_said_to(data, table, measure, what):
+    problem = budget_of(measure, **what).problem(table)
+    table, fixed = problem.table, problem.fixed
+    budget = data.draw(st.floats(problem.offer(problem.dear).cost.sum() + fixed + 1e-9, 1.0))
+    found = within_cost(problem, budget)
+    assert flops(table, found.columns, measure) == pytest.approx(found.cost + fixed)
+    assert found.cost + fixed <= budget * (1 + 1e-9)
+    assert found.damage == pytest.approx(sum(site_damage(table, i, column) for i, column in enumerate(found.columns)), rel=1e-4)
+    assert found.damage == pytest.approx(table.damage(found.columns).sum(), rel=1e-4)
+    assert found.bound <= found.damage * (1 + 1e-9)
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), table=tables(steps=3, count=2, feed_forward=False), measure=MEASURES, what=WHAT)
+def test_the_best_there_is_lies_between_the_bound_and_what_is_found(data, table, measure, what):
+    assert_bounded(data, table, measure, what)
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), table=tables(steps=3, count=1, feed_forward=True), what=WHAT)
+def test_the_best_there_is_where_there_is_a_feed_forward(data, table, what):
+    assert_bounded(data, table, "transformer", what)
+
+
+def assert_bounded(data, table, measure, what):
+    """Two sites; what one of them costs is known from the other's full attention."""
+    problem = budget_of(measure, **what).problem(table)
+    table, full = problem.table, (FULL,) * 3
+    columns, harm, cost = [], [], []
+    for place, site in enumerate(table.target.sites):
+        columns.append(every_column_of(table, site, what))
+        harm.append(np.array([damage_of(table, table.heads(place), column) for column in columns[-1]]))
+        both = [[column if i == place else full for i in range(2)] for column in columns[-1]]
+        cost.append(np.array([flops(table, own, measure) for own in both]))
+    together = cost[0][:, None] + cost[1][None, :] - 1
+    budget = data.draw(st.floats(together.min() + 1e-6, 1.0))
+    best = (harm[0][:, None] + harm[1][None, :])[together <= budget * (1 + 1e-9)].min()
+    found = within_cost(problem, budget)
+    assert found.bound <= best * (1 + 1e-4) + 1e-12
+    assert best <= found.damage * (1 + 1e-4) + 1e-12
+    for multiplier in (0.0, 1e-3, 0.1, 10.0, problem.dear):
+        offer = problem.offer(multiplier)
+        for place in range(2):
+            objective = harm[place] + multiplier * cost[place]
+            reached = objective[columns[place].index(offer.column(place))]
+            assert reached == pytest.approx(objective.min(), rel=1e-4, abs=1e-9)
+
+
+@pytest.mark.parametrize("granularity", ["site", "head"])
+@pytest.mark.parametrize("measure", ["attention", "module", "transformer"])
+def test_large_problems_come_within_a_hundredth_of_their_budget(granularity, measure):
+    """From below; and for whole sites near the bound."""
+    table = synthetic(3, steps=20, count=10, heads=2, ages=3, feed_forward=measure == "transformer")
+    for value in (0.25, 0.4, 0.85):
+        budget = budget_of(measure, value, granularity=granularity)
+        spent = flops(budget.problem(table).table, ah.solve(table, budget).columns, measure)
+        assert 0.99 * value <= spent <= value
+        if granularity == "site":
+            found = within_cost(budget.problem(table), value)
+            assert found.bound <= found.damage <= 1.1 * found.bound
+
+
+@settings(max_examples=40, deadline=None)
+@given(table=tables(), measure=MEASURES, what=WHAT)
+def test_the_nearest_budget_that_is_named_can_be_met(table, measure, what):
+    """And what is asked for below it is refused."""
+    with pytest.raises(InputsInvalid, match="wanted at least") as refusal:
+        ah.solve(table, budget_of(measure, 1e-6, **what))
+    nearest = float(re.search(r"wanted at least ([0-9.e-]+)", str(refusal.value))[1])
+    budget = budget_of(measure, nearest, **what)
+    assert flops(budget.problem(table).table, ah.solve(table, budget).columns, measure) <= nearest * (1 + 1e-9)
+    with pytest.raises(InputsInvalid, match="wanted at least"):
+        ah.solve(table, budget_of(measure, 0.99 * nearest, **what))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("granularity", ["site", "head"])
+def test_more_may_be_spent_less_is_lost(seed, granularity):
+    table = synthetic(seed, steps=6, count=4, heads=4, radii=(12, 4), feed_forward=True)
+    budgets = [budget_of("transformer", value, granularity=granularity) for value in (0.3, 0.45, 0.6, 0.8, 1.0)]
+    plans = ah.sweep(table, budgets)
+    assert [plan.cells for plan in plans] == [ah.solve(table, budget).cells for budget in budgets]
+    errors = [plan.about["search"]["predicted_error"] for plan in plans]
+    assert all(more > less for more, less in pairwise(errors))
+    assert errors[-1] == 0
+    assert plans[-1].flops().module == 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(table=tables(), measure=MEASURES, what=WHAT, multiplier=MULTIPLIERS)
+def test_heads_on_their_own_are_never_worse_than_whole_sites(table, measure, what, multiplier):
+    whole = budget_of(measure, **what).problem(table).offer(multiplier)
+    heads = table.target.sites[0].heads
+    for granularity in ["head", *(n for n in (1, 2, 4) if heads % n == 0)]:
+        problem = budget_of(measure, granularity=granularity, **what).problem(table)
+        apart = problem.offer(multiplier)
+        assert (apart.damage + multiplier * apart.cost <= (whole.damage + multiplier * whole.cost) * (1 + 1e-9) + 1e-12).all()
+        assert apart.cost.sum() + problem.fixed == pytest.approx(flops(problem.table, columns_of(apart), measure))
+
+
+def assert_damage_is_of_its_columns(problem, offer, size):
+    """Groups of `size` heads taken apart, or the whole site where its heads all do the same."""
+    table = problem.table
+    for site, column in enumerate(columns_of(offer)):
+        heads = table.heads(site)
+        groups = [heads[start : start + size] for start in range(0, len(heads), size)]
+        apart = sum(damage_of(table, group, of_head(column, group[0] - heads[0])) for group in groups)
+        whole = [damage_of(table, heads, column)] if len({of_head(column, h) for h in range(len(heads))}) == 1 else []
+        assert any(offer.damage[site] == pytest.approx(value, rel=1e-4, abs=1e-12) for value in (apart, *whole))
+
+
+@settings(max_examples=40, deadline=None)
+@given(table=tables(), what=WHAT, multiplier=MULTIPLIERS)
+def test_an_offer_s_damage_is_what_its_columns_do(table, what, multiplier):
+    for granularity, size in (("head", 1), ("site", table.target.sites[0].heads)):
+        problem = budget_of("transformer", granularity=granularity, **what | {"share_cfg": False}).problem(table)
+        assert_damage_is_of_its_columns(problem, problem.offer(multiplier), size)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_offer_s_damage_is_what_its_columns_do_where_branches_are_shared(seed):
+    """Heads that are cached in a shared step serve both branches with the conditional one's."""
+    problem = budget_of("module", granularity="head").problem(synthetic(seed, 8, 3, 4, ages=3, uneven=True))
+    for multiplier in (0.1, 0.3, 1.0, 3.0):
+        assert_damage_is_of_its_columns(problem, problem.offer(multiplier), 1)
+
+
+def test_what_is_reused_after_a_shared_step_serves_both_branches():
+    """A head that is cached in a shared step, and all of the site reused in the next: the module's output was one for both.
+
+    The first head can be repeated for nothing, but not shared in the first or the last step; the second one can be an arrow
+    that is shared in the step between, and be repeated after that.
+    """
+    table = synthetic(0, steps=3, count=1, ages=2)
+    outputs, residuals = torch.zeros_like(table.outputs), torch.zeros_like(table.residuals)  # (S, H, [radii,] ages, pairs, M)
+    outputs[0, 0, :, 2] = outputs[2, 0, :, 2] = residuals[2, 0, ..., 0, :] = 10
+    outputs[1, 1, 1, 0] = outputs[2, 1, 2, 0] = outputs[2, 1, 1, 1] = residuals[1, 1, 0, 0, 1] = 10
+    table = replace(table, outputs=outputs, residuals=residuals, gains=(1.0,) * 3, final=1.0, elements=1)
+    problem = budget_of("module", granularity="head").problem(table)
+    for multiplier in (0.1, 1.0, 10.0):
+        assert_damage_is_of_its_columns(problem, problem.offer(multiplier), 1)
+
+
+@pytest.mark.parametrize("granularity", [0, 3, 8, -1, 1.5, "heads", True], ids=repr)
+def test_groups_that_do_not_divide_a_site_s_heads(granularity):
+    with pytest.raises(InputsInvalid, match=r"granularity=.*wanted"):
+        ah.solve(synthetic(0, heads=4), ah.Budget(module_flops=0.5, granularity=granularity))
+
+
+def test_groups_do_the_same():
+    table = synthetic(1, steps=8, count=3, heads=6)
+    plan = ah.solve(table, ah.Budget(module_flops=0.3, granularity=2))
+    cells = [cell.methods(6) for row in plan.cells for cell in row if isinstance(cell, Attend)]
+    assert all(methods[h] == methods[h + 1] for methods in cells for h in (0, 2, 4))
+    assert any(len(set(methods)) > 1 for methods in cells)
+
+
+def test_what_may_not_be_chosen_is_not():
+    table = synthetic(5, steps=8, count=4, heads=2, radii=(12, 4))
+    assert {"full", "WA-RS", "cached"} < set(ah.solve(table, ah.Budget(module_flops=0.4)).count_heads())
+    assert not {"AST", "cached"} & set(ah.solve(table, ah.Budget(module_flops=0.6, reuse=False)).count_heads())
+    assert "WA-RS" not in ah.solve(table, ah.Budget(module_flops=0.4, residual=False)).count_heads()
+    alone = ah.solve(table, ah.Budget(module_flops=0.4, share_cfg=False))
+    assert not any(getattr(cell, "share_cfg", False) for row in alone.cells for cell in row)
+    unguided = ah.solve(synthetic(5, guided=False), ah.Budget(module_flops=0.5))
+    assert not any(getattr(cell, "share_cfg", False) for row in unguided.cells for cell in row)
+
+
+@settings(max_examples=25, deadline=None)
+@given(table=tables(), share=st.floats(0.01, 1.0))
+def test_within_a_damage(table, share):
+    """The limit is kept to, and a smaller one costs no less."""
+    problem = budget_of("transformer").problem(table)
+    worst = problem.offer(problem.dear).damage.sum()
+    tight, loose = within_damage(problem, 0.5 * share * worst), within_damage(problem, share * worst)
+    assert tight.damage <= 0.5 * share * worst
+    assert loose.damage <= share * worst
+    assert loose.cost <= tight.cost
+    assert loose.cost + problem.fixed == pytest.approx(flops(table, loose.columns, "transformer"))
+    nothing = within_damage(problem, 0.0)
+    assert nothing.damage == 0.0
+    assert nothing.cost + problem.fixed == pytest.approx(1.0)
+
+
+def test_a_budget_of_error_is_not_for_a_table_alone():
+    with pytest.raises(InputsInvalid, match=r"error=0.1.*wanted FLOPs"):
+        ah.solve(synthetic(0), ah.Budget(error=0.1))
+
+
+def test_a_plan_says_how_it_was_found():
+    table = replace(synthetic(0, guided=True, calls=2), about={"pipeline": "Pipe", "search": {"ages": 2}})
+    plan = ah.solve(table, ah.Budget(attention_flops=0.5, granularity="site"))
+    assert (plan.calls, plan.guided, plan.tokens, plan.target) == (2, True, table.tokens, table.target)
+    search = plan.about["search"]
+    assert {"strategy": "budget", "asked": "attention_flops = 0.5", "granularity": "site", "ages": 2}.items() <= search.items()
+    assert search["attention_flops"] == pytest.approx(plan.flops().attention, rel=5e-3)
+    assert search["predicted_error"] == pytest.approx(table.damage(plan.columns).sum() ** 0.5, rel=5e-3)
+    assert plan.about["pipeline"] == "Pipe"
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+@pytest.mark.parametrize("guided", [True, False])
+def test_attention_alone(guided, calls):
+    """Feed-forwards are then among all else that the transformer computes."""
+    table = synthetic(2, feed_forward=True, guided=guided, calls=calls)
+    alone = table.attention_alone()
+    assert [site.path for site in alone.target.sites] == ["blocks.0.attn", "blocks.1.attn"]
+    assert torch.equal(alone.outputs, table.outputs[:, [0, 1, 3, 4]])
+    assert torch.equal(alone.residuals, table.residuals[:, [0, 1, 3, 4]])
+    assert alone.other_flops == table.other_flops + 2 * (1 + guided) * 2 * 64 * 16 * 16 * 8
+    column = [[FULL, AST, FULL, FULL, AST, FULL], [FULL] * 6]
+    beside = [column[0], [FULL] * 6, column[1], [FULL] * 6]
+    assert alone.damage(column).tolist() == table.damage(beside).tolist()
+
+
+def test_a_budget_of_attention_leaves_feed_forwards_alone():
+    table = synthetic(2, feed_forward=True)
+    paths = [[site.path for site in ah.solve(table, budget_of(m, 0.6)).target.sites] for m in ("module", "transformer")]
+    assert [len(of) for of in paths] == [2, 4]

@@ -1,0 +1,210 @@
+"""From a pipeline to a plan under a budget: what is met, what is told, and that nothing is left behind."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from budget import FAMILIES, final_latents
+from pipelines import sd35, tiny, tiny_mmdit
+from untouched import left_as_it_was
+
+import arrowhead as ah
+from arrowhead.errors import AlreadyApplied, InputsInvalid
+from arrowhead.search.budget.record import record
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+with_and_without = pytest.mark.parametrize("guidance", [3.0, 1.0], ids=["guided", "alone"])
+
+
+def tables_equal(a, b):
+    """But for when they were made, and for how LAPACK rounds."""
+    same = all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("outputs", "residuals"))
+    names = ("target", "tokens", "branches", "radii", "ages", "final", "elements", "other_flops", "images", "itemsize")
+    return same and all(getattr(a, name) == getattr(b, name) for name in names) and a.gains == pytest.approx(b.gains, rel=1e-5)
+
+
+def plain(value):
+    """What two runs can be compared by."""
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    return [plain(item) for item in value] if isinstance(value, list) else repr(value)
+
+
+@contextmanager
+def nothing_left(bench, same_run=True, **inputs):
+    """Besides what `left_as_it_was` looks at: gradients, random states, and the scheduler, which ends as after an own run.
+
+    `same_run`: whether the last run in the block is the untouched one, so that the scheduler ends with the same values.
+    """
+    transformer, scheduler = bench.pipe.transformer, bench.pipe.scheduler
+    for i, parameter in enumerate(transformer.parameters()):
+        parameter.requires_grad_(i % 3 != 0)
+    with left_as_it_was(bench, **inputs):
+        learnt = [parameter.requires_grad for parameter in transformer.parameters()]
+        before = {name: plain(value) for name, value in vars(scheduler).items()}
+        noise, grad = torch.random.get_rng_state(), torch.is_grad_enabled()
+        yield
+        assert [parameter.requires_grad for parameter in transformer.parameters()] == learnt
+        assert all(parameter.grad is None for parameter in transformer.parameters())
+        after = {name: plain(value) for name, value in vars(scheduler).items()}
+        assert set(after) == set(before)
+        assert "step" not in after
+        assert not same_run or after == before
+        assert torch.equal(torch.random.get_rng_state(), noise)
+        assert torch.is_grad_enabled() == grad
+
+
+@every_family
+@with_and_without
+def test_a_search_meets_its_budget_and_leaves_no_trace(family, guidance):
+    bench = FAMILIES[family]()
+    inputs = bench.inputs(images=2, guidance=guidance)
+    generator = inputs["generator"].get_state()
+    with nothing_left(bench, same_run=False, images=2, guidance=guidance):
+        plan = ah.search(bench.pipe, inputs, budget=ah.Budget(module_flops=0.5), progress=False)
+        assert torch.equal(inputs["generator"].get_state(), generator)
+    assert 0 < plan.flops().module <= 0.5
+    assert (plan.guided, plan.calls) == (guidance > 1, 2 if guidance > 1 and family == "flux" else 1)
+    raw = final_latents(bench, bench.inputs(images=2, guidance=guidance))
+    with ah.applied(bench.pipe, plan) as run:
+        left = final_latents(bench, bench.inputs(images=2, guidance=guidance))
+        summary = run.summary()
+    assert summary.flops.module == pytest.approx(plan.flops().module)
+    assert summary.notes == ()
+    error = ((left - raw).norm() / raw.norm()).item()
+    assert plan.about["search"]["measured_error"] == pytest.approx(error, rel=5e-3)
+    assert error > 0
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "sd35", "tiny", "tiny_mmdit"])
+@with_and_without
+def test_a_calibration_is_the_untouched_run_and_leaves_no_trace(family, guidance):
+    bench = (FAMILIES | {"sd35": sd35, "tiny": tiny, "tiny_mmdit": tiny_mmdit})[family]()
+    inputs = bench.inputs(images=2, guidance=guidance)
+    generator = inputs["generator"].get_state()
+    with nothing_left(bench, images=2, guidance=guidance):
+        steps, seen = record(bench.pipe, inputs, ah.Extent(ages=2)), []
+        while True:
+            try:
+                seen.append(next(steps))
+            except StopIteration as end:
+                recording = end.value
+                break
+        assert torch.equal(inputs["generator"].get_state(), generator)
+    assert seen == [(step, 5) for step in range(5)]
+    assert torch.equal(recording.final, final_latents(bench, bench.inputs(images=2, guidance=guidance)).float())
+    assert recording.passes == 5 + (guidance > 1 and family == "flux")
+    assert tables_equal(
+        recording.table,
+        ah.calibrate(bench.pipe, bench.inputs(images=2, guidance=guidance), extent=ah.Extent(ages=2), progress=False),
+    )
+
+
+@every_family
+@pytest.mark.parametrize(("guidance", "steps"), [(3.0, 1), (3.0, 3), (1.0, 1)])
+def test_a_calibration_closed_early_leaves_no_trace(family, guidance, steps):
+    bench = FAMILIES[family]()
+    with nothing_left(bench, same_run=False, guidance=guidance):
+        calibration = record(bench.pipe, bench.inputs(guidance=guidance), ah.Extent())
+        for _ in range(steps):
+            next(calibration)
+        calibration.close()
+
+
+@every_family
+def test_values_that_are_not_finite_are_refused_and_leave_no_trace(family):
+    bench = FAMILIES[family]()
+    module = bench.attentions[1].to_v
+    with nothing_left(bench, same_run=False):
+        weight = module.weight.data.clone()
+        module.weight.data[:] = torch.inf
+        with pytest.raises(InputsInvalid, match=r"not finite.*wanted"):
+            ah.calibrate(bench.pipe, bench.inputs(), progress=False)
+        module.weight.data[:] = weight
+
+
+@every_family
+@pytest.mark.parametrize("steps", [1, 3])
+def test_feed_forwards_that_are_not_finite_are_refused(family, steps):
+    bench = FAMILIES[family]()
+    bench.pipe.transformer.transformer_blocks[-1].ff.net[2].weight.data[:] = torch.inf
+    with pytest.raises(InputsInvalid, match=r"not finite.*wanted"):
+        ah.calibrate(bench.pipe, bench.inputs(steps=steps), progress=False)
+
+
+@pytest.mark.parametrize("family", ["dit", "flux"])
+def test_where_gradients_are_off(family):
+    bench = FAMILIES[family]()
+    table = ah.calibrate(bench.pipe, bench.inputs(), progress=False)
+    with torch.no_grad():
+        assert tables_equal(ah.calibrate(bench.pipe, bench.inputs(), progress=False), table)
+        assert not torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("family", ["dit", "flux"])
+def test_under_inference_mode(family):
+    bench = FAMILIES[family]()
+    table = ah.calibrate(bench.pipe, bench.inputs(), progress=False)
+    with torch.inference_mode():
+        assert tables_equal(ah.calibrate(bench.pipe, bench.inputs(), progress=False), table)
+
+
+@every_family
+def test_low_precision_gives_nearly_the_same(family):
+    """Of float32 and bfloat16 tables, the damage of reuse everywhere."""
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        bench = FAMILIES[family](dtype)
+        own = {name: value.to(dtype) for name, value in bench.inputs().items() if "embeds" in name}
+        table = ah.calibrate(bench.pipe, bench.inputs(images=1, **own), extent=ah.Extent(vectors=8), progress=False)
+        assert table.outputs.dtype == table.residuals.dtype == torch.float32
+        reused = [[ah.plan.Attend(), *[ah.plan.Reuse()] * 4]] * len(table.target.sites)
+        found[dtype] = table.damage(reused).sum()
+    assert found[torch.bfloat16] == pytest.approx(found[torch.float32], rel=0.3)
+
+
+def test_a_pipeline_that_carries_a_plan_is_refused():
+    bench = FAMILIES["dit"]()
+    plan = ah.search(bench.pipe, bench.inputs(), budget=ah.Budget(module_flops=0.9), progress=False)
+    with ah.applied(bench.pipe, plan), pytest.raises(AlreadyApplied):
+        ah.calibrate(bench.pipe, bench.inputs(), progress=False)
+
+
+def test_a_table_serves_other_budgets():
+    """A search is a calibration, solved."""
+    bench = FAMILIES["sd3"]()
+    table = ah.calibrate(bench.pipe, bench.inputs(), progress=False)
+    for budget in (ah.Budget(attention_flops=0.4), ah.Budget(transformer_flops=0.7, granularity="site")):
+        plan = ah.search(bench.pipe, bench.inputs(), budget=budget, progress=False)
+        assert plan.cells == ah.solve(table, budget).cells
+        assert {"measured_error", "predicted_error", "calibration_passes"} < set(plan.about["search"])
+        with ah.applied(bench.pipe, plan):
+            bench.pipe(**bench.inputs())
+
+
+def test_the_whole_budget_is_full_attention_and_no_cause_for_a_warning():
+    bench = FAMILIES["dit"]()
+    plan = ah.search(bench.pipe, bench.inputs(), budget=ah.Budget(transformer_flops=1), progress=False)
+    assert set(plan.count()) == {"full"}
+    assert plan.about["search"]["measured_error"] == 0
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_very_few_steps(steps):
+    bench = FAMILIES["sd3"]()
+    inputs = bench.inputs(steps=steps)
+    plan = ah.search(bench.pipe, inputs, budget=ah.Budget(module_flops=0.9, granularity="site"), progress=False)
+    assert plan.steps == steps
+    assert plan.flops().module <= 0.9
+
+
+def test_extents():
+    """Fewer ages, no radii, no feed-forwards: nothing of that is in the table, nor in a plan of it."""
+    bench = FAMILIES["dit"]()
+    table = ah.calibrate(bench.pipe, bench.inputs(), extent=ah.Extent(radii=(), ages=1, feed_forward=False), progress=False)
+    assert (table.radii, table.ages, table.residuals.shape[2]) == ((), 1, 0)
+    assert {site.kind for site in table.target.sites} == {"self_attention"}
+    plan = ah.solve(table, ah.Budget(module_flops=0.7))
+    assert not {"WA", "WA-RS"} & set(plan.count_heads())
+    wide = ah.calibrate(bench.pipe, bench.inputs(), extent=ah.Extent(radii=(3, 15, 200, 3)), progress=False)
+    assert wide.radii == (3,)  # 16 tokens: a band of 15 covers all

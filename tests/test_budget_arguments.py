@@ -10,6 +10,8 @@ import arrowhead as ah
 from arrowhead.errors import InputsInvalid, UnsupportedPipeline
 from arrowhead.methods import AST, FULL, Arrow, Attend
 
+pytestmark = pytest.mark.slow  # minutes, all of them together; some fail still, see LOG.md
+
 HALF = ah.Budget(module_flops=0.5)
 NO_PIPELINE = object()  # whoever looks at it says that it is unsupported
 

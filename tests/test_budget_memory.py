@@ -12,6 +12,8 @@ import arrowhead as ah
 from arrowhead.errors import InputsInvalid
 from arrowhead.lifetimes import of_head
 
+pytestmark = pytest.mark.slow  # minutes, all of them together; some fail still, see LOG.md
+
 
 def peak(table, plan):
     return max(plan.cache_bytes(table.images, table.itemsize))

@@ -20,6 +20,8 @@ from arrowhead.search.budget.costs import SecondCosts, timed
 from arrowhead.search.budget.given import Choices
 from arrowhead.search.budget.programme import Programme
 
+pytestmark = pytest.mark.slow  # minutes, all of them together; some fail still, see LOG.md
+
 
 def some_seconds(seed, table, share=True):
     """Full attention takes longest; all else is drawn."""

@@ -99,7 +99,7 @@ def _check_arguments(named: str | Headwise, budget: Budget | str | None, thresho
             f"got budget={budget!r} and threshold={threshold!r} with strategy={named!r}; wanted a threshold for 'greedy' and "
             "'headwise', a budget for 'budget'; leave the other one out"
         )
-    if isinstance(budget, str) and budget not in PRESETS:
+    if not isinstance(budget, Budget | None) and not (isinstance(budget, str) and budget in PRESETS):
         raise InputsInvalid(f"got budget={budget!r}, wanted a Budget, or one of {', '.join(PRESETS)}")
 
 

@@ -1,6 +1,7 @@
 """The search under a budget for the whole generation: calibrate once, solve, check."""
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
@@ -70,7 +71,10 @@ class Budget:
         ((name, value),) = asked.items()
         above, highest = RANGES.get(name, (0, 1))
         if isinstance(value, bool) or not isinstance(value, int | float) or not above < value <= highest:
-            raise InputsInvalid(f"got {name}={value!r}, wanted a number above {above}, at most {highest}")
+            raise InputsInvalid(f"got {name}={value!r}, wanted a number above {above}, at most {highest:g}")
+        of_groups = type(self.granularity) is int and self.granularity > 0
+        if self.granularity not in (None, "site", "head") and not of_groups:
+            raise InputsInvalid(f"got granularity={self.granularity!r}, wanted 'site', 'head', or a number of heads, 1 or more")
         if self.cache_bytes is not None and (type(self.cache_bytes) is not int or self.cache_bytes < 0 or name == "error"):
             raise InputsInvalid(
                 f"got cache_bytes={self.cache_bytes!r} with a budget of {name}, wanted a whole number of 0 or more, beside "
@@ -110,7 +114,7 @@ class Budget:
 
 
 ASKED = tuple(field.name for field in fields(Budget)[:5])
-RANGES = {"speedup": (1, math.inf), "error": (0, math.inf)}
+RANGES = {"speedup": (1, sys.float_info.max), "error": (0, sys.float_info.max)}
 
 
 def calibrate(

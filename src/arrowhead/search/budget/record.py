@@ -51,6 +51,8 @@ class Extent:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.radii, tuple | list | None):
+            raise InputsInvalid(f"got radii={self.radii!r}, wanted a tuple of numbers of tokens, or None")
         if self.radii is not None and not all(type(radius) is int and radius >= 0 for radius in self.radii):
             raise InputsInvalid(f"got radii={self.radii!r}, wanted numbers of tokens, 0 or more")
         for name, least in (("ages", 1), ("vectors", 1), ("seed", 0)):
@@ -175,11 +177,7 @@ class _Recorder:
             passage = Passage(call, FULL, Writes(), state, tuple(range(site.heads)))
             count(passage, passage.methods, len(out), "native")
             with torch.no_grad():
-                if not out.isfinite().all():
-                    raise InputsInvalid(
-                        f"at step {state.step} {site.path} gave values that are not finite, with full attention; wanted finite "
-                        "ones; use bfloat16 or float32"
-                    )
+                _require_finite(out, call, state)
                 self._kept[site.path].appendleft(_Kept(out.detach(), tuple(self._residuals_of(asked, out, passage))))
             probes[site.path] = torch.zeros_like(out, requires_grad=True)
             return out + probes[site.path]
@@ -195,6 +193,7 @@ class _Recorder:
             out = call.run(lambda attention: attention.native())
         if not isinstance(out, Tensor):
             raise NotIntercepted(f"{call.site.path} gave a {type(out).__name__}; wanted a tensor")
+        _require_finite(out, call, state)
         self._kept[call.site.path].appendleft(_Kept(out.detach()[:, None], ()))
         probes[call.site.path] = probe = torch.zeros_like(out[:, None], requires_grad=True)
         state.tally.projected(call.site, state.tokens, 1, state.branches.samples)
@@ -261,6 +260,14 @@ class _Recorder:
 def _product(gradient: Tensor, source: Tensor) -> Tensor:
     """(B, H, N, D) twice -> (H, B), in float64 on the CPU: differences of such products are small."""
     return (gradient * source.float()).sum((2, 3)).T.double().cpu()
+
+
+def _require_finite(out: Tensor, call: SiteCall, state: Generation) -> None:
+    if not out.isfinite().all():
+        raise InputsInvalid(
+            f"at step {state.step} {call.site.path} gave values that are not finite, with full attention; wanted finite ones; "
+            "use bfloat16 or float32"
+        )
 
 
 @contextmanager

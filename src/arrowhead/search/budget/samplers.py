@@ -44,8 +44,8 @@ class Sampling:
         Two factors. What the sampler alone makes of an error is measured: it is replayed with one output changed and all others
         as they were. With `feedback` the model's answer in the steps that follow is estimated, as if data were Gaussian: if
         latents are x_t = a·x_final + noise of variance b², the flow multiplies an error along a direction in which final
-        latents have the deviation s by s/√(a²s² + b²). a and b are measured on this run, and s along the change of the output from the step
-        before, the direction of what reuse gets wrong.
+        latents have the deviation s by s/√(a²s² + b²). a and b are measured on this run, and s along the change of the output
+        from the step before, the direction of what reuse gets wrong.
 
         Raises:
             NotIntercepted: the scheduler was not called once in each of the `steps`.

@@ -263,7 +263,7 @@ def _product(gradient: Tensor, source: Tensor) -> Tensor:
 
 
 def _require_finite(out: Tensor, call: SiteCall, state: Generation) -> None:
-    if not out.isfinite().all():
+    if not out.detach().isfinite().all():
         raise InputsInvalid(
             f"at step {state.step} {call.site.path} gave values that are not finite, with full attention; wanted finite ones; "
             "use bfloat16 or float32"

@@ -8,7 +8,7 @@
 `search` finds the plans, `generate` makes the images with paired seeds, both into a work folder: what is there already is not
 made again, so either can be interrupted, and shards (`--shard 0/2` and `--shard 1/2`) can run side by side. `cost` times a
 calibration against generating its inputs, in turn. `measure` needs LPIPS and, for `dit`, a classifier: a folder with
-`perceptual.py`; see benchmarks/README.md. What follows the name of the model may be `mmdit` as well.
+`perceptual.py`; see benchmarks/README.md. What follows the name of the command may be `mmdit32` as well.
 """
 
 import importlib
@@ -47,7 +47,7 @@ class Name(StrEnum):
     """The bundled models."""
 
     DIT = "dit"
-    MMDIT = "mmdit"
+    MMDIT = "mmdit32"
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
-"""Head-wise plans on the bundled MMDiT: thresholds, ablations, the greedy search beside them, and what a search costs.
+"""Head-wise plans on the bundled MMDiTs: thresholds, ablations, the greedy search beside them, and what a search costs.
 
-    python benchmarks/headwise.py search
-    python benchmarks/headwise.py generate
-    python benchmarks/headwise.py cost
-    python benchmarks/headwise.py measure --tools TOOLS
+    python benchmarks/headwise.py search mmdit32
+    python benchmarks/headwise.py generate mmdit32
+    python benchmarks/headwise.py cost mmdit32
+    python benchmarks/headwise.py measure mmdit32 --tools TOOLS
+
+and the same for `mmdit`, four times the tokens and six times the work, of which `--only` takes a part.
 
 `search` finds the plans, `generate` makes 64 images for each setting with paired seeds, both into a work folder: what is there
 already is not made again, so either can be interrupted, and shards (`--shard 0/2` and `--shard 1/2`) can run side by side.
@@ -56,17 +58,24 @@ ABLATIONS = {
     "prefilter 1": ah.Headwise(prefilter=1.0),
     "prefilter 2": ah.Headwise(prefilter=2.0),
 }
+PLAIN = "arrows + caching"
+"""What every δ is searched with; in the table of ablations it is the row of δ = 0.6."""
 SETTINGS: dict[str, tuple[Any, float]] = {
-    **{f"δ = {threshold}": (ah.Headwise(), threshold) for threshold in THRESHOLDS},
-    **{name: (settings, MIDDLE) for name, settings in ABLATIONS.items()},
+    **{f"δ = {threshold}": (ABLATIONS[PLAIN], threshold) for threshold in THRESHOLDS},
+    **{name: (settings, MIDDLE) for name, settings in ABLATIONS.items() if name != PLAIN},
     **{f"greedy {name}": ("greedy", threshold) for name, threshold in GREEDY.items()},
 }
 
 app = typer.Typer(add_completion=False)
-Work = Annotated[Path, typer.Option(help="folder for plans and images")]
+Model = Annotated[str, typer.Argument(help="mmdit32 or mmdit")]
 Shard = Annotated[str, typer.Option(help="which of how many processes, e.g. 0/2")]
-WEIGHTS = sha256((HERE.parent / "src/arrowhead/tiny/mmdit/transformer/diffusion_pytorch_model.safetensors").read_bytes())
-WORK = Path("checkpoints/headwise") / WEIGHTS.hexdigest()[:12]  # other weights, other pictures
+Only = Annotated[list[str] | None, typer.Option(help="settings to take; all when there is none")]
+
+
+def work_of(model: str) -> Path:
+    """A folder for plans and images: other weights, other pictures."""
+    weights = HERE.parent / f"src/arrowhead/tiny/{model}/transformer/diffusion_pytorch_model.safetensors"
+    return Path("checkpoints/headwise") / f"{model}-{sha256(weights.read_bytes()).hexdigest()[:12]}"
 
 
 def calibration() -> dict[str, Any]:
@@ -76,23 +85,23 @@ def calibration() -> dict[str, Any]:
 
 
 @app.command()
-def search(work: Work = WORK, shard: Shard = "0/1") -> None:
+def search(model: Model, shard: Shard = "0/1", only: Only = None) -> None:
     """Find every setting's plan, each on eight prompts and one seed."""
     index, count = own_share(shard)
-    pipe = ah.tiny.load("mmdit")
+    pipe, work = ah.tiny.load(model), work_of(model)
     work.mkdir(parents=True, exist_ok=True)
-    for name in [*SETTINGS][index::count]:
+    for name in (only or [*SETTINGS])[index::count]:
         path, (strategy, threshold) = work / f"{name}.json", SETTINGS[name]
         if not path.exists():
             ah.search(pipe, calibration(), strategy=strategy, threshold=threshold).save(path)
 
 
 @app.command()
-def generate(work: Work = WORK, shard: Shard = "0/1") -> None:
+def generate(model: Model, shard: Shard = "0/1", only: Only = None) -> None:
     """Make the images; image i has prompt i and seed i in every setting."""
     index, count = own_share(shard)
-    pipe = ah.tiny.load("mmdit")
-    for name in ("raw", *SETTINGS):
+    pipe, work = ah.tiny.load(model), work_of(model)
+    for name in only or ["raw", *SETTINGS]:
 
         def make(start: int) -> Tensor:
             generators = [torch.Generator().manual_seed(i) for i in range(start, start + BATCH)]
@@ -103,10 +112,10 @@ def generate(work: Work = WORK, shard: Shard = "0/1") -> None:
 
 
 @app.command()
-def cost(rounds: int = 3, out: Annotated[Path, typer.Option(help="folder for headwise_cost.json")] = HERE / "results") -> None:
+def cost(model: Model, rounds: int = 3) -> None:
     """Time searches by generating their calibration batch raw, in turn, one thread."""
     torch.set_num_threads(1)
-    pipe = ah.tiny.load("mmdit")
+    pipe = ah.tiny.load(model)
     searches: dict[str, tuple[Any, float]] = {
         "headwise": (ah.Headwise(), MIDDLE),
         "headwise, all options": (ABLATIONS["… + both"], MIDDLE),
@@ -128,21 +137,22 @@ def cost(rounds: int = 3, out: Annotated[Path, typer.Option(help="folder for hea
         name: {"seconds_by_raw": median(a / b for a, b in zip(seconds[name], seconds["raw"], strict=True)), **counted[name]}
         for name in searches
     }
-    write(out / "headwise_cost.json", {"rounds": rounds, "raw_seconds": median(seconds["raw"]), "searches": table})
+    write(
+        HERE / f"results/headwise_{model}_cost.json",
+        model,
+        {"rounds": rounds, "raw_seconds": median(seconds["raw"]), "searches": table},
+    )
 
 
 @app.command()
-def measure(
-    tools: Annotated[Path, typer.Option(help="folder of perceptual.py")],
-    work: Work = WORK,
-    out: Annotated[Path, typer.Option(help="folder for headwise.json and its pictures")] = HERE / "results",
-) -> None:
-    """Compare every setting's images with the raw ones."""
+def measure(model: Model, tools: Annotated[Path, typer.Option(help="folder of perceptual.py")]) -> None:
+    """Compare with the raw images those of every setting that was generated."""
     sys.path.insert(0, str(tools))
     lpips = importlib.import_module("perceptual").LPIPS()
+    work, out = work_of(model), HERE / "results"
     raw = load_images(work / "raw")
-    table, pictures = {}, {"raw": raw[:10]}
-    plans = {name: ah.Plan.load(work / f"{name}.json") for name in SETTINGS}
+    table, pictures = {}, {"raw": raw[:8]}
+    plans = {name: ah.Plan.load(work / f"{name}.json") for name in SETTINGS if (work / name).exists()}
     for name, plan in plans.items():
         images, left, heads = load_images(work / name), plan.flops(), plan.count_heads()
         table[name] = {
@@ -154,13 +164,18 @@ def measure(
             "ssim": ssim(images, raw),
             "psnr": psnr(images, raw),
         }
-        pictures[name] = images[:10]
+        pictures[name] = images[:8]
     shown = ("raw", f"δ = {THRESHOLDS[0]}", f"δ = {MIDDLE}", f"δ = {THRESHOLDS[-1]}")
-    write(out / "headwise.json", {"images": len(raw), "settings": table, "at_greedy_budgets": at_greedy_budgets(table)})
-    draw.image_grid(
-        {name: pictures[name] for name in shown}, [p.removeprefix("a ") for p in PROMPTS[:10]], out / "headwise_images.png"
+    write(
+        out / f"headwise_{model}.json",
+        model,
+        {"images": len(raw), "settings": table, "at_greedy_budgets": at_greedy_budgets(table)},
     )
-    draw.head_map(plans[f"δ = {MIDDLE}"], len(plans[f"δ = {MIDDLE}"].target.sites) // 2, out / "headwise_heads.png")
+    draw.image_grid(
+        {name: pictures[name] for name in shown}, [p.removeprefix("a ") for p in PROMPTS[:8]], out / f"headwise_{model}.png"
+    )
+    middle = plans[f"δ = {MIDDLE}"]
+    draw.head_map(middle, len(middle.target.sites) // 2, out / f"headwise_{model}_heads.png")
 
 
 def at_greedy_budgets(table: dict[str, Any]) -> dict[str, Any]:
@@ -178,12 +193,12 @@ def at_greedy_budgets(table: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def write(path: Path, result: dict[str, Any]) -> None:
+def write(path: Path, model: str, result: dict[str, Any]) -> None:
     """A result with how it was got."""
     about = {
         "command": "see the head of benchmarks/headwise.py",
         "date": datetime.now(UTC).date().isoformat(),
-        "model": "tiny:mmdit",
+        "model": f"tiny:{model}",
         "device": "cpu, float32",
         "steps": STEPS,
         "guidance_scale": GUIDANCE,

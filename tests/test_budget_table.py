@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow  # minutes, all of them together; some fail still,
 
 STEPS, FAR, NEAR = 4, 5, 2
 GAINS = (0.5, 1.5, 3.0, 0.25)  # in place of the sampler's, which have tests of their own
-EVERYTHING = {"radii": (NEAR, FAR), "ages": STEPS}
+EVERYTHING = {"radii": (NEAR, FAR), "ages": STEPS, "regions": 1}
 every_family = pytest.mark.parametrize("family", FAMILIES)
 with_and_without = pytest.mark.parametrize("guidance", [3.0, 1.0], ids=["guided", "alone"])
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from arrowhead.cache import Cache, Key, Output, both_branches, compact, held_bytes
+from arrowhead.cache import Cache, Key, Output, along, both_branches, compact, each, held_bytes
 from arrowhead.cost import computed_heads
 from arrowhead.errors import PlanMismatch
 from arrowhead.intercept import SiteCall
@@ -114,7 +114,7 @@ def attend(call: SiteCall, cell: Cell, writes: Writes, generation: Generation) -
         cell = replace(cell, share_cfg=False)  # there is nothing to share
     tally.passed(site, cell, generation.tokens)
     if isinstance(cell, Reuse):
-        return cache.read(Key(site.path), generation.step)
+        return _reused(call, cell, generation)
     heads = computed_heads(site, cell)
     if len(heads) < site.heads and not heads_apart(call.module):  # any more: the plan was applied before that changed
         heads = tuple(range(site.heads))
@@ -129,6 +129,14 @@ def attend(call: SiteCall, cell: Cell, writes: Writes, generation: Generation) -
     return both_branches(out) if passage.halved else out
 
 
+def _reused(call: SiteCall, cell: Reuse, generation: Generation) -> Output:
+    key, slope, cache, step = Key(call.site.path), Key(call.site.path, "slope"), generation.cache, generation.step
+    if not cell.extrapolate:
+        return cache.read(key, step)
+    age = cache.age(key, step)
+    return along(cache.read(key, step), cache.read(slope, step), age)
+
+
 def _run(passage: Passage) -> Output:
     """Run the module, and keep its output where a later call reads it."""
     call, generation, site = passage.call, passage.generation, passage.call.site
@@ -139,12 +147,23 @@ def _run(passage: Passage) -> Output:
     generation.tally.projected(site, generation.tokens, len(passage.heads), samples)
     handed_over = passage.shared and generation.branches.calls == 2
     kept = compact(out) if handed_over or passage.writes.output_until is not None else out
+    if passage.writes.slope_until is not None:
+        _keep_slope(kept, passage.writes.slope_until, passage)
     if passage.writes.output_until is not None:
         _keep(Key(site.path), kept, passage.writes.output_until, passage)
     if handed_over:
         key = Key(site.path, "handed over")
         generation.caches[1].write(key, kept, conditional_only=False, last_reader=generation.step)
     return out
+
+
+def _keep_slope(out: Output, last_reader: int, passage: Passage) -> None:
+    """(O_a − O_b) / (a − b) for the output O_a of this step and O_b, the one computed before it."""
+    cache, step, path = passage.generation.cache, passage.generation.step, passage.call.site.path
+    age = cache.age(Key(path), step)
+    change = along(out, cache.read(Key(path), step, conditional=passage.halved), -1)
+    slope = each(change, lambda tensor: tensor / age)
+    cache.write(Key(path, "slope"), slope, conditional_only=passage.halved, last_reader=last_reader)
 
 
 def _keep(key: Key, value: Output, last_reader: int, passage: Passage, kept: Residual | HeadOutput | None = None) -> None:
@@ -154,7 +173,7 @@ def _keep(key: Key, value: Output, last_reader: int, passage: Passage, kept: Res
     heads = None if kept is None else kept.heads
     if generation.branches.calls == 1:
         half = passage.halved or (only and generation.branches.guided)
-        generation.cache.write(key, value, conditional_only=half, last_reader=last_reader, heads=heads)
+        generation.cache.write(key, value, conditional_only=half, last_reader=last_reader, heads=heads, made=generation.step)
         return
     generation.cache.write(key, value, conditional_only=False, last_reader=last_reader, heads=heads)
     if passage.shared and not only:

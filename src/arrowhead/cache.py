@@ -16,13 +16,13 @@ Output = Tensor | tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Key:
-    """What an entry is: a site's module output, its heads' outputs, or their residuals of one radius.
+    """What an entry is: a site's module output, its change per step, its heads' outputs, or their residuals of one radius.
 
     What is `handed over` is a module output that the second call of the transformer in a step takes from the first.
     """
 
     site: str
-    what: Literal["output", "heads", "residual", "handed over"] = "output"
+    what: Literal["output", "slope", "heads", "residual", "handed over"] = "output"
     radius: int | None = None
 
 
@@ -30,13 +30,15 @@ class Key:
 class Entry:
     """Values for both CFG branches, or, `conditional_only`, for the conditional one; kept until step `last_reader`.
 
-    `heads` are those that the value's second dimension holds; None for all, and for what has no heads.
+    `heads` are those that the value's second dimension holds; None for all, and for what has no heads. `made` is the step that
+    stored it.
     """
 
     value: Output
     conditional_only: bool
     last_reader: int
     heads: tuple[int, ...] | None = None
+    made: int = 0
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -70,15 +72,20 @@ class Cache:
     entries: dict[Key, list[Entry]] = field(default_factory=dict)
     held_bytes: int = 0
 
-    def read(self, key: Key, step: int) -> Output:
-        """A module's output, for both branches; freed if no later step reads it.
+    def read(self, key: Key, step: int, *, conditional: bool = False) -> Output:
+        """A module's output, for both branches or for the conditional one; freed if no later step reads it.
 
         Raises:
             NotIntercepted: nothing was stored.
         """
         (entry,) = self._stored(key, step)
         self._free(key, step)
-        return self._branch(entry, conditional=False)
+        return self._branch(entry, conditional=conditional)
+
+    def age(self, key: Key, step: int) -> int:
+        """How many steps ago a module's output, or its slope, was stored. Raises what `read` raises."""
+        (entry,) = self._stored(key, step)
+        return step - entry.made
 
     def read_heads(self, key: Key, heads: Sequence[int], count: int, step: int, *, conditional: bool = False) -> Tensor:
         """Stored tensors of these heads, (B, len(heads), ·, D), of a site with `count` heads; freed like others.
@@ -102,7 +109,14 @@ class Cache:
         return torch.stack([rows[head] for head in heads], 1)
 
     def write(
-        self, key: Key, value: Output, *, conditional_only: bool, last_reader: int, heads: tuple[int, ...] | None = None
+        self,
+        key: Key,
+        value: Output,
+        *,
+        conditional_only: bool,
+        last_reader: int,
+        heads: tuple[int, ...] | None = None,
+        made: int = 0,
     ) -> None:
         """Store until step `last_reader` has read it, or until it is overwritten; for some heads beside others' values."""
         if heads is None:
@@ -110,7 +124,7 @@ class Cache:
         else:
             trimmed = (entry.without(heads) for entry in self.entries.get(key, []))
             self._keep(key, [entry for entry in trimmed if entry is not None])
-        entry = Entry(value, conditional_only, last_reader, heads)
+        entry = Entry(value, conditional_only, last_reader, heads, made)
         self.entries.setdefault(key, []).append(entry)
         self.held_bytes += entry.nbytes
 
@@ -167,6 +181,14 @@ def held_bytes(caches: Sequence[Cache]) -> int:
 def each(value: Output, change: Callable[[Tensor], Tensor]) -> Output:
     """An output with every tensor of it changed."""
     return tuple(change(t) for t in value) if isinstance(value, tuple) else change(value)
+
+
+def along(value: Output, other: Output, weight: float) -> Output:
+    """`value` + weight · `other`, of outputs of one form."""
+    if isinstance(value, tuple):
+        return tuple(torch.add(a, b, alpha=weight) for a, b in zip(value, other, strict=True))
+    assert isinstance(other, Tensor)
+    return torch.add(value, other, alpha=weight)
 
 
 def compact(value: Output) -> Output:

@@ -136,6 +136,8 @@ def _stored(site: Site, tokens: Tokens, column: Sequence[Cell], samples: int, ca
         ]
         if writes.output_until is not None:
             kept.append((output, writes.output_until, False))
+        if writes.slope_until is not None:
+            kept.append((output, writes.slope_until, False))
         if calls == 1:
             rows = _computed_samples(cell, samples)
             yield from (_Stored(size * (1 if half else rows), step, last) for size, last, half in kept)

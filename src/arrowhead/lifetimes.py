@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from arrowhead.methods import Attend, Cell, Reuse, reads_head_output, refreshes_residual, residual_radius
+from arrowhead.methods import Attend, Cell, Reuse, extrapolates, reads_head_output, refreshes_residual, residual_radius
 
 FOREVER = sys.maxsize
 """A last reader that never comes: kept until overwritten."""
@@ -32,11 +32,15 @@ class HeadOutput:
 
 @dataclass(frozen=True)
 class Writes:
-    """What a site stores in a step. `output_until` is the step of the module output's last reader, or None."""
+    """What a site stores in a step. `output_until` is the step of the module output's last reader, or None.
+
+    `slope_until`: likewise of the change per step from the output computed before, for outputs that are extrapolated.
+    """
 
     output_until: int | None = None
     residuals: tuple[Residual, ...] = ()
     head_outputs: tuple[HeadOutput, ...] = ()
+    slope_until: int | None = None
 
 
 Stored = TypeVar("Stored", Residual, HeadOutput)
@@ -54,9 +58,10 @@ def lifetimes(column: Sequence[Cell]) -> tuple[Writes, ...]:
         Writes()
         if isinstance(cell, Reuse)
         else Writes(
-            _reuse_chain_end(column, step),
+            _output_until(column, step),
             _of_heads(column, step, heads, _residuals),
             _of_heads(column, step, heads, _head_outputs),
+            _slope_until(column, step),
         )
         for step, cell in enumerate(column)
     )
@@ -93,11 +98,24 @@ def _order(stored: Residual | HeadOutput) -> Hashable:
     return (getattr(stored, "radius", 0), stored.last_reader, stored.conditional_only)
 
 
-def _reuse_chain_end(column: Sequence[Cell], step: int) -> int | None:
+def _output_until(column: Sequence[Cell], step: int) -> int | None:
+    """The end of the chain of reusing steps, or the step after it, where that takes the slope to its own output."""
+    end = _reuse_chain_end(column, step)
+    if end + 1 < len(column) and _slope_until(column, end + 1) is not None:
+        return end + 1
+    return end if end > step else None
+
+
+def _slope_until(column: Sequence[Cell], step: int) -> int | None:
+    chain = range(step + 1, _reuse_chain_end(column, step) + 1)
+    return max((later for later in chain if extrapolates(column[later])), default=None)
+
+
+def _reuse_chain_end(column: Sequence[Cell], step: int) -> int:
     end = step
     while end + 1 < len(column) and isinstance(column[end + 1], Reuse):
         end += 1
-    return end if end > step else None
+    return end
 
 
 def _residuals(column: Sequence[Cell], step: int) -> tuple[Residual, ...]:
@@ -144,15 +162,17 @@ def first_fault(column: Sequence[Cell]) -> str | None:
 
 def _fault(column: Sequence[Cell]) -> tuple[int, str] | None:
     """The first fault of a column of one head."""
-    computed = full = attended = False
+    computed, full, attended = 0, False, False
     for step, cell in enumerate(column):
         if isinstance(cell, Reuse) and not computed:
             return step, "reuses an output, but no earlier step computes one"
+        if extrapolates(cell) and computed < 2:
+            return step, "extrapolates from two outputs, but only one earlier step computes one"
         if residual_radius(cell) is not None and not full:
             return step, "adds a residual, but no earlier step has full attention"
         if reads_head_output(cell) and not attended:
             return step, "repeats a head's output, but no earlier step computes it"
-        computed = computed or not isinstance(cell, Reuse)
+        computed += not isinstance(cell, Reuse)
         attended = attended or (isinstance(cell, Attend) and not reads_head_output(cell))
         full = full or refreshes_residual(cell)
     return None

@@ -67,7 +67,13 @@ class Attend:
 
 @dataclass(frozen=True)
 class Reuse:
-    """Return the module's last computed output, after the output projection (attention sharing across timesteps, AST)."""
+    """Return the module's last computed output, after the output projection (attention sharing across timesteps, AST).
+
+    With `extrapolate` it is the line through the last two computed outputs, at this step, counted in steps (the first order of
+    TaylorSeer's forecasts); where the later of the two served both branches, through the conditional branch's.
+    """
+
+    extrapolate: bool = False
 
 
 Cell = Attend | Reuse
@@ -75,6 +81,7 @@ Cell = Attend | Reuse
 FULL = Attend()
 ASC = Attend(share_cfg=True)
 AST = Reuse()
+FORECAST = Reuse(extrapolate=True)
 
 
 def wa_rs(radius: int, share_cfg: bool = False) -> Attend:
@@ -99,6 +106,11 @@ def reads_head_output(cell: Cell) -> bool:
     return isinstance(cell, Attend) and isinstance(cell.method, Cached)
 
 
+def extrapolates(cell: Cell) -> bool:
+    """Whether a cell continues the line through two outputs."""
+    return isinstance(cell, Reuse) and cell.extrapolate
+
+
 def method_name(method: Method) -> str:
     """The papers' name of what a head does: full, WA, WA-RS or cached."""
     if isinstance(method, Arrow):
@@ -107,9 +119,9 @@ def method_name(method: Method) -> str:
 
 
 def paper_name(cell: Cell) -> str:
-    """The papers' name: full, ASC, WA, WA-RS, cached, head-wise where heads differ, with +ASC where shared, or AST."""
+    """The papers' name: full, ASC, WA, WA-RS, cached, head-wise where heads differ, with +ASC where shared; AST; forecast."""
     if isinstance(cell, Reuse):
-        return "AST"
+        return "forecast" if cell.extrapolate else "AST"
     name = "head-wise" if isinstance(cell.method, tuple) else method_name(cell.method)
     if cell.share_cfg:
         return "ASC" if name == "full" else f"{name}+ASC"

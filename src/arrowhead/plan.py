@@ -14,7 +14,7 @@ from arrowhead import cost
 from arrowhead.errors import PlanInvalid, PlanMismatch
 from arrowhead.layout import Site, Tokens
 from arrowhead.lifetimes import first_fault
-from arrowhead.methods import Arrow, Attend, Cached, Cell, Full, Method, Reuse, method_name, paper_name
+from arrowhead.methods import Arrow, Attend, Cached, Cell, Full, Method, Reuse, extrapolates, method_name, paper_name
 
 FORMAT = 2
 SYMBOLS = {
@@ -25,6 +25,7 @@ SYMBOLS = {
     "WA-RS": "W",
     "WA-RS+ASC": "V",
     "AST": "R",
+    "forecast": "E",
     "cached": "K",
     "cached+ASC": "L",
     "head-wise": "H",
@@ -91,6 +92,8 @@ class Plan:
     def __post_init__(self) -> None:
         if self.calls not in (1, 2) or (self.calls == 2 and not self.guided):
             raise PlanInvalid(f"got {self.calls} calls a step, wanted 1, or 2 where there is guidance")
+        if self.calls == 2 and any(extrapolates(cell) for row in self.cells for cell in row):
+            raise PlanInvalid("got outputs to extrapolate with 2 calls a step, wanted 1 call; reuse them as they are")
         if not self.cells or not self.target.sites:
             raise PlanInvalid(f"got {len(self.cells)} steps and {len(self.target.sites)} sites, wanted at least one each")
         for step, row in enumerate(self.cells):
@@ -220,19 +223,19 @@ def _legend(cells: Sequence[Sequence[Cell]]) -> dict[str, Cell]:
 
 
 class _CellModel(pydantic.BaseModel, extra="forbid"):
-    """A cell as the file spells it: `attend` with a method's word, or with one for each head, or `reuse`.
+    """A cell as the file spells it: `attend` with a method's word, or with one for each head, `reuse`, or `extrapolate`.
 
     The words: full, cached, arrow:R, arrow:R+residual, where R is the radius in tokens.
     """
 
-    does: Literal["attend", "reuse"]
+    does: Literal["attend", "reuse", "extrapolate"]
     heads: str | None = None
     share_cfg: bool | None = None
 
     @classmethod
     def of(cls, cell: Cell) -> "_CellModel":
         if isinstance(cell, Reuse):
-            return cls(does="reuse")
+            return cls(does="extrapolate" if cell.extrapolate else "reuse")
         methods = cell.method if isinstance(cell.method, tuple) else (cell.method,)
         return cls(does="attend", heads=" ".join(map(_word, methods)), share_cfg=cell.share_cfg)
 
@@ -240,14 +243,14 @@ class _CellModel(pydantic.BaseModel, extra="forbid"):
     def _whole(self) -> "_CellModel":
         if (self.does == "attend") != bool(self.heads and self.heads.split()):
             raise ValueError("a site that attends says how its heads do, and only such a site")
-        if self.share_cfg and self.does == "reuse":
+        if self.share_cfg and self.does != "attend":
             raise ValueError("what is reused is not computed, so there is nothing to share")
         self.cell()  # refuses words that mean nothing
         return self
 
     def cell(self) -> Cell:
         if self.heads is None:
-            return Reuse()
+            return Reuse(extrapolate=self.does == "extrapolate")
         return Attend(tuple(map(_method, self.heads.split())), bool(self.share_cfg))
 
 

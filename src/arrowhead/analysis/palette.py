@@ -12,6 +12,7 @@ COLOURS = {
     "cached": "#d98e04",
     "cached+ASC": "#edc27a",
     "AST": "#f2d16b",
+    "forecast": "#f7ecc6",
 }
 
 MEANINGS = {
@@ -26,4 +27,5 @@ MEANINGS = {
     "cached": "heads' outputs of an earlier step, projected again",
     "cached+ASC": "heads' outputs of an earlier step, projected again, shared across CFG branches",
     "AST": "reused from an earlier step",
+    "forecast": "extrapolated from two earlier steps",
 }

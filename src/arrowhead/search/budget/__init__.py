@@ -5,18 +5,19 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
 from arrowhead.errors import InputsInvalid
+from arrowhead.models import find
 from arrowhead.plan import Plan
-from arrowhead.search.budget.allocate import Allocation, Infeasible, within_cost, within_damage, within_memory
+from arrowhead.search.budget.allocate import Allocation, Infeasible, within_cost, within_memory
 from arrowhead.search.budget.check import measured_error, measured_seconds
 from arrowhead.search.budget.costs import FlopCosts, Measure, SecondCosts, timed
 from arrowhead.search.budget.given import Choices
-from arrowhead.search.budget.problem import Granularity, Problem
+from arrowhead.search.budget.keep import keep_to
+from arrowhead.search.budget.problem import Granularity, Problem, group_size
 from arrowhead.search.budget.record import Extent, Recording, record
 from arrowhead.search.budget.table import Table
 
@@ -25,10 +26,6 @@ if TYPE_CHECKING:  # diffusers takes seconds to import
 
 PRESETS = {"light": 0.03, "balanced": 0.07, "strong": 0.15}
 """Relative errors of the final latents."""
-TRIES = 5
-"""Generations that an error may take to be met."""
-CLOSE, AIM = 0.9, 0.95
-"""A measured error is close enough from this fraction of the one asked for on, and aimed at so much of it."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +46,7 @@ class Budget:
         share_cfg: whether a site may compute the conditional branch alone.
         residual: whether arrows may add a residual.
         reuse: whether outputs may be repeated.
+        extrapolate: whether whole sites' outputs may be continued along a line; not where branches come in two calls.
     """
 
     attention_flops: float | None = None
@@ -61,6 +59,7 @@ class Budget:
     share_cfg: bool = True
     residual: bool = True
     reuse: bool = True
+    extrapolate: bool = True
 
     def __post_init__(self) -> None:
         asked = {name: value for name in ASKED if (value := getattr(self, name)) is not None}
@@ -99,7 +98,8 @@ class Budget:
 
     def choices(self, table: Table) -> Choices:
         """What a table and this budget leave open."""
-        return Choices(table.radii, table.ages, self.share_cfg and table.branches.guided, self.residual, self.reuse)
+        share_cfg, extrapolate = self.share_cfg and table.branches.guided, self.extrapolate and table.branches.calls == 1
+        return Choices(table.radii, table.ages, share_cfg, self.residual, self.reuse, extrapolate)
 
     def problem(self, table: Table, seconds: SecondCosts | None = None) -> Problem:
         """What has to be solved with a table, and, for a speedup, with what was timed."""
@@ -156,12 +156,9 @@ def sweep(table: Table, budgets: Sequence[Budget]) -> list[Plan]:
 def budgeted(
     pipe: "DiffusionPipeline", inputs: Mapping[str, Any], budget: Budget, *, extent: Extent | None = None, progress: bool = True
 ) -> Plan:
-    """Calibrate, solve, and check by generating once more. Raises what `arrowhead.search` raises.
-
-    An error is met by correction: the additive model takes errors as independent, and so predicts too small a figure, but the
-    ratio of the measured error to it changes slowly with the budget. Each try solves with the ratio of the one before, between
-    what was met and what was missed, until the measured error is 0.9 to 1 of what was asked, or five plans were tried.
-    """
+    """Calibrate, solve, and check by generating once more. Raises what `arrowhead.search` raises."""
+    for site in find(pipe).sites:
+        group_size(budget.granularity or "head", site)  # now, rather than after minutes
     recording = _recorded(pipe, inputs, extent or Extent(), progress)
     table, (name, value) = recording.table, budget.asked
 
@@ -171,22 +168,14 @@ def budgeted(
     if name != "error":
         plan = solve(table, budget)
         return _told(plan, measured_error=_short(measured_error(pipe, inputs, plan, recording.final)), **about)
-    problem, best = budget.problem(table), None
-    kept_to, missed, limit = 0.0, math.inf, value  # predicted errors
-    for generations in count(1):
-        found = within_damage(problem, limit**2)
-        plan, predicted = _plan(problem, budget, found), found.damage**0.5
-        error = measured_error(pipe, inputs, plan, recording.final)
-        if error <= value:
-            kept_to, best = predicted, _told(plan, measured_error=_short(error))
-        else:
-            missed = predicted
-        if best is not None and (generations >= TRIES or predicted == 0 or CLOSE * value <= error <= value):
-            return _told(best, generations=generations, **about)
-        limit = AIM * value * predicted / error if error else 2 * limit
-        if not kept_to < limit < missed:
-            limit = math.sqrt(kept_to * missed) if kept_to else missed / 4
-    raise AssertionError  # full attention, without any error, comes at last
+    problem = budget.problem(table)
+
+    def measure(found: Allocation) -> float:
+        return measured_error(pipe, inputs, _plan(problem, budget, found), recording.final)
+
+    kept = keep_to(value, problem, measure)
+    plan, error = _plan(problem, budget, kept.best.found), _short(kept.best.measured)
+    return _told(plan, measured_error=error, generations=kept.generations, **about)
 
 
 def _within(problem: Problem, budget: Budget) -> Allocation:

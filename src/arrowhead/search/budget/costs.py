@@ -122,17 +122,22 @@ def _time_site(
     radii = choices.radii if call.site.kind == "self_attention" else ()
     both = tuple(Residual(radius, FOREVER, conditional_only=False) for radius in radii)
     attend(call, FULL, Writes(FOREVER, both), own)
+    if choices.extrapolate:
+        own.advance(own.tokens)
+        attend(call, FULL, Writes(FOREVER, slope_until=FOREVER), own)
+        own.advance(own.tokens)
     for counted in [False] + [True] * ROUNDS:
-        for what, cell, writes in _tried(radii, choices.share_cfg):
+        for what, cell, writes in _tried(radii, choices):
             spent = _seconds(lambda cell=cell, writes=writes: attend(call, cell, writes, own))  # type: ignore[misc]
             if counted:
                 seconds[_shape(call.site), what].append(spent)
 
 
-def _tried(radii: tuple[int, ...], share_cfg: bool) -> Iterator[tuple[Cell | Residual, Cell, Writes]]:
+def _tried(radii: tuple[int, ...], choices: Choices) -> Iterator[tuple[Cell | Residual, Cell, Writes]]:
     """What is timed: cells, and full attention that makes one residual, which is kept as those before were."""
-    yield Reuse(), Reuse(), Writes()
-    for share in (False, True) if share_cfg else (False,):
+    for line in (False, True) if choices.extrapolate else (False,):
+        yield Reuse(line), Reuse(line), Writes()
+    for share in (False, True) if choices.share_cfg else (False,):
         yield Attend(Full(), share), Attend(Full(), share), Writes()
         for radius in radii:
             for residual in (False, True):

@@ -12,7 +12,8 @@ class Given:
     """An output of a site, as a step sees it that gives it: made `lag` steps ago, by full attention or by an arrow.
 
     `residual_lag`: steps since the residual that the arrow added was made; None where it added none. `residual_shared`: that
-    step computed the conditional branch alone. `share`: so did the step that made the output.
+    step computed the conditional branch alone. `share`: so did the step that made the output. `earlier`: the output before it,
+    where the line through both is given.
     """
 
     lag: int = 0
@@ -20,11 +21,27 @@ class Given:
     residual_lag: int | None = None
     residual_shared: bool = False
     share: bool = False
+    earlier: "Given | None" = None
+
+    @property
+    def oldest(self) -> int:
+        """Steps since the oldest of what this is made of was computed."""
+        return max(self.lag, self.residual_lag or 0, self.earlier.oldest if self.earlier else 0)
+
+    def before(self) -> "Given | None":
+        """What a site gave a step ago, if it has been repeating it; None where this is new."""
+        if self.lag == 0:
+            return None
+        return self._moved(-1) if self.lag > 1 else replace(self._moved(-1), earlier=None)
 
     def aged(self) -> "Given":
         """The same output, one step later."""
-        residual_lag = None if self.residual_lag is None else self.residual_lag + 1
-        return replace(self, lag=self.lag + 1, residual_lag=residual_lag)
+        return self._moved(1)
+
+    def _moved(self, steps: int) -> "Given":
+        residual_lag = None if self.residual_lag is None else self.residual_lag + steps
+        earlier = None if self.earlier is None else self.earlier._moved(steps)
+        return replace(self, lag=self.lag + steps, residual_lag=residual_lag, earlier=earlier)
 
 
 @dataclass(frozen=True)
@@ -42,10 +59,14 @@ class Kept:
 
 @dataclass(frozen=True)
 class Memory:
-    """What the coming step can build on: the output that was computed last, and a residual; None for what there is not."""
+    """What the coming step can build on: the output that was computed last, and a residual; None for what there is not.
+
+    `earlier`: the output that was computed before the last, where both are of full attention, so that a line goes through them.
+    """
 
     output: Given | None = None
     residual: Kept | None = None
+    earlier: Given | None = None
 
 
 START = Memory()
@@ -73,6 +94,7 @@ class Choices:
     share_cfg: bool
     residual: bool = True
     reuse: bool = True
+    extrapolate: bool = False
 
     def moves(self, memory: Memory) -> Iterator[Move]:
         """What a site may do from a memory besides `refreshing`; from nothing at all, nothing."""
@@ -80,8 +102,16 @@ class Choices:
             return
         for share in self._shares:
             yield from self._arrows(memory, share)
-        if self.reuse and memory.output is not None:
-            yield Move(Reuse(), memory.output, Writes(), self._after(memory.output, memory.residual))
+        output, earlier = memory.output, memory.earlier
+        if not self.reuse or output is None:
+            return
+        after = self._after(output, memory.residual, earlier)
+        yield Move(Reuse(), output, Writes(), after)
+        if earlier is not None:
+            yield Move(Reuse(extrapolate=True), replace(output, earlier=earlier), Writes(), after)
+        if self.extrapolate and output.radius is None and output.share in self._shares and output.lag < self.ages:
+            given = Given(share=output.share)
+            yield Move(Attend(Full(), output.share), given, Writes(), self._after(given, None, output))
 
     @property
     def _shares(self) -> tuple[bool, ...]:
@@ -108,29 +138,41 @@ class Choices:
             given = Given(0, kept.radius, kept.lag, kept.shared, share)
             yield Move(Attend(Arrow(kept.radius, residual=True), share), given, Writes(), self._after(given, kept))
 
-    def _after(self, given: Given, kept: Kept | None) -> Memory:
+    def _after(self, given: Given, kept: Kept | None, earlier: Given | None = None) -> Memory:
         """A step later; what is too old then is forgotten."""
-        output = given.aged() if max(given.lag, given.residual_lag or 0) < self.ages else None
+        output = given.aged() if given.oldest < self.ages else None
         older = None if kept is None or kept.lag >= self.ages else replace(kept, lag=kept.lag + 1)
-        return Memory(output, older)
+        before = earlier.aged() if earlier is not None and earlier.lag < self.ages else None
+        return Memory(output, older, before)
 
 
 def givens_of(column: Sequence[Cell]) -> list[Given]:
-    """What a column of one method gives in each step. What is cached beside heads that share serves both branches, too."""
+    """What a column of one method gives in each step.
+
+    What is cached beside heads that share serves both branches, and so does the site's output that is reused after that.
+    """
     found: list[Given] = []
-    made = Given()
+    made = whole = Given()  # the head's last computed output, and what is in the site's
+    earlier: Given | None = None  # what was in the site's output before that
     full, full_shared = 0, False
     for step, cell in enumerate(column):
-        if isinstance(cell, Reuse) or isinstance(cell.method, Cached):
-            made = made.aged()
-            found.append(replace(made, share=made.share or (isinstance(cell, Attend) and cell.share_cfg)))
+        if isinstance(cell, Reuse):
+            made, whole, earlier = made.aged(), whole.aged(), None if earlier is None else earlier.aged()
+            found.append(replace(whole, earlier=earlier) if cell.extrapolate else whole)
             continue
-        made = Given(share=cell.share_cfg)
-        if not isinstance(cell.method, Arrow):
-            full, full_shared = step, cell.share_cfg
-        elif cell.method.residual:
-            made = Given(0, cell.method.radius, step - full, full_shared, cell.share_cfg)
+        before = whole.aged()
+        if isinstance(cell.method, Cached):
+            made = made.aged()
+            whole = replace(made, share=made.share or cell.share_cfg)
         else:
-            made = Given(0, cell.method.radius, share=cell.share_cfg)
-        found.append(made)
+            made = Given(share=cell.share_cfg)
+            if not isinstance(cell.method, Arrow):
+                full, full_shared = step, cell.share_cfg
+            elif cell.method.residual:
+                made = Given(0, cell.method.radius, step - full, full_shared, cell.share_cfg)
+            else:
+                made = Given(0, cell.method.radius, share=cell.share_cfg)
+            whole = made
+        earlier = replace(before, share=before.share or cell.share_cfg)
+        found.append(whole)
     return found

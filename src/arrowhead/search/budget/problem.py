@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from arrowhead import cost
 from arrowhead.errors import InputsInvalid
@@ -49,6 +50,7 @@ class Problem:
         self._whole = table.steps * (costs.other + sum(costs.of(site, FULL, Writes()) for site in self._sites))
         self.fixed = table.steps * costs.other / self._whole
         self._programme = Programme(choices)
+        self._of_heads = Programme(replace(choices, extrapolate=False))
         self._feed_forward = Programme(replace(choices, radii=()))  # no pairs of tokens, no arrows
         self._groups = () if granularity == "site" else tuple(self._grouped(granularity))
 
@@ -98,8 +100,8 @@ class Problem:
         A site shares its branches or does not, for all heads at once: which steps share is taken from the whole site's column,
         and for these the groups are solved exactly.
         """
-        programme, sites = self._programme, sorted({site for site, _ in self._groups})
-        shared = np.stack([programme.shares[moves[site]] for site in sites], 1)  # (S, sites)
+        programme, sites = self._of_heads, sorted({site for site, _ in self._groups})
+        shared = np.stack([self._programme.shares[moves[site]] for site in sites], 1)  # (S, sites)
         place = np.searchsorted(sites, [site for site, _ in self._groups])  # of each group's site
         harm, sharing = self._group_damage.copy(), shared[:, place]  # (S, groups)
         for g, given in enumerate(programme.givens):
@@ -111,10 +113,11 @@ class Problem:
         held = memory_price * self._held_by_groups if memory_price else None
         chosen = programme.solve(harm, self._group_costs, whole.multiplier, held)
         reused = programme.reuses[chosen.moves]  # (S, groups)
-        idle = np.stack([reused[:, place == i].all(1) for i in range(len(sites))], 1)
+        idle = np.stack([reused[:, place == i].all(1) for i in range(len(sites))], 1)  # (S, sites)
+        harmed = chosen.damage + self._reused_after_sharing(chosen.moves, sharing, idle[:, place])
         rows = np.where(idle, 0, np.where(shared, 1, self._samples))  # that the rest of the site computes
         damage, spent = whole.damage.copy(), whole.cost.copy()
-        damage[sites] = np.bincount(place, chosen.damage)
+        damage[sites] = np.bincount(place, harmed)
         spent[sites] = np.bincount(place, chosen.cost) + rows.sum(0) * [self._rest(self._sites[i]) for i in sites] / self._whole
         wins = damage + whole.multiplier * spent < whole.damage + whole.multiplier * whole.cost
 
@@ -126,18 +129,31 @@ class Problem:
 
         return Offer(whole.multiplier, np.where(wins, damage, whole.damage), np.where(wins, spent, whole.cost), column)
 
+    def _reused_after_sharing(self, moves: Moves, sharing: NDArray[np.bool_], idle: NDArray[np.bool_]) -> Floats:
+        """What the programme could not know, as a correction of damages (groups,); all else is (S, groups).
+
+        Where the whole site is reused, it gives what its last step gave: of a group that was cached beside heads that shared,
+        one output for both branches.
+        """
+        programme, correction = self._of_heads, np.zeros(moves.shape[1])
+        for group in np.flatnonzero((sharing.any(0) & idle.any(0)) if self._samples == 2 else False):
+            served_both = False
+            for step in range(len(moves)):
+                if not idle[step, group]:
+                    served_both = bool(sharing[step, group])
+                    continue
+                given = programme.givens_of(moves[:, group])[step]
+                wrong, right = (replace(given, share=given.share or both) for both in (sharing[step, group], served_both))
+                g = [programme.givens.index(each) for each in (wrong, right)]
+                correction[group] += self._group_damage[step, g[1], group] - self._group_damage[step, g[0], group]
+        return correction
+
     def _grouped(self, granularity: Granularity) -> Iterator[tuple[int, range]]:
         """Of the attention sites: (site, heads among those of all sites)."""
         for i, site in enumerate(self._sites):
             if site.kind != "self_attention":
                 continue
-            heads = self.table.heads(i)
-            size = 1 if granularity == "head" else granularity
-            if not isinstance(size, int) or size < 1 or site.heads % size:
-                raise InputsInvalid(
-                    f"got granularity={granularity!r}, wanted 'site', 'head', or a number that divides {site.path}'s "
-                    f"{site.heads} heads"
-                )
+            heads, size = self.table.heads(i), group_size(granularity, site)
             yield from ((i, heads[start : start + size]) for start in range(0, site.heads, size))
 
     @cached_property
@@ -150,7 +166,7 @@ class Problem:
 
     @cached_property
     def _held_by_groups(self) -> Floats:
-        return self._held(self._programme, [(site, len(heads)) for site, heads in self._groups])
+        return self._held(self._of_heads, [(site, len(heads)) for site, heads in self._groups])
 
     def _held(self, programme: Programme, columns: Sequence[tuple[int, int]]) -> Floats:
         """What columns of so many heads of a site hold, from one step to the next, to give this: (givens, C).
@@ -162,14 +178,15 @@ class Problem:
             site, tokens = self._sites[i], self._sites[i].tokens(self.table.tokens)
             for g, given in enumerate(programme.givens):
                 if given.lag:
-                    found[g, c] = (1 if given.share else self._samples) * heads * site.head_dim * tokens.total
+                    held = (1 if given.share else self._samples) * heads * site.head_dim * tokens.total
+                    found[g, c] = held * (1 if given.earlier is None else 2)
                 elif given.residual_lag is not None:
                     found[g, c] = (1 if given.residual_shared else self._samples) * heads * site.head_dim * tokens.visual
         return found / self.table.elements
 
     @cached_property
     def _group_damage(self) -> Floats:
-        return self.table.damages([heads for _, heads in self._groups], self._programme.givens)
+        return self.table.damages([heads for _, heads in self._groups], self._of_heads.givens)
 
     @cached_property
     def _group_costs(self) -> Floats:
@@ -179,7 +196,7 @@ class Problem:
         return np.array(
             [
                 [self._heads_cost(site, size, *spending) for site, size in zip(sites, sizes, strict=True)]
-                for spending in self._programme.spendings
+                for spending in self._of_heads.spendings
             ]
         ) / (self._whole)
 
@@ -195,6 +212,20 @@ class Problem:
         if self.costs.measure == "attention":
             return 0.0
         return cost.projection_flops(site, self.table.tokens, 0 if site.heads_apart else site.heads)
+
+
+def group_size(granularity: Granularity, site: Site) -> int:
+    """Heads of a site that do the same.
+
+    Raises:
+        InputsInvalid: they do not divide the site's.
+    """
+    size = {"site": site.heads, "head": 1}.get(granularity, granularity) if isinstance(granularity, str) else granularity
+    if not isinstance(size, int) or size < 1 or site.heads % size:
+        raise InputsInvalid(
+            f"got granularity={granularity!r}, wanted 'site', 'head', or a number that divides {site.path}'s {site.heads} heads"
+        )
+    return size
 
 
 def _merge(cells: Sequence[Cell], sizes: Sequence[int]) -> Cell:

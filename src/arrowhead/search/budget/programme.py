@@ -93,6 +93,10 @@ class Programme:
             spent += cost[self._spending[best], each]
         return Solution(chosen, harmed, spent)
 
+    def givens_of(self, moves: Moves) -> tuple[Given, ...]:
+        """What the cells of one column give (S,)."""
+        return tuple(self.moves[move].given for move in moves)
+
     def cells(self, moves: Moves) -> tuple[Cell, ...]:
         """The cells of one column (S,)."""
         return tuple(self.moves[move].cell for move in moves)

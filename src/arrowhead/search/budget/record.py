@@ -31,6 +31,11 @@ if TYPE_CHECKING:  # diffusers takes seconds to import
     from diffusers import DiffusionPipeline
 
 
+PRODUCTS = 64
+"""Of each kind in a step, from so many regions of the tokens as that takes: the square of one product tells little, and the
+least of many candidates would be those that are underestimated."""
+
+
 @dataclass(frozen=True)
 class Extent:
     """How far a calibration looks: arrows of which radii, outputs and residuals of how many steps ago, by how many vectors.
@@ -38,8 +43,9 @@ class Extent:
     `radii` None: an eighth, a 16th and a 32nd of the visual tokens. `feed_forward`: whether to look at feed-forwards, too.
     `checkpoint`: blocks run again on the way back rather than keep what they need for it (diffusers' gradient checkpointing):
     half as long again, in a fraction of the memory. `feedback`: whether an early error counts for what the model makes of it in
-    the steps that follow (nearer to the raw latents), or all steps by what the sampler makes of them (nearer in LPIPS). The
-    vectors follow from `seed`.
+    the steps that follow (nearer to the raw latents), or all steps by what the sampler makes of them (nearer in LPIPS).
+    `regions`: parts of the sequence of tokens that are looked at on their own, None: as many as make 64 products of each kind.
+    The vectors follow from `seed`.
     """
 
     radii: tuple[int, ...] | None = None
@@ -48,6 +54,7 @@ class Extent:
     feed_forward: bool = True
     checkpoint: bool = False
     feedback: bool = False
+    regions: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -55,8 +62,10 @@ class Extent:
             raise InputsInvalid(f"got radii={self.radii!r}, wanted a tuple of numbers of tokens, or None")
         if self.radii is not None and not all(type(radius) is int and radius >= 0 for radius in self.radii):
             raise InputsInvalid(f"got radii={self.radii!r}, wanted numbers of tokens, 0 or more")
-        for name, least in (("ages", 1), ("vectors", 1), ("seed", 0)):
+        for name, least in (("ages", 1), ("vectors", 1), ("regions", 1), ("seed", 0)):
             value = getattr(self, name)
+            if value is None and name == "regions":
+                continue
             if type(value) is not int or value < least:
                 raise InputsInvalid(f"got {name}={value!r}, wanted a whole number of {least} or more")
 
@@ -124,28 +133,31 @@ class _Recorder:
         self._kept: dict[str, deque[_Kept]] = {site.path: deque(maxlen=extent.ages + 1) for site in sites}
         self._inside: list[FlopCounterMode] = []  # of the sites in the first step
         self._other_flops = 0.0  # of all else, for one image in a step
+        self._images = self._regions = 0  # known in the first step
         self._products: list[tuple[Tensor, Tensor]] = []  # of each step, see `Table`
 
     def follow(self, step: Step) -> None:
         """One step: forward, back, and the products of what comes back with what is kept."""
         probes: dict[str, Tensor] = {}
-        counting = FlopCounterMode(display=False) if not self._products else nullcontext()  # the first step tells for all
+        self._generator.manual_seed(self._extent.seed)  # the same vectors in every step: what steps do adds up
+        counting = flop_counter() if not self._products else nullcontext()  # the first step tells for all
         with ExitStack() as counted:
             whole = counted.enter_context(counting)
             with step.traced(lambda call, state: self._at_site(call, state, probes)) as outputs:
                 counted.close()  # before anything goes back
                 vectors = self._extent.vectors
+                self._images = len(self._guidance.guided([output.detach() for output in outputs]))
+                self._regions = self._extent.regions or max(1, PRODUCTS // (self._images * vectors))
                 found = [self._of_vector(probes, outputs, last=i == vectors - 1) for i in range(vectors)]
         if whole is not None:
             outside = whole.get_total_flops() - sum(inside.get_total_flops() for inside in self._inside)
-            self._other_flops = outside / len(self._guidance.guided([output.detach() for output in outputs]))
+            self._other_flops = outside / self._images
         self._products.append((torch.cat([of[0] for of in found], -1), torch.cat([of[1] for of in found], -1)))
 
     def table(self, sampling: Sampling, branches: Branches, target: Target, about: Mapping[str, Any]) -> Table:
         """All steps together."""
         final = sampling.latents()
         outputs, residuals = zip(*self._products, strict=True)
-        images = outputs[0].shape[-1] // self._extent.vectors
         return Table(
             target=target,
             tokens=self._tokens,
@@ -154,11 +166,12 @@ class _Recorder:
             ages=self._extent.ages,
             outputs=torch.stack(outputs).float(),
             residuals=torch.stack(residuals).float(),
-            gains=sampling.gains(len(outputs), images, feedback=self._extent.feedback),
+            gains=sampling.gains(len(outputs), self._images, feedback=self._extent.feedback),
             final=float(final.square().mean()),
             elements=final[0].numel(),
             other_flops=self._other_flops,
-            images=images,
+            images=self._images,
+            regions=self._regions,
             itemsize=next(iter(self._kept.values()))[0].output.itemsize,
             about=about,
         )
@@ -211,7 +224,7 @@ class _Recorder:
         """Around a site: what it multiplies, in the first step."""
         if self._products:
             return nullcontext()
-        self._inside.append(FlopCounterMode(display=False))
+        self._inside.append(flop_counter())
         return self._inside[-1]
 
     def _residuals_of(self, asked: AttentionCall, out: Tensor, passage: Passage) -> Iterator[Tensor]:
@@ -222,7 +235,7 @@ class _Recorder:
             yield out[:, :, visual] - band[:, :, visual]
 
     def _of_vector(self, probes: dict[str, Tensor], outputs: Sequence[Tensor], *, last: bool) -> tuple[Tensor, Tensor]:
-        """Of all heads of all sites, for a new random vector: (H, ages + 1, pairs, B), (H, radii, ages + 1, pairs, B)."""
+        """Of all heads of all sites, for a new random vector: (H, ages + 1, pairs, M), (H, radii, ages + 1, pairs, M)."""
         guided = self._guidance.guided([output.detach() for output in outputs])
         vector = torch.randn(guided.shape, generator=self._generator).to(guided.device, guided.dtype)
         cotangents = self._guidance.cotangents(outputs, vector)
@@ -234,7 +247,7 @@ class _Recorder:
     def _of_site(self, site: Site, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Products of the gradient (B, H, N, D), as in `_of_vector`, for the heads of one site."""
         kept, visual = self._kept[site.path], site.tokens(self._tokens).visual_slice
-        outputs = self._paired(gradient, [entry.output for entry in kept])  # (H, steps kept, pairs, B)
+        outputs = self._paired(gradient, [entry.output for entry in kept])  # (H, steps kept, pairs, B · regions)
         now = outputs[:, :1, [0, 1, 1]] if self._guidance.branches.batched else outputs[:, :1]  # of the gradient's own branch
         residuals = [
             self._paired(gradient[:, :, visual], [entry.residuals[r] for entry in kept]) for r in range(len(kept[0].residuals))
@@ -245,21 +258,32 @@ class _Recorder:
         return found[0], found[1:].transpose(0, 1)
 
     def _paired(self, gradient: Tensor, sources: Sequence[Tensor]) -> Tensor:
-        """⟨g, source⟩ of each head and image, for each pair of branches: (H, sources, pairs, B)."""
+        """⟨g, source⟩ of each head, image and region, for each pair of branches: (H, sources, pairs, B · regions)."""
         conditional, other = self._guidance.halves(gradient)
         found = []
         for source in sources:
             from_conditional, from_other = self._guidance.halves(source)
-            pairs = [_product(conditional, from_conditional)]
+            pairs = [self._product(conditional, from_conditional)]
             if other is not None and from_other is not None:
-                pairs += [_product(other, from_other), _product(other, from_conditional)]
+                pairs += [self._product(other, from_other), self._product(other, from_conditional)]
             found.append(torch.stack(pairs, 1))
         return torch.stack(found, 1)
 
+    def _product(self, gradient: Tensor, source: Tensor) -> Tensor:
+        """(B, H, N, D) twice -> (H, B · regions), in float64 on the CPU: differences of such products are small."""
+        of_tokens = (gradient * source.float()).sum(3)  # (B, H, N)
+        of_regions = [region.sum(2).T for region in of_tokens.tensor_split(self._regions, 2)]  # each (H, B)
+        return torch.stack(of_regions, 2).flatten(1).double().cpu()
 
-def _product(gradient: Tensor, source: Tensor) -> Tensor:
-    """(B, H, N, D) twice -> (H, B), in float64 on the CPU: differences of such products are small."""
-    return (gradient * source.float()).sum((2, 3)).T.double().cpu()
+
+def flop_counter() -> FlopCounterMode:
+    """PyTorch's, which does not know attention on a CPU by itself."""
+
+    def attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+        return 2 * query[:-1].numel() * key[-2] * (query[-1] + value[-1])
+
+    mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    return FlopCounterMode(display=False, custom_mapping=mapping)
 
 
 def _require_finite(out: Tensor, call: SiteCall, state: Generation) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,8 @@ class Table:
     * `residuals` (S, H, radii, ages + 1, pairs, M): ⟨g, R_{t−k}⟩ with R = O − W, the arrow of that radius subtracted.
 
     H counts the heads of all sites, one site after another. The pairs are those of branches that g and what it is multiplied
-    with belong to: (c, c), (u, u), (u, c) under guidance, else one. M counts images × random vectors. What is older than the
-    run is 0. All float32.
+    with belong to: (c, c), (u, u), (u, c) under guidance, else one. M counts random vectors × images × `regions`, parts of the
+    sequence of tokens with a product each. What is older than the run is 0. All float32.
 
     `gains` are the sampler's, see `Sampling.gains`; `final` is the mean square of an element of the final latents, of which an
     image has `elements`. `other_flops` are what the transformer multiplies outside of all sites, per image and step. `images`
@@ -60,6 +60,7 @@ class Table:
     elements: int
     other_flops: float = 0.0
     images: int = 1
+    regions: int = 1
     itemsize: int = 4
     about: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
@@ -92,19 +93,33 @@ class Table:
         """Expected squared change of the final latents, relative to their square: (S, givens, C).
 
         A column is some heads of one site that do the same. Errors of different columns and steps are taken as independent.
+        In which steps something does how much is told by the squares of its regions' products, of which there are many; how
+        much the regions' effects add to each other, by the squares of their sums, of a column in all steps together.
+
+        Raises:
+            InputsInvalid: the table does not hold what is given: a radius, or something as old.
         """
+        self._require(givens)
         member = torch.zeros(len(columns), self.outputs.shape[1])
         for c, heads in enumerate(columns):
             member[c, list(heads)] = 1
         outputs = torch.einsum("ch,shkpm->sckpm", member, self.outputs)
         residuals = torch.einsum("ch,shrkpm->scrkpm", member, self.residuals)
-        found = np.empty((self.steps, len(givens), len(columns)))
-        for g, given in enumerate(givens):
-            found[:, g] = self._weights[:, None] * self._change(outputs, residuals, given).square().mean(2).double().numpy()
-        return found
+        wanted = dict.fromkeys(givens)
+        found = {given: harm for given, harm in self._along_runs(outputs, residuals, wanted) if given in wanted}
+        return np.stack([found[given] for given in givens], 1)
 
     def damage(self, columns: Sequence[Sequence[Cell]]) -> Floats:
-        """What a plan's columns, one for each site, do in each step: (S,). Heads that always do the same err together."""
+        """What a plan's columns, one for each site, do in each step: (S,). Heads that always do the same err together.
+
+        Raises:
+            InputsInvalid: the columns are not of as many steps and sites, or the table does not hold what they give.
+        """
+        lengths, sites = {len(column) for column in columns}, len(self.target.sites)
+        if len(columns) != sites or lengths != {self.steps}:
+            raise InputsInvalid(
+                f"got {len(columns)} columns of {sorted(lengths)} steps, wanted {sites} of {self.steps}, as the table has"
+            )
         found = np.zeros(self.steps)
         for site, column in enumerate(columns):
             alike: dict[tuple[Cell, ...], list[int]] = {}
@@ -116,13 +131,46 @@ class Table:
                 found += harm[range(self.steps), range(self.steps)]
         return found
 
-    @property
-    def _weights(self) -> Floats:
-        """Relative squared change of the final latents by a squared change of a step's guided output: (S,)."""
-        return np.square(self.gains) / (self.final * self.elements)
+    def _require(self, givens: Sequence[Given]) -> None:
+        oldest = max((given.oldest for given in givens), default=0)
+        radii = {given.radius for given in givens} - {None, *self.radii}
+        if oldest > self.ages or radii:
+            raise InputsInvalid(
+                f"got ages of up to {oldest} and arrows of radii {sorted(map(str, radii)) or self.radii}, wanted ages of up to "
+                f"{self.ages} and radii among {self.radii}, as the table has; calibrate with a larger extent"
+            )
+
+    def _along_runs(self, outputs: Tensor, residuals: Tensor, givens: Iterable[Given]) -> Iterator[tuple[Given, Floats]]:
+        """Each given with its damages (S, C): what it adds to the square of the sum of a run's changes, at least 0."""
+        following: dict[Given | None, list[Given]] = {}
+        pending, seen = list(givens), set(givens)
+        while pending:
+            given = pending.pop()
+            before = given.before()
+            following.setdefault(before, []).append(given)
+            if before is not None and before not in seen:
+                seen.add(before)
+                pending.append(before)
+        gains = torch.tensor(self.gains, dtype=torch.float64)[:, None, None]
+        scale = self.regions / (self.final * self.elements)
+
+        def follow(given: Given, summed: Tensor, square: Tensor) -> Iterator[tuple[Given, Floats]]:
+            summed = gains * self._change(outputs, residuals, given) + _a_step_later(summed)  # (S, C, M)
+            whole = scale * summed.square().mean(2)
+            yield given, (whole - _a_step_later(square)).clamp_min(0).numpy()
+            for later in following.get(given, ()):
+                yield from follow(later, summed, whole)
+
+        nothing = torch.zeros(self.steps, outputs.shape[1], outputs.shape[-1], dtype=torch.float64)
+        for given in following.get(None, ()):
+            yield from follow(given, nothing, nothing[:, :, 0])
 
     def _change(self, outputs: Tensor, residuals: Tensor, given: Given) -> Tensor:
         """Change of r·(guided output), if columns give this instead of full attention's output: (S, C, M)."""
+        if given.earlier is not None:  # the line through both, at this step
+            weight = given.lag / (given.earlier.lag - given.lag)
+            later = self._change(outputs, residuals, replace(given, earlier=None))
+            return (1 + weight) * later - weight * self._change(outputs, residuals, given.earlier)
         pairs = self._pairs(given.share)
         found = outputs[:, :, given.lag, pairs].sum(2)
         if given.radius is not None:
@@ -152,6 +200,7 @@ class Table:
             elements=self.elements,
             other_flops=self.other_flops,
             images=self.images,
+            regions=self.regions,
             itemsize=self.itemsize,
             about=dict(self.about),
         )
@@ -179,6 +228,11 @@ class Table:
         return cls(**fields, **tensors)
 
 
+def _a_step_later(of_steps: Tensor) -> Tensor:
+    """(S, …), moved on by one step."""
+    return torch.cat([torch.zeros_like(of_steps[:1]), of_steps[:-1]])
+
+
 class _Header(pydantic.BaseModel, extra="forbid"):
     """All of a table but its tensors."""
 
@@ -193,6 +247,7 @@ class _Header(pydantic.BaseModel, extra="forbid"):
     elements: int
     other_flops: float
     images: int
+    regions: int
     itemsize: int
     about: dict[str, Any]
 
@@ -201,7 +256,8 @@ class _Header(pydantic.BaseModel, extra="forbid"):
         if self.format != FORMAT:
             return f"got format {self.format}, wanted {FORMAT}"
         sizes = {"steps": len(self.gains), "ages": self.ages, "elements": self.elements, "images": self.images}
-        if small := [f"{name} {value}" for name, value in (sizes | {"itemsize": self.itemsize}).items() if value < 1]:
+        sizes |= {"regions": self.regions, "itemsize": self.itemsize, "sites": len(self.target.sites)}
+        if small := [f"{name} {value}" for name, value in sizes.items() if value < 1]:
             return f"got {', '.join(small)}, wanted at least 1"
         if (
             not all(0 <= value < math.inf for value in (*self.gains, self.other_flops, *self.radii))
@@ -211,10 +267,12 @@ class _Header(pydantic.BaseModel, extra="forbid"):
         if not all(t.dtype == torch.float32 and t.isfinite().all() for t in tensors.values()):
             return "got tensors that are not float32, or not finite"
         heads, pairs = sum(site.heads for site in self.target.sites), 3 if self.branches.guided else 1
-        ages, images = self.ages + 1, tensors["outputs"].shape[-1] if tensors["outputs"].ndim == 5 else 0
+        ages, products = self.ages + 1, tensors["outputs"].shape[-1] if tensors["outputs"].ndim == 5 else 0
+        if products < 1 or products % self.regions:
+            return f"got {products} products of each kind, wanted a multiple of {self.regions} regions"
         shapes = {
-            "outputs": (len(self.gains), heads, ages, pairs, images),
-            "residuals": (len(self.gains), heads, len(self.radii), ages, pairs, images),
+            "outputs": (len(self.gains), heads, ages, pairs, products),
+            "residuals": (len(self.gains), heads, len(self.radii), ages, pairs, products),
         }
         wrong = [
             f"{name} of shape {tuple(tensors[name].shape)}, wanted {shape}"

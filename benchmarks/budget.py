@@ -32,14 +32,13 @@ from shards import load_images, make_images, own_share
 from torch import Tensor
 
 import arrowhead as ah
-from arrowhead.methods import AST
+from arrowhead.methods import AST, FORECAST, FULL, Cell
 from arrowhead.metrics.images import psnr, ssim
 from arrowhead.search import THRESHOLDS
 from arrowhead.versions import versions
 
 HERE = Path(__file__).parent
 BUDGETS = (0.7, 0.55, 0.4, 0.25, 0.2)
-PERIODS = (2, 3, 4, 5, 6)
 SEED = 10_000
 
 
@@ -79,11 +78,14 @@ CASES = {
 }
 FOUND: dict[str, dict[str, Any]] = {
     **{f"budget {b:.0%}": {"budget": ah.Budget(module_flops=b)} for b in BUDGETS},
-    **{f"budget {b:.0%}, whole sites": {"budget": ah.Budget(module_flops=b, granularity="site")} for b in BUDGETS},
+    **{f"budget {b:.0%}, no forecasts": {"budget": ah.Budget(module_flops=b, extrapolate=False)} for b in BUDGETS},
     **{f"greedy {name}": {"strategy": "greedy", "threshold": name} for name in THRESHOLDS},
 }
 HEADWISE = {f"headwise {t}": {"strategy": "headwise", "threshold": t} for t in headwise.THRESHOLDS}
-UNIFORM = {f"every {period} steps": period for period in PERIODS}
+UNIFORM: dict[str, tuple[float, Cell]] = {
+    **{f"uniform {b:.0%}": (b, AST) for b in BUDGETS},
+    **{f"uniform {b:.0%}, forecasts": (b, FORECAST) for b in BUDGETS},
+}
 
 app = typer.Typer(add_completion=False)
 Shard = Annotated[str, typer.Option(help="which of how many processes, e.g. 0/2")]
@@ -106,10 +108,12 @@ def calibration(case: Case) -> dict[str, Any]:
     return {**case.common, case.asks: case.calibration, "generator": torch.Generator().manual_seed(SEED)}
 
 
-def uniform(like: ah.Plan, period: int) -> ah.Plan:
-    """Full attention in every `period`-th step; all sites repeat their output in the others."""
-    full, reused = (like.cells[0][0],), (AST,)
-    rows = tuple((full if step % period == 0 else reused) * len(like.target.sites) for step in range(like.steps))
+def uniform(like: ah.Plan, left: float, else_: Cell) -> ah.Plan:
+    """Full attention in this part of the steps, the first two or the first and evenly after that; in others all do `else_`."""
+    first = 2 if else_ == FORECAST else 1
+    spread = (round(left * like.steps) - first) / (like.steps - first)  # of the others
+    due = [step < first or int((step - first + 1) * spread) > int((step - first) * spread) for step in range(like.steps)]
+    rows = tuple((FULL if full else else_,) * len(like.target.sites) for full in due)
     return ah.Plan(rows, like.target, like.tokens, like.guided)
 
 
@@ -139,7 +143,7 @@ def generate(name: Name, shard: Shard = "0/1", only: Only = None) -> None:
     index, count = own_share(shard)
     case, work, pipe = CASES[name], work_of(name), ah.tiny.load(name)
     like = ah.Plan.load(work / f"budget {BUDGETS[0]:.0%}.json")
-    plans = {setting: uniform(like, period) for setting, period in UNIFORM.items()}
+    plans = {setting: uniform(like, *how) for setting, how in UNIFORM.items()}
     plans |= {setting: ah.Plan.load(path) for setting in settings(name) if (path := work / f"{setting}.json").exists()}
     for setting in only or ["raw", *plans]:
 
@@ -197,7 +201,7 @@ def measure(name: Name, tools: Annotated[Path, typer.Option(help="folder of perc
         if len(images := load_images(work / setting) if (work / setting).is_dir() else raw[:0]) < len(raw):
             typer.echo(f"{setting}: {len(images)} images of {len(raw)}, left out")
             continue
-        plan = uniform(like, UNIFORM[setting]) if setting in UNIFORM else ah.Plan.load(work / f"{setting}.json")
+        plan = uniform(like, *UNIFORM[setting]) if setting in UNIFORM else ah.Plan.load(work / f"{setting}.json")
         left = plan.flops()
         flops = {"attention_flops": left.attention, "module_flops": left.module}
         table[setting] = {**flops, "cells": dict(plan.count()), "search": plan.about.get("search", {}), **scores(images)}
@@ -209,16 +213,16 @@ def measure(name: Name, tools: Annotated[Path, typer.Option(help="folder of perc
 def at_budgets(table: dict[str, Any]) -> dict[str, dict[str, float]]:
     """LPIPS of every family of settings at each budget, its logarithm interpolated over module FLOPs within their range."""
     found: dict[str, dict[str, float]] = {}
-    for family in ("greedy", "headwise", "every"):
+    for family in ("greedy", "headwise"):
         rows = sorted((row["module_flops"], row["lpips"]) for name, row in table.items() if name.startswith(family))
         for budget in BUDGETS:
             if rows and rows[0][0] <= budget <= rows[-1][0]:
                 value = float(np.exp(np.interp(budget, [f for f, _ in rows], np.log([v for _, v in rows]))))
                 found.setdefault(f"{budget:.0%}", {})[family] = value
     for budget in BUDGETS:
-        for kind in ("", ", whole sites"):
-            if row := table.get(f"budget {budget:.0%}{kind}"):
-                found.setdefault(f"{budget:.0%}", {})[f"budget{kind}"] = row["lpips"]
+        for kind in ("budget", "budget, no forecasts", "uniform", "uniform, forecasts"):
+            if row := table.get(kind.replace(",", f" {budget:.0%},") if "," in kind else f"{kind} {budget:.0%}"):
+                found.setdefault(f"{budget:.0%}", {})[kind] = row["lpips"]
     return found
 
 

@@ -4,17 +4,20 @@
     python benchmarks/headwise.py generate mmdit32
     python benchmarks/headwise.py cost mmdit32
     python benchmarks/headwise.py measure mmdit32 --tools TOOLS
+    python benchmarks/headwise.py memory mmdit
 
 and the same for `mmdit`, four times the tokens and six times the work, of which `--only` takes a part.
 
 `search` finds the plans, `generate` makes 64 images for each setting with paired seeds, both into a work folder: what is there
 already is not made again, so either can be interrupted, and shards (`--shard 0/2` and `--shard 1/2`) can run side by side.
-`cost` times searches against generating their calibration batch, in turn. `measure` needs LPIPS: a folder with
-`perceptual.py`; see benchmarks/README.md.
+`cost` times searches against generating their calibration batch, in turn; `memory` compares what both take. `measure` needs
+LPIPS: a folder with `perceptual.py`; see benchmarks/README.md.
 """
 
 import importlib
 import json
+import resource
+import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -142,6 +145,31 @@ def cost(model: Model, rounds: int = 3) -> None:
         model,
         {"rounds": rounds, "raw_seconds": median(seconds["raw"]), "searches": table},
     )
+
+
+@app.command()
+def memory(model: Model) -> None:
+    """The most memory that a search takes by what generating its calibration batch takes, each in a process of its own."""
+    kinds = ("loaded", "raw", "headwise", "headwise, all options")
+    command = [sys.executable, __file__, "resident", model]
+    most = {kind: int(subprocess.check_output([*command, kind], text=True)) for kind in kinds}
+    above = {kind: most[kind] - most["loaded"] for kind in kinds[1:]}
+    result = {"steps": 4, "bytes_above_the_loaded_model": above}
+    ratios = {f"{kind}, by raw": above[kind] / above["raw"] for kind in kinds[2:]}
+    write(HERE / f"results/headwise_{model}_memory.json", model, result | ratios)
+
+
+@app.command(hidden=True)
+def resident(model: Model, kind: str) -> None:
+    """Print the most bytes that this process had resident."""
+    torch.set_num_threads(1)
+    pipe, inputs = ah.tiny.load(model), {**calibration(), "num_inference_steps": 4}
+    if kind == "raw":
+        pipe(**inputs)
+    elif kind != "loaded":
+        settings = ABLATIONS[PLAIN if kind == "headwise" else "… + both"]
+        ah.search(pipe, inputs, strategy=settings, threshold=MIDDLE, progress=False)
+    typer.echo(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 @app.command()

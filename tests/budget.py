@@ -5,7 +5,7 @@ Nothing of the search is used here but its value types.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from arrowhead.layout import Branches, Site, Tokens
 from arrowhead.lifetimes import FOREVER, Residual, Writes
-from arrowhead.methods import AST, Arrow, Attend, Cached, Cell, Full, Reuse
+from arrowhead.methods import AST, FORECAST, Arrow, Attend, Cached, Cell, Full, Reuse
 from arrowhead.plan import Target
 from arrowhead.search.budget.given import Choices, Given
 from arrowhead.search.budget.table import Table
@@ -100,6 +100,7 @@ def synthetic(
     calls: int = 1,
     feed_forward: bool = False,
     uneven: bool = False,
+    regions: int = 1,
 ) -> Table:
     """Products at random, of sizes that differ from site to site by factors of up to ten, and grow with age.
 
@@ -112,7 +113,7 @@ def synthetic(
         sites.append(Site(f"blocks.{i}.attn", heads, 8, 16))
         if feed_forward:
             sites.append(Site(f"blocks.{i}.ff", 1, 16, 16, heads_apart=False, kind="feed_forward", weights=16 * 16 * 8))
-    pairs, all_heads, samples = 3 if guided else 1, sum(site.heads for site in sites), 4
+    pairs, all_heads, samples = 3 if guided else 1, sum(site.heads for site in sites), 4 * regions
     size = torch.rand(1, all_heads, 1, 1, 1, generator=draw).mul(2.3).exp()
     age = torch.arange(ages + 1).view(1, 1, -1, 1, 1)
     outputs = torch.randn(steps, all_heads, ages + 1, pairs, samples, generator=draw) * size * age**0.7
@@ -130,7 +131,7 @@ def synthetic(
     branches = Branches("two_calls" if calls == 2 else "cond_first", guided)
     target = Target("Transformer", "Scheduler", {"shift": 3.0}, tuple(sites))
     other = 1e5 if feed_forward else 0.0
-    return Table(target, Tokens(64, text), branches, radii, ages, outputs, residuals, tuple(gains), 0.7, 96, other)
+    return Table(target, Tokens(64, text), branches, radii, ages, outputs, residuals, tuple(gains), 0.7, 96, other, 1, regions)
 
 
 @dataclass(frozen=True)
@@ -139,12 +140,14 @@ class Past:
 
     `output` is (step, radius, step of the residual added or None, whether that was shared, share) of what was computed last;
     `full` is (step, whether it was shared, the residual's radius or None, whether for one branch) of the last full step.
+    `before` is the output before that, where a line may go through both.
     """
 
     spent: tuple[tuple[Cell, Writes], ...] = ()
     gave: tuple[Given, ...] = ()
     output: tuple | None = None
     full: tuple | None = None
+    before: tuple | None = None
 
 
 def described(output: tuple, step: int) -> Given:
@@ -158,12 +161,23 @@ def continued(past: Past, choices: Choices) -> Iterator[Past]:
     step = len(past.gave)
     shares = (False, True) if choices.share_cfg else (False,)
 
-    def after(cell: Cell, output: tuple, full: tuple, writes: Writes = Writes()) -> Past:  # noqa: B008, frozen
-        return Past((*past.spent, (cell, writes)), (*past.gave, described(output, step)), output, full)
+    def after(
+        cell: Cell,
+        output: tuple,
+        full: tuple,
+        writes: Writes = Writes(),  # noqa: B008, frozen
+        before: tuple | None = None,
+        line: bool = False,
+    ) -> Past:
+        given = described(output, step)
+        if line:
+            given = replace(given, earlier=described(before, step), since=step - output[0], gap=output[0] - before[0])
+        return Past((*past.spent, (cell, writes)), (*past.gave, given), output, full, before)
 
     for share in shares:
         output = (step, None, None, False, share)
-        yield after(Attend(Full(), share), output, (step, share, None, False))
+        alike = choices.extrapolate and past.output is not None and past.output[1] is None and past.output[-1] == share
+        yield after(Attend(Full(), share), output, (step, share, None, False), before=past.output if alike else None)
         for radius in choices.radii if choices.residual else ():
             for half in (False, True) if choices.share_cfg and not share else (False,):
                 kept = Writes(residuals=(Residual(radius, FOREVER, conditional_only=half),))
@@ -182,7 +196,9 @@ def continued(past: Past, choices: Choices) -> Iterator[Past]:
         if residual and (share or not half):
             yield after(Attend(Arrow(radius, True), share), (step, radius, made, full_shared, share), past.full)
     if choices.reuse and output_there:
-        yield after(AST, past.output, past.full)
+        yield after(AST, past.output, past.full, before=past.before)
+        if past.before is not None and step - past.before[0] <= choices.ages:
+            yield after(FORECAST, past.output, past.full, before=past.before, line=True)
 
 
 def every_column(choices: Choices, steps: int) -> list[Past]:
@@ -192,31 +208,70 @@ def every_column(choices: Choices, steps: int) -> list[Past]:
     return columns
 
 
-def damage_of(table: Table, heads: Sequence[int], column: Sequence[Cell]) -> float:
-    """Of heads of one site that do the same: the square of what a column changes, as the table's docstring has its products."""
+@dataclass(frozen=True)
+class Made:
+    """An output: of which step, of which radius (None: full), whether one branch's for both; so too the residual it has."""
+
+    step: int
+    radius: int | None = None
+    shared: bool = False
+    added: tuple[int, bool] | None = None
+
+
+def damages_of(table: Table, heads: Sequence[int], column: Sequence[Cell]) -> list[float]:
+    """Of heads of one site that do the same, in each step, as the table's docstring has its products.
+
+    What is repeated, or continued, has been so since it was computed: a step does what it adds to the square of the sum.
+    """
     outputs, residuals = table.outputs[:, list(heads)].double().sum(1), table.residuals[:, list(heads)].double().sum(1)
-    branches = [("c", 0)] if not table.branches.guided else [("c", 0), ("u", 1)]
-    found = 0.0
-    made: tuple[int, int | None, bool] = (0, None, False)  # when, of which radius (None: full), shared
-    added: tuple[int, bool] | None = None  # when the residual was made that it has, and whether that was shared
-    full, shared = (0, False), False
+    branches = [0, 1] if table.branches.guided else [0]
+
+    def change(step: int, made: Made) -> Tensor:
+        found = torch.zeros(outputs.shape[-1], dtype=torch.float64)
+        for own in branches:
+            source = 2 if made.shared and own else own
+            found += outputs[step, step - made.step, source]
+            if made.radius is not None:
+                radius = table.radii.index(made.radius)
+                found -= residuals[step, radius, step - made.step, source]
+                if made.added is not None:
+                    source = 2 if (made.shared or made.added[1]) and own else own
+                    found += residuals[step, radius, step - made.added[0], source]
+        return found
+
+    def summed(first: int, last: int, made: Made, before: Made | None) -> Tensor:
+        found = torch.zeros(outputs.shape[-1], dtype=torch.float64)
+        for step in range(first, last + 1):
+            own = change(step, made)
+            if before is not None and step > made.step:
+                before = replace(before, shared=made.shared or before.shared)
+                own += (step - made.step) / (made.step - before.step) * (own - change(step, before))
+            found += table.gains[step] * own
+        per_image = found.view(-1, table.regions).square().sum(1)
+        return per_image.mean() / (table.final * table.elements)
+
+    found: list[float] = []
+    made = whole = Made(0)
+    before: Made | None = None
+    full = (0, False)
     for step, cell in enumerate(column):
-        shared = shared if isinstance(cell, Reuse) else cell.share_cfg  # a cached head's output, too, then serves both branches
-        if isinstance(cell, Attend) and not isinstance(cell.method, Cached):
-            made, added = (step, getattr(cell.method, "radius", None), cell.share_cfg), None
-            if isinstance(cell.method, Full):
-                full = (step, cell.share_cfg)
-            elif cell.method.residual:
-                added = full
-        change = torch.zeros(outputs.shape[-1], dtype=torch.float64)
-        for branch, own in branches:
-            source = 2 if (made[2] or shared) and branch == "u" else own
-            change += outputs[step, step - made[0], source]
-            if made[1] is not None:
-                radius = table.radii.index(made[1])
-                change -= residuals[step, radius, step - made[0], source]
-                if added is not None:
-                    source = 2 if (made[2] or added[1] or shared) and branch == "u" else own
-                    change += residuals[step, radius, step - added[0], source]
-        found += table.gains[step] ** 2 / (table.final * table.elements) * (change**2).mean().item()
+        line = None
+        if isinstance(cell, Reuse):
+            line = before if cell.extrapolate else None
+        else:
+            before = whole
+            if isinstance(cell.method, Cached):
+                whole = replace(made, shared=made.shared or cell.share_cfg)  # it then serves both branches
+            else:
+                if isinstance(cell.method, Full):
+                    full = (step, cell.share_cfg)
+                radius, residual = getattr(cell.method, "radius", None), getattr(cell.method, "residual", False)
+                made = whole = Made(step, radius, cell.share_cfg, full if residual else None)
+        so_far = summed(whole.step, step - 1, whole, line)
+        found.append(max((summed(whole.step, step, whole, line) - so_far).item(), 0.0))
     return found
+
+
+def damage_of(table: Table, heads: Sequence[int], column: Sequence[Cell]) -> float:
+    """All that a column does."""
+    return sum(damages_of(table, heads, column))

@@ -4,7 +4,8 @@ A grid holds one line per step and one word per site. A word has a letter for ea
 
     F full   K cached   w WA   W WA-RS with radius `near`   x WA   X WA-RS with radius `far`
 
-A + after it shares CFG. The word R reuses the site's last output.
+A + after it shares CFG. The word R reuses the site's last output, E continues the line through the last two that were
+computed.
 """
 
 import random
@@ -31,6 +32,7 @@ Output = Tensor | tuple[Tensor, Tensor]
 NEAR, FAR = 2, 5
 RADII = {"w": NEAR, "W": NEAR, "x": FAR, "X": FAR}
 NAMES = {"F": "full", "K": "cached", "w": "WA", "x": "WA", "W": "WA-RS", "X": "WA-RS"}
+REUSED = {"R": "AST", "E": "forecast"}
 UNIFORM = {"C": "F+", "v": "w+", "V": "W+", "y": "x+", "Y": "X+"}  # V1's letters, see replay.py
 FAULTS = {  # what may go wrong, and a grid that shows it
     "another head's output": ["F F F", "KFw FKw wFK", "xKF KxF FxK"],
@@ -43,6 +45,7 @@ FAULTS = {  # what may go wrong, and a grid that shows it
     "residual left out": ["FwF wFF FFw", "WwX wXW XWw"],
     "unconditional residual": ["F F F", "WFX+ XW+ W+"],
     "unconditional computed": ["F+ F+ F+", "wFK+ Fx+ x+"],
+    "unconditional line": ["F F F", "wFx+ F+ Kxw+", "E E E"],
     "heads in order of method": ["F F F", "wFx FwF xwF"],
 }
 TEXT_FAULTS = {
@@ -50,6 +53,7 @@ TEXT_FAULTS = {
     "band over the text": ["F F F", "wFx FwF xwF"],
     "residual on the text": ["F F F", "WFX FWF XWF"],
     "reused text stale": ["F F F", "wFx FwF xwF", "R FwF FxF"],
+    "text off the line": ["F F F", "wFx FwF xwF", "E FwF FxF"],
 }
 
 
@@ -61,8 +65,8 @@ def methods(word: str, heads: int) -> str:
 
 def cell(word: str, heads: int, radii: dict[str, int]) -> Cell:
     """The word as arrowhead spells it."""
-    if word == "R":
-        return Reuse()
+    if word in REUSED:
+        return Reuse(extrapolate=word == "E")
     spelt = {"F": Full(), "K": Cached()} | {a: Arrow(radius, residual=a in "WX") for a, radius in radii.items()}
     return Attend(tuple(spelt[letter] for letter in methods(word, heads)), share_cfg=word.endswith("+"))
 
@@ -83,8 +87,8 @@ def unshared(grid: Grid) -> list[str]:
     return [row.replace("+", "") for row in grid]
 
 
-def random_grid(seed: int, steps: int, bench: Bench, kinds: str = "FKwxWX") -> list[str]:
-    """Words at random, none of which reads what no earlier step made."""
+def random_grid(seed: int, steps: int, bench: Bench, kinds: str = "FKwxWX", lines: bool = False) -> list[str]:
+    """Words at random, none of which reads what no earlier step made; with `lines` some continue them."""
     draw = random.Random(seed)
     heads = bench.attentions[0].heads
     columns = []
@@ -92,20 +96,22 @@ def random_grid(seed: int, steps: int, bench: Bench, kinds: str = "FKwxWX") -> l
         column: list[str] = []
         for _ in range(steps):
             possible = [[a for a in kinds if can_follow(a, column, head)] for head in range(heads)]
-            if column and draw.random() < 0.2:
+            if lines and sum(word not in REUSED for word in column) > 1 and draw.random() < 0.25:
+                column.append("E")
+            elif column and draw.random() < 0.2:
                 column.append("R")
             elif draw.random() < 0.2:
                 column.append(draw.choice([a for a in possible[0] if all(a in p for p in possible)]))
             else:
                 column.append("".join(map(draw.choice, possible)))
-            column[-1] += "+" * (column[-1] != "R" and draw.random() < 0.35)
+            column[-1] += "+" * (column[-1] not in REUSED and draw.random() < 0.35)
         columns.append(column)
     return [" ".join(row) for row in zip(*columns, strict=True)]
 
 
 def can_follow(letter: str, column: Sequence[str], head: int) -> bool:
     """Whether a head has what the letter reads, after a site's words so far."""
-    before = [methods(word, head + 1)[head] for word in column if word != "R"]
+    before = [methods(word, head + 1)[head] for word in column if word not in REUSED]
     if letter in "WX":
         return "F" in before
     return letter != "K" or any(other != "K" for other in before)
@@ -115,7 +121,9 @@ def counted(bench: Bench, grid: Grid) -> Counter[str]:
     """How many heads do what."""
     words = [(word, attn.heads) for row in grid for word, attn in zip(row.split(), bench.attentions, strict=True)]
     return Counter(
-        name for word, heads in words for name in (["AST"] * heads if word == "R" else map(NAMES.get, methods(word, heads)))
+        name
+        for word, heads in words
+        for name in ([REUSED[word]] * heads if word in REUSED else map(NAMES.get, methods(word, heads)))
     )
 
 
@@ -123,7 +131,7 @@ def counted(bench: Bench, grid: Grid) -> Counter[str]:
 class Past:
     """What a site has given so far, of both branches."""
 
-    output: Output | None = None
+    outputs: list[tuple[int, bool, tuple[Tensor, ...]]] = field(default_factory=list)  # step, shared, streams
     first_text: Tensor | None = None
     heads: dict[int, Tensor] = field(default_factory=dict)  # (B, N, D)
     residuals: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # head, radius: (B, V, D)
@@ -138,6 +146,7 @@ class Memory:
     radii: dict[str, int]
     fault: str | None
     row: Sequence[str] = ()
+    step: int = -1
     past: dict[int, Past] = field(default_factory=dict)
 
     def half(self, batch: int, wrong: str) -> slice:
@@ -148,11 +157,11 @@ class Memory:
     def module(self, place: int, attn: Any, image: Tensor, text: Tensor | None) -> Output:
         """What a site gives for image (B, V, C) and text (B, T, C): both, or the image where it sees no text."""
         word, past = self.row[place], self.past.setdefault(place, Past())
-        if word == "R":
-            assert past.output is not None
+        if word in REUSED:
+            streams = past.outputs[-1][-1] if word == "R" else self._line(past)
             if self.fault == "reused text stale" and text is not None:
-                return past.output[0], past.first_text
-            return past.output
+                return streams[0], past.first_text
+            return streams[0] if text is None else streams
         shared = word.endswith("+") and self.guided
         rows = self.half(len(image), "unconditional computed") if shared else slice(None)
         q, k, v = projections(attn, image[rows], None if text is None else text[rows])  # (b, H, N, D)
@@ -168,9 +177,19 @@ class Memory:
         if text is not None:
             streams.append(seen_text if attn.context_pre_only else attn.to_add_out(seen_text))
         streams = [both(stream) if shared else stream for stream in streams]
-        past.output = streams[0] if text is None else (streams[0], streams[1])
+        past.outputs.append((self.step, shared, tuple(streams)))
         past.first_text = streams[-1] if past.first_text is None else past.first_text
-        return past.output
+        return streams[0] if text is None else (streams[0], streams[1])
+
+    def _line(self, past: Past) -> tuple[Tensor, ...]:
+        (b, _, before), (a, shared, after) = past.outputs[-2:]
+        weight = (self.step - a) / (a - b)
+        streams = [now + weight * (now - then) for now, then in zip(after, before, strict=True)]
+        if self.fault == "text off the line":
+            streams[-1] = after[-1]
+        if not shared:
+            return tuple(streams)
+        return tuple(both(stream[self.half(len(stream), "unconditional line")]) for stream in streams)
 
     def _head(
         self, past: Past, head: int, letter: str, qkv: tuple[Tensor, Tensor, Tensor], visual: int, shared: bool
@@ -259,7 +278,7 @@ def remembering(memory: Memory, grid: Grid) -> Iterator[None]:
     lines = iter(grid)
 
     def tick(*_: Any) -> None:
-        memory.row = next(lines).split()
+        memory.row, memory.step = next(lines).split(), memory.step + 1
 
     hook = memory.bench.pipe.transformer.register_forward_pre_hook(tick)
     try:

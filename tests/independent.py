@@ -1,5 +1,8 @@
 """Random tokens, columns and plans, and the mask written a second time: shares nothing with src but the value types."""
 
+from collections.abc import Sequence
+from itertools import takewhile
+
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -10,6 +13,7 @@ from arrowhead.plan import Plan, Target
 
 few = settings(max_examples=80, deadline=None)
 RADII = (0, 1, 3, 20)
+WHOLE = (("output",), ("slope",))  # what is of the whole module, rather than of heads
 
 token_layouts = st.builds(Tokens, visual=st.integers(1, 14), text=st.sampled_from([0, 0, 1, 2, 5]), text_first=st.booleans())
 
@@ -33,18 +37,26 @@ def told_apart(column: tuple[Cell, ...]) -> int:
     return max((len(c.method) for c in column if isinstance(c, Attend) and isinstance(c.method, tuple)), default=1)
 
 
-def reads(cell: Cell, heads: int) -> set[tuple]:
-    """What a cell needs of earlier steps: ("output",), ("residual", radius, head) or ("head", head)."""
+def on_a_line(column: Sequence[Cell], step: int) -> bool:
+    """Whether the output computed in a step is continued along a line, which the one computed before it begins."""
+    following = takewhile(lambda cell: isinstance(cell, Reuse), column[step + 1 :])
+    return not isinstance(column[step], Reuse) and any(cell.extrapolate for cell in following)
+
+
+def reads(column: Sequence[Cell], step: int, heads: int) -> set[tuple]:
+    """What a step needs of earlier ones: ("output",), ("slope",), ("residual", radius, head) or ("head", head)."""
+    cell = column[step]
     if isinstance(cell, Reuse):
-        return {("output",)}
+        return {("output",), ("slope",)} if cell.extrapolate else {("output",)}
     methods = list(enumerate(by_head(cell, heads)))
     cached = {("head", head) for head, method in methods if isinstance(method, Cached)}
-    return cached | {("residual", m.radius, head) for head, m in methods if isinstance(m, Arrow) and m.residual}
+    begun = {("output",)} if on_a_line(column, step) else set()
+    return begun | cached | {("residual", m.radius, head) for head, m in methods if isinstance(m, Arrow) and m.residual}
 
 
 def renews(cell: Cell, what: tuple, heads: int) -> bool:
     """Whether the cell voids what an earlier step kept under this name, and can make it anew."""
-    if isinstance(cell, Reuse) or what == ("output",):
+    if isinstance(cell, Reuse) or what in WHOLE:
         return not isinstance(cell, Reuse)
     method = by_head(cell, heads)[what[-1]]
     return isinstance(method, Full) if what[0] == "residual" else not isinstance(method, Cached)
@@ -53,31 +65,35 @@ def renews(cell: Cell, what: tuple, heads: int) -> bool:
 def readers(column: tuple[Cell, ...], step: int, what: tuple, heads: int) -> list[Cell]:
     """The cells after `step` that need what is known under this name there."""
     found = []
-    for cell in column[step + 1 :]:
-        if renews(cell, what, heads):
+    for later in range(step + 1, len(column)):
+        found += [column[later]] * (what in reads(column, later, heads))
+        if renews(column[later], what, heads):
             break
-        found += [cell] * (what in reads(cell, heads))
     return found
 
 
 def made(column: tuple[Cell, ...], step: int, heads: int) -> dict[tuple, list[Cell]]:
     """What a later step needs of this one, with who needs it."""
-    later = set().union(*(reads(cell, heads) for cell in column[step + 1 :]))
+    later = set().union(*(reads(column, after, heads) for after in range(step + 1, len(column))))
     return {what: who for what in later if renews(column[step], what, heads) and (who := readers(column, step, what, heads))}
 
 
 def for_one_branch(what: tuple, who: list[Cell]) -> bool:
     """Whether it is kept for the conditional branch alone: every reader shares CFG. A reused output serves both."""
-    return what != ("output",) and all(cell.share_cfg for cell in who)
+    return what not in WHOLE and all(cell.share_cfg for cell in who)
 
 
 @st.composite
-def columns(draw: st.DrawFn, steps: int, heads: int | None = None) -> tuple[Cell, ...]:
-    """One site's cells over the steps: any that has what it reads. With `heads`, these may each do something else."""
+def columns(draw: st.DrawFn, steps: int, heads: int | None = None, lines: bool = True) -> tuple[Cell, ...]:
+    """One site's cells over the steps: any that has what it reads. With `heads`, these may each do something else.
+
+    `lines`: some are extrapolated.
+    """
     column: list[Cell] = []
     for step in range(steps):
-        if step and draw(st.integers(0, 4)) == 0:
-            column.append(Reuse())
+        if step and draw(st.integers(0, 3)) == 0:
+            two = sum(isinstance(cell, Attend) for cell in column) > 1
+            column.append(Reuse(extrapolate=lines and two and draw(st.booleans())))
             continue
         before = [[by_head(c, heads or 1)[h] for c in column if isinstance(c, Attend)] for h in range(heads or 1)]
         if heads is not None and draw(st.booleans()):
@@ -121,7 +137,7 @@ def plans(draw: st.DrawFn) -> Plan:
     """Any plan that can run, over sites of different sizes."""
     steps, width = draw(st.integers(1, 7)), draw(st.integers(1, 3))
     chosen = tuple(Site(**vars(draw(sites)) | {"path": f"blocks.{i}.attn"}) for i in range(width))
-    cells = tuple(zip(*[draw(columns(steps, site.heads)) for site in chosen], strict=True))
-    target = Target("Transformer", "Scheduler", {"shift": draw(st.floats(0, 9)), "betas": None}, chosen)
     calls, guided = draw(st.sampled_from([(1, False), (1, True), (2, True)]))
+    cells = tuple(zip(*[draw(columns(steps, site.heads, calls == 1)) for site in chosen], strict=True))
+    target = Target("Transformer", "Scheduler", {"shift": draw(st.floats(0, 9)), "betas": None}, chosen)
     return Plan(cells, target, draw(token_layouts), guided, calls=calls)

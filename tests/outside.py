@@ -152,13 +152,19 @@ class Seen:
         """In each step, what the heads give under a column less what they give in this run, (2B or B, H, N, D)."""
         heads = self.full[0][path].shape[1]
         given: list[Tensor] = []
+        computed: list[tuple[int, bool, Tensor]] = []  # step, for one branch alone
         kept: dict[int, Tensor] = {}  # of each head, what it computed last
         residuals: dict[tuple[int, int], Tensor] = {}  # head, radius
         visual = slice(-self.bench.visual, None) if isinstance(self.bench, FluxBench) else slice(0, self.bench.visual)
         for step, cell in enumerate(column):
             full = self.full[step][path]
             if isinstance(cell, Reuse):
-                given.append(given[-1])
+                a, alone, now = computed[-1]
+                if cell.extrapolate:
+                    b, _, then = computed[-2]
+                    now = now + (step - a) / (a - b) * (now - then)
+                    now = self.conditional(now) if alone else now
+                given.append(now)
                 continue
             out = torch.empty_like(full)
             shared = self.conditional if cell.share_cfg else lambda rows: rows
@@ -178,6 +184,7 @@ class Seen:
                             residuals[head, radius] = shared(full[:, head] - band[:, head])[:, visual]
                 out[:, head] = kept[head] = value
             given.append(out)
+            computed.append((step, cell.share_cfg, out))
         return [value - self.full[step][path] for step, value in enumerate(given)]
 
     def groups(self, path: str, column: Sequence[Cell]) -> list[list[int]]:

@@ -3,11 +3,11 @@
 A grid holds one word per step and one letter per layer:
 
     F full   C ASC   R AST   w WA   v WA+ASC   W WA-RS   V WA-RS+ASC      with radius `near`
-                             x WA   y WA+ASC   X WA-RS   Y WA-RS+ASC      with radius `far`
+    E the line               x WA   y WA+ASC   X WA-RS   Y WA-RS+ASC      with radius `far`
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -24,7 +24,7 @@ from arrowhead.methods import Arrow, Attend, Cell, Full, Reuse
 from arrowhead.models import find
 
 Grid = Sequence[str]
-HALVES, FULLS, RESIDUAL = "CvVyY", "FC", "WVXY"
+HALVES, FULLS, RESIDUAL, REUSED = "CvVyY", "FC", "WVXY", "RE"
 GRIDS = {
     "AST": ["FFF", "RRR", "FFF", "RRR", "FFF"],
     "ASC": ["FFF", "CCC", "FCF", "CCC", "CFC"],
@@ -43,6 +43,15 @@ GRIDS = {
     "full again": ["FFF", "WWW", "FFF", "WWW", "VVV"],
     "one layer, the others full": ["FFF", "FWF", "FRF", "FVF", "FRF"],
     "two radii from one full step": ["FFF", "WXW", "XWX", "VYV", "YVY"],
+    "a line through full outputs": ["FFF", "FFF", "EEE", "EEE", "EEE"],
+    "a line through ASC": ["CCC", "CCC", "EEE", "EEE", "FFF"],
+    "a line from full to ASC": ["FFF", "FFF", "CCC", "EEE", "EEE"],
+    "a line from ASC to full": ["FFF", "CCC", "FFF", "EEE", "EEE"],
+    "a line over WA-RS": ["FFF", "WXV", "EEE", "VYW", "EEE"],
+    "a line over WA": ["wxv", "vyw", "EEE", "xwF", "EEE"],
+    "lines among AST, and new ones": ["FFF", "CWF", "ERE", "FVw", "RER"],
+    "AST after a line, and a line after AST": ["FFC", "RFC", "WEE", "ERE", "RER"],
+    "a line through steps far apart": ["FFF", "RRR", "RRR", "WFC", "EEE"],
 }
 FAULTS = {  # what may go wrong, and a grid that shows it
     "output stale": ["FFF", "WWW", "RRR", "RRR"],
@@ -51,8 +60,15 @@ FAULTS = {  # what may go wrong, and a grid that shows it
     "ASC makes no residual": ["FFF", "CCC", "WXW", "VYV"],
     "unconditional computed": ["FFF", "CCC", "vyv", "RRR"],
     "unconditional residual": ["FFF", "VYV", "WWW", "VVY"],
+    "slope stale": ["FFF", "FFF", "EEE", "FFF", "EEE"],
+    "a step on, however late": ["FFF", "FFF", "EEE", "EEE"],
+    "as if computed in a row": ["FFF", "RRR", "FFF", "EEE"],
+    "a line for each branch": ["FFF", "CvV", "EEE", "EEE"],
+    "the unconditional line": ["FFF", "CvV", "EEE", "EEE"],
 }
-NAMES = {"F": "full", "C": "ASC", "R": "AST"} | dict(zip("wvWVxyXY", ["WA", "WA+ASC", "WA-RS", "WA-RS+ASC"] * 2, strict=True))
+NAMES = {"F": "full", "C": "ASC", "R": "AST", "E": "forecast"} | dict(
+    zip("wvWVxyXY", ["WA", "WA+ASC", "WA-RS", "WA-RS+ASC"] * 2, strict=True)
+)
 
 
 def random_grid(seed: int, steps: int, layers: int) -> list[str]:
@@ -62,16 +78,28 @@ def random_grid(seed: int, steps: int, layers: int) -> list[str]:
     for _ in range(layers):
         column = ""
         for _ in range(steps):
-            full = any(letter in FULLS for letter in column)
-            column += draw.choice("FCwvxy" + ("RR" if column else "") + ("RWVXYWVXY" if full else ""))
+            full, computed = any(letter in FULLS for letter in column), sum(letter not in REUSED for letter in column)
+            earlier = ("RR" if column else "") + ("RWVXYWVXY" if full else "") + ("EEE" if computed > 1 else "")
+            column += draw.choice("FCwvxy" + earlier)
         columns.append(column)
     return ["".join(row) for row in zip(*columns, strict=True)]
 
 
+def rows_held(column: Sequence[str], step: int, halves: Container[str]) -> int:
+    """Of how many samples an image's module outputs, and changes of these, are read after a step. `halves` share CFG."""
+    steps = range(len(column))
+    computed = [i for i in steps if column[i] not in REUSED]
+    last, following = (max(i for i in computed if i <= step), min((i for i in computed if i > step), default=len(steps)))
+    behind = column[following + 1 : min((i for i in computed if i > following), default=len(steps))]
+    output = step + 1 < following or "E" in behind  # repeated, or the beginning of the next line
+    slope = "E" in column[step + 1 : following]
+    return (output + slope) * (1 if column[last] in halves else 2)
+
+
 def cell(letter: str, near: int, far: int) -> Cell:
     """The letter as arrowhead spells it."""
-    if letter == "R":
-        return Reuse()
+    if letter in REUSED:
+        return Reuse(extrapolate=letter == "E")
     if letter in FULLS:
         return Attend(Full(), share_cfg=letter == "C")
     return Attend(Arrow(near if letter in "wvWV" else far, residual=letter in RESIDUAL), share_cfg=letter in HALVES)
@@ -106,9 +134,18 @@ def compressed(bench: Bench, the_plan: ah.Plan, inputs: dict[str, Any], **settin
         return trace(bench, inputs)
 
 
+@dataclass(frozen=True)
+class Computed:
+    """What a layer gave in a step in which it was computed, (B, N, C), perhaps for the conditional branch alone."""
+
+    step: int
+    out: Tensor
+    shared: bool
+
+
 @dataclass
 class Memory:
-    """One run of the formulas: the step, and of every layer the last output and the last full step's residuals."""
+    """One run of the formulas: the step, and of every layer the outputs computed and the last full step's residuals."""
 
     bench: Bench
     near: int
@@ -118,7 +155,7 @@ class Memory:
     step: int = -1
     row: str = ""
     frozen: bool = False
-    outputs: dict[int, Tensor] = field(default_factory=dict)  # layer: (B, N, C)
+    outputs: dict[int, list[Computed]] = field(default_factory=dict)  # of each layer
     residuals: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # layer, radius: (B, H, N, D)
 
     def half(self, batch: int, conditional: bool = True) -> slice:
@@ -130,7 +167,9 @@ class Memory:
         """What the attention module of a layer gives for x, (B, N, C)."""
         letter = self.row[layer]
         if letter == "R":
-            return self.outputs[layer]
+            return self.outputs[layer][-1].out
+        if letter == "E":
+            return self.line(self.outputs[layer])
         shared = letter in HALVES and self.guided
         rows = self.half(len(x), self.fault != "unconditional computed") if shared else slice(None)
         q, k, v = (
@@ -153,7 +192,22 @@ class Memory:
         if shared:
             out = torch.cat([out, out])
         if not self.frozen and not (self.fault == "output stale" and layer in self.outputs):
-            self.outputs[layer] = out
+            self.outputs.setdefault(layer, []).append(Computed(self.step, out, shared))
+        return out
+
+    def line(self, computed: Sequence["Computed"]) -> Tensor:
+        """What the line through the last two outputs is at this step."""
+        b, a = computed[-2:]
+        change, steps, lag = a.out - b.out, a.step - b.step, self.step - a.step
+        if self.fault == "slope stale":
+            change = computed[1].out - computed[0].out
+        if self.fault == "a step on, however late":
+            lag = 1
+        if self.fault == "as if computed in a row":
+            steps = 1
+        out = a.out + change * lag / steps
+        if a.shared and self.fault != "a line for each branch":
+            out = torch.cat([out[self.half(len(out), self.fault != "the unconditional line")]] * 2)
         return out
 
 

@@ -15,8 +15,6 @@ from safetensors.torch import save_file
 import arrowhead as ah
 from arrowhead.errors import InputsInvalid
 
-pytestmark = pytest.mark.slow  # minutes, all of them together; some fail still, see LOG.md
-
 TENSORS = ("outputs", "residuals")
 few = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

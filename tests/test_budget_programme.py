@@ -8,7 +8,7 @@ from budget import Past, continued, described, every_column
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arrowhead.methods import AST, Attend
+from arrowhead.methods import AST, FORECAST, Attend
 from arrowhead.search.budget.given import START, Choices, Given
 from arrowhead.search.budget.programme import Programme
 
@@ -18,7 +18,7 @@ def problems(draw):
     """Choices, steps, damages (some infinite) and costs of two columns, prices of what is held, if any, and a multiplier."""
     share_cfg, residual, reuse = draw(st.booleans()), draw(st.booleans()), draw(st.booleans())
     radii = draw(st.sampled_from([(), (3,), (8, 3)]))
-    choices = Choices(radii, draw(st.integers(0, 3)), share_cfg, residual, reuse)
+    choices = Choices(radii, draw(st.integers(0, 3)), share_cfg, residual, reuse, draw(st.booleans()))
     steps = draw(st.integers(2, 4))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     programme = Programme(choices)
@@ -64,9 +64,10 @@ def test_is_the_best_of_all_columns(problem):
         assert total[mine[0]] == pytest.approx(total.min())
 
 
+@pytest.mark.parametrize("extrapolate", [False, True])
 @pytest.mark.parametrize("ages", [1, 2])
-def test_five_steps_with_everything(ages):
-    choices = Choices((4,), ages, share_cfg=True)
+def test_five_steps_with_everything(ages, extrapolate):
+    choices = Choices((4,), ages, share_cfg=True, extrapolate=extrapolate)
     programme, rng = Programme(choices), np.random.default_rng(ages)
     damage, cost = rng.random((5, len(programme.givens), 1)), rng.random((len(programme.spendings), 1))
     harmed, spent = values(every_column(choices, 5), programme, damage, cost, 0)
@@ -82,10 +83,11 @@ def open_moves(choices, memory):
 @pytest.mark.parametrize("share_cfg", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("reuse", [False, True])
+@pytest.mark.parametrize("extrapolate", [False, True])
 @pytest.mark.parametrize("ages", [0, 1, 3])
-def test_neither_less_nor_more_may_follow_a_column_than_should(share_cfg, residual, reuse, ages):
+def test_neither_less_nor_more_may_follow_a_column_than_should(share_cfg, residual, reuse, extrapolate, ages):
     """Side by side with the account kept here, for six steps; and the programme knows of each move, and of no other."""
-    choices = Choices((4, 2), ages, share_cfg, residual, reuse)
+    choices = Choices((4, 2), ages, share_cfg, residual, reuse, extrapolate)
     seen, frontier = set(), {(Past(), START)}
     for _ in range(6):
         found = {}
@@ -97,7 +99,8 @@ def test_neither_less_nor_more_may_follow_a_column_than_should(share_cfg, residu
             for key, longer in mine.items():
                 step = len(longer.gave)
                 full = (min(step - longer.full[0], ages + 1), *longer.full[1:])
-                found[described(longer.output, step), full, theirs[key]] = longer  # what may follow depends on this alone
+                before = longer.before and (min(step - longer.before[0], ages + 1), *longer.before[1:])
+                found[described(longer.output, step), full, before, theirs[key]] = longer  # what follows depends on this alone
         frontier = {(longer, key[-1]) for key, longer in found.items()}
     programme = Programme(choices)
     assert {(move.cell, move.writes, move.given) for move in programme.moves} == seen
@@ -116,3 +119,18 @@ def test_at_no_price_full_attention_and_at_a_high_one_the_cheapest_column():
     bold = programme.cells(programme.solve(damage, dear, 1e6).moves[:, 0])
     assert bold.count(AST) == 5
     assert bold.count(Attend()) == 1, "an arrow costs less, while something is remembered"
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_lines_are_chosen_where_they_alone_do_no_damage(share):
+    """Through two outputs of full attention, both shared or both not, the second of which may be some steps old."""
+    programme = Programme(Choices((4,), 4, share_cfg=True, extrapolate=True))
+    on_line = [g.earlier is not None and g.earlier.share == g.share == share for g in programme.givens]
+    damage = np.tile(np.where(on_line, 0.0, 1.0)[:, None], (6, 1, 1))
+    solution = programme.solve(damage, np.zeros((len(programme.spendings), 1)), 1.0)
+    cells = programme.cells(solution.moves[:, 0])
+    assert (cells.count(FORECAST), solution.damage[0]) == (3, 3.0)
+    for step, gives in enumerate(programme.givens_of(solution.moves[:, 0])):
+        if gives.earlier is not None:
+            assert cells[step - gives.lag] == cells[step - gives.earlier.lag] == Attend(share_cfg=share)
+            assert gives.lag < gives.earlier.lag <= 4

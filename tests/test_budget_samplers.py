@@ -23,7 +23,7 @@ from arrowhead.errors import NotIntercepted
 from arrowhead.search.budget.samplers import Sampling, observed
 from arrowhead.tiny.pipeline import TinyDiTPipeline
 
-pytestmark = pytest.mark.slow  # minutes, all of them together; some fail still, see LOG.md
+pytestmark = pytest.mark.slow  # minutes, all of them together
 
 STEPS = 7
 SCHEDULERS = {

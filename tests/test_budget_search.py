@@ -12,7 +12,7 @@ import arrowhead as ah
 from arrowhead.errors import AlreadyApplied, InputsInvalid
 from arrowhead.search.budget.record import record
 
-pytestmark = pytest.mark.slow  # minutes, all of them together; some fail still, see LOG.md
+pytestmark = pytest.mark.slow  # minutes, all of them together
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 with_and_without = pytest.mark.parametrize("guidance", [3.0, 1.0], ids=["guided", "alone"])

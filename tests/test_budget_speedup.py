@@ -20,7 +20,7 @@ from arrowhead.search.budget.costs import SecondCosts, timed
 from arrowhead.search.budget.given import Choices
 from arrowhead.search.budget.programme import Programme
 
-pytestmark = pytest.mark.slow  # minutes, all of them together; some fail still, see LOG.md
+pytestmark = pytest.mark.slow  # minutes, all of them together
 
 
 def some_seconds(seed, table, share=True):

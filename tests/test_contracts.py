@@ -11,13 +11,26 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, HeunDiscreteScheduler
 from pipelines import BENCHES, JOINT, dit, pixart_alpha, pixart_sigma, tiny, tiny_mmdit
-from replay import FULLS, HALVES, NAMES, assert_identical, assert_same, compressed, distance, plan, random_grid, replay, trace
+from replay import (
+    FULLS,
+    HALVES,
+    NAMES,
+    assert_identical,
+    assert_same,
+    compressed,
+    distance,
+    plan,
+    random_grid,
+    replay,
+    rows_held,
+    trace,
+)
 from untouched import left_as_it_was, parts, tensors_like
 
 import arrowhead as ah
 from arrowhead.errors import ArrowheadError, BandCoversAll, ShareCfgIgnored
 
-MIXED = ["FFF", "WXV", "RRW", "CwR", "VYR"]
+MIXED = ["FFF", "WXV", "REW", "CwR", "VYE"]
 ALL = BENCHES | JOINT
 
 
@@ -129,9 +142,7 @@ def held_after(grid, bench, images, itemsize=8):
     for step in range(len(grid)):
         rows = 0
         for column in zip(*grid, strict=True):
-            if "".join(column[step + 1 : step + 2]) == "R":
-                computed = max(i for i in range(step + 1) if column[i] != "R")
-                rows += 1 if column[computed] in HALVES else 2
+            rows += rows_held(column, step, HALVES)
             fulls = [i for i in range(len(grid)) if column[i] in FULLS] + [len(grid)]
             made = max((i for i in fulls if i <= step), default=None)
             if made is None:

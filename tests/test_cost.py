@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from independent import (
+    WHOLE,
     by_head,
     dense_mask,
     few,
@@ -133,7 +134,7 @@ def test_sharing_costs_half_under_guidance_and_nothing_changes_without(plan):
 def elements(site, what, tokens):
     """Numbers in one sample of what a site keeps."""
     own = tokens_of(site, tokens)
-    if what[0] == "output":
+    if what in WHOLE:
         projected_out = {"all": own.visual + own.text, "visual": own.visual, "none": 0}[site.projects_out]
         return projected_out * site.channels + (own.visual + own.text - projected_out) * site.heads * site.head_dim
     return (own.visual if what[0] == "residual" else own.visual + own.text) * site.head_dim
@@ -151,7 +152,7 @@ def simulated_bytes(plan, images, itemsize):
             for row, (site, cell) in enumerate(zip(plan.target.sites, cells, strict=True)):
                 column, shared = tuple(cells[row] for cells in plan.cells), getattr(cell, "share_cfg", False)
                 held.pop((call, row, "handed over"), None)
-                for what in reads(cell, site.heads):
+                for what in reads(column, step, site.heads):
                     if not readers(column, step, what, site.heads):
                         held.pop((call, row, what), None)
                 stored = {} if isinstance(cell, Reuse) or (shared and call) else made(column, step, site.heads)

@@ -1,7 +1,7 @@
 """Feed-forwards as sites of a plan: computed, for one branch alone, or reused, against forwards replaced by hand."""
 
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import contextmanager
 
 import pytest
@@ -16,10 +16,10 @@ import arrowhead as ah
 from arrowhead.apply import target_of
 from arrowhead.errors import PlanMismatch, ProcessorReplaced
 from arrowhead.layout import Tokens
-from arrowhead.methods import ASC, AST, FULL, Attend, Cached, Full
+from arrowhead.methods import ASC, AST, FORECAST, FULL, Attend, Cached, Full
 from arrowhead.models import EVERYTHING, find
 
-CELLS = {"F": FULL, "C": ASC, "R": AST}
+CELLS = {"F": FULL, "C": ASC, "R": AST, "E": FORECAST}
 MAKES = {**BENCHES, **JOINT}
 
 
@@ -40,27 +40,38 @@ def plan_of(bench, rows, attention=FULL, guided=True):
 
 def random_rows(seed, steps, layers):
     draw = random.Random(seed)
-    return ["".join(draw.choice("FC") for _ in range(layers))] + [
-        "".join(draw.choice("FCRR") for _ in range(layers)) for _ in range(steps - 1)
-    ]
+    columns = []
+    for _ in range(layers):
+        column = ""
+        for _ in range(steps):
+            computed = sum(letter in "FC" for letter in column)
+            column += draw.choice("FC" + "RR" * (computed > 0) + "EEE" * (computed > 1))
+        columns.append(column)
+    return ["".join(row) for row in zip(*columns, strict=True)]
 
 
 @contextmanager
 def by_hand(bench, rows):
     """Forwards that do what the letters say, and know nothing of arrowhead."""
-    blocks, step, last = bench.pipe.transformer.transformer_blocks, Counter(), {}
+    blocks, step, last = bench.pipe.transformer.transformer_blocks, Counter(), defaultdict(list)
+
+    def conditional(x):
+        return x.chunk(2)[not bench.conditional_first]
 
     def forward_of(layer, ff):
         own = type(ff).forward
 
         def forward(x):
-            letter = rows[step[layer]][layer]
+            now, letter = step[layer], rows[step[layer]][layer]
             step[layer] += 1
-            if letter != "R":
-                first, second = x.chunk(2)
-                conditional = first if bench.conditional_first else second
-                last[layer] = own(ff, x) if letter == "F" else torch.cat([own(ff, conditional)] * 2)
-            return last[layer]
+            if letter in "FC":
+                out = own(ff, x) if letter == "F" else torch.cat([own(ff, conditional(x))] * 2)
+                last[layer].append((now, letter, out))
+            if letter != "E":
+                return last[layer][-1][-1]
+            (b, _, before), (a, shared, after) = last[layer][-2:]
+            line = (after * (now - b) - before * (now - a)) / (a - b)
+            return torch.cat([conditional(line)] * 2) if shared == "C" else line
 
         return forward
 
@@ -73,16 +84,25 @@ def by_hand(bench, rows):
             del block.ff.forward
 
 
+def assert_as_by_hand(bench, rows, seed):
+    inputs = {"seed": seed, "images": 2}
+    got = compressed(bench, plan_of(bench, rows), bench.inputs(**inputs))
+    with by_hand(bench, rows):
+        wanted = trace(bench, bench.inputs(**inputs))
+    assert_same(got, wanted)
+    assert distance(got, trace(bench, bench.inputs(**inputs))) > 0.01
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_cells_of_feed_forwards(any_bench, seed):
-    layers = len(any_bench.pipe.transformer.transformer_blocks)
-    rows = random_rows(seed, 5, layers)
-    inputs = {"seed": seed, "images": 2}
-    got = compressed(any_bench, plan_of(any_bench, rows), any_bench.inputs(**inputs))
-    with by_hand(any_bench, rows):
-        wanted = trace(any_bench, any_bench.inputs(**inputs))
-    assert_same(got, wanted)
-    assert distance(got, trace(any_bench, any_bench.inputs(**inputs))) > 0.01
+    rows = random_rows(seed, 5, len(any_bench.pipe.transformer.transformer_blocks))
+    assert_as_by_hand(any_bench, rows, seed)
+
+
+@pytest.mark.parametrize("columns", [("FFEEE", "FCEEE", "CFEEE"), ("CCERE", "FRCRE", "FFCEE"), ("FCEFE", "FFRFE", "FFEEC")])
+def test_lines_of_feed_forwards(any_bench, columns):
+    columns = columns[: len(any_bench.pipe.transformer.transformer_blocks)]
+    assert_as_by_hand(any_bench, ["".join(row) for row in zip(*columns, strict=True)], 5)
 
 
 def test_all_full_changes_nothing_and_removal_restores(any_bench):
@@ -147,7 +167,7 @@ def test_what_is_counted_is_what_is_multiplied(any_bench):
     weights = sum(
         m.weight.numel() for m in any_bench.pipe.transformer.transformer_blocks[0].ff.modules() if isinstance(m, nn.Linear)
     )
-    halves = sum({"F": 0, "C": 1, "R": 2}[letter] for row in rows for letter in row)
+    halves = sum({"F": 0, "C": 1, "R": 2, "E": 2}[letter] for row in rows for letter in row)
     assert raw - spent == halves * 2 * weights * any_bench.visual
     assert run.summary().flops.module == pytest.approx(the_plan.flops().module)
     assert run.summary().flops.attention == pytest.approx(1)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from accelerate import cpu_offload
 from headwise import (
     FAULTS,
+    REUSED,
     TEXT_FAULTS,
     can_follow,
     counted,
@@ -21,7 +22,7 @@ from headwise import (
     unshared,
 )
 from pipelines import JOINT, dit, pixart_sigma, sd3, sd35, tiny_mmdit
-from replay import GRIDS, assert_identical, assert_same, compressed, distance, trace
+from replay import GRIDS, assert_identical, assert_same, compressed, distance, rows_held, trace
 from torch import nn
 from untouched import left_as_it_was, tensors_like
 
@@ -51,7 +52,7 @@ def test_the_replay_without_compression_is_the_pipeline(bench):
 @pytest.mark.parametrize("images", [1, 3])
 @pytest.mark.parametrize("seed", range(3))
 def test_random_grid(bench, seed, images):
-    grid = random_grid(seed + 10 * images, 7, bench)
+    grid = random_grid(seed + 10 * images, 7, bench, lines=True)
     inputs = {"seed": seed, "images": images, "steps": 7}
     got = compressed(bench, plan(bench, grid), bench.inputs(**inputs))
     assert_same(got, replay(bench, grid, bench.inputs(**inputs)))
@@ -61,7 +62,7 @@ def test_random_grid(bench, seed, images):
 @pytest.mark.parametrize("seed", range(2))
 def test_without_guidance(bench, seed):
     """One branch in the batch: all of it is conditional."""
-    grid = unshared(random_grid(seed, 5, bench))
+    grid = unshared(random_grid(seed, 5, bench, lines=True))
     inputs = {"seed": seed, "images": 3, "guidance": 1.0}
     got = compressed(bench, plan(bench, grid, guided=False), bench.inputs(**inputs))
     assert len(got.outputs[0]) == 3
@@ -165,7 +166,7 @@ def test_a_plan_of_heads_leaves_nothing(joint):
 @pytest.mark.parametrize("images", [1, 2])
 @pytest.mark.parametrize("seed", range(2))
 def test_the_summary_counts_what_was_done(bench, seed, images):
-    grid = random_grid(seed + 30, 6, bench)
+    grid = random_grid(seed + 30, 6, bench, lines=True)
     the_plan = plan(bench, grid)
     with ah.applied(bench.pipe, the_plan) as run:
         bench.pipe(**bench.inputs(images=images, steps=6))
@@ -213,7 +214,7 @@ def wanted_work(bench, grid, images=1, apart=lambda attn: True):
     linear = attention = 0
     for row in grid:
         for word, attn in zip(row.split(), bench.attentions, strict=True):
-            if word == "R":
+            if word in REUSED:
                 continue
             samples, (width, channels) = images * (1 if "+" in word else 2), attn.to_q.weight.shape
             joint = attn.add_q_proj is not None
@@ -300,11 +301,9 @@ def held_after(bench, grid, images, itemsize=8):
         elements = 0
         for column, attn in zip(columns, bench.attentions, strict=True):
             n, width = bench.visual + bench.text * (attn.add_q_proj is not None), attn.to_q.out_features
-            if column[step + 1 : step + 2] == ("R",):
-                computed = max(i for i in range(step + 1) if column[i] != "R")
-                elements += n * width * (1 if "+" in column[computed] else 2)
+            elements += n * width * rows_held(column, step, [word for word in column if "+" in word])
             for head in range(attn.heads):
-                letters = [word if word == "R" else methods(word, attn.heads)[head] for word in column]
+                letters = [word if word in REUSED else methods(word, attn.heads)[head] for word in column]
                 kinds = [("K", "FwWxX", n), ("W", "F", bench.visual), ("X", "F", bench.visual)]
                 for reads, makes, length in kinds:
                     made = [i for i, letter in enumerate(letters) if letter in makes] + [len(grid)]
@@ -323,7 +322,7 @@ def held_after(bench, grid, images, itemsize=8):
 @pytest.mark.parametrize("seed", range(2))
 def test_only_what_is_read_later_is_remembered(make, seed):
     bench = make()
-    grid, said = random_grid(seed + 20, 7, bench), []
+    grid, said = random_grid(seed + 20, 7, bench, lines=True), []
     with ah.applied(bench.pipe, plan(bench, grid)) as run:
         hook = bench.pipe.transformer.register_forward_hook(lambda *_: said.append(run.cache_bytes))
         bench.pipe(**bench.inputs(images=2, steps=7))
@@ -337,6 +336,7 @@ LASTING = {
     "heads that one branch repeats": ["F F F", "K+ K+ K+"],
     "residuals of one branch": ["F F F", "W+ X+ W+"],
     "reuse": ["F w+ F", "R R R"],
+    "lines": ["F w+ F", "KFF F F+", "E E R", "F R E", "F F E", "R E E"],
 }
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 from hypothesis import given
-from independent import any_columns, by_head, few, for_one_branch, reads, renews, told_apart
+from independent import WHOLE, any_columns, by_head, few, for_one_branch, reads, renews, told_apart
 
 from arrowhead.lifetimes import HeadOutput, Residual, Writes, first_fault, lifetimes
-from arrowhead.methods import ASC, AST, FULL, Arrow, Attend, Cached, Full, Reuse, wa_rs
+from arrowhead.methods import ASC, AST, FORECAST, FULL, Arrow, Attend, Cached, Full, Reuse, wa_rs
 
 WA = Attend(Arrow(3))
 BAND, RESIDUAL, CACHED = Arrow(3), Arrow(3, residual=True), Cached()
@@ -13,7 +13,8 @@ BAND, RESIDUAL, CACHED = Arrow(3), Arrow(3, residual=True), Cached()
 
 def stored(writes, heads):
     """What is written, name by name: (name, last reader promised, for the conditional branch alone)."""
-    found = [(("output",), writes.output_until, False)] if writes.output_until is not None else []
+    whole = zip(WHOLE, (writes.output_until, writes.slope_until), strict=True)
+    found = [(name, until, False) for name, until in whole if until is not None]
     for entry in writes.residuals + writes.head_outputs:
         name = ("residual", entry.radius) if isinstance(entry, Residual) else ("head",)
         whose = range(heads) if entry.heads is None else entry.heads
@@ -25,7 +26,7 @@ def replay(column):
     """Follow the writes: (step written, name) -> (last reader promised, for one branch, readers by their steps)."""
     entries, latest, heads = {}, {}, told_apart(column)
     for step, (cell, writes) in enumerate(zip(column, lifetimes(column), strict=True)):
-        for name in reads(cell, heads):
+        for name in reads(column, step, heads):
             assert name in latest, f"step {step} reads {name}, which nothing wrote"
             promised, _, readers = entries[latest[name]]
             assert promised >= step, f"step {step} reads {name}, which was kept until step {promised}"
@@ -41,7 +42,7 @@ def replay(column):
 @few
 @given(column=any_columns)
 def test_every_read_has_a_live_entry(column):
-    needed = sum(len(reads(cell, told_apart(column))) for cell in column)
+    needed = sum(len(reads(column, step, told_apart(column))) for step in range(len(column)))
     assert sum(len(readers) for _, _, readers in replay(column).values()) == needed
 
 
@@ -66,7 +67,7 @@ def test_only_full_heads_make_residuals_computed_ones_outputs_and_reusing_steps_
     heads = told_apart(column)
     for cell, writes in zip(column, lifetimes(column), strict=True):
         assert not isinstance(cell, Reuse) or writes == Writes()
-        for (what, *_, head), _, _ in (entry for entry in stored(writes, heads) if entry[0] != ("output",)):
+        for (what, *_, head), _, _ in (entry for entry in stored(writes, heads) if entry[0] not in WHOLE):
             method = by_head(cell, heads)[head]
             assert isinstance(method, Full) if what == "residual" else not isinstance(method, Cached)
 
@@ -141,6 +142,10 @@ def test_a_column_that_can_run_has_no_fault(column):
         ((Attend(Arrow(3), share_cfg=True), wa_rs(3)), 1, "residual"),
         ((Attend(CACHED),), 0, "repeats"),
         ((Attend(CACHED, share_cfg=True), FULL), 0, "repeats"),
+        ((FORECAST,), 0, "reuses"),
+        ((FULL, FORECAST), 1, "extrapolates"),
+        ((ASC, AST, AST, FORECAST), 3, "extrapolates"),
+        ((WA, FORECAST, FULL), 1, "extrapolates"),
     ],
 )
 def test_the_first_read_of_what_nothing_wrote_is_named(column, step, word):
@@ -172,6 +177,8 @@ def test_the_first_head_that_reads_what_nothing_wrote_is_named(column, head, ste
     "column",
     [
         (ASC, wa_rs(3)),
+        (FULL, AST, ASC, AST, FORECAST, FORECAST),
+        (WA, Attend(CACHED), FORECAST),
         (FULL, AST, wa_rs(3)),
         (FULL, wa_rs(3), AST, wa_rs(3)),
         (WA, AST, ASC, AST, wa_rs(3, share_cfg=True)),

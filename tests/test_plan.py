@@ -14,7 +14,7 @@ from independent import by_head, few, plans
 from arrowhead.apply import target_of
 from arrowhead.errors import PlanInvalid, PlanMismatch
 from arrowhead.layout import Site, Tokens
-from arrowhead.methods import ASC, AST, FULL, Arrow, Attend, Cached, Full, Reuse, paper_name, wa_rs
+from arrowhead.methods import ASC, AST, FORECAST, FULL, Arrow, Attend, Cached, Full, Reuse, paper_name, wa_rs
 from arrowhead.plan import SYMBOLS, Plan, Target
 
 SITES = (Site("blocks.0.attn1", 2, 8, 16), Site("blocks.1.attn1", 4, 8, 32))
@@ -78,6 +78,20 @@ class TestRoundTrip:
             "K": {"does": "attend", "heads": "cached", "share_cfg": False},
         }
         assert Plan.load(tmp_path / "plan.json") == plan
+
+    def test_lines_are_spelt(self, tmp_path):
+        plan = replace(PLAN, cells=((FULL, FULL), (ASC, FULL), (FORECAST, AST), (FORECAST, FORECAST)))
+        plan.save(tmp_path / "plan.json")
+        content = strict_json((tmp_path / "plan.json").read_text())
+        assert content["cells"] == ["F F", "C F", "E R", "E E"]
+        assert content["legend"]["E"] == {"does": "extrapolate"}
+        assert Plan.load(tmp_path / "plan.json") == plan
+        assert plan.count() == {"full": 3, "ASC": 1, "forecast": 3, "AST": 1}
+        assert plan.count_heads() == {"full": 2 + 4 + 2 + 4, "forecast": 2 + 2 + 4, "AST": 4}
+        content["calls"] = 2
+        (tmp_path / "plan.json").write_text(json.dumps(content))
+        with pytest.raises(PlanInvalid, match="2 calls"):
+            Plan.load(tmp_path / "plan.json")
 
     def test_what_people_read_comes_back_too(self, tmp_path):
         about = {"model": "tiny:dit", "search": {"threshold": 0.1, "loss": "paper"}, "seeds": [3, 4]}
@@ -168,6 +182,9 @@ UNSOUND = {
     "reuse with heads": broken(lambda c: c["legend"]["R"].update(heads="full")),
     "reuse with empty heads": broken(lambda c: c["legend"]["R"].update(heads="")),
     "equal words for more heads than there are": broken(lambda c: c["legend"]["F"].update(heads="full full full")),
+    "a line with heads": broken(lambda c: c["legend"]["R"].update(does="extrapolate", heads="full")),
+    "a line through one output": broken(lambda c: c["legend"]["R"].update(does="extrapolate")),
+    "a line that shares": broken(lambda c: c["legend"]["R"].update(does="extrapolate", share_cfg=True)),
     "reuse that shares": broken(lambda c: c["legend"]["R"].update(share_cfg=True)),
     "an unknown deed": broken(lambda c: c["legend"]["W"].update(does="dance")),
     "an unknown kind of site": broken(lambda c: c["target"]["sites"][0].update(kind="no_such_kind")),
@@ -252,6 +269,14 @@ class TestConstructor:
         with pytest.raises(PlanInvalid, match=f"got {calls} calls"):
             Plan(PLAN.cells, TARGET, TOKENS, guided, calls=calls)
 
+    def test_a_line_goes_through_outputs_of_one_call(self):
+        cells = ((FULL, FULL), (FULL, FULL), (FORECAST, FULL))
+        Plan(cells, TARGET, TOKENS, guided=True)
+        with pytest.raises(PlanInvalid, match="extrapolate with 2 calls"):
+            Plan(cells, TARGET, TOKENS, guided=True, calls=2)
+        with pytest.raises(PlanInvalid, match=f"{SITES[0].path}: step 1 extrapolates"):
+            Plan((cells[0], *cells[2:]), TARGET, TOKENS, guided=True)
+
     def test_a_negative_radius_is_no_band(self):
         with pytest.raises(ValueError, match="-1"):
             Arrow(-1)
@@ -283,9 +308,10 @@ class TestConstructor:
         count = Counter()
         for row in plan.cells:
             for cell, site in zip(row, plan.target.sites, strict=True):
-                methods = ["AST"] * site.heads if isinstance(cell, Reuse) else by_head(cell, site.heads)
+                reused = "forecast" if cell == FORECAST else "AST"
+                methods = [reused] * site.heads if isinstance(cell, Reuse) else by_head(cell, site.heads)
                 bands = {Arrow(radius, residual) for radius in range(21) for residual in (True, False)}
-                names = {"AST": "AST", Full(): "full", Cached(): "cached"}
+                names = {"AST": "AST", "forecast": "forecast", Full(): "full", Cached(): "cached"}
                 count.update((names | {b: "WA-RS" if b.residual else "WA" for b in bands})[method] for method in methods)
         assert plan.count_heads() == count
 

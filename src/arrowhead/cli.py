@@ -38,7 +38,7 @@ Plans = Annotated[list[Path], typer.Option("--plan", exists=True, dir_okay=False
 
 @app.command()
 def demo(out: Annotated[Path, typer.Option(help="folder for what is written")] = Path("demo")) -> None:
-    """Compress the bundled model, offline, and show what was saved and what it cost."""
+    """Compress the bundled models, offline, and show what was saved and what it cost."""
     from arrowhead import demo as main_job  # noqa: PLC0415  # the other commands need neither matplotlib nor torchmetrics
 
     main_job.run(out, console)

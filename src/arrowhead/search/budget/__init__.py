@@ -188,7 +188,16 @@ def _within(problem: Problem, budget: Budget) -> Allocation:
         plan = _plan(problem, budget, found)
         return max(plan.cache_bytes(table.images, table.itemsize))
 
-    return within_memory(problem, budget.fraction, peak, budget.cache_bytes)
+    found, refused = [], None
+    for each in (problem, problem.without_lines()):
+        try:
+            found.append(within_memory(each, budget.fraction, peak, budget.cache_bytes))
+        except InputsInvalid as error:
+            refused = error
+    if not found:
+        assert refused is not None
+        raise refused
+    return min(found, key=lambda allocation: allocation.damage)
 
 
 def _fast_enough(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], budget: Budget, recording: Recording) -> Plan:

@@ -12,8 +12,8 @@ class Given:
     """An output of a site, as a step sees it that gives it: made `lag` steps ago, by full attention or by an arrow.
 
     `residual_lag`: steps since the residual that the arrow added was made; None where it added none. `residual_shared`: that
-    step computed the conditional branch alone. `share`: so did the step that made the output. `earlier`: the output before it,
-    where the line through both is given.
+    step computed the conditional branch alone. `share`: so did the step that made the output. `earlier`: what the site gave
+    before that, where the line through both is given, `since` steps after the later and `gap` after the earlier of the two.
     """
 
     lag: int = 0
@@ -22,6 +22,8 @@ class Given:
     residual_shared: bool = False
     share: bool = False
     earlier: "Given | None" = None
+    since: int = 0
+    gap: int = 1
 
     @property
     def oldest(self) -> int:
@@ -32,7 +34,15 @@ class Given:
         """What a site gave a step ago, if it has been repeating it; None where this is new."""
         if self.lag == 0:
             return None
-        return self._moved(-1) if self.lag > 1 else replace(self._moved(-1), earlier=None)
+        return self._moved(-1).as_it_was() if self.since == 1 else self._moved(-1)
+
+    def as_it_was(self) -> "Given":
+        """The later output by itself."""
+        return replace(self, earlier=None, since=0, gap=1)
+
+    def continued(self, earlier: "Given", since: int, gap: int) -> "Given":
+        """The line through this output and an earlier one."""
+        return replace(self, earlier=earlier, since=since, gap=gap)
 
     def aged(self) -> "Given":
         """The same output, one step later."""
@@ -40,8 +50,10 @@ class Given:
 
     def _moved(self, steps: int) -> "Given":
         residual_lag = None if self.residual_lag is None else self.residual_lag + steps
-        earlier = None if self.earlier is None else self.earlier._moved(steps)
-        return replace(self, lag=self.lag + steps, residual_lag=residual_lag, earlier=earlier)
+        if self.earlier is None:
+            return replace(self, lag=self.lag + steps, residual_lag=residual_lag)
+        earlier, since = self.earlier._moved(steps), self.since + steps
+        return replace(self, lag=self.lag + steps, residual_lag=residual_lag, earlier=earlier, since=since)
 
 
 @dataclass(frozen=True)
@@ -108,7 +120,8 @@ class Choices:
         after = self._after(output, memory.residual, earlier)
         yield Move(Reuse(), output, Writes(), after)
         if earlier is not None:
-            yield Move(Reuse(extrapolate=True), replace(output, earlier=earlier), Writes(), after)
+            line = output.continued(earlier, output.lag, earlier.lag - output.lag)
+            yield Move(Reuse(extrapolate=True), line, Writes(), after)
         if self.extrapolate and output.radius is None and output.share in self._shares and output.lag < self.ages:
             given = Given(share=output.share)
             yield Move(Attend(Full(), output.share), given, Writes(), self._after(given, None, output))
@@ -155,11 +168,13 @@ def givens_of(column: Sequence[Cell]) -> list[Given]:
     made = whole = Given()  # the head's last computed output, and what is in the site's
     earlier: Given | None = None  # what was in the site's output before that
     full, full_shared = 0, False
+    computed, gap = 0, 1  # when the site last was, and how many steps after the time before
     for step, cell in enumerate(column):
         if isinstance(cell, Reuse):
             made, whole, earlier = made.aged(), whole.aged(), None if earlier is None else earlier.aged()
-            found.append(replace(whole, earlier=earlier) if cell.extrapolate else whole)
+            found.append(whole.continued(earlier, step - computed, gap) if earlier and cell.extrapolate else whole)
             continue
+        computed, gap = step, step - computed
         before = whole.aged()
         if isinstance(cell.method, Cached):
             made = made.aged()

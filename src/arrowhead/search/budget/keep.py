@@ -9,7 +9,9 @@ from arrowhead.search.budget.allocate import Allocation, within_damage
 from arrowhead.search.budget.problem import Problem
 
 TRIES = 5
-"""Generations that an error may take to be met, and half of those that it may take to be kept to at all."""
+"""Generations that an error may take to be met; twice as many to be kept to at all."""
+LARGEST = 1e100
+"""The largest prediction that is asked for."""
 CLOSE, AIM = 0.9, 0.95
 """A measured error is close enough from this fraction of the one asked for on, and aimed at so much of it."""
 
@@ -41,7 +43,7 @@ def keep_to(error: float, problem: Problem, measure: Callable[[Allocation], floa
     tries: list[Try] = []
     limit = error
     while True:
-        found = within_damage(problem, limit**2)
+        found = within_damage(problem, min(limit, LARGEST) ** 2)
         if tries and found.columns == tries[-1].found.columns:
             break  # nothing lies between, or nothing is cheaper
         tries.append(Try(found, found.damage**0.5, measure(found)))

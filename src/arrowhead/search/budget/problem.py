@@ -44,7 +44,7 @@ class Problem:
     """
 
     def __init__(self, table: Table, choices: Choices, costs: Costs, granularity: Granularity = "site") -> None:
-        self.table = table
+        self.table, self.choices, self.granularity = table, choices, granularity
         self.costs, self._sites = costs, table.target.sites
         self._samples = 2 if table.branches.guided else 1
         self._whole = table.steps * (costs.other + sum(costs.of(site, FULL, Writes()) for site in self._sites))
@@ -75,6 +75,10 @@ class Problem:
         if not self._groups:
             return offer
         return self._of_groups(offer, {site: own for site, (_, own) in moves.items()}, memory_price)
+
+    def without_lines(self) -> "Problem":
+        """The same without outputs that are extrapolated, which hold twice as much."""
+        return Problem(self.table, replace(self.choices, extrapolate=False), self.costs, self.granularity)
 
     @property
     def dear(self) -> float:

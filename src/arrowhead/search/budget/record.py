@@ -42,18 +42,18 @@ class Extent:
 
     `radii` None: an eighth, a 16th and a 32nd of the visual tokens. `feed_forward`: whether to look at feed-forwards, too.
     `checkpoint`: blocks run again on the way back rather than keep what they need for it (diffusers' gradient checkpointing):
-    half as long again, in a fraction of the memory. `feedback`: whether an early error counts for what the model makes of it in
-    the steps that follow (nearer to the raw latents), or all steps by what the sampler makes of them (nearer in LPIPS).
+    half as long again, in a fraction of the memory. `feedback`: from 0, where an error counts for what the sampler makes of it,
+    to 1, where it counts for what the model makes of that in the steps that follow, too (the estimate's power).
     `regions`: parts of the sequence of tokens that are looked at on their own, None: as many as make 64 products of each kind.
     The vectors follow from `seed`.
     """
 
     radii: tuple[int, ...] | None = None
-    ages: int = 6
+    ages: int = 8
     vectors: int = 1
     feed_forward: bool = True
     checkpoint: bool = False
-    feedback: bool = False
+    feedback: float = 0.5
     regions: int | None = None
     seed: int = 0
 
@@ -62,6 +62,8 @@ class Extent:
             raise InputsInvalid(f"got radii={self.radii!r}, wanted a tuple of numbers of tokens, or None")
         if self.radii is not None and not all(type(radius) is int and radius >= 0 for radius in self.radii):
             raise InputsInvalid(f"got radii={self.radii!r}, wanted numbers of tokens, 0 or more")
+        if isinstance(self.feedback, bool) or not isinstance(self.feedback, int | float) or not 0 <= self.feedback <= 1:
+            raise InputsInvalid(f"got feedback={self.feedback!r}, wanted a number from 0 to 1")
         for name, least in (("ages", 1), ("vectors", 1), ("regions", 1), ("seed", 0)):
             value = getattr(self, name)
             if value is None and name == "regions":

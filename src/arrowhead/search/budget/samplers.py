@@ -38,14 +38,14 @@ class Sampling:
             raise NotIntercepted("the pipeline never called its scheduler's step; wanted one call in every denoising step")
         return self.final.float()
 
-    def gains(self, steps: int, images: int, *, feedback: bool = True) -> tuple[float, ...]:
+    def gains(self, steps: int, images: int, *, feedback: float = 1.0) -> tuple[float, ...]:
         """Norm of the change of the final latents over that of an error in the guided output, for each step of so many images.
 
         Two factors. What the sampler alone makes of an error is measured: it is replayed with one output changed and all others
-        as they were. With `feedback` the model's answer in the steps that follow is estimated, as if data were Gaussian: if
-        latents are x_t = a·x_final + noise of variance b², the flow multiplies an error along a direction in which final
-        latents have the deviation s by s/√(a²s² + b²). a and b are measured on this run, and s along the change of the output
-        from the step before, the direction of what reuse gets wrong.
+        as they were. The model's answer in the steps that follow, to the power `feedback`, is estimated as if data were
+        Gaussian: if latents are x_t = a·x_final + noise of variance b², the flow multiplies an error along a direction in which
+        final latents have the deviation s by s/√(a²s² + b²). a and b are measured on this run, and s along the change of the
+        output from the step before, the direction of what reuse gets wrong.
 
         Raises:
             NotIntercepted: the scheduler was not called once in each of the `steps`.
@@ -63,7 +63,7 @@ class Sampling:
             if step and feedback:  # an error in the sample that this step begins with
                 error = NUDGE * sample.square().mean().sqrt() * noise
                 fixed = _ratio(self._replay(step, sample + error, scheduler, None) - reference, error)
-                found[-1] *= self._answered(step, images) / max(fixed, 1e-12)
+                found[-1] *= (self._answered(step, images) / max(fixed, 1e-12)) ** feedback
             error = NUDGE * output.float().square().mean().sqrt() * noise
             found.append(_ratio(self._replay(step, sample, scheduler, error) - reference, error))
             sample = self._step(step, sample, scheduler, None)

@@ -168,8 +168,8 @@ class Table:
     def _change(self, outputs: Tensor, residuals: Tensor, given: Given) -> Tensor:
         """Change of r·(guided output), if columns give this instead of full attention's output: (S, C, M)."""
         if given.earlier is not None:  # the line through both, at this step
-            weight = given.lag / (given.earlier.lag - given.lag)
-            later = self._change(outputs, residuals, replace(given, earlier=None))
+            weight = given.since / given.gap
+            later = self._change(outputs, residuals, given.as_it_was())
             return (1 + weight) * later - weight * self._change(outputs, residuals, given.earlier)
         pairs = self._pairs(given.share)
         found = outputs[:, :, given.lag, pairs].sum(2)

@@ -14,7 +14,7 @@ from untouched import left_as_it_was
 import arrowhead as ah
 from arrowhead.errors import InputsInvalid
 from arrowhead.lifetimes import lifetimes
-from arrowhead.methods import AST, FULL, Attend, Full
+from arrowhead.methods import FULL, Attend, Full, Reuse
 from arrowhead.search.budget.allocate import within_cost
 from arrowhead.search.budget.costs import SecondCosts, timed
 from arrowhead.search.budget.given import Choices
@@ -29,9 +29,9 @@ def some_seconds(seed, table, share=True):
     for site in table.target.sites:
         shape = replace(site, path="")
         radii = table.radii if site.kind == "self_attention" else ()
-        for cell, _ in Programme(Choices(radii, table.ages, share)).spendings:
+        for cell, _ in Programme(Choices(radii, table.ages, share, extrapolate=True)).spendings:
             if (shape, cell) not in cells:
-                cells[shape, cell] = 1.0 if cell == FULL else 0.01 if cell == AST else rng.uniform(0.2, 0.9)
+                cells[shape, cell] = 1.0 if cell == FULL else 0.01 if isinstance(cell, Reuse) else rng.uniform(0.2, 0.9)
         for radius in radii:
             residuals[shape, radius, False] = rng.uniform(0.0, 0.3)
             residuals[shape, radius, True] = rng.uniform(0.0, residuals[shape, radius, False])
@@ -57,7 +57,7 @@ def test_the_best_there_is_lies_between_the_bound_and_what_is_found(seed, data, 
     columns, harm, cost = [], [], []
     whole = 3 * (2.0 + seconds.other)
     for place, site in enumerate(table.target.sites):
-        choices = Choices(table.radii if site.kind == "self_attention" else (), ages, share)
+        choices = Choices(table.radii if site.kind == "self_attention" else (), ages, share, extrapolate=True)
         columns.append(list(dict.fromkeys(tuple(cell for cell, _ in past.spent) for past in every_column(choices, 3))))
         harm.append(np.array([damage_of(table, table.heads(place), column) for column in columns[-1]]))
         cost.append(np.array([seconds_of(site, column, seconds) for column in columns[-1]]) / whole)
@@ -76,7 +76,7 @@ def test_the_best_there_is_lies_between_the_bound_and_what_is_found(seed, data, 
 @pytest.mark.parametrize(("family", "guidance"), [*((family, 3.0) for family in FAMILIES), ("flux", 1.0)])
 def test_all_that_may_be_chosen_is_timed_and_no_trace_is_left(family, guidance):
     bench = FAMILIES[family]()
-    choices = Choices((4, 2), 3, share_cfg=guidance > 1)
+    choices = Choices((4, 2), 3, share_cfg=guidance > 1, extrapolate=True)
     table = ah.calibrate(bench.pipe, bench.inputs(guidance=guidance, steps=2), progress=False)
     with left_as_it_was(bench, guidance=guidance):
         seconds = timed(bench.pipe, bench.inputs(guidance=guidance), choices)

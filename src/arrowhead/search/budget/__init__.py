@@ -7,6 +7,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from tqdm.auto import tqdm
 
 from arrowhead.errors import InputsInvalid
@@ -225,7 +226,7 @@ def _fast_enough(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], budget: B
 def _recorded(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], extent: Extent, progress: bool) -> Recording:
     """Drain a calibration behind a bar over the steps."""
     steps = record(pipe, inputs, extent)
-    with closing(steps), tqdm(desc="calibrate", unit="step", disable=not progress) as bar:
+    with torch.inference_mode(False), closing(steps), tqdm(desc="calibrate", unit="step", disable=not progress) as bar:
         while True:
             try:
                 step, bar.total = next(steps)

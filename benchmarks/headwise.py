@@ -193,6 +193,7 @@ def measure(model: Model, tools: Annotated[Path, typer.Option(help="folder of pe
             "psnr": psnr(images, raw),
         }
         pictures[name] = images[:8]
+    drawn = out / f"headwise_{model}.png"
     shown = ("raw", f"δ = {THRESHOLDS[0]}", f"δ = {MIDDLE}", f"δ = {THRESHOLDS[-1]}")
     write(
         out / f"headwise_{model}.json",
@@ -200,7 +201,7 @@ def measure(model: Model, tools: Annotated[Path, typer.Option(help="folder of pe
         {"images": len(raw), "settings": table, "at_greedy_budgets": at_greedy_budgets(table)},
     )
     draw.image_grid(
-        {name: pictures[name] for name in shown}, [p.removeprefix("a ") for p in PROMPTS[:8]], out / f"headwise_{model}.png"
+        {name: pictures[name] for name in shown}, [f"{n}\n{p.split()[1]}" for n, p in zip(NAMES, PROMPTS, strict=False)], drawn
     )
     middle = plans[f"δ = {MIDDLE}"]
     draw.head_map(middle, len(middle.target.sites) // 2, out / f"headwise_{model}_heads.png")

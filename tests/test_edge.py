@@ -4,6 +4,7 @@ import json
 import os
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import arrowhead as ah
 from arrowhead import cli, demo
 from arrowhead.errors import InputsInvalid
 from arrowhead.evaluate import evaluate
-from arrowhead.methods import FULL, Attend
+from arrowhead.methods import FULL, Reuse, paper_name
 from arrowhead.metrics.images import psnr, ssim
 
 ROOT = Path(__file__).parent.parent
@@ -151,21 +152,32 @@ def test_evaluation_refuses_what_it_cannot_pair(wrong):
 
 
 def test_demo_writes_what_it_promises(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "STEPS", 4)
-    monkeypatch.setattr(demo, "SEEDS", (0, 1))
-    monkeypatch.setattr(demo, "CALIBRATION_LABELS", [3])
+    dit, mmdit = demo.SHOWS
+    small = (
+        replace(dit, common={**dit.common, "num_inference_steps": 6}, calibration=(3,), seeds=(0, 1)),
+        replace(mmdit, model="mmdit32", common={**mmdit.common, "num_inference_steps": 5}, calibration=mmdit.calibration[:1]),
+    )
+    monkeypatch.setattr(demo, "SHOWS", small)
     said = invoke("demo", "--out", tmp_path)
     assert said.startswith("You are looking at")
-    assert {p.name for p in tmp_path.iterdir()} == {"plan.json", "plan.png", "images.png", "results.json"}
-    results = json.loads((tmp_path / "results.json").read_text())
-    strong = ah.Plan.load(tmp_path / "plan.json")
-    measured = results["plans"]["D5"]
-    assert results["images"] == 20
-    assert measured["flops"]["module"] == pytest.approx(strong.flops().module)
-    assert sum(measured["cells"].values()) == 4 * 8
-    assert measured["cells"].get("AST", 0) == sum(not isinstance(cell, Attend) for row in strong.cells for cell in row)
-    assert measured["flops"]["attention"] <= results["plans"]["D2"]["flops"]["attention"] <= 1
-    assert measured["peak_cache_bytes"] == max(strong.cache_bytes(images=10, itemsize=4))
+    assert {p.name for p in tmp_path.iterdir()} == {"dit", "mmdit32"}
+    for model, asks, sites, steps, images in (("dit", "class_labels", 16, 6, 20), ("mmdit32", "prompt", 17, 5, 6)):
+        folder = tmp_path / model
+        assert {p.name for p in folder.iterdir()} == {"plan.json", "plan.png", "images.png", "results.json"}
+        results = json.loads((folder / "results.json").read_text())
+        strong = ah.Plan.load(folder / "plan.json")
+        measured = results["plans"]["a third"]
+        assert results["images"] == images
+        assert measured["flops"]["module"] == pytest.approx(strong.flops().module)
+        assert sum(measured["cells"].values()) == steps * sites
+        reused = [paper_name(cell) for row in strong.cells for cell in row if isinstance(cell, Reuse)]
+        assert reused
+        assert [measured["cells"].get(name, 0) for name in ("AST", "forecast")] == [
+            reused.count("AST"),
+            reused.count("forecast"),
+        ]
+        assert measured["flops"]["module"] <= results["plans"]["half"]["flops"]["module"] <= 1
+        assert measured["peak_cache_bytes"] == max(strong.cache_bytes(images=len(results["inputs"][asks]), itemsize=4))
 
 
 def test_bundled_model_follows_its_labels():

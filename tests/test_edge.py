@@ -4,6 +4,7 @@ import json
 import os
 import runpy
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -157,11 +158,12 @@ def test_demo_writes_what_it_promises(tmp_path, monkeypatch):
         replace(dit, common={**dit.common, "num_inference_steps": 6}, calibration=(3,), seeds=(0, 1)),
         replace(mmdit, model="mmdit32", common={**mmdit.common, "num_inference_steps": 5}, calibration=mmdit.calibration[:1]),
     )
+    small = tuple(replace(show, drawn=show.drawn[:3], titles=show.titles[:3]) for show in small)
     monkeypatch.setattr(demo, "SHOWS", small)
     said = invoke("demo", "--out", tmp_path)
     assert said.startswith("You are looking at")
     assert {p.name for p in tmp_path.iterdir()} == {"dit", "mmdit32"}
-    for model, asks, sites, steps, images in (("dit", "class_labels", 16, 6, 20), ("mmdit32", "prompt", 17, 5, 6)):
+    for model, asks, sites, steps, images in (("dit", "class_labels", 16, 6, 6), ("mmdit32", "prompt", 12, 5, 3)):
         folder = tmp_path / model
         assert {p.name for p in folder.iterdir()} == {"plan.json", "plan.png", "images.png", "results.json"}
         results = json.loads((folder / "results.json").read_text())
@@ -172,10 +174,7 @@ def test_demo_writes_what_it_promises(tmp_path, monkeypatch):
         assert sum(measured["cells"].values()) == steps * sites
         reused = [paper_name(cell) for row in strong.cells for cell in row if isinstance(cell, Reuse)]
         assert reused
-        assert [measured["cells"].get(name, 0) for name in ("AST", "forecast")] == [
-            reused.count("AST"),
-            reused.count("forecast"),
-        ]
+        assert {name: measured["cells"].get(name, 0) for name in set(reused)} == Counter(reused)
         assert measured["flops"]["module"] <= results["plans"]["half"]["flops"]["module"] <= 1
         assert measured["peak_cache_bytes"] == max(strong.cache_bytes(images=len(results["inputs"][asks]), itemsize=4))
 

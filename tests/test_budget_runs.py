@@ -229,3 +229,19 @@ def test_within_a_damage_with_lines_and_regions():
         assert found.damage <= part * worst
         real = sum(damage_of(table, table.heads(i), column) for i, column in enumerate(found.columns))
         assert found.damage == pytest.approx(real, rel=1e-4)
+
+
+def test_vectors_are_not_the_noise_that_the_run_begins_with(monkeypatch):
+    """With one seed for both."""
+    bench, drawn, own = FAMILIES["dit"](), [], torch.randn
+
+    def randn(*args, **kwargs):
+        drawn.append(own(*args, **kwargs))
+        return drawn[-1]
+
+    monkeypatch.setattr(torch, "randn", randn)
+    ah.calibrate(bench.pipe, bench.inputs(steps=2), extent=ah.Extent(ages=1, seed=0), progress=False)
+    *_, first, second = drawn  # one vector a step
+    noise = own(first.shape, generator=torch.Generator().manual_seed(0)).flatten()
+    for vector in (first, second):
+        assert abs(torch.corrcoef(torch.stack([vector.flatten(), noise]))[0, 1]) < 0.5

@@ -36,6 +36,10 @@ PRODUCTS = 64
 least of many candidates would be those that are underestimated."""
 
 
+APART = 0x51DE0F7E
+"""Added to the vectors' seed, lest they be the very noise that the run began with: seeds of pictures are small numbers."""
+
+
 @dataclass(frozen=True)
 class Extent:
     """How far a calibration looks: arrows of which radii, outputs and residuals of how many steps ago, by how many vectors.
@@ -131,7 +135,7 @@ class _Recorder:
     def __init__(self, sites: Sequence[Site], tokens: Tokens, guidance: Guidance, extent: Extent) -> None:
         self._sites, self._tokens, self._guidance, self._extent = tuple(sites), tokens, guidance, extent
         self._radii = extent.bands(tokens)
-        self._generator = torch.Generator().manual_seed(extent.seed)
+        self._generator = torch.Generator()
         self._kept: dict[str, deque[_Kept]] = {site.path: deque(maxlen=extent.ages + 1) for site in sites}
         self._inside: list[FlopCounterMode] = []  # of the sites in the first step
         self._other_flops = 0.0  # of all else, for one image in a step
@@ -141,7 +145,7 @@ class _Recorder:
     def follow(self, step: Step) -> None:
         """One step: forward, back, and the products of what comes back with what is kept."""
         probes: dict[str, Tensor] = {}
-        self._generator.manual_seed(self._extent.seed)  # the same vectors in every step: what steps do adds up
+        self._generator.manual_seed(APART + self._extent.seed)  # the same vectors in every step: what steps do adds up
         counting = flop_counter() if not self._products else nullcontext()  # the first step tells for all
         with ExitStack() as counted:
             whole = counted.enter_context(counting)

@@ -1,4 +1,4 @@
-"""Plans found under a budget beside the papers' searches and blind reuse, at equal FLOPs, on either bundled model.
+"""Plans found under a budget beside the papers' searches and blind reuse, at equal FLOPs, on a bundled model.
 
     python benchmarks/budget.py search dit
     python benchmarks/budget.py generate dit
@@ -43,10 +43,10 @@ SEED = 10_000
 
 
 class Name(StrEnum):
-    """The bundled models."""
+    """The bundled models of 256 tokens."""
 
     DIT = "dit"
-    MMDIT = "mmdit32"
+    MMDIT32 = "mmdit32"
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ CASES = {
         [i % 10 for i in range(100)],
         10,
     ),
-    Name.MMDIT: Case(
+    Name.MMDIT32: Case(
         {"num_inference_steps": headwise.STEPS, "guidance_scale": headwise.GUIDANCE, "output_type": "pt"},
         "prompt",
         headwise.CALIBRATION,
@@ -94,7 +94,7 @@ Only = Annotated[list[str] | None, typer.Option(help="settings to make; all when
 
 def settings(name: Name) -> dict[str, dict[str, Any]]:
     """What is searched for."""
-    return FOUND | (HEADWISE if name is Name.MMDIT else {})
+    return FOUND | (HEADWISE if name is Name.MMDIT32 else {})
 
 
 def work_of(name: Name) -> Path:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from replay import cell
 
 import arrowhead as ah
-from arrowhead.errors import InputsInvalid
+from arrowhead.errors import InputsInvalid, PlanMismatch
 from arrowhead.methods import FORECAST, FULL
 from arrowhead.search.budget.allocate import within_damage
 from arrowhead.search.budget.given import Choices, Given, givens_of
@@ -168,6 +168,14 @@ def test_two_calls_have_no_lines():
     assert "forecast" not in ah.solve(table, ah.Budget(module_flops=0.4, granularity="site")).count()
 
 
+def test_an_unguided_plan_with_lines_meets_two_calls():
+    table = synthetic(0, steps=4, count=1, guided=False)
+    plan = ah.Plan(((FULL,), (FULL,), (FORECAST,), (FULL,)), table.target, table.tokens, guided=False)
+    plan.require_call(4, table.tokens, 1)
+    with pytest.raises(PlanMismatch, match="extrapolates outputs, pipeline makes 2 calls"):
+        plan.require_call(4, table.tokens, 2)
+
+
 def test_heads_with_ways_of_their_own_have_no_lines():
     table = synthetic(0, steps=8, count=3, heads=4, ages=6, uneven=True)
     plan = ah.solve(table, ah.Budget(module_flops=0.4, granularity="head"))
@@ -245,3 +253,17 @@ def test_vectors_are_not_the_noise_that_the_run_begins_with(monkeypatch):
     noise = own(first.shape, generator=torch.Generator().manual_seed(0)).flatten()
     for vector in (first, second):
         assert abs(torch.corrcoef(torch.stack([vector.flatten(), noise]))[0, 1]) < 0.5
+
+
+@pytest.mark.parametrize(("family", "text_first"), [("sd3", False), ("flux", True)])
+def test_regions_of_residuals_are_those_of_outputs(family, text_first):
+    """As many regions as tokens: text has no residual, at its own places."""
+    bench = FAMILIES[family]()
+    tokens = bench.visual + bench.text
+    table = products(bench, tokens)
+    sites = [i for i, site in enumerate(table.target.sites) if site.kind == "self_attention" and site.joint]
+    heads = [head for site in sites for head in table.heads(site)]
+    assert heads
+    there = table.residuals[:, heads].unflatten(-1, (-1, tokens)).abs().sum((0, 1, 2, 3, 4, 5)) > 0
+    text = range(bench.text) if text_first else range(bench.visual, tokens)
+    assert [place for place in range(tokens) if not there[place]] == [*text]

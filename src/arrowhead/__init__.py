@@ -1,7 +1,7 @@
 """Diffusion transformers that generate faster, without retraining.
 
-A plan says, for every step and attention site, how attention is computed; arrowhead finds a plan, puts it on a pipeline,
-and takes it off again.
+A plan says, for every step and site (attention or feed-forward), what is computed and how; arrowhead finds a plan, puts it on a
+pipeline, and takes it off again.
 """
 
 from arrowhead import tiny

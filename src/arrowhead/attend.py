@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor
 
@@ -175,9 +176,10 @@ def _keep(key: Key, value: Output, last_reader: int, passage: Passage, kept: Res
         half = passage.halved or (only and generation.branches.guided)
         generation.cache.write(key, value, conditional_only=half, last_reader=last_reader, heads=heads, made=generation.step)
         return
-    generation.cache.write(key, value, conditional_only=False, last_reader=last_reader, heads=heads)
+    write = partial(Cache.write, key=key, value=value, conditional_only=False, last_reader=last_reader, heads=heads)
+    write(generation.cache, made=generation.step)
     if passage.shared and not only:
-        generation.caches[1].write(key, value, conditional_only=False, last_reader=last_reader, heads=heads)
+        write(generation.caches[1], made=generation.step)
 
 
 def _wanted(kept: Residual | HeadOutput, passage: Passage) -> slice | None:

@@ -63,7 +63,7 @@ class Entry:
 
 @dataclass
 class Cache:
-    """Module outputs (B, N, C), head outputs (B, h, N, D) and residuals (B, h, V, D) of every site.
+    """Module outputs (B, N, C) and their slopes, head outputs (B, h, N, D) and residuals (B, h, V, D) of every site.
 
     Where the branches come in two calls, each call has a cache of its own, and no entry is for one branch of several.
     """

@@ -171,6 +171,10 @@ class Plan:
             found.append(f"plan is for {self.tokens}, pipeline runs {tokens}; search again at this resolution")
         if calls != self.calls and self.guided:
             found.append(f"plan is for {self.calls} calls of the transformer a step, pipeline makes {calls}; search again")
+        if calls == 2 and any(extrapolates(cell) for row in self.cells for cell in row):
+            found.append(
+                "plan extrapolates outputs, pipeline makes 2 calls of the transformer a step; search again on these inputs"
+            )
         if found:
             raise PlanMismatch("; ".join(found))
 

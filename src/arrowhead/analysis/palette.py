@@ -16,7 +16,7 @@ COLOURS = {
 }
 
 MEANINGS = {
-    "full": "full attention",
+    "full": "computed in full",
     "ASC": "shared across CFG branches",
     "WA": "window",
     "WA+ASC": "window, shared across CFG branches",

@@ -67,7 +67,10 @@ Shape = Site
 
 @dataclass(frozen=True)
 class SecondCosts:
-    """Seconds of one step with the inputs that were timed: cells, residuals made (radius, for one branch alone), and other."""
+    """Seconds of one step with the inputs that were timed: cells, residuals made (radius, for one branch alone), and other.
+
+    A difference of two outputs, which lines need, is a matter of two passes over them, and left out.
+    """
 
     cells: Mapping[tuple[Shape, Cell], float]
     residuals: Mapping[tuple[Shape, int, bool], float]

@@ -31,7 +31,7 @@ class Given:
         return max(self.lag, self.residual_lag or 0, self.earlier.oldest if self.earlier else 0)
 
     def before(self) -> "Given | None":
-        """What a site gave a step ago, if it has been repeating it; None where this is new."""
+        """What a site gave a step ago, if it has been doing the same since the output was computed; None where this is new."""
         if self.lag == 0:
             return None
         return self._moved(-1).as_it_was() if self.since == 1 else self._moved(-1)
@@ -122,7 +122,7 @@ class Choices:
         if earlier is not None:
             line = output.continued(earlier, output.lag, earlier.lag - output.lag)
             yield Move(Reuse(extrapolate=True), line, Writes(), after)
-        if self.extrapolate and output.radius is None and output.share in self._shares and output.lag < self.ages:
+        if self.extrapolate and output.radius is None and output.lag < self.ages:
             given = Given(share=output.share)
             yield Move(Attend(Full(), output.share), given, Writes(), self._after(given, None, output))
 

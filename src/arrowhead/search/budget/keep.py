@@ -44,7 +44,7 @@ def keep_to(error: float, problem: Problem, measure: Callable[[Allocation], floa
     limit = error
     while True:
         found = within_damage(problem, min(limit, LARGEST) ** 2)
-        if tries and found.columns == tries[-1].found.columns:
+        if any(found.columns == known.found.columns for known in tries):
             break  # nothing lies between, or nothing is cheaper
         tries.append(Try(found, found.damage**0.5, measure(found)))
         best = _best(tries, error)

@@ -108,6 +108,11 @@ def record(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], extent: Extent)
     Raises what `arrowhead.search` raises.
     """
     model = find(pipe, EVERYTHING if extent.feed_forward else ATTENTION)
+    if any(weight.is_inference() for weight in model.transformer.parameters()):
+        raise InputsInvalid(
+            "got weights that were made under torch.inference_mode(), through which no gradient goes; wanted others; load the "
+            "pipeline outside of it"
+        )
     target = target_of(model)
     calibration = Calibration(model, inputs)
     scale = model.family.guidance_scale(model.call_arguments((), inputs)) if calibration.branches.guided else 1.0
@@ -256,28 +261,32 @@ class _Recorder:
         outputs = self._paired(gradient, [entry.output for entry in kept])  # (H, steps kept, pairs, B · regions)
         now = outputs[:, :1, [0, 1, 1]] if self._guidance.branches.batched else outputs[:, :1]  # of the gradient's own branch
         residuals = [
-            self._paired(gradient[:, :, visual], [entry.residuals[r] for entry in kept]) for r in range(len(kept[0].residuals))
+            self._paired(gradient, [entry.residuals[r] for entry in kept], visual) for r in range(len(kept[0].residuals))
         ]
         found = torch.zeros(1 + len(self._radii), *outputs.shape[:1], self._extent.ages + 1, *outputs.shape[2:])
         for place, products in enumerate((outputs - now, *residuals)):
             found[place, :, : len(kept)] = products
         return found[0], found[1:].transpose(0, 1)
 
-    def _paired(self, gradient: Tensor, sources: Sequence[Tensor]) -> Tensor:
-        """⟨g, source⟩ of each head, image and region, for each pair of branches: (H, sources, pairs, B · regions)."""
+    def _paired(self, gradient: Tensor, sources: Sequence[Tensor], where: slice = slice(None)) -> Tensor:
+        """⟨g, source⟩ of each head, image and region, for each pair of branches: (H, sources, pairs, B · regions).
+
+        `where` are the tokens that the sources have, of all that the regions are parts of.
+        """
         conditional, other = self._guidance.halves(gradient)
         found = []
         for source in sources:
             from_conditional, from_other = self._guidance.halves(source)
-            pairs = [self._product(conditional, from_conditional)]
+            pairs = [self._product(conditional, from_conditional, where)]
             if other is not None and from_other is not None:
-                pairs += [self._product(other, from_other), self._product(other, from_conditional)]
+                pairs += [self._product(other, from_other, where), self._product(other, from_conditional, where)]
             found.append(torch.stack(pairs, 1))
         return torch.stack(found, 1)
 
-    def _product(self, gradient: Tensor, source: Tensor) -> Tensor:
-        """(B, H, N, D) twice -> (H, B · regions), in float64 on the CPU: differences of such products are small."""
-        of_tokens = (gradient * source.float()).sum(3)  # (B, H, N)
+    def _product(self, gradient: Tensor, source: Tensor, where: slice) -> Tensor:
+        """(B, H, N, D) and as much or less of it -> (H, B · regions), in float64 on the CPU: they are alike, and subtracted."""
+        of_tokens = gradient.new_zeros(gradient.shape[:3])  # (B, H, N)
+        of_tokens[:, :, where] = (gradient[:, :, where] * source.float()).sum(3)
         of_regions = [region.sum(2).T for region in of_tokens.tensor_split(self._regions, 2)]  # each (H, B)
         return torch.stack(of_regions, 2).flatten(1).double().cpu()
 

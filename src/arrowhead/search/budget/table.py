@@ -23,7 +23,7 @@ from arrowhead.methods import FULL, Cell
 from arrowhead.plan import Target
 from arrowhead.search.budget.given import Given, givens_of
 
-FORMAT = 1
+FORMAT = 2
 SAME, CROSSED = slice(0, 2), slice(0, 3, 2)
 """Of a guided table's three pairs (gradient's branch, source's branch): (c, c) and (u, u); (c, c) and (u, c)."""
 
@@ -34,7 +34,7 @@ Floats = NDArray[np.float64]
 class Table:
     """Products of gradients with kept tensors, from one run of a pipeline with full attention.
 
-    In step t, with g the gradient of r·(guided output) with respect to a head's output O_t, for a random r:
+    In step t, with g the gradient of r·(guided output) with respect to a head's output O_t, for a random r, one for all steps:
 
     * `outputs` (S, H, ages + 1, pairs, M): ⟨g, O_{t−k} − O_t⟩ for each age k;
     * `residuals` (S, H, radii, ages + 1, pairs, M): ⟨g, R_{t−k}⟩ with R = O − W, the arrow of that radius subtracted.
@@ -92,9 +92,9 @@ class Table:
     def damages(self, columns: Sequence[Sequence[int]], givens: Sequence[Given]) -> Floats:
         """Expected squared change of the final latents, relative to their square: (S, givens, C).
 
-        A column is some heads of one site that do the same. Errors of different columns and steps are taken as independent.
-        In which steps something does how much is told by the squares of its regions' products, of which there are many; how
-        much the regions' effects add to each other, by the squares of their sums, of a column in all steps together.
+        A column is some heads of one site that do the same. Errors of different columns, runs and regions are taken as
+        independent. In a run, steps that repeat or continue an output, changes are added before they are squared: a step's
+        damage is what it adds to the square, at least 0. A run is taken to be all repeats or all lines.
 
         Raises:
             InputsInvalid: the table does not hold what is given: a radius, or something as old.

@@ -219,7 +219,7 @@ def test_a_header_that_lacks_something(name, tmp_path):
 
 
 SENSELESS = {
-    "another format": {"format": 2},
+    "another format": {"format": 3},
     "more than there is": {"more": 1},
     "a radius below nothing": {"radii": [-4]},
     "a radius that is no number of tokens": {"radii": [4.5]},

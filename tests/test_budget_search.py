@@ -135,20 +135,22 @@ def test_feed_forwards_that_are_not_finite_are_refused(family, steps):
 
 
 @pytest.mark.parametrize("family", ["dit", "flux"])
-def test_where_gradients_are_off(family):
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_where_gradients_are_off(family, mode):
     bench = FAMILIES[family]()
     table = ah.calibrate(bench.pipe, bench.inputs(), progress=False)
-    with torch.no_grad():
+    with mode():
         assert tables_equal(ah.calibrate(bench.pipe, bench.inputs(), progress=False), table)
         assert not torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize("family", ["dit", "flux"])
-def test_under_inference_mode(family):
-    bench = FAMILIES[family]()
-    table = ah.calibrate(bench.pipe, bench.inputs(), progress=False)
+def test_weights_that_no_gradient_goes_through():
     with torch.inference_mode():
-        assert tables_equal(ah.calibrate(bench.pipe, bench.inputs(), progress=False), table)
+        bench = FAMILIES["dit"]()
+    before = [weight.requires_grad for weight in bench.pipe.transformer.parameters()]
+    with pytest.raises(InputsInvalid, match=r"torch\.inference_mode\(\).*wanted"):
+        ah.calibrate(bench.pipe, bench.inputs(), progress=False)
+    assert [weight.requires_grad for weight in bench.pipe.transformer.parameters()] == before
 
 
 @every_family

@@ -172,14 +172,13 @@ def _keep(key: Key, value: Output, last_reader: int, passage: Passage, kept: Res
     generation = passage.generation
     only = kept is not None and kept.conditional_only
     heads = None if kept is None else kept.heads
+    write = partial(Cache.write, key=key, value=value, last_reader=last_reader, heads=heads, made=generation.step)
     if generation.branches.calls == 1:
-        half = passage.halved or (only and generation.branches.guided)
-        generation.cache.write(key, value, conditional_only=half, last_reader=last_reader, heads=heads, made=generation.step)
+        write(generation.cache, conditional_only=passage.halved or (only and generation.branches.guided))
         return
-    write = partial(Cache.write, key=key, value=value, conditional_only=False, last_reader=last_reader, heads=heads)
-    write(generation.cache, made=generation.step)
+    write(generation.cache, conditional_only=False)
     if passage.shared and not only:
-        write(generation.caches[1], made=generation.step)
+        write(generation.caches[1], conditional_only=False)
 
 
 def _wanted(kept: Residual | HeadOutput, passage: Passage) -> slice | None:

@@ -31,7 +31,7 @@ class Entry:
     """Values for both CFG branches, or, `conditional_only`, for the conditional one; kept until step `last_reader`.
 
     `heads` are those that the value's second dimension holds; None for all, and for what has no heads. `made` is the step that
-    stored it.
+    a module's output is of.
     """
 
     value: Output
@@ -83,7 +83,7 @@ class Cache:
         return self._branch(entry, conditional=conditional)
 
     def age(self, key: Key, step: int) -> int:
-        """How many steps ago a module's output, or its slope, was stored. Raises what `read` raises."""
+        """How many steps ago a module's output was stored. Raises what `read` raises."""
         (entry,) = self._stored(key, step)
         return step - entry.made
 

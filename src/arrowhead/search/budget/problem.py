@@ -50,7 +50,6 @@ class Problem:
         self._whole = table.steps * (costs.other + sum(costs.of(site, FULL, Writes()) for site in self._sites))
         self.fixed = table.steps * costs.other / self._whole
         self._programme = Programme(choices)
-        self._of_heads = Programme(replace(choices, extrapolate=False))
         self._feed_forward = Programme(replace(choices, radii=()))  # no pairs of tokens, no arrows
         self._groups = () if granularity == "site" else tuple(self._grouped(granularity))
 
@@ -79,6 +78,11 @@ class Problem:
     def without_lines(self) -> "Problem":
         """The same without outputs that are extrapolated, which hold twice as much."""
         return Problem(self.table, replace(self.choices, extrapolate=False), self.costs, self.granularity)
+
+    @cached_property
+    def _of_heads(self) -> Programme:
+        """For groups of heads, which are not extrapolated."""
+        return Programme(replace(self.choices, extrapolate=False))
 
     @property
     def dear(self) -> float:

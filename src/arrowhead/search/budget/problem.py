@@ -146,11 +146,10 @@ class Problem:
         programme, correction = self._of_heads, np.zeros(moves.shape[1])
         for group in np.flatnonzero((sharing.any(0) & idle.any(0)) if self._samples == 2 else False):
             served_both = False
-            for step in range(len(moves)):
+            for step, given in enumerate(programme.givens_of(moves[:, group])):
                 if not idle[step, group]:
                     served_both = bool(sharing[step, group])
                     continue
-                given = programme.givens_of(moves[:, group])[step]
                 wrong, right = (replace(given, share=given.share or both) for both in (sharing[step, group], served_both))
                 g = [programme.givens.index(each) for each in (wrong, right)]
                 correction[group] += self._group_damage[step, g[1], group] - self._group_damage[step, g[0], group]

@@ -19,7 +19,7 @@ from arrowhead.plan import Plan
 
 
 def plan_map(plans: Mapping[str, Plan], path: str | Path) -> None:
-    """Each plan as a map of layers over steps, one colour per kind of cell (DiTFastAttn, Figure 5)."""
+    """Each plan as a map of sites over steps, one colour per kind of cell (DiTFastAttn, Figure 5)."""
     present = {paper_name(cell) for plan in plans.values() for row in plan.cells for cell in row}
     names = [name for name in COLOURS if name in present]
     height = sum(0.9 + 0.13 * len(plan.target.sites) for plan in plans.values())
@@ -35,9 +35,11 @@ def plan_map(plans: Mapping[str, Plan], path: str | Path) -> None:
         for ticks in (axis.xaxis, axis.yaxis):
             ticks.set_major_locator(MaxNLocator(integer=True))
         left = plan.flops()
-        axis.set_title(f"{title}: {left.attention:.0%} of attention FLOPs left, {left.module:.0%} with projections", loc="left")
+        kinds = {site.kind for site in plan.target.sites}
+        besides = "projections and feed-forwards" if "feed_forward" in kinds else "projections"
+        axis.set_title(f"{title}: {left.attention:.0%} of attention FLOPs left, {left.module:.0%} with {besides}", loc="left")
         axis.set_xlabel("step")
-        axis.set_ylabel("layer")
+        axis.set_ylabel("site")
     handles = [Patch(color=COLOURS[name], label=f"{name}: {MEANINGS[name]}") for name in names]
     figure.legend(handles=handles, loc="outside lower left", ncols=2, frameon=False, fontsize=9)
     figure.savefig(path, dpi=140)

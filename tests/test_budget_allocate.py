@@ -43,7 +43,7 @@ def tables(draw, **fixed):
     return replace(table, target=replace(table.target, sites=tuple(chosen)))
 
 
-WHAT = st.fixed_dictionaries({"share_cfg": st.booleans(), "residual": st.booleans(), "reuse": st.booleans()})
+WHAT = st.fixed_dictionaries({name: st.booleans() for name in ("share_cfg", "residual", "reuse", "extrapolate")})
 
 
 def budget_of(measure, value=1.0, **settings):

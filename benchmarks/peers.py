@@ -26,7 +26,7 @@ from torch import Tensor
 
 import arrowhead as ah
 from arrowhead.metrics.images import psnr, ssim
-from arrowhead.search.budget.record import flop_counter
+from arrowhead.search.budget.recorder import flop_counter
 
 Peer = Callable[[Any], None]
 """Hooks a pipeline, which serves for one generation."""

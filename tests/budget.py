@@ -101,16 +101,21 @@ def synthetic(
     feed_forward: bool = False,
     uneven: bool = False,
     regions: int = 1,
+    blocks: bool = False,
 ) -> Table:
     """Products at random, of sizes that differ from site to site by factors of up to ten, and grow with age.
 
     `count` blocks of a site with so many heads, and of a feed-forward after it. `uneven`: heads differ by far more, and
-    branches by less, so that heads of a site part ways.
+    branches by less, so that heads of a site part ways. `blocks`: the attention lies within a block that is a site as well.
     """
     draw = torch.Generator().manual_seed(seed)
     sites: list[Site] = []
     for i in range(count):
-        sites.append(Site(f"blocks.{i}.attn", heads, 8, 16))
+        attention = Site(f"blocks.{i}.attn", heads, 8, 16)
+        if blocks:
+            own = {"heads_apart": False, "kind": "block", "weights": 16 * 16 * 9, "within": (attention,)}
+            sites.append(Site(f"blocks.{i}", 1, 16, 16, **own))
+        sites.append(attention)
         if feed_forward:
             sites.append(Site(f"blocks.{i}.ff", 1, 16, 16, heads_apart=False, kind="feed_forward", weights=16 * 16 * 8))
     pairs, all_heads, samples = 3 if guided else 1, sum(site.heads for site in sites), 4 * regions
@@ -122,7 +127,7 @@ def synthetic(
     residuals = torch.randn(steps, all_heads, len(radii), 1, pairs, samples, generator=draw) * size[:, :, None]
     residuals = residuals + torch.randn(steps, all_heads, len(radii), ages + 1, pairs, samples, generator=draw) * 0.3
     of_kind = [site.kind for site in sites for _ in range(site.heads)]
-    residuals[:, [head for head, kind in enumerate(of_kind) if kind == "feed_forward"]] = 0
+    residuals[:, [head for head, kind in enumerate(of_kind) if kind != "self_attention"]] = 0
     if uneven:
         outputs[..., 2, :] = outputs[..., 1, :] + 0.5 * torch.randn(steps, all_heads, ages + 1, samples, generator=draw)
         outputs *= torch.randn(1, all_heads, 1, 1, 1, generator=draw).mul(1.5).exp()
@@ -130,7 +135,7 @@ def synthetic(
     gains = (torch.rand(steps, generator=draw) + 0.1).tolist()
     branches = Branches("two_calls" if calls == 2 else "cond_first", guided)
     target = Target("Transformer", "Scheduler", {"shift": 3.0}, tuple(sites))
-    other = 1e5 if feed_forward else 0.0
+    other = 1e5 if feed_forward or blocks else 0.0
     return Table(target, Tokens(64, text), branches, radii, ages, outputs, residuals, tuple(gains), 0.7, 96, other, 1, regions)
 
 

@@ -16,10 +16,35 @@ from arrowhead.methods import Arrow, Cached, Cell, Full, Reuse
 
 
 def site_modules(bench: Bench) -> dict[str, nn.Module]:
-    """Attention and feed-forwards by path, in the order they run."""
-    chosen = [*bench.attentions, *(block.ff for block in bench.pipe.transformer.transformer_blocks)]
+    """What a calibration looks at by itself, by path, in the modules' order."""
+    blocks = bench.pipe.transformer.transformer_blocks
+    chosen = [
+        *bench.attentions,
+        *(block.ff for block in blocks),
+        *getattr(bench.pipe.transformer, "single_transformer_blocks", []),
+    ]
+    if not bench.text:
+        chosen += [block.attn2 for block in blocks if block.attn2 is not None]
     known = {id(module) for module in chosen}
     return {path: module for path, module in bench.pipe.transformer.named_modules() if id(module) in known}
+
+
+def is_attention(bench: Bench, path: str) -> bool:
+    """Whether it has heads: self-attention, or attention of text and image together."""
+    return bench.pipe.transformer.get_submodule(path) in bench.attentions
+
+
+def around(change: "Change", path: str) -> Callable[..., Any]:
+    """A forward hook of a module without heads. What a block does is what it adds to its input, the text's tokens first."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        if isinstance(out, Tensor):
+            return change(path, None, None, None, out[:, None])[:, 0]
+        before = torch.cat([kwargs["encoder_hidden_states"], kwargs["hidden_states"]], 1)
+        after = before + change(path, None, None, None, (torch.cat(out, 1) - before)[:, None])[:, 0]
+        return after[:, : out[0].shape[1]], after[:, out[0].shape[1] :]
+
+    return hook
 
 
 Change = Callable[[str, Tensor | None, Tensor | None, Tensor | None, Tensor], Tensor]
@@ -29,7 +54,7 @@ Change = Callable[[str, Tensor | None, Tensor | None, Tensor | None, Tensor], Te
 def heads_seen(bench: Bench, change: Change) -> Iterator[None]:
     """Within the block `change(path, q, k, v, out)`, all (B, H, N, D), says what a site's heads give.
 
-    A feed-forward has one head, and no q, k and v.
+    What is no self-attention has one head, and no q, k and v.
     """
     own, running = torch.nn.functional.scaled_dot_product_attention, []
 
@@ -42,9 +67,8 @@ def heads_seen(bench: Bench, change: Change) -> Iterator[None]:
 
     hooks = []
     for path, module in site_modules(bench).items():
-        if path.endswith(".ff"):
-            forward_hook = lambda _m, _a, out, path=path: change(path, None, None, None, out[:, None])[:, 0]  # noqa: E731
-            hooks.append(module.register_forward_hook(forward_hook))
+        if not is_attention(bench, path):
+            hooks.append(module.register_forward_hook(around(change, path), with_kwargs=True))
             continue
         hooks.append(module.register_forward_pre_hook(lambda *_, path=path: running.append(path)))
         hooks.append(module.register_forward_hook(leave))

@@ -109,6 +109,43 @@ def test_the_best_there_is_where_there_is_a_feed_forward(data, table, what):
     assert_bounded(data, table, "transformer", what)
 
 
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 2**32), guided=st.booleans(), heads=st.integers(1, 2), what=WHAT)
+def test_a_block_or_what_lies_within_it(data, seed, guided, heads, what):
+    """Against all columns of a block that computes its attention in full or not at all, and all of the attention alone."""
+    table = synthetic(seed, steps=3, count=1, heads=heads, guided=guided, blocks=True)
+    problem, (block, attention) = budget_of("transformer", **what).problem(table), table.target.sites
+    best_of = {}
+    for place, site in enumerate(table.target.sites):
+        columns = every_column_of(table, site, what)
+        plans = [
+            ah.Plan(tuple(zip(column, strict=True)), replace(table.target, sites=(site,)), table.tokens, guided)
+            for column in columns
+        ]
+        own = [site_flops(s, table.tokens, FULL, Writes(), 1 + guided).module for s in (block, attention)]
+        whole = own[0] + table.other_flops
+        left = np.array([1 - (1 - plan.flops().module) * own[place] / whole for plan in plans])
+        harm = np.array([damage_of(table, table.heads(place), column) for column in columns])
+        best_of[place] = columns, left, harm
+    budget = data.draw(st.floats(min(left.min() for _, left, _ in best_of.values()) + 1e-6, 1.0))
+    found = within_cost(problem, budget)
+    assert sum(column is None for column in found.columns) == 1
+    place = next(i for i, column in enumerate(found.columns) if column is not None)
+    columns, left, harm = best_of[place]
+    chosen = columns.index(found.columns[place])
+    assert found.cost + problem.fixed == pytest.approx(left[chosen])
+    assert found.damage == pytest.approx(harm[chosen], rel=1e-4)
+    assert left[chosen] <= budget * (1 + 1e-9)
+    best = min(harm[left <= budget * (1 + 1e-9)].min(initial=np.inf) for _, left, harm in best_of.values())
+    assert found.bound <= best * (1 + 1e-4) + 1e-12
+    assert best <= found.damage * (1 + 1e-4) + 1e-12
+    for multiplier in (0.0, 1e-3, 0.1, 10.0, problem.dear):
+        offer = problem.offer(multiplier)
+        reached = offer.damage[0] + multiplier * (offer.cost[0] + problem.fixed)
+        least = min((harm + multiplier * left).min() for _, left, harm in best_of.values())
+        assert reached == pytest.approx(least, rel=1e-4, abs=1e-9)
+
+
 def assert_bounded(data, table, measure, what):
     """Two sites; what one of them costs is known from the other's full attention."""
     problem = budget_of(measure, **what).problem(table)

@@ -34,6 +34,9 @@ REFUSED = {
     "a loss for headwise": {"strategy": "headwise", "loss": "signed"},
     "no such threshold": {"threshold": "D7"},
     "a threshold below nothing": {"threshold": -0.1},
+    "an extent for greedy": {"threshold": 0.1, "extent": ah.Extent()},
+    "an extent for headwise": {"strategy": "headwise", "extent": ah.Extent()},
+    "an extent that is none": {"extent": {"ages": 3}},
 }
 
 
@@ -48,6 +51,7 @@ MEANT = {
     "a budget": {"budget": HALF},
     "a name": {"budget": "strong"},
     "a budget by name": {"strategy": "budget", "budget": HALF},
+    "an extent": {"extent": ah.Extent(ages=2)},
     "a threshold": {"threshold": "D4"},
     "greedy": {"strategy": "greedy"},
     "greedy with a loss": {"strategy": "greedy", "loss": "signed"},
@@ -129,6 +133,7 @@ EXTENTS = {
         "ages": [0, -1, 1.5, True, None, "6"],
         "vectors": [0, -1, 1.5, True, None],
         "seed": [-1, 0.5, None, "0"],
+        "kinds": [(), ("attention",), "block", ("block", "attention"), 3],
     }.items()
     for value in values
 }
@@ -136,7 +141,7 @@ EXTENTS = {
 
 @pytest.mark.parametrize("settings", EXTENTS.values(), ids=EXTENTS)
 def test_extents_that_mean_nothing(settings):
-    with pytest.raises(InputsInvalid, match=r"got (radii|ages|vectors|seed)=.*wanted"):
+    with pytest.raises(InputsInvalid, match=r"got (radii|ages|vectors|seed|kinds)=.*wanted"):
         ah.Extent(**settings)
 
 

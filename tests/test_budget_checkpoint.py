@@ -1,13 +1,15 @@
-"""A calibration in less memory: blocks that run again on the way back give the same table."""
+"""A calibration's memory: what is held is what was said, and blocks that run again on the way back give the same table."""
 
 import pytest
 import torch
+from budget import flux as make_flux
 from pipelines import BENCHES, JOINT
 from test_flux import bench as flux_fixture
 from untouched import left_as_it_was
 
 import arrowhead as ah
 from arrowhead.errors import InputsInvalid
+from arrowhead.search.budget.recorder import Recorder
 
 flux = flux_fixture
 MAKES = {**BENCHES, **JOINT}
@@ -51,3 +53,24 @@ def test_two_calls_a_step_cannot_be_checkpointed(flux):
     inputs = flux.inputs(true_cfg=3.0)
     with left_as_it_was(flux), pytest.raises(InputsInvalid, match="calls its transformer twice"):
         ah.calibrate(flux.pipe, inputs, extent=ah.Extent(checkpoint=True), progress=False)
+
+
+@pytest.mark.parametrize("name", [*MAKES, "flux"])
+@pytest.mark.parametrize("guided", [True, False])
+def test_what_is_held_is_what_was_said_beforehand(name, guided, monkeypatch):
+    """With more steps than are looked back on; all tensors of the last steps, counted where they are."""
+    bench = (MAKES | {"flux": make_flux})[name]()
+    extent, inputs = ah.Extent(radii=(4, 2), ages=2), {"images": 2, "steps": 5, "guidance": 3.0 if guided else 1.0}
+    held, own = [], Recorder.follow
+
+    def follow(self, step):
+        own(self, step)
+        kept = [entry for entries in self._kept.values() for entry in entries]
+        held.append(sum(tensor.nbytes for entry in kept for tensor in (entry.output, *entry.residuals)))
+
+    monkeypatch.setattr(Recorder, "follow", follow)
+    with left_as_it_was(bench, **inputs):
+        said = ah.calibration_bytes(bench.pipe, bench.inputs(**inputs), extent=extent)
+        assert not held
+    ah.calibrate(bench.pipe, bench.inputs(**inputs), extent=extent, progress=False)
+    assert max(held) == said

@@ -205,7 +205,9 @@ def test_very_few_steps(steps):
 def test_extents():
     """Fewer ages, no radii, no feed-forwards: nothing of that is in the table, nor in a plan of it."""
     bench = FAMILIES["dit"]()
-    table = ah.calibrate(bench.pipe, bench.inputs(), extent=ah.Extent(radii=(), ages=1, feed_forward=False), progress=False)
+    table = ah.calibrate(
+        bench.pipe, bench.inputs(), extent=ah.Extent(radii=(), ages=1, kinds=("self_attention",)), progress=False
+    )
     assert (table.radii, table.ages, table.residuals.shape[2]) == ((), 1, 0)
     assert {site.kind for site in table.target.sites} == {"self_attention"}
     plan = ah.solve(table, ah.Budget(module_flops=0.7))

@@ -23,11 +23,15 @@ from arrowhead.search.budget.programme import Programme
 pytestmark = pytest.mark.slow  # minutes, all of them together
 
 
+def nameless(site):
+    return replace(site, path="", within=tuple(map(nameless, site.within)))
+
+
 def some_seconds(seed, table, share=True):
     """Full attention takes longest; all else is drawn."""
     rng, cells, residuals = np.random.default_rng(seed), {}, {}
     for site in table.target.sites:
-        shape = replace(site, path="")
+        shape = nameless(site)
         radii = table.radii if site.kind == "self_attention" else ()
         for cell, _ in Programme(Choices(radii, table.ages, share, extrapolate=True)).spendings:
             if (shape, cell) not in cells:
@@ -79,7 +83,7 @@ def test_all_that_may_be_chosen_is_timed_and_no_trace_is_left(family, guidance):
     choices = Choices((4, 2), 3, share_cfg=guidance > 1, extrapolate=True)
     table = ah.calibrate(bench.pipe, bench.inputs(guidance=guidance, steps=2), progress=False)
     with left_as_it_was(bench, guidance=guidance):
-        seconds = timed(bench.pipe, bench.inputs(guidance=guidance), choices)
+        seconds = timed(bench.pipe, bench.inputs(guidance=guidance), table.target.sites, choices)
     for site in table.target.sites:
         radii = choices.radii if site.kind == "self_attention" else ()
         for cell, writes in Programme(replace(choices, radii=radii)).spendings:
@@ -94,7 +98,7 @@ def known(monkeypatch):
     module = sys.modules["arrowhead.search.budget"]
     held = {}
 
-    def timing(pipe, inputs, choices):
+    def timing(pipe, inputs, sites, choices):
         table = ah.calibrate(pipe, inputs, progress=False)
         held["seconds"] = some_seconds(0, table, table.branches.guided)
         return held["seconds"]

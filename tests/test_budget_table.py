@@ -10,7 +10,8 @@ from budget import FAMILIES
 from headwise import plan as grid_plan
 from headwise import random_grid
 from independent import by_head
-from outside import Seen, at_heads, site_modules
+from outside import Seen, at_heads, is_attention, site_modules
+from pipelines import CAPTION
 from replay import cell
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -132,7 +133,7 @@ def test_each_kind_of_cell_does_what_the_derivatives_say(family, guidance, vecto
     bench, draw = FAMILIES[family](), random.Random(family)
     seen, table = seen_run(bench, guidance), calibrated(bench, guidance, vectors=3)
     assert [len(vectors), *vectors[0].shape] == [3 * STEPS, *seen.guided(0, {}).shape]
-    attention = [path for path in site_modules(bench) if "attn" in path][1:]
+    attention = [path for path in site_modules(bench) if is_attention(bench, path)][1:]
     for letters in CELLS.values():
         column = [cell(letter, NEAR, FAR) for letter in letters]
         columns = {draw.choice(attention): column}
@@ -143,10 +144,10 @@ def test_each_kind_of_cell_does_what_the_derivatives_say(family, guidance, vecto
 
 @every_family
 @with_and_without
-def test_feed_forwards_too(family, guidance, vectors):
+def test_feed_forwards_cross_attention_and_blocks_too(family, guidance, vectors):
     bench = FAMILIES[family]()
     seen, table = seen_run(bench, guidance), calibrated(bench, guidance, vectors=3)
-    for path in (path for path in site_modules(bench) if path.endswith(".ff")):
+    for path in (path for path in site_modules(bench) if not is_attention(bench, path)):
         columns = {
             path: [cell(letter, NEAR, FAR) for letter in random.Random(path).choice(["FRRR", "CRCR", "FCEE", "CCEE", "FFEE"])]
         }
@@ -164,7 +165,7 @@ def test_heads_on_their_own(family, seed, vectors):
     kinds = [Full(), Cached(), Arrow(NEAR), Arrow(FAR, residual=True)]
     heads, draw = bench.attentions[0].heads, random.Random(seed)
     column = [FULL, *(Attend(tuple(draw.choice(kinds) for _ in range(heads))) for _ in range(STEPS - 1))]
-    columns = {draw.choice([path for path in site_modules(bench) if "attn" in path]): column}
+    columns = {draw.choice([path for path in site_modules(bench) if is_attention(bench, path)]): column}
     assert_same(damage(table, columns), wanted(seen, vectors, columns))
 
 
@@ -174,7 +175,7 @@ def random_columns(bench, seed, kinds):
     columns = {}
     for path in site_modules(bench):
         letters = [draw.choice("FC"), *(draw.choice("FCRR") for _ in range(STEPS - 1))]
-        columns[path] = [cell(letter, NEAR, FAR) for letter in letters] if path.endswith(".ff") else next(attention)
+        columns[path] = [cell(letter, NEAR, FAR) for letter in letters] if not is_attention(bench, path) else next(attention)
     return columns
 
 
@@ -217,7 +218,7 @@ def test_many_vectors_come_to_the_squared_norm(family):
     bench = FAMILIES[family]()
     seen = seen_run(bench, 3.0, images=4)
     table = calibrated(bench, 3.0, images=4, vectors=60)
-    path = next(path for path in site_modules(bench) if "blocks.1.attn" in path)
+    path = next(path for path in site_modules(bench) if "blocks.1.attn" in path)  # of FLUX a block's
     for letters in ("FRRR", "FwFw", "FVVV", "FFEE"):
         column = [cell(letter, NEAR, FAR) for letter in letters]
         given = damage(table, {path: column})
@@ -275,7 +276,7 @@ def test_what_the_table_says_of_its_run(family):
     assert table.elements == seen.final[0].numel()
     assert (table.steps, table.radii, table.ages) == (STEPS, (FAR, NEAR), STEPS)
     assert [site.path for site in table.target.sites] == list(site_modules(bench))
-    heads = [1 if path.endswith(".ff") else module.heads for path, module in site_modules(bench).items()]
+    heads = [module.heads if is_attention(bench, path) else 1 for path, module in site_modules(bench).items()]
     assert [len(table.heads(site)) for site in range(len(heads))] == heads
     assert [head for site in range(len(heads)) for head in table.heads(site)] == list(range(sum(heads)))
     assert damage(table, {}).tolist() == [0] * STEPS
@@ -306,15 +307,18 @@ def test_what_lies_outside_of_the_sites_is_counted(family, guidance, monkeypatch
     monkeypatch.setattr(bench.pipe.transformer, "forward", counted)
     bench.pipe(**bench.inputs(steps=STEPS, images=images, guidance=guidance))
     branches = 2 if guidance > 1 else 1
-    tokens = bench.visual + bench.text
+    tokens, text = bench.visual + bench.text, CAPTION[0]
     sites = 0
     for path, module in site_modules(bench).items():
+        if "single" in path and path.endswith(".attn"):
+            continue  # within its block
+        crossed = path.endswith("attn2") and not bench.text
         linears = {name: m.weight.numel() for name, m in module.named_modules() if isinstance(m, torch.nn.Linear)}
-        on_text = sum(n for name, n in linears.items() if "add" in name)
-        rows = bench.visual if path.endswith(".ff") or not bench.text else None
-        if rows is None:
-            rows = tokens if "single" in path else bench.visual
-        sites += 2 * (rows * (sum(linears.values()) - on_text) + bench.text * on_text)
+        on_text = sum(n for name, n in linears.items() if "add" in name or (crossed and name in ("to_k", "to_v")))
+        once = sum(n for name, n in linears.items() if name.startswith("norm"))  # for a whole sample: outside
+        rows = tokens if "single" in path else bench.visual
+        sites += 2 * (rows * (sum(linears.values()) - on_text - once) + text * on_text)
         if not path.endswith(".ff"):
-            sites += 4 * tokens**2 * module.heads * (module.to_q.out_features // module.heads)
+            width = getattr(module, "attn", module).to_q.out_features
+            sites += 4 * (bench.visual * text if crossed else tokens**2) * width
     assert table.other_flops == pytest.approx(multiplied / (STEPS * images) - branches * sites)

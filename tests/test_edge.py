@@ -71,6 +71,19 @@ def test_search_show_generate_evaluate(model, saved_dit, tmp_path):
     assert table["plans"]["plan"]["flops"]["attention"] == pytest.approx(loaded.flops().attention)
 
 
+@pytest.mark.parametrize("measure", ["module_flops", "transformer_flops"])
+def test_a_sweep_and_another_from_its_table(measure, tmp_path):
+    """The second one runs no model: there is none of that name."""
+    asked = ["--measure", measure, "--points", 3, "--least", 0.4]
+    invoke("sweep", "tiny:dit", *INPUTS, *asked, "--out", tmp_path / "a")
+    invoke("sweep", "of its own", *asked, "--table", tmp_path / "a/table.safetensors", "--out", tmp_path / "b")
+    for folder in ("a", "b"):
+        plans = {path.stem: ah.Plan.load(path) for path in (tmp_path / folder).glob("*.json")}
+        assert sorted(plans) == ["0.400", "0.700", "1.000"]
+        assert all(0.9 * float(name) < plan.about["search"][measure] <= float(name) for name, plan in plans.items())
+        assert Image.open(tmp_path / folder / "sweep.png").width > 500
+
+
 def test_an_evaluation_without_any_loss_is_still_json(tmp_path):
     """PSNR is infinite then, which JSON does not know."""
     invoke("search", "tiny:dit", *INPUTS, "--threshold", "0", "--out", tmp_path / "deep/plan.json")

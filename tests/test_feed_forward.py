@@ -17,7 +17,7 @@ from arrowhead.apply import target_of
 from arrowhead.errors import PlanMismatch, ProcessorReplaced
 from arrowhead.layout import Tokens
 from arrowhead.methods import ASC, AST, FORECAST, FULL, Attend, Cached, Full
-from arrowhead.models import EVERYTHING, find
+from arrowhead.models import find
 
 CELLS = {"F": FULL, "C": ASC, "R": AST, "E": FORECAST}
 MAKES = {**BENCHES, **JOINT}
@@ -30,7 +30,7 @@ def any_bench(request):
 
 def plan_of(bench, rows, attention=FULL, guided=True):
     """A plan with `rows` of letters for the feed-forwards, and one cell for all attention."""
-    target = target_of(find(bench.pipe, EVERYTHING))
+    target = target_of(find(bench.pipe, {"self_attention", "feed_forward"}))
     cells = []
     for row in rows:
         letters = iter(row)

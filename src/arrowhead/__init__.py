@@ -7,7 +7,7 @@ pipeline, and takes it off again.
 from arrowhead import tiny
 from arrowhead.apply import Run, applied, apply, remove
 from arrowhead.plan import Plan
-from arrowhead.search import Budget, Extent, Headwise, Table, calibrate, search, solve, sweep
+from arrowhead.search import Budget, Extent, Headwise, Table, calibrate, calibration_bytes, search, solve, sweep
 from arrowhead.tally import Summary
 
 __version__ = "0.1.0"
@@ -22,6 +22,7 @@ __all__ = [
     "applied",
     "apply",
     "calibrate",
+    "calibration_bytes",
     "remove",
     "search",
     "solve",

@@ -121,12 +121,11 @@ class Run:
     def _end(self) -> None:
         self._branches = self._generation = None
 
-    def _tick(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _tick(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before each call of the transformer: the step clock. Calls from outside the pipeline run uncompressed."""
         if self._branches is None or self._tally is None:
             return
-        call = self._model.transformer_arguments(args, kwargs)
-        tokens = self._model.family.tokens(transformer, call)
+        tokens = self._model.tokens(args, kwargs)
         if self._generation is None:
             self.plan.require_call(len(self._model.pipe.scheduler.timesteps), tokens, self._branches.calls)
             self._generation = Generation.begin(self._branches, tokens, self.kernel, self._tally)
@@ -160,7 +159,8 @@ def apply(pipe: "DiffusionPipeline", plan: Plan, *, kernel: str = "auto") -> Run
     """
     if _run_on(pipe):
         raise AlreadyApplied("this pipeline carries a plan already; call arrowhead.remove(pipe) first")
-    return Run(find(pipe, {site.kind for site in plan.target.sites}), plan, kernel)
+    sites = plan.target.sites
+    return Run(find(pipe, {site.kind for site in sites}).beside(sites), plan, kernel)
 
 
 def remove(pipe: "DiffusionPipeline") -> None:

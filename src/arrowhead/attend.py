@@ -121,33 +121,39 @@ def attend(call: SiteCall, cell: Cell, writes: Writes, generation: Generation) -
         heads = tuple(range(site.heads))
     passage = Passage(call, cell, writes, generation, heads)
     if passage.shared and generation.call == 1:
-        out = cache.read(Key(site.path, "handed over"), generation.step)
+        out = call.restored(cache.read(Key(site.path, "handed over"), generation.step))
     else:
         out = _run(passage)
     if generation.branches.calls > 1:
         cache.expire(site.path, generation.step)
     tally.peak_bytes = max(tally.peak_bytes, generation.held_bytes)
-    return both_branches(out) if passage.halved else out
+    return out
 
 
 def _reused(call: SiteCall, cell: Reuse, generation: Generation) -> Output:
     key, slope, cache, step = Key(call.site.path), Key(call.site.path, "slope"), generation.cache, generation.step
     if not cell.extrapolate:
-        return cache.read(key, step)
+        return call.restored(cache.read(key, step))
     age = cache.age(key, step)
-    return along(cache.read(key, step), cache.read(slope, step), age)
+    return call.restored(along(cache.read(key, step), cache.read(slope, step), age))
 
 
 def _run(passage: Passage) -> Output:
-    """Run the module, and keep its output where a later call reads it."""
+    """Run the module, and keep what of its output a later call reads; gives the output of both branches."""
     call, generation, site = passage.call, passage.generation, passage.call.site
     rows = generation.branches.conditional(call.batch) if passage.halved else None
     some = passage.heads if len(passage.heads) < site.heads else None
     out = call.run(lambda attention: _attention(attention, passage), rows, some)
     samples = 1 if passage.shared else generation.branches.samples
     generation.tally.projected(site, generation.tokens, len(passage.heads), samples)
+    if site.within:
+        generation.tally.attended(site, generation.tokens, passage.methods, samples, "native")
     handed_over = passage.shared and generation.branches.calls == 2
-    kept = compact(out) if handed_over or passage.writes.output_until is not None else out
+    if not (passage.halved or handed_over or passage.writes != Writes()):
+        return out
+    kept = call.kept(out, rows)
+    if handed_over or passage.writes.output_until is not None:
+        kept = compact(kept)
     if passage.writes.slope_until is not None:
         _keep_slope(kept, passage.writes.slope_until, passage)
     if passage.writes.output_until is not None:
@@ -155,7 +161,7 @@ def _run(passage: Passage) -> Output:
     if handed_over:
         key = Key(site.path, "handed over")
         generation.caches[1].write(key, kept, conditional_only=False, last_reader=generation.step)
-    return out
+    return call.restored(both_branches(kept)) if passage.halved else out
 
 
 def _keep_slope(out: Output, last_reader: int, passage: Passage) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor
 from arrowhead.errors import NotIntercepted
 from arrowhead.layout import Branches
 
-Output = Tensor | tuple[Tensor, ...]
-"""What a site's module gives: (B, N, C), or such a tensor for the image and one for the text."""
+Output = Tensor | tuple[Tensor | None, ...]
+"""What a site's module gives: (B, N, C), or such a tensor for the image and one for the text, None where it gives no text."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Entry:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """The value's tensors."""
-        return self.value if isinstance(self.value, tuple) else (self.value,)
+        return tuple(t for t in self.value if t is not None) if isinstance(self.value, tuple) else (self.value,)
 
     @property
     def nbytes(self) -> int:
@@ -180,13 +180,14 @@ def held_bytes(caches: Sequence[Cache]) -> int:
 
 def each(value: Output, change: Callable[[Tensor], Tensor]) -> Output:
     """An output with every tensor of it changed."""
-    return tuple(change(t) for t in value) if isinstance(value, tuple) else change(value)
+    return tuple(t if t is None else change(t) for t in value) if isinstance(value, tuple) else change(value)
 
 
 def along(value: Output, other: Output, weight: float) -> Output:
     """`value` + weight · `other`, of outputs of one form."""
     if isinstance(value, tuple):
-        return tuple(torch.add(a, b, alpha=weight) for a, b in zip(value, other, strict=True))
+        pairs = zip(value, other, strict=True)
+        return tuple(None if a is None or b is None else torch.add(a, b, alpha=weight) for a, b in pairs)
     assert isinstance(other, Tensor)
     return torch.add(value, other, alpha=weight)
 

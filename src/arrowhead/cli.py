@@ -89,7 +89,7 @@ def sweep(
     model: ModelName,
     inputs: Inputs,
     out: Annotated[Path, typer.Option(help="folder for the table, the plans and the figure")] = Path("sweep"),
-    measure: Annotated[str, typer.Option(help="attention_flops or module_flops")] = "module_flops",
+    measure: Annotated[str, typer.Option(help="attention_flops, module_flops or transformer_flops")] = "module_flops",
     points: Annotated[int, typer.Option(help="how many budgets", min=2)] = 20,
     least: Annotated[float, typer.Option(help="the smallest budget")] = 0.15,
     table: Annotated[

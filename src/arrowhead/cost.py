@@ -36,18 +36,22 @@ def pairs(method: Method, tokens: Tokens) -> int:
 
 def head_flops(site: Site, tokens: Tokens, method: Method) -> float:
     """The two matmuls of one head of one sample: Q·Kᵀ, and the weights times V. `tokens` are those of the call."""
-    if site.kind == "feed_forward":
-        return 0
+    if site.kind != "self_attention":
+        return sum(own.heads * head_flops(own, tokens, Full()) for own in site.within)
     return 4 * site.head_dim * pairs(method, site.tokens(tokens))
 
 
 def projection_flops(site: Site, tokens: Tokens, heads: int) -> float:
     """The Q, K, V and output projections of one sample: 8·N·d² where the heads' width is the model's width d.
 
-    Q, K and V are those of `heads` heads, see `computed_heads`. Of a feed-forward, all that it multiplies.
+    Q, K and V are those of `heads` heads, see `computed_heads`. Of other kinds of sites, all that they multiply; attention to
+    the text included, which no method says anything of.
     """
-    if site.kind == "feed_forward":
-        return 2 * site.weights * site.tokens(tokens).total
+    if site.kind != "self_attention":
+        own = 2 * (site.weights * site.tokens(tokens).total + site.text_weights * tokens.text)
+        if site.kind == "cross_attention":
+            own += 4 * site.head_dim * tokens.visual * tokens.text
+        return own + sum(projection_flops(inner, tokens, inner.heads) for inner in site.within)
     rows = {"all": site.tokens(tokens).total, "visual": tokens.visual, "none": 0}[site.projects_out]
     return 2 * site.channels * site.head_dim * (3 * heads * site.tokens(tokens).total + site.heads * rows)
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from arrowhead.cache import Output
+from arrowhead.cache import Output, along
 from arrowhead.errors import AlreadyApplied, NotIntercepted, ProcessorReplaced
 from arrowhead.layout import Site
 from arrowhead.project import SomeHeads
@@ -43,6 +43,14 @@ class SiteCall(ABC):
     def run(self, answer: Answer, rows: slice | None = None, heads: Sequence[int] | None = None) -> Output:
         """Run the module on `rows` of its input: (rows, N, C)."""
 
+    def kept(self, out: Output, rows: slice | None = None) -> Output:  # noqa: ARG002
+        """What of an output, run on `rows`, serves other steps, or the other branch: all of it, where it is no block's."""
+        return out
+
+    def restored(self, kept: Output) -> Output:
+        """The output, from what `kept` gave in another step, or of one branch, for both."""
+        return kept
+
     @property
     def _hidden_states(self) -> Tensor:
         return self.kwargs["hidden_states"] if "hidden_states" in self.kwargs else self.args[self._first]
@@ -62,13 +70,34 @@ class SiteCall(ABC):
 
 
 @dataclass(frozen=True)
-class FeedForwardCall(SiteCall):
-    """One call of a feed-forward; `original` is its forward."""
+class ModuleCall(SiteCall):
+    """One call of a module that is computed or not; `original` is its forward."""
 
     def run(self, answer: Answer, rows: slice | None = None, heads: Sequence[int] | None = None) -> Output:  # noqa: ARG002
         """There is no attention to answer, and there are no heads to choose from."""
         args, kwargs = self._of_rows(rows)
         return self.original(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class BlockCall(ModuleCall):
+    """One call of a whole block, (text, image) or the image alone: what it adds to its input is what serves elsewhere."""
+
+    def kept(self, out: Output, rows: slice | None = None) -> Output:
+        """What the block added to its input."""
+        return along(out, self._input(out, rows), -1)
+
+    def restored(self, kept: Output) -> Output:
+        """The block's input, with this added."""
+        return along(self._input(kept, None), kept, 1)
+
+    def _input(self, like: Output, rows: slice | None) -> Output:
+        args, kwargs = self._of_rows(rows)
+        given = inspect.signature(self.original).bind(*args, **kwargs).arguments
+        if isinstance(like, Tensor):
+            return given["hidden_states"]
+        text, _ = like
+        return (None if text is None else given["encoder_hidden_states"]), given["hidden_states"]
 
 
 @dataclass(frozen=True)
@@ -132,7 +161,7 @@ class Interception:
         self._routes: list[str] = []
         try:
             for site, module in modules.items():
-                if site.kind == "feed_forward":
+                if site.kind != "self_attention":
                     self._originals[site] = vars(module).get("forward")  # accelerate, too, sets it on the instance
                     self._wrapped[site] = module.forward = _wrap_forward(module, site, around)
                     continue
@@ -152,7 +181,7 @@ class Interception:
         """Put every processor, forward and name back. What somebody else has set since stays, with a warning."""
         replaced = []
         for site, original in self._originals.items():
-            module, name = self._modules[site], "forward" if site.kind == "feed_forward" else "processor"
+            module, name = self._modules[site], "processor" if site.kind == "self_attention" else "forward"
             current = vars(module).get(name, getattr(module, name))
             if current is not self._wrapped.get(site):
                 replaced.append(f"{site.path} by a {type(current).__name__}")
@@ -173,11 +202,11 @@ class Interception:
 
 
 def _wrap_forward(module: nn.Module, site: Site, around: Around) -> Callable[..., Output]:
-    forward = module.forward
+    forward, call = module.forward, BlockCall if site.kind == "block" else ModuleCall
 
     @functools.wraps(forward)
     def wrapped(*args: Any, **kwargs: Any) -> Output:
-        return around(FeedForwardCall(site, module, forward, args, kwargs))
+        return around(call(site, module, forward, args, kwargs))
 
     return wrapped
 

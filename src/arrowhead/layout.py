@@ -1,5 +1,6 @@
 """What is attended over: tokens, the module that attends, and how the two CFG branches share a batch."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -32,7 +33,7 @@ class Tokens:
         return slice(0, self.text) if self.text_first else slice(self.visual, self.total)
 
 
-Kind = Literal["self_attention", "feed_forward"]
+Kind = Literal["self_attention", "cross_attention", "feed_forward", "block"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,9 @@ class Site:
     output projection of the site's own. `heads_apart`: whether single heads' Q, K and V can be computed without the others'; it
     may change while a pipeline is used (LoRA), and is no part of what a plan is bound to.
 
-    A `feed_forward` has one head as wide as its channels, and multiplies each visual token with so many `weights`.
+    Other kinds are computed or not, and have one head as wide as what they give; tokens are multiplied with so many `weights`,
+    those of the text with `text_weights`. A `cross_attention` looks from the image at the text. A `block` gives what it adds to
+    its input, and computes the sites `within` it, besides what its own weights say.
     """
 
     path: str
@@ -55,14 +58,37 @@ class Site:
     heads_apart: bool = field(default=True, compare=False)
     kind: Kind = "self_attention"
     weights: int = 0
+    text_weights: int = 0
+    within: tuple["Site", ...] = ()
 
     def tokens(self, of_call: Tokens) -> Tokens:
         """What the site attends over, in a call of the transformer with these tokens."""
         return of_call if self.joint else Tokens(of_call.visual)
 
+    @property
+    def sees_text(self) -> bool:
+        """Whether its cost depends on the text's length."""
+        return self.joint or self.text_weights > 0 or any(site.sees_text for site in self.within)
+
+    def contains(self, other: "Site") -> bool:
+        """Whether the other site lies within this one."""
+        return other.path.startswith(f"{self.path}.")
+
     def __post_init__(self) -> None:
         if min(self.heads, self.head_dim, self.channels) < 1:
             raise ValueError(f"got {self}, wanted sizes of at least 1")
+
+
+def seen(tokens: Tokens, sites: Iterable[Site]) -> Tokens:
+    """What of a call's tokens matters to these sites."""
+    return tokens if any(site.sees_text for site in sites) else Tokens(tokens.visual)
+
+
+def outermost(sites: Iterable[Site]) -> tuple[Site, ...]:
+    """Those that lie within no other."""
+    sites = tuple(sites)
+    blocks = [site for site in sites if site.kind == "block"]
+    return tuple(site for site in sites if not any(block.contains(site) for block in blocks))
 
 
 BranchOrder = Literal["cond_first", "uncond_first", "two_calls"]

@@ -101,6 +101,8 @@ class Plan:
                 raise PlanInvalid(f"step {step} has {len(row)} cells, wanted one for each of {len(self.target.sites)} sites")
         for site, column in zip(self.target.sites, self.columns, strict=True):
             told_apart = {len(c.method) for c in column if isinstance(c, Attend) and isinstance(c.method, tuple)}
+            if site.kind != "self_attention" and any(isinstance(c, Attend) and c.method != Full() for c in column):
+                raise PlanInvalid(f"site {site.path}: a {site.kind} has no heads; wanted it computed in full, or reused")
             if wrong := told_apart - {site.heads}:
                 raise PlanInvalid(f"site {site.path} has {site.heads} heads, got methods for {min(wrong)}; wanted one for each")
             if fault := first_fault(column):
@@ -130,7 +132,7 @@ class Plan:
         count: Counter[str] = Counter()
         for row in self.cells:
             for site, cell in zip(self.target.sites, row, strict=True):
-                if site.kind == "feed_forward":
+                if site.kind != "self_attention":
                     continue
                 methods = cell.methods(site.heads) if isinstance(cell, Attend) else ()
                 count.update([method_name(method) for method in methods] or {paper_name(cell): site.heads})

@@ -36,7 +36,7 @@ class Tally:
         """A site was passed, and did what `cell` says."""
         self.passes[site] += 1
         self.cells[paper_name(cell)] += 1
-        if site.kind == "feed_forward":
+        if site.kind != "self_attention":
             pass  # it has no heads
         elif isinstance(cell, Attend):
             self.heads.update(method_name(method) for method in cell.methods(site.heads))

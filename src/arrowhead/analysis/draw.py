@@ -91,8 +91,7 @@ def _said(word: Word) -> str:
 
 def sweep_curve(plans: Mapping[str, Plan], measure: str, path: str | Path) -> None:
     """Predicted error of the final latents over what is left of the FLOPs, for plans found under a budget."""
-    left = [getattr(plan.flops(), measure.removesuffix("_flops")) for plan in plans.values()]
-    errors = [plan.about["search"]["predicted_error"] for plan in plans.values()]
+    left, errors = ([plan.about["search"][what] for plan in plans.values()] for what in (measure, "predicted_error"))
     figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
     axis.plot(left, errors, marker="o", color=COLOURS["AST"])
     axis.set(xlabel=f"{measure.replace('_', ' ')} left", ylabel="predicted error", xlim=(0, 1.02), ylim=(0, None))

@@ -12,10 +12,11 @@ class Family:
     """What has to be known about a transformer class and its pipelines.
 
     `site_pattern` is a regular expression for the module paths of the attention sites, `joint_pattern` for those of them that
-    attend over text and image together, `feed_forward_pattern` for the image's feed-forwards; `branch_order` gives each
-    pipeline class's order of the CFG branches in its batch, which no shape reveals; `tokens` counts them from a call's
-    arguments; `guided` tells from the pipeline call's arguments whether there are both branches, `guidance_scale` how far apart
-    they are driven, and `refused` what of them cannot be compressed.
+    attend over text and image together, `cross_pattern` for attention from the image to the text, `feed_forward_pattern` for
+    the image's feed-forwards, `block_pattern` for whole blocks; `branch_order` gives each pipeline class's order of the CFG
+    branches in its batch, which no shape reveals; `tokens` counts them from a call's arguments; `guided` tells from the
+    pipeline call's arguments whether there are both branches, `guidance_scale` how far apart they are driven, and `refused`
+    what of them cannot be compressed.
     """
 
     transformer: str
@@ -24,7 +25,9 @@ class Family:
     tokens: Callable[[Any, Mapping[str, Any]], Tokens]
     guided: Callable[[Mapping[str, Any]], bool]
     joint_pattern: str = ""
+    cross_pattern: str = r"(?!)"
     feed_forward_pattern: str = r"transformer_blocks\.\d+\.ff"
+    block_pattern: str = r"(single_)?transformer_blocks\.\d+"
     guidance_scale: Callable[[Mapping[str, Any]], float] = lambda call: float(call["guidance_scale"])
     refused: Callable[[Mapping[str, Any]], str | None] = lambda _: None
 
@@ -69,8 +72,9 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         transformer="PixArtTransformer2DModel",
         site_pattern=r"transformer_blocks\.\d+\.attn1",
+        cross_pattern=r"transformer_blocks\.\d+\.attn2",
         branch_order={"PixArtAlphaPipeline": "uncond_first", "PixArtSigmaPipeline": "uncond_first"},
-        tokens=_patches,
+        tokens=_patches_then_text,
         guided=_guidance_above_one,
     ),
     Family(

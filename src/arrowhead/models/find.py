@@ -2,14 +2,14 @@
 
 import inspect
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
 from arrowhead.errors import InputsInvalid, UnsupportedPipeline
-from arrowhead.layout import Branches, BranchOrder, Kind, Site
+from arrowhead.layout import Branches, BranchOrder, Kind, Site, Tokens, outermost, seen
 from arrowhead.models.families import FAMILIES, Family
 from arrowhead.project import heads_apart
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # diffusers takes seconds to import
 
 
 ATTENTION: frozenset[Kind] = frozenset({"self_attention"})
-EVERYTHING: frozenset[Kind] = frozenset({"self_attention", "feed_forward"})
+EVERYTHING: frozenset[Kind] = frozenset({"self_attention", "cross_attention", "feed_forward", "block"})
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,18 @@ class Model:
         config: Any = self.transformer.config
         return int(config.in_channels)
 
+    def only(self, wanted: Callable[[Site], bool]) -> "Model":
+        """The same with fewer sites."""
+        return replace(self, modules={site: module for site, module in self.modules.items() if wanted(site)})
+
+    def beside(self, sites: Collection[Site]) -> "Model":
+        """The same without what a plan for these sites cannot speak of: blocks around them, and what is within its blocks."""
+
+        def apart(site: Site) -> bool:
+            return not any(other.contains(site) or site.contains(other) for other in sites)
+
+        return self.only(apart)
+
     def call_arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The pipeline call's arguments by name, defaults included.
 
@@ -55,6 +67,10 @@ class Model:
         """The transformer call's arguments by name, defaults included, as the family's class names them."""
         known: Any = next(c for c in type(self.transformer).__mro__ if c.__name__ == self.family.transformer)
         return _by_name(inspect.signature(known.forward), (self.transformer, *args), kwargs, "the transformer")
+
+    def tokens(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tokens:
+        """What a call of the transformer brings that matters to the sites."""
+        return seen(self.family.tokens(self.transformer, self.transformer_arguments(args, kwargs)), self.sites)
 
     def branches(self, call: Mapping[str, Any]) -> Branches:
         """How the CFG branches of a pipeline call with these arguments arrive.
@@ -87,18 +103,27 @@ def find(pipe: "DiffusionPipeline", kinds: Collection[Kind] = ATTENTION) -> Mode
             f"got {name}, whose order of CFG branches is not known; wanted one of {', '.join(family.branch_order)}, "
             f"or a subclass of one"
         )
-    modules: dict[Site, nn.Module] = {}
-    for path, module in transformer.named_modules():
-        if "self_attention" in kinds and re.fullmatch(family.site_pattern, path):
-            modules[_site(family, path, module)] = module
-        elif "feed_forward" in kinds and re.fullmatch(family.feed_forward_pattern, path):
-            modules[_feed_forward(path, module)] = module
+    modules = {site: module for site, module in _sites(family, transformer) if site.kind in kinds}
     if not modules:
         raise UnsupportedPipeline(
             f"{type(transformer).__name__} has no module whose path matches {family.site_pattern!r}; wanted at least one "
             "attention site"
         )
     return Model(pipe, transformer, family, order, modules)
+
+
+def _sites(family: Family, root: nn.Module, prefix: str = "") -> Iterator[tuple[Site, nn.Module]]:
+    """All that a family's patterns name within a module, in the order of the modules: a block comes before what it contains."""
+    for inner, module in root.named_modules():
+        path = f"{prefix}{inner}"
+        if re.fullmatch(family.site_pattern, path):
+            yield _site(family, path, module), module
+        elif re.fullmatch(family.cross_pattern, path):
+            yield _cross_attention(path, module), module
+        elif re.fullmatch(family.feed_forward_pattern, path):
+            yield _feed_forward(path, module), module
+        elif inner and re.fullmatch(family.block_pattern, path):
+            yield _block(family, path, module), module
 
 
 def _site(family: Family, path: str, module: Any) -> Site:
@@ -117,9 +142,41 @@ def _site(family: Family, path: str, module: Any) -> Site:
 
 def _feed_forward(path: str, module: nn.Module) -> Site:
     linears = [linear for linear in module.modules() if isinstance(linear, nn.Linear)]
-    channels = linears[0].in_features
-    weights = sum(linear.in_features * linear.out_features for linear in linears)
+    channels, weights = linears[0].in_features, sum(map(_size, linears))
     return Site(path, 1, channels, channels, heads_apart=False, kind="feed_forward", weights=weights)
+
+
+def _cross_attention(path: str, module: Any) -> Site:
+    of_image, of_text = (sum(map(_size, own)) for own in ((module.to_q, module.to_out[0]), (module.to_k, module.to_v)))
+    width, channels = module.to_q.out_features, module.to_q.in_features
+    return Site(path, 1, width, channels, heads_apart=False, kind="cross_attention", weights=of_image, text_weights=of_text)
+
+
+def _block(family: Family, path: str, module: Any) -> Site:
+    """What a block multiplies tokens with outside of its sites; its modulation's layers are multiplied once for a whole sample.
+
+    SD3's last block gives no text.
+    """
+    within = outermost(site for site, _ in _sites(family, module, f"{path}."))
+    elsewhere = (f"{path}.norm", *(f"{site.path}." for site in within))
+    names = {f"{path}.{name}": layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
+    own = {name: _size(layer) for name, layer in names.items() if not name.startswith(elsewhere)}
+    return Site(
+        path,
+        heads=1,
+        head_dim=within[0].channels,
+        channels=within[0].channels,
+        joint=any(site.joint for site in within) and not getattr(module, "context_pre_only", False),
+        heads_apart=False,
+        kind="block",
+        weights=sum(size for name, size in own.items() if "context" not in name),
+        text_weights=sum(size for name, size in own.items() if "context" in name),
+        within=within,
+    )
+
+
+def _size(linear: nn.Linear) -> int:
+    return linear.in_features * linear.out_features
 
 
 def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any], callee: str) -> dict[str, Any]:

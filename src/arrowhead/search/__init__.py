@@ -15,8 +15,8 @@ from arrowhead.metrics.error import LossForm
 from arrowhead.models import find
 from arrowhead.plan import Plan
 from arrowhead.search.about import about
-from arrowhead.search.budget import PRESETS, Budget, budgeted, calibrate, solve, sweep
-from arrowhead.search.budget.record import Extent
+from arrowhead.search.budget import PRESETS, Budget, budgeted, calibrate, calibration_bytes, solve, sweep
+from arrowhead.search.budget.extent import Extent
 from arrowhead.search.budget.table import Table
 from arrowhead.search.calibrate import Found
 from arrowhead.search.greedy import Trial, greedy_trials
@@ -36,6 +36,7 @@ def search(
     budget: Budget | Literal["light", "balanced", "strong"] | None = None,
     threshold: float | str | None = None,
     loss: LossForm = "paper",
+    extent: Extent | None = None,
     progress: bool = True,
 ) -> Plan:
     """Find a plan on one calibration run of the pipeline.
@@ -54,6 +55,7 @@ def search(
         threshold: for `greedy`, the error allowed at the last layer of a step, or one of D1 … D6 (0.025 … 0.15); for
             `headwise`, the sum of a site's errors in a step (the paper has 0.2 … 1). None: 0.1 or 0.6.
         loss: for `greedy`, the error's form, see `metrics.error.relative_error`.
+        extent: for `budget`, how far the calibration looks, and with how much memory.
         progress: show a tqdm bar.
 
     Raises:
@@ -66,10 +68,10 @@ def search(
         NothingCompressed: something may be lost, but every cell stayed full.
     """
     named = strategy or ("greedy" if threshold is not None and budget is None else "budget")
-    _check_arguments(named, budget, threshold, loss)
+    _check_arguments(named, budget, threshold, loss, extent)
     if named == "budget":
         wanted = Budget(error=PRESETS[budget or "balanced"]) if budget is None or isinstance(budget, str) else budget
-        plan = budgeted(pipe, inputs, wanted, progress=progress)
+        plan = budgeted(pipe, inputs, wanted, extent=extent, progress=progress)
         (asked, value), may_lose = wanted.asked, wanted.error is not None or wanted.asked[1] < 1
     else:
         delta = _threshold(threshold if threshold is not None else 0.1 if named == "greedy" else 0.6)
@@ -84,7 +86,9 @@ def search(
     return plan
 
 
-def _check_arguments(named: str | Headwise, budget: Budget | str | None, threshold: float | str | None, loss: str) -> None:
+def _check_arguments(
+    named: str | Headwise, budget: Budget | str | None, threshold: float | str | None, loss: str, extent: Extent | None
+) -> None:
     if not isinstance(named, Headwise) and named not in ("greedy", "headwise", "budget"):
         raise InputsInvalid(f"got strategy={named!r}, wanted 'greedy', 'headwise', a Headwise, or 'budget'")
     if loss not in ("paper", "signed"):
@@ -99,6 +103,8 @@ def _check_arguments(named: str | Headwise, budget: Budget | str | None, thresho
             f"got budget={budget!r} and threshold={threshold!r} with strategy={named!r}; wanted a threshold for 'greedy' and "
             "'headwise', a budget for 'budget'; leave the other one out"
         )
+    if not isinstance(extent, Extent | None) or (extent is not None and named != "budget"):
+        raise InputsInvalid(f"got extent={extent!r} with strategy={named!r}; wanted an Extent with 'budget'; leave it out")
     if not isinstance(budget, Budget | None) and not (isinstance(budget, str) and budget in PRESETS):
         raise InputsInvalid(f"got budget={budget!r}, wanted a Budget, or one of {', '.join(PRESETS)}")
 
@@ -158,6 +164,7 @@ __all__ = [
     "Table",
     "Trial",
     "calibrate",
+    "calibration_bytes",
     "greedy_trials",
     "headwise_choices",
     "search",

@@ -21,7 +21,7 @@ from arrowhead.cost import site_flops
 from arrowhead.errors import ArrowheadError, InputsInvalid, NotIntercepted
 from arrowhead.intercept import SiteCall, intercepted
 from arrowhead.kernels import dispatch
-from arrowhead.layout import Branches, Site, Tokens
+from arrowhead.layout import Branches, Site, Tokens, outermost
 from arrowhead.lifetimes import FOREVER, Residual, Writes
 from arrowhead.methods import FULL, Attend, Cell, refreshes_residual, residual_radius
 from arrowhead.models import Model
@@ -46,9 +46,10 @@ AtSite = Callable[[SiteCall, Generation], Output]
 
 @dataclass(frozen=True)
 class _Call:
-    """A call of the transformer by the pipeline: its tokens, how to run it, and whether it scales a LoRA meanwhile."""
+    """A call of the transformer by the pipeline: its tokens, rows, how to run it, and whether it scales a LoRA meanwhile."""
 
     tokens: Tokens
+    rows: int
     run: Callable[[], Any]
     scales: bool
 
@@ -62,6 +63,7 @@ class Calibration:
     def __init__(self, model: Model, inputs: Mapping[str, Any]) -> None:
         self.branches = model.branches(model.call_arguments((), inputs))
         self.passes = 0
+        self.rows = 0  # of all calls of a step, known from the first one on
         self._model, self._inputs = model, inputs
         self._around: Callable[[SiteCall], Output] | None = None  # set while the transformer runs under the search
         self._generation: Generation | None = None
@@ -100,9 +102,12 @@ class Calibration:
                 )
             if self.branches.calls == 2:  # the pipeline may change what it gave before the first call is looked at
                 kwargs = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
-            tokens = self._model.family.tokens(transformer, self._model.transformer_arguments(args, kwargs))
+            tokens, rows = (
+                self._model.tokens(args, kwargs),
+                len(self._model.transformer_arguments(args, kwargs)["hidden_states"]),
+            )
             scales = {value.get("scale") for value in kwargs.values() if isinstance(value, dict)} - {None, 1}
-            return worker.parent.switch(_Call(tokens, lambda: own_forward(*args, **kwargs), bool(scales)))
+            return worker.parent.switch(_Call(tokens, rows, lambda: own_forward(*args, **kwargs), bool(scales)))
 
         with (
             quiet(pipe, self._inputs.get("generator")),
@@ -117,6 +122,7 @@ class Calibration:
                     if self.branches.calls == 2:
                         stand_in = self._stand_in(call)
                         calls.append(worker.switch(stand_in))
+                    self.rows = sum(call.rows for call in calls)
                     step = Step(self._begin(calls), self, [call.run for call in calls])
                     inner = torch.is_grad_enabled()
                     torch.set_grad_enabled(outer)
@@ -139,7 +145,7 @@ class Calibration:
 
         Without the one run of a single call that stands in for what is not known yet, where a step has two.
         """
-        tally, sites = self._state.tally, self._model.sites
+        tally, sites = self._state.tally, outermost(self._model.sites)
         samples = self._state.branches.samples
         raw = sum(site_flops(site, self.tokens, FULL, Writes(), samples).attention for site in sites)
         return tally.spent.attention / (raw * self.step_count)
@@ -164,7 +170,7 @@ class Calibration:
                     outputs = [runs[0]()]
                 else:
                     self._around = meet
-                    outputs = together(runs, lambda call: at_site(call, self._state))
+                    outputs = together(runs, lambda call: self._answered(call, at_site))
         finally:
             self._around = None
         if passes.total() - before != len(self._model.sites):
@@ -173,6 +179,14 @@ class Calibration:
                 f"{len(self._model.sites)}; nothing can be learnt about the others, so the search ends here"
             )
         return outputs
+
+    def _answered(self, call: SiteCall, at_site: AtSite) -> Output:
+        """For both calls of a step at once; so are the sites within a block that runs meanwhile."""
+        before, self._around = self._around, lambda inner: at_site(inner, self._state)
+        try:
+            return at_site(call, self._state)
+        finally:
+            self._around = before
 
     @contextmanager
     def traced(self, runs: Sequence[Callable[[], Any]], at_site: AtSite) -> Iterator[list[Any]]:
@@ -257,9 +271,14 @@ class Step:
         """Let the pipeline go on with the output under these cells, and remember all that `candidates` may read later."""
         self.answers = self._calibration.forward(self._runs, self._by(cells, partial(_writes, candidates)))
 
-    def finish_by(self, at_site: AtSite) -> None:
-        """Let the pipeline go on with the output that comes of `at_site`."""
+    def finish_by(self, at_site: AtSite) -> list[Tensor]:
+        """Let the pipeline go on with the output that comes of `at_site`; gives each call's."""
         self.answers = self._calibration.forward(self._runs, at_site)
+        return _samples(self.answers)
+
+    def tried(self, at_site: AtSite) -> list[Tensor]:
+        """The output that comes of `at_site`, each call's; the pipeline knows nothing of it."""
+        return _samples(self._calibration.forward(self._runs, at_site))
 
     def _by(self, cells: Sequence[Cell], writes: Callable[[Cell], Writes]) -> AtSite:
         cell_of = dict(zip(self.sites, cells, strict=True))

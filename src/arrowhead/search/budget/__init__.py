@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from arrowhead.errors import InputsInvalid
+from arrowhead.errors import InputsInvalid, NotIntercepted
 from arrowhead.models import find
 from arrowhead.plan import Plan
 from arrowhead.search.budget.allocate import Allocation, Infeasible, within_cost, within_memory
 from arrowhead.search.budget.check import measured_error, measured_seconds
 from arrowhead.search.budget.costs import FlopCosts, Measure, SecondCosts, timed
+from arrowhead.search.budget.extent import Extent
 from arrowhead.search.budget.given import Choices
 from arrowhead.search.budget.keep import keep_to
 from arrowhead.search.budget.problem import Granularity, Problem, group_size
-from arrowhead.search.budget.record import Extent, Recording, record
+from arrowhead.search.budget.record import Recording, record, sites_of
 from arrowhead.search.budget.table import Table
+from arrowhead.search.calibrate import Calibration
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
     from diffusers import DiffusionPipeline
@@ -134,6 +136,22 @@ def calibrate(
     return _recorded(pipe, inputs, extent or Extent(), progress).table
 
 
+def calibration_bytes(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], *, extent: Extent | None = None) -> int:
+    """What a calibration holds at most from one step to the next, beside the pipeline itself and what one pass needs.
+
+    A pass with gradients keeps its activations for the way back; with `checkpoint` one block's and each block's input, without
+    gradients none. The pipeline runs up to the first call of its transformer. Raises what `arrowhead.search` raises.
+    """
+    extent = extent or Extent()
+    model = sites_of(pipe, extent)
+    calibration = Calibration(model, inputs)
+    with closing(calibration.steps()) as steps:
+        if next(steps, None) is None:
+            raise NotIntercepted("the pipeline never called its transformer; wanted at least one denoising step")
+        dtype: torch.dtype = pipe.transformer.dtype
+        return extent.held(model.sites, calibration.tokens) * calibration.rows * dtype.itemsize
+
+
 def solve(table: Table, budget: Budget) -> Plan:
     """The plan for a budget of FLOPs, from a table alone; nothing is run.
 
@@ -203,7 +221,7 @@ def _within(problem: Problem, budget: Budget) -> Allocation:
 
 def _fast_enough(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], budget: Budget, recording: Recording) -> Plan:
     """Time cells, solve, and time a generation beside an untouched one."""
-    seconds = timed(pipe, inputs, budget.choices(recording.table))
+    seconds = timed(pipe, inputs, recording.table.target.sites, budget.choices(recording.table))
     problem = budget.problem(recording.table, seconds)
     try:
         found = _within(problem, budget)
@@ -242,9 +260,12 @@ def _plan(problem: Problem, budget: Budget, found: Allocation) -> Plan:
     if isinstance(problem.costs, FlopCosts):
         search[f"{problem.costs.measure}_flops"] = _short(found.cost + problem.fixed)
     search["predicted_error"] = _short(found.damage**0.5)
-    rows = tuple(zip(*found.columns, strict=True))
+    columns = {site: column for site, column in zip(table.target.sites, found.columns, strict=True) if column is not None}
+    rows = tuple(zip(*columns.values(), strict=True))
     about = {**table.about, "search": search}
-    return Plan(rows, table.target, table.tokens, table.branches.guided, about, table.branches.calls)
+    return Plan(
+        rows, replace(table.target, sites=tuple(columns)), table.tokens, table.branches.guided, about, table.branches.calls
+    )
 
 
 def _told(plan: Plan, **facts: Any) -> Plan:

@@ -15,12 +15,12 @@ ROUNDS, MEMORY_ROUNDS = 40, 16
 
 @dataclass(frozen=True)
 class Allocation:
-    """A column for each site, with the sums of damage and cost; the cost is that of the sites alone.
+    """A column for each site, or None, see `Offer`, with the sums of damage and cost; the cost is that of the sites alone.
 
     `bound`: in the additive model no choice for whole sites that costs as little does less damage, by Lagrangian duality.
     """
 
-    columns: tuple[Column, ...]
+    columns: tuple[Column | None, ...]
     damage: float
     cost: float
     bound: float
@@ -48,14 +48,17 @@ def within_cost(problem: Problem, budget: float, memory_price: float = 0.0) -> A
     if not (met := [offer for offer in tried if offer.cost.sum() <= budget]):
         raise Infeasible(asked, min(float(offer.cost.sum()) for offer in tried) + problem.fixed)
     bound = max(float(o.damage.sum()) + o.multiplier * (float(o.cost.sum()) - budget) for o in tried)
-    return _repaired(min(met, key=lambda offer: float(offer.damage.sum())), tried, budget, max(bound, 0.0))
+    best = min(met, key=lambda offer: float(offer.damage.sum()))
+    source, damage, cost = _repaired(best, tried, budget)
+    columns = tuple(source[problem.unit_of(site)].column(site) for site in range(len(problem.table.target.sites)))
+    return Allocation(columns, damage, cost, max(bound, 0.0))
 
 
 def within_damage(problem: Problem, limit: float) -> Allocation:
     """The least cost found among the multipliers' offers whose damage is at most `limit`."""
     tried = _bisected(problem, lambda offer: float(offer.damage.sum()) > limit)
     best = min((o for o in tried if o.damage.sum() <= limit), key=lambda o: float(o.cost.sum()))  # full attention does none
-    columns = tuple(best.column(site) for site in range(len(best.cost)))
+    columns = tuple(best.column(site) for site in range(len(problem.table.target.sites)))
     return Allocation(columns, float(best.damage.sum()), float(best.cost.sum()), 0.0)
 
 
@@ -108,16 +111,18 @@ def _bisected(problem: Problem, dear_enough: Callable[[Offer], bool], memory_pri
     return tried
 
 
-def _repaired(start: Offer, tried: list[Offer], budget: float, bound: float) -> Allocation:
-    """Sites' columns are exchanged for others seen, as the budget allows, the most damage less per cost first."""
+def _repaired(start: Offer, tried: list[Offer], budget: float) -> tuple[list[Offer], float, float]:
+    """Units' columns are exchanged for others seen, as the budget allows, the most damage less per cost first.
+
+    Gives the offer that each unit's come from, with the sums of damage and cost.
+    """
     source, damage, cost = [start] * len(start.cost), start.damage.copy(), start.cost.copy()
-    seen_damage, seen_cost = np.stack([o.damage for o in tried]), np.stack([o.cost for o in tried])  # (tried, sites)
+    seen_damage, seen_cost = np.stack([o.damage for o in tried]), np.stack([o.cost for o in tried])  # (tried, units)
     while True:
         gain, more = damage - seen_damage, seen_cost - cost
         worth = np.where((gain > 0) & (more <= budget - cost.sum()), gain / np.maximum(more, 1e-12), 0.0)
-        best, site = np.unravel_index(worth.argmax(), worth.shape)
-        if worth[best, site] <= 0:
-            columns = tuple(offer.column(i) for i, offer in enumerate(source))
-            return Allocation(columns, float(damage.sum()), float(cost.sum()), bound)
-        source[site] = tried[best]
-        damage[site], cost[site] = seen_damage[best, site], seen_cost[best, site]
+        best, unit = np.unravel_index(worth.argmax(), worth.shape)
+        if worth[best, unit] <= 0:
+            return source, float(damage.sum()), float(cost.sum())
+        source[unit] = tried[best]
+        damage[unit], cost[unit] = seen_damage[best, unit], seen_cost[best, unit]

@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from statistics import median
@@ -15,10 +15,10 @@ from arrowhead.attend import Generation, attend
 from arrowhead.cache import Output
 from arrowhead.errors import NotIntercepted
 from arrowhead.intercept import SiteCall
-from arrowhead.layout import Site, Tokens
+from arrowhead.layout import Site, Tokens, outermost
 from arrowhead.lifetimes import FOREVER, Residual, Writes
 from arrowhead.methods import FULL, Arrow, Attend, Cell, Full, Reuse
-from arrowhead.models import EVERYTHING, find
+from arrowhead.models import find
 from arrowhead.search.budget.given import Choices
 from arrowhead.search.calibrate import Calibration
 from arrowhead.tally import Tally
@@ -83,12 +83,14 @@ class SecondCosts:
         return self.cells[shape, cell] + made
 
 
-def timed(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], choices: Choices) -> SecondCosts:
-    """Time every cell for whole sites on the first step of the pipeline's run with `inputs`; medians of interleaved rounds.
+def timed(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], sites: Sequence[Site], choices: Choices) -> SecondCosts:
+    """Time every cell for these sites as wholes on the first step of the pipeline's run with `inputs`.
+
+    The median of interleaved rounds.
 
     Raises what `arrowhead.search` raises.
     """
-    model = find(pipe, EVERYTHING)
+    model = find(pipe, {site.kind for site in sites}).only(lambda site: site in sites)
     calibration = Calibration(model, inputs)
     seconds: dict[tuple[Shape, Cell | Residual], list[float]] = defaultdict(list)
     whole: list[float] = []
@@ -107,7 +109,7 @@ def timed(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], choices: Choices
         for _ in range(ROUNDS):
             whole.append(_seconds(step.full))
     found = {key: median(values) for key, values in seconds.items()}
-    full = sum(found[_shape(site), FULL] for site in model.sites)
+    full = sum(found[_shape(site), FULL] for site in outermost(model.sites))
     cells = {(shape, what): value for (shape, what), value in found.items() if not isinstance(what, Residual)}
     residuals = {
         (shape, what.radius, what.conditional_only): max(value - found[shape, FULL], 0.0)
@@ -151,7 +153,7 @@ def _tried(radii: tuple[int, ...], choices: Choices) -> Iterator[tuple[Cell | Re
 
 
 def _shape(site: Site) -> Shape:
-    return replace(site, path="")
+    return replace(site, path="", within=tuple(map(_shape, site.within)))
 
 
 def _seconds(run: Callable[[], Any]) -> float:

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from arrowhead.methods import FULL
 from arrowhead.search.budget.allocate import Allocation, within_damage
 from arrowhead.search.budget.problem import Problem
 
@@ -79,6 +78,5 @@ def _next_limit(tries: list[Try], error: float) -> float:
 
 def _full(problem: Problem) -> Try:
     """Full attention everywhere, which changes nothing."""
-    steps, sites = problem.table.steps, len(problem.table.target.sites)
     cost = 1 - problem.fixed  # of the sites alone
-    return Try(Allocation(((FULL,) * steps,) * sites, 0.0, cost, 0.0), 0.0, 0.0)
+    return Try(Allocation(problem.untouched, 0.0, cost, 0.0), 0.0, 0.0)

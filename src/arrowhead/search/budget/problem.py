@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from arrowhead import cost
 from arrowhead.errors import InputsInvalid
-from arrowhead.layout import Site
+from arrowhead.layout import Site, outermost
 from arrowhead.lifetimes import Writes
 from arrowhead.methods import FULL, Attend, Cached, Cell, Method, Reuse
 from arrowhead.search.budget.costs import Costs, FlopCosts
@@ -26,15 +26,16 @@ Column = tuple[Cell, ...]
 
 @dataclass(frozen=True)
 class Offer:
-    """At a multiplier the damage and cost of a column for each site (sites,), the cost a fraction of the uncompressed run's.
+    """At a multiplier the damage and cost of columns for each unit (units,), the cost a fraction of the raw run's.
 
-    `column` gives the cells of a site's, by the site's number.
+    A unit is a site, or a block with the sites within it. `column` gives the cells of a site's, by the site's number; None
+    where the block around it has a column, or the sites within it have.
     """
 
     multiplier: float
     damage: Floats
     cost: Floats
-    column: Callable[[int], Column]
+    column: Callable[[int], Column | None]
 
 
 class Problem:
@@ -47,14 +48,20 @@ class Problem:
         self.table, self.choices, self.granularity = table, choices, granularity
         self.costs, self._sites = costs, table.target.sites
         self._samples = 2 if table.branches.guided else 1
-        self._whole = table.steps * (costs.other + sum(costs.of(site, FULL, Writes()) for site in self._sites))
+        self._units = [self._sites.index(site) for site in outermost(self._sites)]
+        self._within = {
+            i: inner for i in self._units if (inner := [j for j, s in enumerate(self._sites) if self._sites[i].contains(s)])
+        }
+        self._whole = table.steps * (costs.other + sum(self._full(i) for i in self._units))
         self.fixed = table.steps * costs.other / self._whole
         self._programme = Programme(choices)
-        self._feed_forward = Programme(replace(choices, radii=()))  # no pairs of tokens, no arrows
+        self._of_modules = Programme(replace(choices, radii=()))  # no pairs of tokens, no arrows
         self._groups = () if granularity == "site" else tuple(self._grouped(granularity))
 
     def offer(self, multiplier: float, memory_price: float = 0.0) -> Offer:
         """The best column of every site at this multiplier; exact where a site's heads all do the same, see `_of_groups`.
+
+        A block has a column, or the sites within it have, whatever is better.
 
         `memory_price` is the damage that holding the elements of one image's latents for a step is worth.
         """
@@ -71,9 +78,39 @@ class Problem:
             return programme.cells(own)
 
         offer = Offer(multiplier, damage, spent, whole)
-        if not self._groups:
-            return offer
-        return self._of_groups(offer, {site: own for site, (_, own) in moves.items()}, memory_price)
+        if self._groups:
+            offer = self._of_groups(offer, {site: own for site, (_, own) in moves.items()}, memory_price)
+        return self._of_units(offer)
+
+    @property
+    def untouched(self) -> tuple[Column | None, ...]:
+        """Full attention everywhere."""
+        full = (FULL,) * self.table.steps
+        return tuple(None if site in self._within else full for site in range(len(self._sites)))
+
+    def unit_of(self, site: int) -> int:
+        """The place among the units of the one that a site belongs to."""
+        return next(u for u, i in enumerate(self._units) if i == site or site in self._within.get(i, ()))
+
+    def _full(self, site: int) -> float:
+        return self.costs.of(self._sites[site], FULL, Writes())
+
+    def _of_units(self, sites: Offer) -> Offer:
+        """From columns for all sites (damages and costs (sites,)) those of blocks, or of what is within them."""
+        damage, spent, absent = sites.damage.copy(), sites.cost.copy(), set()
+        for block, within in self._within.items():
+            beside = self.table.steps * (self._full(block) - sum(map(self._full, within))) / self._whole
+            apart = sites.damage[within].sum(), sites.cost[within].sum() + max(beside, 0.0)
+            if apart[0] + sites.multiplier * apart[1] <= damage[block] + sites.multiplier * spent[block]:
+                damage[block], spent[block] = apart
+                absent.add(block)
+            else:
+                absent |= set(within)
+
+        def column(site: int) -> Column | None:
+            return None if site in absent else sites.column(site)
+
+        return Offer(sites.multiplier, damage[self._units], spent[self._units], column)
 
     def without_lines(self) -> "Problem":
         """The same without outputs that are extrapolated, which hold twice as much."""
@@ -95,8 +132,8 @@ class Problem:
     def _parts(self) -> list[tuple[list[int], Programme, Floats, Floats]]:
         """Sites of a kind, as wholes: their numbers, programme, damages (S, givens, sites) and costs (spendings, sites)."""
         found = []
-        for kind, programme in (("self_attention", self._programme), ("feed_forward", self._feed_forward)):
-            if sites := [i for i, site in enumerate(self._sites) if site.kind == kind]:
+        for attends, programme in ((True, self._programme), (False, self._of_modules)):
+            if sites := [i for i, site in enumerate(self._sites) if (site.kind == "self_attention") == attends]:
                 damage = self.table.damages([self.table.heads(i) for i in sites], programme.givens)
                 costs = [[self.costs.of(self._sites[i], *spending) for i in sites] for spending in programme.spendings]
                 found.append((sites, programme, damage, np.array(costs) / self._whole))
@@ -129,7 +166,7 @@ class Problem:
         spent[sites] = np.bincount(place, chosen.cost) + rows.sum(0) * [self._rest(self._sites[i]) for i in sites] / self._whole
         wins = damage + whole.multiplier * spent < whole.damage + whole.multiplier * whole.cost
 
-        def column(site: int) -> Column:
+        def column(site: int) -> Column | None:
             if not wins[site]:
                 return whole.column(site)
             mine = [(programme.cells(chosen.moves[:, g]), len(heads)) for g, (s, heads) in enumerate(self._groups) if s == site]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from arrowhead import cost
 from arrowhead.errors import InputsInvalid
-from arrowhead.layout import Branches, Tokens
+from arrowhead.layout import Branches, Site, Tokens, outermost, seen
 from arrowhead.lifetimes import Writes, of_head
 from arrowhead.methods import FULL, Cell
 from arrowhead.plan import Target
@@ -70,19 +70,31 @@ class Table:
         return len(self.gains)
 
     def attention_alone(self) -> "Table":
-        """The same without feed-forwards: they count among what is outside of all sites."""
+        """The same without sites of other kinds: what they multiply counts among what is outside of all sites.
+
+        Raises:
+            InputsInvalid: there are no others.
+        """
         kept = [i for i, site in enumerate(self.target.sites) if site.kind == "self_attention"]
+        if not kept:
+            raise InputsInvalid(
+                "got a budget of attention's FLOPs with a table of blocks alone, wanted transformer_flops; or calibrate with "
+                "kinds that hold self_attention"
+            )
         heads = [head for i in kept for head in self.heads(i)]
-        left = [site for site in self.target.sites if site.kind != "self_attention"]
-        samples = self.branches.samples * self.branches.calls
-        other = sum(cost.site_flops(site, self.tokens, FULL, Writes(), samples).module for site in left)
+        sites = tuple(self.target.sites[i] for i in kept)
         return replace(
             self,
-            target=replace(self.target, sites=tuple(self.target.sites[i] for i in kept)),
+            target=replace(self.target, sites=sites),
+            tokens=seen(self.tokens, sites),
             outputs=self.outputs[:, heads],
             residuals=self.residuals[:, heads],
-            other_flops=self.other_flops + other,
+            other_flops=self.other_flops + self._module_flops(outermost(self.target.sites)) - self._module_flops(sites),
         )
+
+    def _module_flops(self, sites: Sequence[Site]) -> float:
+        samples = self.branches.samples * self.branches.calls
+        return sum(cost.site_flops(site, self.tokens, FULL, Writes(), samples).module for site in sites)
 
     def heads(self, site: int) -> range:
         """Where a site's heads stand among those of all."""
@@ -109,19 +121,23 @@ class Table:
         found = {given: harm for given, harm in self._along_runs(outputs, residuals, wanted) if given in wanted}
         return np.stack([found[given] for given in givens], 1)
 
-    def damage(self, columns: Sequence[Sequence[Cell]]) -> Floats:
+    def damage(self, columns: Sequence[Sequence[Cell] | None]) -> Floats:
         """What a plan's columns, one for each site, do in each step: (S,). Heads that always do the same err together.
+
+        None for a site that a plan does not speak of, as it speaks of the block around it, or of the sites within.
 
         Raises:
             InputsInvalid: the columns are not of as many steps and sites, or the table does not hold what they give.
         """
-        lengths, sites = {len(column) for column in columns}, len(self.target.sites)
+        lengths, sites = {len(column) for column in columns if column is not None}, len(self.target.sites)
         if len(columns) != sites or lengths != {self.steps}:
             raise InputsInvalid(
                 f"got {len(columns)} columns of {sorted(lengths)} steps, wanted {sites} of {self.steps}, as the table has"
             )
         found = np.zeros(self.steps)
         for site, column in enumerate(columns):
+            if column is None:
+                continue
             alike: dict[tuple[Cell, ...], list[int]] = {}
             for place, head in enumerate(self.heads(site)):
                 alike.setdefault(of_head(column, place), []).append(head)

@@ -1,0 +1,65 @@
+"""How far a calibration looks."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from arrowhead.errors import InputsInvalid
+from arrowhead.layout import Kind, Site, Tokens
+from arrowhead.models import EVERYTHING
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How far a calibration looks: arrows of which radii, outputs and residuals of how many steps ago, by how many vectors.
+
+    `radii` None: an eighth, a 16th and a 32nd of the visual tokens. `kinds` of sites, None: all, but of blocks only those that
+    compute what no other site does, as FLUX's single-stream blocks. `checkpoint`: blocks run again on the way back rather than
+    keep what they need for it (diffusers' gradient checkpointing): half as long again, in a fraction of the memory.
+    `feedback`: from 0, where an error counts for what the sampler makes of it, to 1, where it counts for what the model makes
+    of that in the steps that follow, too (the estimate's power). `regions`: parts of the sequence of tokens that are looked at
+    on their own, None: as many as make 64 products of each kind. The vectors follow from `seed`.
+
+    `gradients`: False for none, where a model or its memory does not allow them. What a change of a site does to the output is
+    then one number for each step and site, from passes in which each image has a site changed, see `weights`.
+    """
+
+    radii: tuple[int, ...] | None = None
+    ages: int = 8
+    vectors: int = 1
+    kinds: tuple[Kind, ...] | None = None
+    checkpoint: bool = False
+    gradients: bool = True
+    feedback: float = 0.5
+    regions: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.radii, tuple | list | None):
+            raise InputsInvalid(f"got radii={self.radii!r}, wanted a tuple of numbers of tokens, or None")
+        if self.radii is not None and not all(type(radius) is int and radius >= 0 for radius in self.radii):
+            raise InputsInvalid(f"got radii={self.radii!r}, wanted numbers of tokens, 0 or more")
+        if self.kinds is not None and (not isinstance(self.kinds, tuple | list) or not set() < set(self.kinds) <= EVERYTHING):
+            raise InputsInvalid(f"got kinds={self.kinds!r}, wanted a tuple of some of {', '.join(sorted(EVERYTHING))}, or None")
+        if isinstance(self.feedback, bool) or not isinstance(self.feedback, int | float) or not 0 <= self.feedback <= 1:
+            raise InputsInvalid(f"got feedback={self.feedback!r}, wanted a number from 0 to 1")
+        if self.checkpoint and not self.gradients:
+            raise InputsInvalid("got checkpoint=True without gradients, wanted one of the two: nothing is kept for a way back")
+        for name, least in (("ages", 1), ("vectors", 1), ("regions", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if value is None and name == "regions":
+                continue
+            if type(value) is not int or value < least:
+                raise InputsInvalid(f"got {name}={value!r}, wanted a whole number of {least} or more")
+
+    def held(self, sites: Iterable[Site], tokens: Tokens) -> int:
+        """Elements of one sample that are held at most from step to step: outputs and residuals of the last steps."""
+        found = 0
+        for site in sites:
+            own, attends = site.tokens(tokens), site.kind == "self_attention"
+            found += site.heads * site.head_dim * (own.total + own.visual * len(self.bands(tokens)) * attends)
+        return found * (self.ages + 1)
+
+    def bands(self, tokens: Tokens) -> tuple[int, ...]:
+        """The radii, widest first; bands that would cover everything are left out."""
+        wanted = (tokens.visual // 8, tokens.visual // 16, tokens.visual // 32) if self.radii is None else self.radii
+        return tuple(sorted({radius for radius in wanted if radius < tokens.visual - 1}, reverse=True))

@@ -1,0 +1,318 @@
+"""What a calibration notes in each step: the products of gradients with what was computed in this step and before."""
+
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from arrowhead.attend import Generation, Passage, bands, count
+from arrowhead.cache import Output, each
+from arrowhead.cost import site_flops
+from arrowhead.errors import InputsInvalid, NotIntercepted
+from arrowhead.intercept import SiteCall
+from arrowhead.layout import Branches, Site, Tokens, outermost
+from arrowhead.lifetimes import Writes
+from arrowhead.methods import FULL, Arrow
+from arrowhead.plan import Target
+from arrowhead.route import AttentionCall
+from arrowhead.search.budget.extent import Extent
+from arrowhead.search.budget.guidance import Guidance
+from arrowhead.search.budget.samplers import Sampling
+from arrowhead.search.budget.table import Table
+from arrowhead.search.budget.weights import LEAST, Weights
+from arrowhead.search.calibrate import Step
+
+PRODUCTS = 64
+"""Of each kind in a step, from so many regions of the tokens as that takes: the square of one product tells little, and the
+least of many candidates would be those that are underestimated."""
+
+APART = 0x51DE0F7E
+"""Added to the vectors' seed, lest they be the very noise that the run began with: seeds of pictures are small numbers."""
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """One step of a site: its heads' output (B, H, N, D), and its residuals (B, H, V, D), one for each radius."""
+
+    output: Tensor
+    residuals: tuple[Tensor, ...]
+
+
+class Recorder:
+    """The buffers of the last steps, and the products so far."""
+
+    def __init__(self, sites: Sequence[Site], tokens: Tokens, guidance: Guidance, extent: Extent) -> None:
+        self._sites, self._tokens, self._guidance, self._extent = tuple(sites), tokens, guidance, extent
+        self._radii = extent.bands(tokens)
+        self._generator = torch.Generator()
+        self._kept: dict[str, deque[_Kept]] = {site.path: deque(maxlen=extent.ages + 1) for site in sites}
+        self._own: list[FlopCounterMode] = []  # of the arrows in the first step, which no pipeline computes
+        self._other_flops = 0.0  # outside of all sites, for one image in a step
+        self._images = self._regions = 0  # known in the first step
+        self._weights = Weights(len(self._sites))  # in place of gradients
+        self._products: list[tuple[Tensor, Tensor]] = []  # of each step, see `Table`
+
+    def follow(self, step: Step) -> None:
+        """One step: the pipeline's own, and the products of gradients, or of what stands for them, with what is kept."""
+        self._generator.manual_seed(APART + self._extent.seed)  # the same vectors in every step: what steps do adds up
+        found = list(self._by_gradients(step) if self._extent.gradients else self._by_weights(step))
+        self._products.append((torch.cat([of[0] for of in found], -1), torch.cat([of[1] for of in found], -1)))
+
+    def _by_gradients(self, step: Step) -> Iterator[tuple[Tensor, Tensor]]:
+        """Forward, and back for each vector."""
+        probes: dict[str, Tensor] = {}
+        vectors = self._extent.vectors
+        with ExitStack() as counted:
+            whole = counted.enter_context(self._counting())
+            with step.traced(lambda call, state: self._at_site(call, state, probes)) as outputs:
+                counted.close()  # before anything goes back
+                self._note(outputs, whole)
+                for i in range(vectors):
+                    yield self._of_vector(probes, outputs, last=i == vectors - 1)
+
+    def _by_weights(self, step: Step) -> Iterator[tuple[Tensor, Tensor]]:
+        """Forward, and again with sites changed. What stands for a gradient is a vector as long as the output by the site's."""
+        with self._counting() as whole:
+            outputs = step.finish_by(lambda call, state: self._at_site(call, state, None))
+        self._note(outputs, whole)
+        guided = self._guidance.guided(outputs).float()
+        for _ in range(math.ceil(LEAST / self._images)):
+            which = self._weights.chosen(self._images)
+            changed = self._guidance.guided(step.tried(partial(self._changed, which))).float()
+            for image, place in enumerate(which):
+                now, change = self._of_image(place, image)
+                if change is not None:
+                    response = (changed[image] - guided[image]).norm() / guided[image].norm()
+                    self._weights.note(step.index, place, float(response / (change.norm() / now.norm())))
+        for _ in range(self._extent.vectors):
+            yield self._joined({site.path: self._in_place_of_gradient(site, guided) for site in self._sites})
+
+    def _counting(self) -> AbstractContextManager[FlopCounterMode | None]:
+        """The first step tells for all."""
+        return nullcontext() if self._products else flop_counter()
+
+    def _note(self, outputs: Sequence[Tensor], whole: FlopCounterMode | None) -> None:
+        """What is known once the first step has run."""
+        if whole is None:
+            return
+        self._images = len(self._guidance.guided([output.detach() for output in outputs]))
+        self._regions = self._extent.regions or max(1, PRODUCTS // (self._images * self._extent.vectors))
+        samples = self._guidance.branches.samples
+        known = sum(site_flops(site, self._tokens, FULL, Writes(), samples).module for site in outermost(self._sites))
+        multiplied = whole.get_total_flops() - sum(own.get_total_flops() for own in self._own)
+        self._other_flops = max(multiplied / self._images - known, 0.0)
+
+    def _changed(self, which: Sequence[int], call: SiteCall, state: Generation) -> Output:
+        """The module's output, of each image whose site this is by what the site gave in the step before."""
+        site, kept = call.site, self._kept[call.site.path]
+        state.tally.passed(site, FULL, state.tokens)
+        if site.kind == "self_attention":
+            passage = Passage(call, FULL, Writes(), state, tuple(range(site.heads)))
+            count(passage, passage.methods, call.batch, "native")
+        if not site.within:
+            state.tally.projected(site, state.tokens, site.heads, state.branches.samples)
+        images = [image for image, place in enumerate(which) if self._sites[place] == site]
+        if not images or len(kept) < 2:
+            return call.run(lambda attention: attention.native())
+        change = torch.zeros_like(kept[0].output)
+        difference = kept[1].output - kept[0].output
+        for rows, own in zip(self._guidance.halves(change), self._guidance.halves(difference), strict=True):
+            if rows is not None and own is not None:
+                rows[images] = own[images]
+        return self._again(call, change)
+
+    def _of_image(self, place: int, image: int) -> tuple[Tensor, Tensor | None]:
+        """What a site gave one image, both branches as guidance adds them up, and how that differs from the step before's."""
+        last = islice(self._kept[self._sites[place].path], 2)
+        now, *before = (self._guidance.guided([entry.output.flatten(2).float()])[image] for entry in last)
+        change = before[0] - now if before else None
+        return now, change if change is not None and change.any() else None
+
+    def _in_place_of_gradient(self, site: Site, guided: Tensor) -> Tensor:
+        """(B, H, N, D): a random vector for each image, as long as the output is beside what the site gave."""
+        out = self._kept[site.path][0].output.flatten(2).float()  # (B, H, N·D)
+        own = self._guidance.guided([out])
+        length = guided.flatten(1).norm(dim=1) / own.flatten(1).norm(dim=1).clamp_min(1e-12)
+        vector = torch.randn(own.shape, generator=self._generator).to(own.device) * length[:, None, None]
+        (cotangent,) = self._guidance.cotangents([out], vector)
+        return cotangent.view_as(self._kept[site.path][0].output)
+
+    def table(self, sampling: Sampling, branches: Branches, target: Target, about: Mapping[str, Any]) -> Table:
+        """All steps together."""
+        final = sampling.latents()
+        outputs, residuals = (torch.stack(products) for products in zip(*self._products, strict=True))
+        if not self._extent.gradients:
+            heads = torch.tensor([site.heads for site in self._sites])
+            weights = self._weights.fitted(len(outputs)).repeat_interleave(heads, 1)  # (S, H)
+            outputs, residuals = outputs * weights[..., None, None, None], residuals * weights[..., None, None, None, None]
+        return Table(
+            target=target,
+            tokens=self._tokens,
+            branches=branches,
+            radii=self._radii,
+            ages=self._extent.ages,
+            outputs=outputs.float(),
+            residuals=residuals.float(),
+            gains=sampling.gains(len(outputs), self._images, feedback=self._extent.feedback),
+            final=float(final.square().mean()),
+            elements=final[0].numel(),
+            other_flops=self._other_flops,
+            images=self._images,
+            regions=self._regions,
+            itemsize=next(iter(self._kept.values()))[0].output.itemsize,
+            about=about,
+        )
+
+    def _at_site(self, call: SiteCall, state: Generation, probes: dict[str, Tensor] | None) -> Output:
+        """The module's output; where its heads' outputs arise, a probe of zeros for gradients to come back to, if they do."""
+        site, tally = call.site, state.tally
+        if probes and site.path in probes:
+            return self._again(call, probes[site.path])
+        tally.passed(site, FULL, state.tokens)
+        if site.kind != "self_attention":
+            return self._of_module(call, state, probes)
+
+        def attention(asked: AttentionCall) -> Tensor:
+            out = asked.native()  # (B, H, N, D)
+            passage = Passage(call, FULL, Writes(), state, tuple(range(site.heads)))
+            count(passage, passage.methods, len(out), "native")
+            with torch.no_grad(), self._counted():
+                _require_finite(out, call, state)
+                self._kept[site.path].appendleft(_Kept(out.detach(), tuple(self._residuals_of(asked, out, passage))))
+            if probes is None:
+                return out
+            probes[site.path] = torch.zeros_like(out, requires_grad=True)
+            return out + probes[site.path]
+
+        out = call.run(attention)
+        tally.projected(site, state.tokens, site.heads, state.branches.samples)
+        return out
+
+    def _of_module(self, call: SiteCall, state: Generation, probes: dict[str, Tensor] | None) -> Output:
+        """As a site of one head, (B, 1, N, C), text and image one after the other where a block gives both."""
+        site = call.site
+        out = call.run(lambda attention: attention.native())
+        with torch.no_grad():
+            parts = [tensor.detach() for tensor in _tensors(call.kept(out), site)]
+            kept = (parts[0] if len(parts) == 1 else torch.cat(parts, 1))[:, None]
+        _require_finite(kept, call, state)
+        self._kept[site.path].appendleft(_Kept(kept, ()))
+        if not site.within:  # what is within has been counted by itself
+            state.tally.projected(site, state.tokens, 1, state.branches.samples)
+        if probes is None:
+            return out
+        probes[site.path] = torch.zeros_like(kept, requires_grad=True)
+        return _with_probe(out, probes[site.path])
+
+    def _again(self, call: SiteCall, probe: Tensor) -> Output:
+        """The module once more, with this added: in a checkpointed block, which runs again on the way back, or as a trial."""
+        if call.site.kind != "self_attention":
+            return _with_probe(call.run(lambda attention: attention.native()), probe)
+        return call.run(lambda attention: attention.native() + probe)
+
+    def _counted(self) -> AbstractContextManager[Any]:
+        """Around what this adds to the pipeline's run: what it multiplies, in the first step."""
+        if self._products:
+            return nullcontext()
+        self._own.append(flop_counter())
+        return self._own[-1]
+
+    def _residuals_of(self, asked: AttentionCall, out: Tensor, passage: Passage) -> Iterator[Tensor]:
+        heads, visual = range(passage.call.site.heads), passage.tokens.visual_slice
+        for radius in self._radii:
+            band = bands(asked, heads, [radius] * len(heads), slice(None), passage)
+            count(passage, [Arrow(radius)] * len(heads), len(band), passage.generation.kernel)
+            yield out[:, :, visual] - band[:, :, visual]
+
+    def _of_vector(self, probes: dict[str, Tensor], outputs: Sequence[Tensor], *, last: bool) -> tuple[Tensor, Tensor]:
+        """Of all heads of all sites, for a new random vector: (H, ages + 1, pairs, M), (H, radii, ages + 1, pairs, M)."""
+        guided = self._guidance.guided([output.detach() for output in outputs])
+        vector = torch.randn(guided.shape, generator=self._generator).to(guided.device, guided.dtype)
+        cotangents = self._guidance.cotangents(outputs, vector)
+        gradients = torch.autograd.grad(outputs, list(probes.values()), cotangents, retain_graph=not last)
+        return self._joined(dict(zip(probes, gradients, strict=True)))
+
+    def _joined(self, gradients: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The products of all sites, by their paths."""
+        products = [self._of_site(site, gradients[site.path].float()) for site in self._sites]
+        return torch.cat([of_outputs for of_outputs, _ in products]), torch.cat([of_residuals for _, of_residuals in products])
+
+    def _of_site(self, site: Site, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Products of the gradient (B, H, N, D), as in `_of_vector`, for the heads of one site."""
+        kept, visual = self._kept[site.path], site.tokens(self._tokens).visual_slice
+        outputs = self._paired(gradient, [entry.output for entry in kept])  # (H, steps kept, pairs, B · regions)
+        now = outputs[:, :1, [0, 1, 1]] if self._guidance.branches.batched else outputs[:, :1]  # of the gradient's own branch
+        residuals = [
+            self._paired(gradient, [entry.residuals[r] for entry in kept], visual) for r in range(len(kept[0].residuals))
+        ]
+        found = torch.zeros(1 + len(self._radii), *outputs.shape[:1], self._extent.ages + 1, *outputs.shape[2:])
+        for place, products in enumerate((outputs - now, *residuals)):
+            found[place, :, : len(kept)] = products
+        return found[0], found[1:].transpose(0, 1)
+
+    def _paired(self, gradient: Tensor, sources: Sequence[Tensor], where: slice = slice(None)) -> Tensor:
+        """⟨g, source⟩ of each head, image and region, for each pair of branches: (H, sources, pairs, B · regions).
+
+        `where` are the tokens that the sources have, of all that the regions are parts of.
+        """
+        conditional, other = self._guidance.halves(gradient)
+        found = []
+        for source in sources:
+            from_conditional, from_other = self._guidance.halves(source)
+            pairs = [self._product(conditional, from_conditional, where)]
+            if other is not None and from_other is not None:
+                pairs += [self._product(other, from_other, where), self._product(other, from_conditional, where)]
+            found.append(torch.stack(pairs, 1))
+        return torch.stack(found, 1)
+
+    def _product(self, gradient: Tensor, source: Tensor, where: slice) -> Tensor:
+        """(B, H, N, D) and as much or less of it -> (H, B · regions), in float64 on the CPU: they are alike, and subtracted."""
+        of_tokens = gradient.new_zeros(gradient.shape[:3])  # (B, H, N)
+        of_tokens[:, :, where] = (gradient[:, :, where] * source.float()).sum(3)
+        of_regions = [region.sum(2).T for region in of_tokens.tensor_split(self._regions, 2)]  # each (H, B)
+        return torch.stack(of_regions, 2).flatten(1).double().cpu()
+
+
+def _tensors(out: Output, site: Site) -> list[Tensor]:
+    found = [tensor for tensor in (out if isinstance(out, tuple) else (out,)) if tensor is not None]
+    if not all(isinstance(tensor, Tensor) and tensor.ndim == 3 for tensor in found):
+        raise NotIntercepted(f"{site.path} gave a {type(out).__name__}; wanted tensors of (batch, tokens, channels)")
+    return found
+
+
+def _with_probe(out: Output, probe: Tensor) -> Output:
+    """A module's output with its part of the probe (B, 1, N, C) added to each tensor."""
+    start = 0
+
+    def added(tensor: Tensor) -> Tensor:
+        nonlocal start
+        own, start = probe[:, 0, start : start + tensor.shape[1]], start + tensor.shape[1]
+        return tensor + own
+
+    return each(out, added)
+
+
+def flop_counter() -> FlopCounterMode:
+    """PyTorch's, which does not know attention on a CPU by itself."""
+
+    def attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+        return 2 * query[:-1].numel() * key[-2] * (query[-1] + value[-1])
+
+    mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    return FlopCounterMode(display=False, custom_mapping=mapping)
+
+
+def _require_finite(out: Tensor, call: SiteCall, state: Generation) -> None:
+    if not out.detach().isfinite().all():
+        raise InputsInvalid(
+            f"at step {state.step} {call.site.path} gave values that are not finite, with full attention; wanted finite ones; "
+            "use bfloat16 or float32"
+        )

@@ -76,7 +76,7 @@ def test_a_sweep_and_another_from_its_table(measure, tmp_path):
     """The second one runs no model: there is none of that name."""
     asked = ["--measure", measure, "--points", 3, "--least", 0.4]
     invoke("sweep", "tiny:dit", *INPUTS, *asked, "--out", tmp_path / "a")
-    invoke("sweep", "of its own", *asked, "--table", tmp_path / "a/table.safetensors", "--out", tmp_path / "b")
+    invoke("sweep", "of its own", *INPUTS, *asked, "--table", tmp_path / "a/table.safetensors", "--out", tmp_path / "b")
     for folder in ("a", "b"):
         plans = {path.stem: ah.Plan.load(path) for path in (tmp_path / folder).glob("*.json")}
         assert sorted(plans) == ["0.400", "0.700", "1.000"]

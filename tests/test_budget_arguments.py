@@ -151,7 +151,7 @@ def test_extents_that_mean_nothing(settings):
 def test_extents_at_the_edge(settings):
     bench = FAMILIES["dit"]()
     table = ah.calibrate(bench.pipe, bench.inputs(steps=2), extent=ah.Extent(**settings), progress=False)
-    assert table.radii == tuple(settings.get("radii", (2, 1, 0)))
+    assert table.radii == tuple(settings.get("radii", (2, 0)))
     assert table.ages == settings.get("ages", 8)
     assert table.about["search"].items() >= {"ages": table.ages, "vectors": settings.get("vectors", 1)}.items()
 

@@ -15,6 +15,7 @@ from scipy.stats import spearmanr
 
 import arrowhead as ah
 from arrowhead.errors import NothingCompressed
+from arrowhead.layout import outermost
 from arrowhead.methods import FULL
 
 pytestmark = pytest.mark.slow  # minutes, all of them together
@@ -143,13 +144,16 @@ def test_a_single_cell_does_what_was_predicted(family, guidance):
     bench, steps = faint(FAMILIES[family]()), 3
     inputs = {"images": 4, "guidance": guidance, "steps": steps}
     table = ah.calibrate(bench.pipe, bench.inputs(**inputs), extent=ah.Extent((5, 2), ages=2, vectors=40), progress=False)
-    sites = table.target.sites
-    for letters, kind in [("FFR", "attn"), ("FFW", "attn"), ("FFR", "ff"), *[("FFC", "attn")] * (guidance > 1)]:
-        changed = [i for i, site in enumerate(sites) if kind in site.path and "single" not in site.path][-1]
+    whole = outermost(table.target.sites)
+    trials = {"self_attention": ["FFR", "FFW", *["FFC"] * (guidance > 1)], "cross_attention": ["FFR"], "feed_forward": ["FFR"]}
+    trials["block"] = trials["feed_forward"]
+    for kind, letters in ((site.kind, letters) for site in whole for letters in trials[site.kind]):
+        changed = [site for site in whole if site.kind == kind][-1]
         column = [cell(letter, 2, 5) for letter in letters]
-        columns = [column if i == changed else [FULL] * steps for i in range(len(sites))]
-        plan = ah.Plan(tuple(zip(*columns, strict=True)), table.target, table.tokens, guidance > 1, calls=table.branches.calls)
-        predicted = table.damage(columns)
+        columns = {site: column if site == changed else [FULL] * steps for site in whole}
+        cells, target = tuple(zip(*columns.values(), strict=True)), replace(table.target, sites=whole)
+        plan = ah.Plan(cells, target, table.tokens, guidance > 1, calls=table.branches.calls)
+        predicted = table.damage([columns.get(site) for site in table.target.sites])
         assert predicted[:-1].tolist() == [0, 0]
         assert 0.55 < predicted[-1] / real_error(bench, plan, **inputs) ** 2 < 1.8, (letters, kind)
 

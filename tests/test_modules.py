@@ -200,6 +200,13 @@ def test_a_plan_with_modules_is_saved_and_read(kind_and_bench, tmp_path):
     assert not the_plan.count_heads()
 
 
+def test_a_block_and_what_lies_within_it_is_one_too_many():
+    bench = BENCHES["dit"]()
+    target = target_of(find(bench.pipe, {"block", "feed_forward"}))
+    with pytest.raises(PlanInvalid, match=r"transformer_blocks\.0\.ff and the block.*wanted one of the two"):
+        Plan(((FULL,) * len(target.sites),), target, tokens(bench), guided=True)
+
+
 @pytest.mark.parametrize("cell", [wa_rs(2), Attend(Cached())], ids=["arrow", "cached"])
 def test_modules_have_no_heads(kind_and_bench, cell):
     kind, bench = kind_and_bench

@@ -12,7 +12,7 @@ import pydantic
 
 from arrowhead import cost
 from arrowhead.errors import PlanInvalid, PlanMismatch
-from arrowhead.layout import Site, Tokens
+from arrowhead.layout import Site, Tokens, outermost
 from arrowhead.lifetimes import first_fault
 from arrowhead.methods import Arrow, Attend, Cached, Cell, Full, Method, Reuse, extrapolates, method_name, paper_name
 
@@ -96,6 +96,9 @@ class Plan:
             raise PlanInvalid("got outputs to extrapolate with 2 calls a step, wanted 1 call; reuse them as they are")
         if not self.cells or not self.target.sites:
             raise PlanInvalid(f"got {len(self.cells)} steps and {len(self.target.sites)} sites, wanted at least one each")
+        if beneath := set(self.target.sites) - set(outermost(self.target.sites)):
+            path = min(site.path for site in beneath)
+            raise PlanInvalid(f"got site {path} and the block that it lies within, wanted one of the two; leave one out")
         for step, row in enumerate(self.cells):
             if len(row) != len(self.target.sites):
                 raise PlanInvalid(f"step {step} has {len(row)} cells, wanted one for each of {len(self.target.sites)} sites")

@@ -94,11 +94,15 @@ def timed(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], sites: Sequence[
     calibration = Calibration(model, inputs)
     seconds: dict[tuple[Shape, Cell | Residual], list[float]] = defaultdict(list)
     whole: list[float] = []
+    busy: list[Site] = []  # a block that is being timed, and passes what lies within
 
     def at_site(call: SiteCall, state: Generation) -> Output:
-        state.tally.passed(call.site, FULL, state.tokens)
-        if (_shape(call.site), FULL) not in seconds:
+        if not busy:
+            state.tally.passed(call.site, FULL, state.tokens)
+        if not busy and (_shape(call.site), FULL) not in seconds:
+            busy.append(call.site)
             _time_site(call, state, choices, seconds)
+            busy.clear()
         return call.run(lambda attention: attention.native())
 
     with closing(calibration.steps()) as steps:

@@ -12,7 +12,7 @@ from arrowhead.models import EVERYTHING
 class Extent:
     """How far a calibration looks: arrows of which radii, outputs and residuals of how many steps ago, by how many vectors.
 
-    `radii` None: an eighth, a 16th and a 32nd of the visual tokens. `kinds` of sites, None: all, but of blocks only those that
+    `radii` None: an eighth and a 32nd of the visual tokens. `kinds` of sites, None: all, but of blocks only those that
     compute what no other site does, as FLUX's single-stream blocks. `checkpoint`: blocks run again on the way back rather than
     keep what they need for it (diffusers' gradient checkpointing): half as long again, in a fraction of the memory.
     `feedback`: from 0, where an error counts for what the sampler makes of it, to 1, where it counts for what the model makes
@@ -61,5 +61,5 @@ class Extent:
 
     def bands(self, tokens: Tokens) -> tuple[int, ...]:
         """The radii, widest first; bands that would cover everything are left out."""
-        wanted = (tokens.visual // 8, tokens.visual // 16, tokens.visual // 32) if self.radii is None else self.radii
+        wanted = (tokens.visual // 8, tokens.visual // 32) if self.radii is None else self.radii
         return tuple(sorted({radius for radius in wanted if radius < tokens.visual - 1}, reverse=True))

@@ -37,6 +37,9 @@ REFUSED = {
     "an extent for greedy": {"threshold": 0.1, "extent": ah.Extent()},
     "an extent for headwise": {"strategy": "headwise", "extent": ah.Extent()},
     "an extent that is none": {"extent": {"ages": 3}},
+    "a table for greedy": {"threshold": 0.1, "table": synthetic(0)},
+    "a table and an extent": {"extent": ah.Extent(), "table": synthetic(0)},
+    "a table that is none": {"table": "table.safetensors"},
 }
 
 
@@ -109,6 +112,7 @@ BUDGETS = {
     },
     **{f"{name}=1.01": {name: 1.01} for name in ("module_flops", "attention_flops", "transformer_flops")},
     **{f"speedup={value}": {"speedup": value} for value in (0.5, 1, 1.0)},
+    **{f"corrections={value!r}": {"module_flops": 0.5, "corrections": value} for value in (-1, 3, 1.0, True, None)},
     **{f"granularity={value!r}": {"module_flops": 0.5, "granularity": value} for value in ("heads", 0, -1, 1.5, True)},
 }
 

@@ -219,7 +219,14 @@ def test_a_header_that_lacks_something(name, tmp_path):
 
 
 SENSELESS = {
-    "another format": {"format": 3},
+    "another format": {"format": 2},
+    "a format to come": {"format": 4},
+    "another number of answers": {"answers": [1.0]},
+    "an answer below nothing": {"answers": [-1.0] * 6},
+    "an endless answer": {"answers": [float("inf")] * 6},
+    "a power above 1": {"feedback": 1.5},
+    "a power below nothing": {"feedback": -0.5},
+    "a power that is no number": {"feedback": float("nan")},
     "more than there is": {"more": 1},
     "a radius below nothing": {"radii": [-4]},
     "a radius that is no number of tokens": {"radii": [4.5]},

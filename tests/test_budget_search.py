@@ -1,5 +1,6 @@
 """From a pipeline to a plan under a budget: what is met, what is told, and that nothing is left behind."""
 
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -214,3 +215,56 @@ def test_extents():
     assert not {"WA", "WA-RS"} & set(plan.count_heads())
     wide = ah.calibrate(bench.pipe, bench.inputs(), extent=ah.Extent(radii=(3, 15, 200, 3)), progress=False)
     assert wide.radii == (3,)  # 16 tokens: a band of 15 covers all
+
+
+@pytest.fixture
+def generations(monkeypatch):
+    """What the plans that were tried really do, in the order in which they were."""
+    module, seen = sys.modules["arrowhead.search.budget"], []
+    own = module.measured_error
+
+    def measured(pipe, inputs, plan, raw):
+        seen.append((own(pipe, inputs, plan, raw), plan))
+        return seen[-1][0]
+
+    monkeypatch.setattr(module, "measured_error", measured)
+    return seen
+
+
+@every_family
+@pytest.mark.parametrize("corrections", [0, 1, 2])
+def test_of_corrections_the_one_of_least_error_is_kept(family, corrections, generations):
+    bench = FAMILIES[family]()
+    budget = ah.Budget(transformer_flops=0.6, corrections=corrections)
+    plan = ah.search(bench.pipe, bench.inputs(), budget=budget, progress=False)
+    found = plan.about["search"]
+    assert 1 <= found["generations"] == len(generations) <= 1 + corrections
+    assert len({tried.cells for _, tried in generations}) == len(generations)
+    error, kept = min(generations, key=lambda each: each[0])
+    assert plan.cells == kept.cells
+    assert found["measured_error"] == pytest.approx(error, rel=5e-3)
+    powers = [tried.about["search"]["feedback"] for _, tried in generations]
+    assert powers[0] == 0.75
+    assert sorted({*powers} - {0.5, 0.75, 1.0}) == []
+    table = ah.calibrate(bench.pipe, bench.inputs(), extent=ah.Extent(feedback=found["feedback"]), progress=False)
+    assert ah.solve(table, budget).cells == plan.cells
+
+
+@every_family
+def test_a_search_from_a_table_is_the_same(family):
+    bench = FAMILIES[family]()
+    table = ah.calibrate(bench.pipe, bench.inputs(), progress=False)
+    for budget in (ah.Budget(transformer_flops=0.6), ah.Budget(error=0.1)):
+        plans = [ah.search(bench.pipe, bench.inputs(), budget=budget, table=given, progress=False) for given in (None, table)]
+        assert plans[0] == plans[1]
+        assert plans[1].about["search"]["calibration_passes"] == 0
+
+
+@pytest.mark.parametrize("feedback", [0.0, 0.3, 1.0])
+def test_another_power_of_the_model_s_answers_needs_no_other_run(feedback):
+    bench = FAMILIES["sd3"]()
+    tables = [
+        ah.calibrate(bench.pipe, bench.inputs(), extent=ah.Extent(feedback=power), progress=False) for power in (0.6, feedback)
+    ]
+    assert tables[0].answering(feedback).gains == pytest.approx(tables[1].gains, rel=1e-9)
+    assert tables[0].answering(feedback).answering(0.6).gains == pytest.approx(tables[0].gains, rel=1e-9)

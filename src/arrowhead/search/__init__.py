@@ -37,6 +37,7 @@ def search(
     threshold: float | str | None = None,
     loss: LossForm = "paper",
     extent: Extent | None = None,
+    table: Table | None = None,
     progress: bool = True,
 ) -> Plan:
     """Find a plan on one calibration run of the pipeline.
@@ -56,6 +57,7 @@ def search(
             `headwise`, the sum of a site's errors in a step (the paper has 0.2 … 1). None: 0.1 or 0.6.
         loss: for `greedy`, the error's form, see `metrics.error.relative_error`.
         extent: for `budget`, how far the calibration looks, and with how much memory.
+        table: for `budget`, what `calibrate` gave for these inputs, instead of another calibration.
         progress: show a tqdm bar.
 
     Raises:
@@ -68,10 +70,10 @@ def search(
         NothingCompressed: something may be lost, but every cell stayed full.
     """
     named = strategy or ("greedy" if threshold is not None and budget is None else "budget")
-    _check_arguments(named, budget, threshold, loss, extent)
+    _check_arguments(named, budget, threshold, loss, extent, table)
     if named == "budget":
         wanted = Budget(error=PRESETS[budget or "balanced"]) if budget is None or isinstance(budget, str) else budget
-        plan = budgeted(pipe, inputs, wanted, extent=extent, progress=progress)
+        plan = budgeted(pipe, inputs, wanted, extent=extent, table=table, progress=progress)
         (asked, value), may_lose = wanted.asked, wanted.error is not None or wanted.asked[1] < 1
     else:
         delta = _threshold(threshold if threshold is not None else 0.1 if named == "greedy" else 0.6)
@@ -87,7 +89,12 @@ def search(
 
 
 def _check_arguments(
-    named: str | Headwise, budget: Budget | str | None, threshold: float | str | None, loss: str, extent: Extent | None
+    named: str | Headwise,
+    budget: Budget | str | None,
+    threshold: float | str | None,
+    loss: str,
+    extent: Extent | None,
+    table: Table | None,
 ) -> None:
     if not isinstance(named, Headwise) and named not in ("greedy", "headwise", "budget"):
         raise InputsInvalid(f"got strategy={named!r}, wanted 'greedy', 'headwise', a Headwise, or 'budget'")
@@ -103,8 +110,11 @@ def _check_arguments(
             f"got budget={budget!r} and threshold={threshold!r} with strategy={named!r}; wanted a threshold for 'greedy' and "
             "'headwise', a budget for 'budget'; leave the other one out"
         )
-    if not isinstance(extent, Extent | None) or (extent is not None and named != "budget"):
-        raise InputsInvalid(f"got extent={extent!r} with strategy={named!r}; wanted an Extent with 'budget'; leave it out")
+    if not isinstance(extent, Extent | None) or not isinstance(table, Table | None):
+        raise InputsInvalid(f"got extent={extent!r} and a {type(table).__name__} for a table, wanted an Extent, or a Table")
+    given = [name for name, value in (("extent", extent), ("table", table)) if value is not None]
+    if len(given) > (named == "budget"):
+        raise InputsInvalid(f"got {' and '.join(given)} with strategy={named!r}; wanted one of them at most, with 'budget'")
     if not isinstance(budget, Budget | None) and not (isinstance(budget, str) and budget in PRESETS):
         raise InputsInvalid(f"got budget={budget!r}, wanted a Budget, or one of {', '.join(PRESETS)}")
 

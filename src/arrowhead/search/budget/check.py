@@ -19,15 +19,20 @@ if TYPE_CHECKING:  # diffusers takes seconds to import
 
 def measured_error(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], plan: Plan, raw: Tensor) -> float:
     """Norm of the change of the final latents over their norm, from one generation with the plan; `raw` are those without."""
-    with applied(pipe, plan), observed(pipe.scheduler) as sampling, quiet(pipe, inputs.get("generator")):
+    with applied(pipe, plan):
+        latents = final_latents(pipe, inputs)
+    return float((latents - raw).norm() / raw.norm())
+
+
+def final_latents(pipe: "DiffusionPipeline", inputs: Mapping[str, Any]) -> Tensor:
+    """Of one generation, float32."""
+    with observed(pipe.scheduler) as sampling, quiet(pipe, inputs.get("generator")):
         pipe(**inputs)
-    return _relative(sampling.latents(), raw)
+    return sampling.latents()
 
 
-def measured_seconds(
-    pipe: "DiffusionPipeline", inputs: Mapping[str, Any], plan: Plan, raw: Tensor
-) -> tuple[float, float, float]:
-    """Seconds of the transformer's calls in an untouched generation and in one with the plan, and the error as above."""
+def measured_seconds(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], plan: Plan) -> tuple[float, float]:
+    """Seconds of the transformer's calls in an untouched generation and in one with the plan."""
     seconds: list[float] = []
     transformer = pipe.transformer
 
@@ -41,11 +46,7 @@ def measured_seconds(
 
     for chosen in (None, plan):
         seconds.append(0.0)
-        with (
-            nullcontext() if chosen is None else applied(pipe, chosen),
-            observed(pipe.scheduler) as sampling,
-            quiet(pipe, inputs.get("generator")),
-        ):
+        with nullcontext() if chosen is None else applied(pipe, chosen), quiet(pipe, inputs.get("generator")):
             forward, before = transformer.forward, vars(transformer).get("forward")
             transformer.forward = timing
             try:
@@ -55,8 +56,4 @@ def measured_seconds(
                     del transformer.forward
                 else:
                     transformer.forward = before
-    return seconds[0], seconds[1], _relative(sampling.latents(), raw)
-
-
-def _relative(latents: Tensor, raw: Tensor) -> float:
-    return float((latents - raw).norm() / raw.norm())
+    return seconds[0], seconds[1]

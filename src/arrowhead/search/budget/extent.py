@@ -29,7 +29,7 @@ class Extent:
     kinds: tuple[Kind, ...] | None = None
     checkpoint: bool = False
     gradients: bool = True
-    feedback: float = 0.5
+    feedback: float = 0.75
     regions: int | None = None
     seed: int = 0
 

@@ -147,7 +147,9 @@ class Recorder:
 
     def table(self, sampling: Sampling, branches: Branches, target: Target, about: Mapping[str, Any]) -> Table:
         """All steps together."""
-        final = sampling.latents()
+        final, feedback = sampling.latents(), self._extent.feedback
+        gains, whole = (sampling.gains(len(self._products), self._images, feedback=power) for power in (0.0, 1.0))
+        answers = tuple(with_model / max(alone, 1e-30) for alone, with_model in zip(gains, whole, strict=True))
         outputs, residuals = (torch.stack(products) for products in zip(*self._products, strict=True))
         if not self._extent.gradients:
             heads = torch.tensor([site.heads for site in self._sites])
@@ -161,7 +163,9 @@ class Recorder:
             ages=self._extent.ages,
             outputs=outputs.float(),
             residuals=residuals.float(),
-            gains=sampling.gains(len(outputs), self._images, feedback=self._extent.feedback),
+            gains=tuple(gain * answer**feedback for gain, answer in zip(gains, answers, strict=True)),
+            answers=answers,
+            feedback=feedback,
             final=float(final.square().mean()),
             elements=final[0].numel(),
             other_flops=self._other_flops,

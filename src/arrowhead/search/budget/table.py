@@ -23,7 +23,7 @@ from arrowhead.methods import FULL, Cell
 from arrowhead.plan import Target
 from arrowhead.search.budget.given import Given, givens_of
 
-FORMAT = 2
+FORMAT = 3
 SAME, CROSSED = slice(0, 2), slice(0, 3, 2)
 """Of a guided table's three pairs (gradient's branch, source's branch): (c, c) and (u, u); (c, c) and (u, c)."""
 
@@ -43,9 +43,10 @@ class Table:
     with belong to: (c, c), (u, u), (u, c) under guidance, else one. M counts random vectors × images × `regions`, parts of the
     sequence of tokens with a product each. What is older than the run is 0. All float32.
 
-    `gains` are the sampler's, see `Sampling.gains`; `final` is the mean square of an element of the final latents, of which an
-    image has `elements`. `other_flops` are what the transformer multiplies outside of all sites, per image and step. `images`
-    were generated at once, in a dtype of `itemsize` bytes; `about` says how.
+    `gains` are the sampler's, times the model's `answers` to the power `feedback`, see `Sampling.gains`; `final` is the mean
+    square of an element of the final latents, of which an image has `elements`. `other_flops` are what the transformer
+    multiplies outside of all sites, per image and step. `images` were generated at once, in a dtype of `itemsize` bytes;
+    `about` says how.
     """
 
     target: Target
@@ -62,12 +63,20 @@ class Table:
     images: int = 1
     regions: int = 1
     itemsize: int = 4
+    answers: tuple[float, ...] = ()
+    feedback: float = 1.0
     about: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def steps(self) -> int:
         """Denoising steps."""
         return len(self.gains)
+
+    def answering(self, feedback: float) -> "Table":
+        """The same with another power of the model's answers."""
+        answers = self.answers or (1.0,) * self.steps
+        gains = (gain * answer ** (feedback - self.feedback) for gain, answer in zip(self.gains, answers, strict=True))
+        return replace(self, gains=tuple(gains), feedback=feedback)
 
     def attention_alone(self) -> "Table":
         """The same without sites of other kinds: what they multiply counts among what is outside of all sites.
@@ -218,6 +227,8 @@ class Table:
             images=self.images,
             regions=self.regions,
             itemsize=self.itemsize,
+            answers=self.answers,
+            feedback=self.feedback,
             about=dict(self.about),
         )
         tensors = {"outputs": self.outputs.contiguous(), "residuals": self.residuals.contiguous()}
@@ -265,6 +276,8 @@ class _Header(pydantic.BaseModel, extra="forbid"):
     images: int
     regions: int
     itemsize: int
+    answers: tuple[float, ...]
+    feedback: float
     about: dict[str, Any]
 
     def faults(self, tensors: Mapping[str, Tensor]) -> str | None:
@@ -275,11 +288,15 @@ class _Header(pydantic.BaseModel, extra="forbid"):
         sizes |= {"regions": self.regions, "itemsize": self.itemsize, "sites": len(self.target.sites)}
         if small := [f"{name} {value}" for name, value in sizes.items() if value < 1]:
             return f"got {', '.join(small)}, wanted at least 1"
-        if (
-            not all(0 <= value < math.inf for value in (*self.gains, self.other_flops, *self.radii))
-            or not 0 < self.final < math.inf
-        ):
-            return "got gains, FLOPs, radii or a final square below 0 or not finite"
+        values = (*self.gains, *self.answers, self.other_flops, *self.radii)
+        if not all(0 <= value < math.inf for value in values) or not 0 < self.final < math.inf:
+            return "got gains, answers, FLOPs, radii or a final square below 0 or not finite"
+        if len(self.answers) not in (0, len(self.gains)) or not 0 <= self.feedback <= 1:
+            return f"got {len(self.answers)} answers to the power {self.feedback}, wanted one a step, and a power of 0 to 1"
+        return self._faults_of(tensors)
+
+    def _faults_of(self, tensors: Mapping[str, Tensor]) -> str | None:
+        """Where the tensors do not fit the rest."""
         if not all(t.dtype == torch.float32 and t.isfinite().all() for t in tensors.values()):
             return "got tensors that are not float32, or not finite"
         heads, pairs = sum(site.heads for site in self.target.sites), 3 if self.branches.guided else 1

@@ -15,10 +15,12 @@ import importlib
 import json
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from statistics import median
@@ -26,6 +28,7 @@ from typing import Annotated, Any
 
 import headwise
 import numpy as np
+import recognition
 import torch
 import typer
 from shards import load_images, make_images, own_share
@@ -79,9 +82,9 @@ CASES = {
 FOUND: dict[str, dict[str, Any]] = {
     **{f"budget {b:.0%}": {"budget": ah.Budget(module_flops=b)} for b in BUDGETS},
     **{f"budget {b:.0%}, no forecasts": {"budget": ah.Budget(module_flops=b, extrapolate=False)} for b in BUDGETS},
+    **{f"headwise {t}": {"strategy": "headwise", "threshold": t} for t in headwise.THRESHOLDS},
     **{f"greedy {name}": {"strategy": "greedy", "threshold": name} for name in THRESHOLDS},
 }
-HEADWISE = {f"headwise {t}": {"strategy": "headwise", "threshold": t} for t in headwise.THRESHOLDS}
 UNIFORM: dict[str, tuple[float, Cell]] = {
     **{f"uniform {b:.0%}": (b, AST) for b in BUDGETS},
     **{f"uniform {b:.0%}, forecasts": (b, FORECAST) for b in BUDGETS},
@@ -90,11 +93,6 @@ UNIFORM: dict[str, tuple[float, Cell]] = {
 app = typer.Typer(add_completion=False)
 Shard = Annotated[str, typer.Option(help="which of how many processes, e.g. 0/2")]
 Only = Annotated[list[str] | None, typer.Option(help="settings to make; all when there is none")]
-
-
-def settings(name: Name) -> dict[str, dict[str, Any]]:
-    """What is searched for."""
-    return FOUND | (HEADWISE if name is Name.MMDIT32 else {})
 
 
 def work_of(name: Name) -> Path:
@@ -123,18 +121,16 @@ def search(name: Name, shard: Shard = "0/1", only: Only = None) -> None:
     index, count = own_share(shard)
     case, work, pipe = CASES[name], work_of(name), ah.tiny.load(name)
     work.mkdir(parents=True, exist_ok=True)
-    for setting in (only or [*settings(name)])[index::count]:
-        path, asked = work / f"{setting}.json", settings(name)[setting]
+    for setting in (only or [*FOUND])[index::count]:
+        path, asked = work / f"{setting}.json", FOUND[setting]
         if path.exists():
             continue
         if "budget" in asked:
             file = work / "table.safetensors"
             if not file.exists():
                 ah.calibrate(pipe, calibration(case)).save(file)
-            plan = ah.solve(ah.Table.load(file), asked["budget"])
-        else:
-            plan = ah.search(pipe, calibration(case), **asked)
-        plan.save(path)
+            asked = {**asked, "table": ah.Table.load(file)}
+        ah.search(pipe, calibration(case), **asked).save(path)
 
 
 @app.command()
@@ -144,7 +140,7 @@ def generate(name: Name, shard: Shard = "0/1", only: Only = None) -> None:
     case, work, pipe = CASES[name], work_of(name), ah.tiny.load(name)
     like = ah.Plan.load(work / f"budget {BUDGETS[0]:.0%}.json")
     plans = {setting: uniform(like, *how) for setting, how in UNIFORM.items()}
-    plans |= {setting: ah.Plan.load(path) for setting in settings(name) if (path := work / f"{setting}.json").exists()}
+    plans |= {setting: ah.Plan.load(path) for setting in FOUND if (path := work / f"{setting}.json").exists()}
     for setting in only or ["raw", *plans]:
 
         def make(start: int) -> Tensor:
@@ -178,14 +174,16 @@ def cost(name: Name, rounds: int = 3) -> None:
 
 
 @app.command()
-def measure(name: Name, tools: Annotated[Path, typer.Option(help="folder of perceptual.py")]) -> None:
+def measure(
+    name: Name,
+    tools: Annotated[Path, typer.Option(help="folder of perceptual.py")],
+    data: Annotated[Path | None, typer.Option(help="for an MMDiT, the emoji: whether pictures bear the prompt's name")] = None,
+) -> None:
     """Compare every setting's images with the raw ones."""
-    sys.path.insert(0, str(tools))
-    perceptual = importlib.import_module("perceptual")
-    lpips, classifier = perceptual.LPIPS(), perceptual.CifarResNet56() if name is Name.DIT else None
-    case, work = CASES[name], work_of(name)
+    sys.path[:0] = [str(tools), str(HERE.parent / "training")]
+    lpips, accuracy = importlib.import_module("perceptual").LPIPS(), accuracy_of(name, data)
+    work = work_of(name)
     raw, table = load_images(work / "raw"), {}
-    labels = torch.tensor(case.images) if name is Name.DIT else None
 
     def scores(images: Tensor) -> dict[str, Any]:
         found = {
@@ -193,11 +191,10 @@ def measure(name: Name, tools: Annotated[Path, typer.Option(help="folder of perc
             "ssim": ssim(images, raw),
             "psnr": psnr(images, raw),
         }
-        right = {} if classifier is None else {"accuracy": float((classifier(images)[0].argmax(-1) == labels).float().mean())}
-        return found | right
+        return found if accuracy is None else found | {"accuracy": accuracy(images)}
 
     like = ah.Plan.load(work / f"budget {BUDGETS[0]:.0%}.json")
-    for setting in [*settings(name), *UNIFORM]:
+    for setting in [*FOUND, *UNIFORM]:
         if len(images := load_images(work / setting) if (work / setting).is_dir() else raw[:0]) < len(raw):
             typer.echo(f"{setting}: {len(images)} images of {len(raw)}, left out")
             continue
@@ -205,9 +202,20 @@ def measure(name: Name, tools: Annotated[Path, typer.Option(help="folder of perc
         left = plan.flops()
         flops = {"attention_flops": left.attention, "module_flops": left.module}
         table[setting] = {**flops, "cells": dict(plan.count()), "search": plan.about.get("search", {}), **scores(images)}
-    if classifier is not None:
+    if accuracy is not None:
         table = {"raw": {"accuracy": scores(raw)["accuracy"]}, **table}
     write(HERE / f"results/budget_{name}.json", name, {"images": len(raw), "settings": table, "at_budgets": at_budgets(table)})
+
+
+def accuracy_of(name: Name, data: Path | None) -> Callable[[Tensor], float] | None:
+    """How often a picture is of the class that was asked for, or, of an MMDiT, bears the prompt's name, see recognition.py."""
+    if name is Name.DIT:
+        classifier, labels = importlib.import_module("perceptual").CifarResNet56(), torch.tensor(CASES[name].images)
+        return lambda images: float((classifier(images)[0].argmax(-1) == labels).float().mean())
+    if data is None:
+        return None
+    emoji = importlib.import_module("captions").Emoji.read(data)
+    return partial(recognition.named, emoji, [prompt.partition(" of a ")[2] for prompt in CASES[name].images])
 
 
 def at_budgets(table: dict[str, Any]) -> dict[str, dict[str, float]]:

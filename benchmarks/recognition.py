@@ -55,6 +55,14 @@ def rightly_named(made: Tensor, names: list[str], real: Tensor, real_names: list
     return right / len(made)
 
 
+def named(emoji: Any, names: list[str], made: Tensor) -> float:
+    """`rightly_named` among all training pictures of a data set, brought to the size of those that were made."""
+    seen = list(emoji.seen)
+    real = torch.from_numpy(emoji.images[seen]).permute(0, 3, 1, 2).float() / 255  # (n, 3, 64, 64)
+    real = F.avg_pool2d(real, real.shape[-1] // made.shape[-1])
+    return rightly_named(made, names, real, [emoji.names[i] for i in seen], importlib.import_module("perceptual").LPIPS())
+
+
 def main(
     model: Annotated[str, typer.Argument(help="mmdit or mmdit32")],
     data: Annotated[Path, typer.Option(help="the emoji, as training/mmdit.py reads them")],
@@ -64,14 +72,11 @@ def main(
 ) -> None:
     """Generate, compare, and write results/MODEL_recognition.json."""
     sys.path[:0] = [str(tools), str(HERE.parent / "training")]
-    captions, lpips = importlib.import_module("captions"), importlib.import_module("perceptual").LPIPS()
+    captions = importlib.import_module("captions")
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(PRECISION)
     emoji, pipe = captions.Emoji.read(data), ah.tiny.load(model)
     seen = list(emoji.seen)
-    real = torch.from_numpy(emoji.images[seen]).permute(0, 3, 1, 2).float() / 255  # (n, 3, 64, 64)
-    real = F.avg_pool2d(real, real.shape[-1] // pipe.side)
-    real_names = [emoji.names[i] for i in seen]
     groups = {
         "seen": random.Random(1).sample(seen, PROMPTS),
         "held out": random.Random(1).sample(sorted(emoji.held_out), PROMPTS),
@@ -79,7 +84,7 @@ def main(
     result: dict[str, Any] = {}
     for group, chosen in groups.items():
         made = pictures(pipe, [emoji.caption(i) for i in chosen], work / model / group)
-        result[group] = rightly_named(made, [emoji.names[i] for i in chosen], real, real_names, lpips)
+        result[group] = named(emoji, [emoji.names[i] for i in chosen], made)
         typer.echo(f"{group}: {result[group]:.1%}")
     setting = {"prompts": PROMPTS, "names": NAMES, "chance": 1 / NAMES, "steps": STEPS, "guidance": GUIDANCE, "side": pipe.side}
     about = {"date": datetime.now(UTC).date().isoformat(), "device": "cpu", "dtype": "float32", "matmuls": PRECISION}

@@ -146,6 +146,34 @@ def test_a_block_or_what_lies_within_it(data, seed, guided, heads, what):
         assert reached == pytest.approx(least, rel=1e-4, abs=1e-9)
 
 
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), table=tables(steps=3), measure=MEASURES, what=WHAT, lone=st.booleans())
+def test_all_sites_in_step(data, table, measure, what, lone):
+    """Against every column that all sites can follow together, whose changes are added before they are squared."""
+    budget = budget_of(measure, granularity="step", **what)
+    table = table.attention_alone() if lone else table
+    problem = budget.problem(table)
+    table, sites = problem.table, problem.table.target.sites
+    narrowest = min(sites, key=lambda site: site.kind == "self_attention")  # arrows are for attention alone
+    columns = every_column_of(table, narrowest, what)
+    heads = [head for site in range(len(sites)) for head in table.heads(site)]
+    harm = np.array([damage_of(table, heads, column) for column in columns])
+    cost = np.array([flops(table, [column] * len(sites), measure) for column in columns])
+    left = data.draw(st.floats(min(cost.min() + 1e-6, 1.0), 1.0))
+    found = within_cost(problem, left)
+    assert len(set(found.columns)) == 1
+    place = columns.index(found.columns[0])
+    assert (found.damage, found.cost + problem.fixed) == (pytest.approx(harm[place], rel=1e-4), pytest.approx(cost[place]))
+    assert cost[place] <= left * (1 + 1e-9)
+    best = harm[cost <= left * (1 + 1e-9)].min()
+    assert found.bound <= best * (1 + 1e-4) + 1e-12
+    assert best <= found.damage * (1 + 1e-4) + 1e-12
+    for multiplier in (0.0, 1e-3, 0.1, 10.0, problem.dear):
+        offer = problem.offer(multiplier)
+        reached = offer.damage[0] + multiplier * (offer.cost[0] + problem.fixed)
+        assert reached == pytest.approx((harm + multiplier * cost).min(), rel=1e-4, abs=1e-9)
+
+
 def assert_bounded(data, table, measure, what):
     """Two sites; what one of them costs is known from the other's full attention."""
     problem = budget_of(measure, **what).problem(table)

@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -247,7 +248,20 @@ def test_of_corrections_the_one_of_least_error_is_kept(family, corrections, gene
     assert powers[0] == 0.75
     assert sorted({*powers} - {0.5, 0.75, 1.0}) == []
     table = ah.calibrate(bench.pipe, bench.inputs(), extent=ah.Extent(feedback=found["feedback"]), progress=False)
-    assert ah.solve(table, budget).cells == plan.cells
+    assert ah.solve(table, replace(budget, granularity=found["granularity"])).cells == plan.cells
+    kinds = [tried.about["search"]["granularity"] for _, tried in generations]
+    assert kinds[: 1 + corrections] == ["head"] if corrections == 0 else kinds[0] == "step"
+
+
+@every_family
+@pytest.mark.parametrize(("granularity", "budget"), [("step", {"error": 0.2}), ("site", {"transformer_flops": 0.6})])
+def test_a_granularity_that_is_named_is_kept(family, granularity, budget, generations):
+    bench = FAMILIES[family]()
+    plan = ah.search(bench.pipe, bench.inputs(), budget=ah.Budget(**budget, granularity=granularity), progress=False)
+    assert plan.about["search"]["granularity"] == granularity
+    tried = [plan for _, plan in generations]
+    alike = [all(len(set(row)) == 1 for row in plan.cells) for plan in tried]
+    assert all(alike) if granularity == "step" else not any(alike)
 
 
 @every_family

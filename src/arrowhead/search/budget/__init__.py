@@ -18,8 +18,8 @@ from arrowhead.search.budget.check import final_latents, measured_error, measure
 from arrowhead.search.budget.costs import FlopCosts, Measure, SecondCosts, timed
 from arrowhead.search.budget.extent import Extent
 from arrowhead.search.budget.given import Choices
-from arrowhead.search.budget.keep import keep_to
-from arrowhead.search.budget.problem import Granularity, Problem, group_size
+from arrowhead.search.budget.keep import Try, keep_to
+from arrowhead.search.budget.problem import Granularity, InStep, Problem, group_size
 from arrowhead.search.budget.record import Recording, record, sites_of
 from arrowhead.search.budget.table import Table
 from arrowhead.search.calibrate import Calibration
@@ -47,8 +47,9 @@ class Budget:
             transformer are sought that keep to it.
         cache_bytes: what the caches may hold at most, for as many images as the calibration has at once; beside one of the
             five, but for an error.
-        granularity: what does the same in a step: all heads of a site, single ones, or groups of so many. None: single ones,
-            for a speedup whole sites, since seconds of heads do not add up.
+        granularity: what does the same in a step: `step` for all sites, `site` for all heads of a site, `head`, or groups of so
+            many heads. None: `step` and `head`, for a speedup `step` and `site`, whatever errs less in a real generation; for a
+            table alone the latter.
         share_cfg: whether a site may compute the conditional branch alone.
         residual: whether arrows may add a residual.
         reuse: whether outputs may be repeated.
@@ -81,8 +82,10 @@ class Budget:
         if isinstance(value, bool) or not isinstance(value, int | float) or not above < value <= highest:
             raise InputsInvalid(f"got {name}={value!r}, wanted a number above {above}, at most {highest:g}")
         of_groups = type(self.granularity) is int and self.granularity > 0
-        if self.granularity not in (None, "site", "head") and not of_groups:
-            raise InputsInvalid(f"got granularity={self.granularity!r}, wanted 'site', 'head', or a number of heads, 1 or more")
+        if self.granularity not in (None, "step", "site", "head") and not of_groups:
+            raise InputsInvalid(
+                f"got granularity={self.granularity!r}, wanted 'step', 'site', 'head', or a number of heads, 1 or more"
+            )
         if self.cache_bytes is not None and (type(self.cache_bytes) is not int or self.cache_bytes < 0 or name == "error"):
             raise InputsInvalid(
                 f"got cache_bytes={self.cache_bytes!r} with a budget of {name}, wanted a whole number of 0 or more, beside "
@@ -90,7 +93,7 @@ class Budget:
             )
         if type(self.corrections) is not int or not 0 <= self.corrections < len(POWERS):
             raise InputsInvalid(f"got corrections={self.corrections!r}, wanted 0, 1 or 2")
-        if self.speedup is not None and self.granularity not in (None, "site"):
+        if self.speedup is not None and self.granularity not in (None, "step", "site"):
             raise InputsInvalid(
                 f"got a speedup with granularity={self.granularity!r}, wanted whole sites: seconds of heads do not add up; "
                 "leave it out, or ask for FLOPs"
@@ -112,16 +115,24 @@ class Budget:
         share_cfg, extrapolate = self.share_cfg and table.branches.guided, self.extrapolate and table.branches.calls == 1
         return Choices(table.radii, table.ages, share_cfg, self.residual, self.reuse, extrapolate)
 
+    @property
+    def granularities(self) -> tuple[Granularity, ...]:
+        """Those that come into question, where the pipeline can show which is better."""
+        finest: Granularity = "head" if self.speedup is None else "site"  # seconds of heads do not add up
+        return ("step", finest) if self.granularity is None else (self.granularity,)
+
     def problem(self, table: Table, seconds: SecondCosts | None = None) -> Problem:
         """What has to be solved with a table, and, for a speedup, with what was timed."""
+        granularity = self.granularities[-1]
+        kind = InStep if granularity == "step" else Problem
         if seconds is not None:
-            return Problem(table, self.choices(table), seconds, "site")
+            return kind(table, self.choices(table), seconds, granularity)
         measure: Measure = "transformer"
         if self.attention_flops is not None or self.module_flops is not None:
             table, measure = table.attention_alone(), "module" if self.attention_flops is None else "attention"
         samples = table.branches.samples * table.branches.calls
         costs = FlopCosts(measure, table.tokens, samples, table.other_flops)
-        return Problem(table, self.choices(table), costs, self.granularity or "head")
+        return kind(table, self.choices(table), costs, granularity)
 
 
 ASKED = tuple(field.name for field in fields(Budget)[:5])
@@ -196,22 +207,43 @@ def budgeted(
         recording = _recorded(pipe, inputs, extent or Extent(), progress)
     else:
         recording = Recording(table, final_latents(pipe, inputs), 0, 0.0)
-    table, (name, value) = recording.table, budget.asked
-
+    name, _ = budget.asked
     about = {"calibration_passes": recording.passes, "calibration_attention_flops_by_raw": round(recording.cost, 3)}
     if name == "speedup":
         return _told(_fast_enough(pipe, inputs, budget, recording), **about)
     if name != "error":
-        plan, tried = _corrected(pipe, inputs, budget, recording, lambda found: solve(found, budget))
+        plan, tried = _corrected(pipe, inputs, budget, recording, solve)
         return _told(plan, generations=tried, **about)
-    problem = budget.problem(table)
+    return _told(_kept(pipe, inputs, budget, recording), **about)
 
-    def measure(found: Allocation) -> float:
-        return measured_error(pipe, inputs, _plan(problem, budget, found), recording.final)
 
-    kept = keep_to(value, problem, measure)
-    plan, error = _plan(problem, budget, kept.best.found), _short(kept.best.measured)
-    return _told(plan, measured_error=error, generations=kept.generations, **about)
+def _kept(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], budget: Budget, recording: Recording) -> Plan:
+    """The cheapest plan found that keeps to an error: all sites in step, unless single heads err less for as much."""
+    best: tuple[Try, Plan] | None = None
+    generations = 0
+    for granularity in budget.granularities:
+        problem = replace(budget, granularity=granularity).problem(recording.table)
+
+        def measure(found: Allocation, problem: Problem = problem) -> float:
+            return measured_error(pipe, inputs, _plan(problem, budget, found), recording.final)
+
+        if best is not None:
+            rival = within_cost(problem, max(best[0].found.cost + problem.fixed, _least(problem)))
+            generations += 1
+            if measure(rival) >= best[0].measured:
+                continue
+        kept = keep_to(budget.asked[1], problem, measure)
+        generations += kept.generations
+        if best is None or kept.best.found.cost < best[0].found.cost:
+            plan = _told(_plan(problem, budget, kept.best.found), granularity=granularity)
+            best = kept.best, _told(plan, measured_error=_short(kept.best.measured))
+    assert best is not None
+    return _told(best[1], generations=generations)
+
+
+def _least(problem: Problem) -> float:
+    """The smallest budget that a problem can meet."""
+    return float(problem.offer(problem.dear).cost.sum()) + problem.fixed
 
 
 def _within(problem: Problem, budget: Budget) -> Allocation:
@@ -240,7 +272,7 @@ def _fast_enough(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], budget: B
     """Time cells, solve, and time a generation beside an untouched one."""
     seconds = timed(pipe, inputs, recording.table.target.sites, budget.choices(recording.table))
 
-    def solved(table: Table) -> Plan:
+    def solved(table: Table, budget: Budget) -> Plan:
         problem = budget.problem(table, seconds)
         found = _within(problem, budget)
         return _told(_plan(problem, budget, found), predicted_speedup=_short(1 / (found.cost + problem.fixed)))
@@ -258,19 +290,36 @@ def _fast_enough(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], budget: B
 
 
 def _corrected(
-    pipe: "DiffusionPipeline", inputs: Mapping[str, Any], budget: Budget, recording: Recording, solved: Callable[[Table], Plan]
+    pipe: "DiffusionPipeline",
+    inputs: Mapping[str, Any],
+    budget: Budget,
+    recording: Recording,
+    solved: Callable[[Table, Budget], Plan],
 ) -> tuple[Plan, int]:
-    """The plan from the table, or a correction of it, whatever errs least in a real generation; and how many there were."""
-    table, tried = recording.table, list[tuple[float, Plan]]()
-    powers = [table.feedback, *(power for power in POWERS if power != table.feedback)]
-    for power in powers[: 1 + budget.corrections]:
-        plan = _told(solved(table.answering(power)), feedback=power)
-        if any(plan.cells == other.cells and plan.target == other.target for _, other in tried):
-            continue
-        error = measured_error(pipe, inputs, plan, recording.final)
-        tried.append((error, _told(plan, measured_error=_short(error))))
-        if error == 0:
-            break
+    """The plan that errs least in a real generation, and how many there were.
+
+    Each granularity in question is tried as the table has it, and the better one with other powers of the model's answers.
+    """
+    table, tried = recording.table, list[tuple[float, Plan, Budget]]()
+    refused: InputsInvalid | None = None
+
+    def attempt(power: float, each: Budget) -> None:
+        plan = _told(solved(table.answering(power), each), feedback=power, granularity=each.granularity)
+        if not any(plan.cells == other.cells and plan.target == other.target for _, other, _ in tried):
+            measured = measured_error(pipe, inputs, plan, recording.final)
+            tried.append((measured, _told(plan, measured_error=_short(measured)), each))
+
+    for granularity in budget.granularities[-1 - budget.corrections :]:
+        try:
+            attempt(table.feedback, replace(budget, granularity=granularity))
+        except InputsInvalid as error:
+            refused = error
+    if refused is not None and not tried:
+        raise refused
+    for power in [power for power in POWERS if power != table.feedback]:
+        least, _, best = min(tried, key=lambda each: each[0])
+        if len(tried) <= budget.corrections and least > 0:
+            attempt(power, best)
     return min(tried, key=lambda each: each[0])[1], len(tried)
 
 

@@ -18,8 +18,8 @@ from arrowhead.search.budget.given import Choices
 from arrowhead.search.budget.programme import Moves, Programme
 from arrowhead.search.budget.table import Floats, Table
 
-Granularity = Literal["site", "head"] | int
-"""What does the same in a step: all heads of a site, single ones, or groups of so many."""
+Granularity = Literal["step", "site", "head"] | int
+"""What does the same in a step: all sites, all heads of a site, single ones, or groups of so many."""
 
 Column = tuple[Cell, ...]
 
@@ -56,7 +56,7 @@ class Problem:
         self.fixed = table.steps * costs.other / self._whole
         self._programme = Programme(choices)
         self._of_modules = Programme(replace(choices, radii=()))  # no pairs of tokens, no arrows
-        self._groups = () if granularity == "site" else tuple(self._grouped(granularity))
+        self._groups = () if granularity in ("step", "site") else tuple(self._grouped(granularity))
 
     def offer(self, multiplier: float, memory_price: float = 0.0) -> Offer:
         """The best column of every site at this multiplier; exact where a site's heads all do the same, see `_of_groups`.
@@ -114,7 +114,7 @@ class Problem:
 
     def without_lines(self) -> "Problem":
         """The same without outputs that are extrapolated, which hold twice as much."""
-        return Problem(self.table, replace(self.choices, extrapolate=False), self.costs, self.granularity)
+        return type(self)(self.table, replace(self.choices, extrapolate=False), self.costs, self.granularity)
 
     @cached_property
     def _of_heads(self) -> Programme:
@@ -258,16 +258,49 @@ class Problem:
         return cost.projection_flops(site, self.table.tokens, 0 if site.heads_apart else site.heads)
 
 
+class InStep(Problem):
+    """All sites do the same in a step: one unit, whose sites err together.
+
+    What is kept for later steps was computed in steps that were full throughout, as the table takes it to be; with plans whose
+    sites are full in steps of their own it is not, and what they keep carries the others' errors on.
+    """
+
+    def offer(self, multiplier: float, memory_price: float = 0.0) -> Offer:
+        """The best column for all at this multiplier, exact."""
+        ((_, programme, damage, price),) = self._parts
+        held = None
+        if memory_price:
+            columns = [(site, self._sites[site].heads) for site in self._units]
+            held = memory_price * self._held(programme, columns).sum(1, keepdims=True)
+        chosen = programme.solve(damage, price, multiplier, held)
+        cells = programme.cells(chosen.moves[:, 0])
+        return Offer(multiplier, chosen.damage, chosen.cost, lambda site: cells if site in self._units else None)
+
+    def unit_of(self, site: int) -> int:  # noqa: ARG002
+        """The only one."""
+        return 0
+
+    @cached_property
+    def _parts(self) -> list[tuple[list[int], Programme, Floats, Floats]]:
+        attends = all(self._sites[site].kind == "self_attention" for site in self._units)
+        programme = self._programme if attends else self._of_modules
+        damage = self.table.damages([[head for i in self._units for head in self.table.heads(i)]], programme.givens)
+        costs = [[sum(self.costs.of(self._sites[i], *spending) for i in self._units)] for spending in programme.spendings]
+        return [(self._units, programme, damage, np.array(costs) / self._whole)]
+
+
 def group_size(granularity: Granularity, site: Site) -> int:
     """Heads of a site that do the same.
 
     Raises:
         InputsInvalid: they do not divide the site's.
     """
-    size = {"site": site.heads, "head": 1}.get(granularity, granularity) if isinstance(granularity, str) else granularity
+    whole = {"step": site.heads, "site": site.heads, "head": 1}
+    size = whole.get(granularity, granularity) if isinstance(granularity, str) else granularity
     if not isinstance(size, int) or size < 1 or site.heads % size:
         raise InputsInvalid(
-            f"got granularity={granularity!r}, wanted 'site', 'head', or a number that divides {site.path}'s {site.heads} heads"
+            f"got granularity={granularity!r}, wanted 'step', 'site', 'head', or a number that divides {site.path}'s "
+            f"{site.heads} heads"
         )
     return size
 

@@ -1,0 +1,132 @@
+"""What each part of the budget's search is worth: plans found without it, on inputs and seeds that they were not found on.
+
+    python benchmarks/ablations.py generate dit
+    python benchmarks/ablations.py measure dit --tools TOOLS
+
+Plans come from tables alone, without corrections, for 40 and 20 % of the attention modules' FLOPs; where feed-forwards are in
+question, for 70 % of the transformer's. What is there already is not made again. `measure` needs LPIPS: see README.md. What
+follows the name of the command may be `mmdit32` as well.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import budget
+import torch
+import typer
+from shards import load_images, make_images
+from torch import Tensor
+
+import arrowhead as ah
+from arrowhead.metrics.images import psnr
+from arrowhead.search.budget.weights import Weights
+
+IMAGES, BUDGETS = 24, (0.4, 0.2)
+HERE = Path(__file__).parent
+
+app = typer.Typer(add_completion=False)
+Calibrated = Callable[[Any, budget.Case], ah.Table]
+
+
+def calibrated(inputs: int = 8, **extent: Any) -> Calibrated:
+    """On so many inputs, with this extent."""
+
+    def table(pipe: Any, case: budget.Case) -> ah.Table:
+        arguments = budget.calibration(case)
+        asked = (arguments[case.asks] * 2)[:inputs]
+        return ah.calibrate(pipe, arguments | {case.asks: asked}, extent=ah.Extent(**extent), progress=False)
+
+    return table
+
+
+def local(pipe: Any, case: budget.Case) -> ah.Table:
+    """Every site's and step's relative error counts alike, as in the papers' searches."""
+    own = Weights.fitted
+    Weights.fitted = lambda self, steps: torch.ones(steps, self._sites)  # type: ignore[method-assign]
+    try:
+        table = calibrated(gradients=False)(pipe, case)
+    finally:
+        Weights.fitted = own  # type: ignore[method-assign]
+    return replace(table, gains=(1.0,) * table.steps)
+
+
+TABLES: dict[str, Calibrated] = {
+    "default": calibrated(),
+    "ages 4": calibrated(ages=4),
+    "ages 1": calibrated(ages=1),
+    "without gradients": calibrated(gradients=False),
+    "plain local errors": local,
+    "the sampler's gains alone": calibrated(feedback=0),
+    "one region": calibrated(regions=1),
+    **{f"{n} inputs": calibrated(n) for n in (1, 2, 4, 16)},
+    **{f"{n} vectors": calibrated(vectors=n) for n in (2, 4)},
+}
+KINDS = {"attention and feed-forwards": None, "attention alone": ("self_attention",), "whole blocks": ("block",)}
+TRANSFORMER = 0.7
+
+
+def plans(pipe: Any, case: budget.Case, work: Path) -> dict[str, Path]:
+    """The files of all plans, which are made where they are missing."""
+    found: dict[str, Path] = {}
+    asked = {name: [ah.Budget(module_flops=b) for b in BUDGETS] for name in TABLES}
+    asked["default"] += [ah.Budget(module_flops=b, extrapolate=False) for b in BUDGETS]
+    tables = TABLES | {name: calibrated(kinds=kinds) for name, kinds in KINDS.items()}
+    asked |= {name: [ah.Budget(transformer_flops=TRANSFORMER)] for name in KINDS}
+    for name, budgets in asked.items():
+        table = None
+        for each in budgets:
+            _, left = each.asked
+            what = f"{name}{'' if each.extrapolate else ', no forecasts'} @ {left:.0%}"
+            found[what] = work / f"{what}.json"
+            if not found[what].exists():
+                table = table or tables[name](pipe, case)
+                ah.solve(table, each).save(found[what])
+    return found
+
+
+@app.command()
+def generate(name: budget.Name) -> None:
+    """Find the plans and make the images; image i has input i and seed i in every setting."""
+    case, pipe, work = budget.CASES[name], ah.tiny.load(name), work_of(name)
+    work.mkdir(parents=True, exist_ok=True)
+
+    def make(start: int) -> Tensor:
+        stop = min(start + case.batch, IMAGES)
+        generators = [torch.Generator().manual_seed(i) for i in range(start, stop)]
+        return pipe(**case.common, **{case.asks: case.images[start:stop]}, generator=generators).images
+
+    for setting, file in {"raw": None, **plans(pipe, case, work)}.items():
+        with nullcontext() if file is None else ah.applied(pipe, ah.Plan.load(file)):
+            make_images(work / setting, range(0, IMAGES, case.batch), make)
+
+
+def work_of(name: budget.Name) -> Path:
+    """Beside the work of budget.py."""
+    found = budget.work_of(name)
+    return found.with_name(f"ablations-{found.name}")
+
+
+@app.command()
+def measure(name: budget.Name, tools: Annotated[Path, typer.Option(help="folder of perceptual.py")]) -> None:
+    """Compare every setting's images with the raw ones."""
+    sys.path.insert(0, str(tools))
+    lpips, work = importlib.import_module("perceptual").LPIPS(), work_of(name)
+    raw, table = load_images(work / "raw"), {}
+    for file in sorted(work.glob("*.json")):
+        if not (work / file.stem).is_dir() or len(images := load_images(work / file.stem)) < len(raw):
+            typer.echo(f"{file.stem}: not all there, left out")
+            continue
+        plan = ah.Plan.load(file)
+        predicted = plan.about["search"]["predicted_error"]
+        scores = {"lpips": float(lpips(images * 2 - 1, raw * 2 - 1).mean()), "psnr": psnr(images, raw)}
+        table[file.stem] = {"module_flops": plan.flops().module, "predicted_error": predicted, **scores}
+    budget.write(HERE / f"results/ablations_{name}.json", name, {"images": len(raw), "settings": table})
+
+
+if __name__ == "__main__":
+    app()

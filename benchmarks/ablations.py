@@ -3,9 +3,9 @@
     python benchmarks/ablations.py generate dit
     python benchmarks/ablations.py measure dit --tools TOOLS
 
-Plans come from tables alone, without corrections, for 40 and 20 % of the attention modules' FLOPs; where feed-forwards are in
-question, for 70 % of the transformer's. What is there already is not made again. `measure` needs LPIPS: see README.md. What
-follows the name of the command may be `mmdit32` as well.
+Plans come from tables alone, without corrections, for 40 and 20 % of the attention modules' FLOPs: all sites in step, and, of
+some, single heads. Where feed-forwards are in question they are for 70 % of the transformer's. What is there already is not made
+again. `measure` needs LPIPS: see README.md. What follows the name of the command may be `mmdit32` as well.
 """
 
 import importlib
@@ -26,7 +26,7 @@ import arrowhead as ah
 from arrowhead.metrics.images import psnr
 from arrowhead.search.budget.weights import Weights
 
-IMAGES, BUDGETS = 24, (0.4, 0.2)
+IMAGES, BUDGETS = 20, (0.4, 0.2)
 HERE = Path(__file__).parent
 
 app = typer.Typer(add_completion=False)
@@ -66,6 +66,7 @@ TABLES: dict[str, Calibrated] = {
     **{f"{n} inputs": calibrated(n) for n in (1, 2, 4, 16)},
     **{f"{n} vectors": calibrated(vectors=n) for n in (2, 4)},
 }
+HEADS_TOO = ("default", "ages 1", "without gradients", "plain local errors")
 KINDS = {"attention and feed-forwards": None, "attention alone": ("self_attention",), "whole blocks": ("block",)}
 TRANSFORMER = 0.7
 
@@ -73,15 +74,18 @@ TRANSFORMER = 0.7
 def plans(pipe: Any, case: budget.Case, work: Path) -> dict[str, Path]:
     """The files of all plans, which are made where they are missing."""
     found: dict[str, Path] = {}
-    asked = {name: [ah.Budget(module_flops=b) for b in BUDGETS] for name in TABLES}
-    asked["default"] += [ah.Budget(module_flops=b, extrapolate=False) for b in BUDGETS]
+    asked = {name: [ah.Budget(module_flops=b, granularity="step") for b in BUDGETS] for name in TABLES}
+    for name in HEADS_TOO:
+        asked[name] += [ah.Budget(module_flops=b, granularity="head") for b in BUDGETS]
+    asked["default"] += [ah.Budget(module_flops=b, granularity="site") for b in BUDGETS]
+    asked["default"] += [ah.Budget(module_flops=b, granularity="step", extrapolate=False) for b in BUDGETS]
     tables = TABLES | {name: calibrated(kinds=kinds) for name, kinds in KINDS.items()}
-    asked |= {name: [ah.Budget(transformer_flops=TRANSFORMER)] for name in KINDS}
+    asked |= {name: [ah.Budget(transformer_flops=TRANSFORMER, granularity="step")] for name in KINDS}
     for name, budgets in asked.items():
         table = None
         for each in budgets:
             _, left = each.asked
-            what = f"{name}{'' if each.extrapolate else ', no forecasts'} @ {left:.0%}"
+            what = f"{name}, {each.granularity}{'' if each.extrapolate else ', no forecasts'} @ {left:.0%}"
             found[what] = work / f"{what}.json"
             if not found[what].exists():
                 table = table or tables[name](pipe, case)

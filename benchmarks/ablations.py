@@ -4,8 +4,8 @@
     python benchmarks/ablations.py measure dit --tools TOOLS
 
 Plans come from tables alone, without corrections, for 40 and 20 % of the attention modules' FLOPs: all sites in step, and, of
-some, single heads. Where feed-forwards are in question they are for 70 % of the transformer's. What is there already is not made
-again. `measure` needs LPIPS: see README.md. What follows the name of the command may be `mmdit32` as well.
+some, single heads. Where feed-forwards are in question they are for 70 % of the transformer's. What is there already is not
+made again. `measure` needs LPIPS: see README.md. What follows the name of the command may be `mmdit32` as well.
 """
 
 import importlib

@@ -309,7 +309,10 @@ def test_groups_do_the_same():
 
 def test_what_may_not_be_chosen_is_not():
     table = synthetic(5, steps=8, count=4, heads=2, radii=(12, 4))
-    assert {"full", "WA-RS", "cached"} < set(ah.solve(table, ah.Budget(module_flops=0.4)).count_heads())
+    assert {"full", "WA-RS", "cached"} < set(ah.solve(table, ah.Budget(module_flops=0.4, granularity="head")).count_heads())
+    in_step = ah.solve(table, ah.Budget(module_flops=0.4))
+    assert all(len(set(row)) == 1 for row in in_step.cells)
+    assert len(set(in_step.cells)) > 1
     assert not {"AST", "cached"} & set(ah.solve(table, ah.Budget(module_flops=0.6, reuse=False)).count_heads())
     assert "WA-RS" not in ah.solve(table, ah.Budget(module_flops=0.4, residual=False)).count_heads()
     alone = ah.solve(table, ah.Budget(module_flops=0.4, share_cfg=False))

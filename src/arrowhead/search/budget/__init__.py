@@ -49,7 +49,7 @@ class Budget:
             five, but for an error.
         granularity: what does the same in a step: `step` for all sites, `site` for all heads of a site, `head`, or groups of so
             many heads. None: `step` and `head`, for a speedup `step` and `site`, whatever errs less in a real generation; for a
-            table alone the latter.
+            table alone the former.
         share_cfg: whether a site may compute the conditional branch alone.
         residual: whether arrows may add a residual.
         reuse: whether outputs may be repeated.
@@ -123,7 +123,7 @@ class Budget:
 
     def problem(self, table: Table, seconds: SecondCosts | None = None) -> Problem:
         """What has to be solved with a table, and, for a speedup, with what was timed."""
-        granularity = self.granularities[-1]
+        granularity = self.granularities[0]
         kind = InStep if granularity == "step" else Problem
         if seconds is not None:
             return kind(table, self.choices(table), seconds, granularity)
@@ -309,7 +309,7 @@ def _corrected(
             measured = measured_error(pipe, inputs, plan, recording.final)
             tried.append((measured, _told(plan, measured_error=_short(measured)), each))
 
-    for granularity in budget.granularities[-1 - budget.corrections :]:
+    for granularity in budget.granularities[: 1 + budget.corrections]:
         try:
             attempt(table.feedback, replace(budget, granularity=granularity))
         except InputsInvalid as error:

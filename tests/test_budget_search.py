@@ -11,7 +11,7 @@ from pipelines import sd35, tiny, tiny_mmdit
 from untouched import left_as_it_was
 
 import arrowhead as ah
-from arrowhead.errors import AlreadyApplied, InputsInvalid
+from arrowhead.errors import AlreadyApplied, InputsInvalid, PlanMismatch, UnsupportedPipeline
 from arrowhead.search.budget.record import record
 
 pytestmark = pytest.mark.slow  # minutes, all of them together
@@ -283,3 +283,57 @@ def test_another_power_of_the_model_s_answers_needs_no_other_run(feedback):
     ]
     assert tables[0].answering(feedback).gains == pytest.approx(tables[1].gains, rel=1e-9)
     assert tables[0].answering(feedback).answering(0.6).gains == pytest.approx(tables[0].gains, rel=1e-9)
+
+
+def test_single_heads_where_steps_are_too_coarse_for_an_error():
+    """It keeps to it, and costs no more than single heads do alone."""
+    bench = FAMILIES["dit"]()
+    table = ah.calibrate(bench.pipe, bench.inputs(), progress=False)
+    for error in (0.01, 0.05):
+        found = {}
+        for granularity in (None, "head"):
+            budget = ah.Budget(error=error, granularity=granularity)
+            plan = ah.search(bench.pipe, bench.inputs(), budget=budget, table=table, progress=False)
+            found[granularity] = plan.about["search"]["transformer_flops"]
+            assert plan.about["search"]["measured_error"] <= error
+        assert found[None] <= found["head"] < 1
+
+
+@pytest.mark.parametrize("kinds", [("feed_forward",), ("cross_attention",), ("feed_forward", "cross_attention"), ("block",)])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_sites_of_some_kinds_alone(kinds, gradients):
+    bench = FAMILIES["pixart_sigma"]()
+    extent = ah.Extent(kinds=kinds, gradients=gradients)
+    plan = ah.search(bench.pipe, bench.inputs(), budget=ah.Budget(transformer_flops=0.95), extent=extent, progress=False)
+    assert {site.kind for site in plan.target.sites} == set(kinds)
+    with pytest.raises(InputsInvalid, match=r"module_flops.*wanted self_attention"):
+        ah.search(bench.pipe, bench.inputs(), budget=ah.Budget(module_flops=0.9), extent=extent, progress=False)
+
+
+def test_kinds_that_a_transformer_has_not():
+    bench = FAMILIES["dit"]()
+    with pytest.raises(
+        UnsupportedPipeline, match=r"cross_attention.*wanted some that it has: block, feed_forward, self_attention"
+    ):
+        ah.calibrate(bench.pipe, bench.inputs(), extent=ah.Extent(kinds=("cross_attention",)), progress=False)
+
+
+@pytest.mark.parametrize("left", [0.5, 0.9, 0.97])
+def test_a_plan_that_lost_the_sites_that_see_the_text(left):
+    """Where a block gives way to the attention within it, which does not."""
+    bench = FAMILIES["pixart_sigma"]()
+    extent, budget = ah.Extent(kinds=("block", "self_attention")), ah.Budget(transformer_flops=left, granularity="site")
+    plan = ah.search(bench.pipe, bench.inputs(), budget=budget, extent=extent, progress=False)
+    with ah.applied(bench.pipe, plan):
+        bench.pipe(**bench.inputs())
+
+
+def test_a_table_of_something_else_is_refused_before_anything_runs():
+    bench, runs = FAMILIES["dit"](), []
+    table = ah.calibrate(bench.pipe, bench.inputs(), progress=False)
+    for other, guidance, said in ((FAMILIES["sd3"](), 3.0, "transformer: plan DiT"), (bench, 1.0, "branches: table")):
+        other.pipe.transformer.register_forward_pre_hook(lambda *_: runs.append(1))
+        for budget in (ah.Budget(module_flops=0.5), ah.Budget(speedup=1.2), ah.Budget(error=0.1)):
+            with pytest.raises(PlanMismatch, match=said):
+                ah.search(other.pipe, other.inputs(guidance=guidance), budget=budget, table=table, progress=False)
+    assert not runs

@@ -86,11 +86,11 @@ def test_trials_are_what_a_site_s_last_output_makes_of_the_step(family, guidance
     ah.calibrate(bench.pipe, inputs, extent=ah.Extent(**WITHOUT), progress=False)
     seen, paths = Seen.run(bench, (NEAR, FAR), guidance, seed=0, steps=STEPS, images=images), list(site_modules(bench))
     passes = -(-4 // images)
-    assert len(chosen) == passes * STEPS
+    assert len(chosen) == passes * (STEPS - 1)
     tried = [
         (step, image, place)
         for step in range(1, STEPS)
-        for which in chosen[step * passes :][:passes]
+        for which in chosen[(step - 1) * passes :][:passes]
         for image, place in enumerate(which)
     ]
     wanted = []
@@ -144,7 +144,7 @@ def test_the_run_is_the_untouched_one_and_needs_no_gradients(family, guidance):
                 except StopIteration as end:
                     recording = end.value
                     break
-    assert recording.passes == STEPS * 3 + (guidance > 1 and family == "flux")
+    assert recording.passes == STEPS + (STEPS - 1) * 2 + (guidance > 1 and family == "flux")
     with_gradients = ah.calibrate(FAMILIES[family]().pipe, bench.inputs(**inputs), extent=ah.Extent(ages=2), progress=False)
     assert recording.table.other_flops == with_gradients.other_flops
     assert recording.table.final == pytest.approx(with_gradients.final)
@@ -157,6 +157,15 @@ def test_a_search_without_gradients_meets_its_budget(family):
     plan = ah.search(bench.pipe, bench.inputs(), budget=budget, extent=ah.Extent(gradients=False), progress=False)
     assert 0.5 < plan.about["search"]["transformer_flops"] <= 0.6
     assert plan.about["search"]["measured_error"] > 0
+
+
+def test_weights_that_no_gradient_goes_through_need_none():
+    with torch.inference_mode():
+        bench = FAMILIES["dit"]()
+    before = [weight.requires_grad for weight in bench.pipe.transformer.parameters()]
+    table = ah.calibrate(bench.pipe, bench.inputs(), extent=ah.Extent(gradients=False), progress=False)
+    assert table.outputs.any()
+    assert [weight.requires_grad for weight in bench.pipe.transformer.parameters()] == before
 
 
 def test_nothing_is_kept_for_a_way_back_that_there_is_not():

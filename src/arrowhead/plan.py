@@ -148,8 +148,8 @@ class Plan:
     def flops(self) -> cost.Flops:
         """Fractions of the uncompressed run's FLOPs that remain, residual steps included.
 
-        `.attention` counts the two matmuls of attention, `.module` all that the plan's sites multiply: the Q, K, V and output
-        projections, too, and feed-forwards where the plan speaks of them.
+        `.attention` counts the two matmuls of self-attention, `.module` all that the plan's sites multiply: the Q, K, V and
+        output projections, too, and cross-attention, feed-forwards and blocks where the plan speaks of them.
         """
         return cost.remaining_flops(self.cells, self.target.sites, self.tokens, self.samples)
 

@@ -36,7 +36,7 @@ def plan_map(plans: Mapping[str, Plan], path: str | Path) -> None:
             ticks.set_major_locator(MaxNLocator(integer=True))
         left = plan.flops()
         kinds = {site.kind for site in plan.target.sites}
-        besides = "projections and feed-forwards" if "feed_forward" in kinds else "projections"
+        besides = "projections" if kinds == {"self_attention"} else "all sites"
         axis.set_title(f"{title}: {left.attention:.0%} of attention FLOPs left, {left.module:.0%} with {besides}", loc="left")
         axis.set_xlabel("step")
         axis.set_ylabel("site")

@@ -105,9 +105,9 @@ def find(pipe: "DiffusionPipeline", kinds: Collection[Kind] = ATTENTION) -> Mode
         )
     modules = {site: module for site, module in _sites(family, transformer) if site.kind in kinds}
     if not modules:
+        there = ", ".join(sorted({site.kind for site, _ in _sites(family, transformer)})) or "none"
         raise UnsupportedPipeline(
-            f"{type(transformer).__name__} has no module whose path matches {family.site_pattern!r}; wanted at least one "
-            "attention site"
+            f"got kinds {', '.join(sorted(kinds))} for a {type(transformer).__name__}, wanted some that it has: {there}"
         )
     return Model(pipe, transformer, family, order, modules)
 

@@ -148,7 +148,7 @@ class Calibration:
         tally, sites = self._state.tally, outermost(self._model.sites)
         samples = self._state.branches.samples
         raw = sum(site_flops(site, self.tokens, FULL, Writes(), samples).attention for site in sites)
-        return tally.spent.attention / (raw * self.step_count)
+        return tally.spent.attention / ((raw or 1) * self.step_count)
 
     def found(self, rows: Sequence[Sequence[Cell]]) -> Found:
         """The end of a search with these cells, steps × sites."""

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from arrowhead.errors import InputsInvalid, NotIntercepted
+from arrowhead.apply import target_of
+from arrowhead.errors import InputsInvalid, NotIntercepted, PlanMismatch
+from arrowhead.layout import seen
 from arrowhead.models import find
 from arrowhead.plan import Plan
 from arrowhead.search.budget.allocate import Allocation, Infeasible, within_cost, within_memory
@@ -18,7 +20,7 @@ from arrowhead.search.budget.check import final_latents, measured_error, measure
 from arrowhead.search.budget.costs import FlopCosts, Measure, SecondCosts, timed
 from arrowhead.search.budget.extent import Extent
 from arrowhead.search.budget.given import Choices
-from arrowhead.search.budget.keep import Try, keep_to
+from arrowhead.search.budget.keep import CLOSE, Try, keep_to
 from arrowhead.search.budget.problem import Granularity, InStep, Problem, group_size
 from arrowhead.search.budget.record import Recording, record, sites_of
 from arrowhead.search.budget.table import Table
@@ -201,13 +203,20 @@ def budgeted(
     progress: bool = True,
 ) -> Plan:
     """Calibrate, solve, and check by generating once more. Raises what `arrowhead.search` raises."""
+    name, _ = budget.asked
     for site in find(pipe).sites:
         group_size(budget.granularity or "head", site)  # now, rather than after minutes
+    kinds = extent.kinds if extent is not None and table is None else None
+    if name in ("attention_flops", "module_flops") and kinds is not None and "self_attention" not in kinds:
+        raise InputsInvalid(
+            f"got a budget of {name} with kinds={kinds!r}, wanted self_attention among them; or transformer_flops"
+        )
+    if table is not None:
+        _require(table, pipe, inputs)
     if table is None:
         recording = _recorded(pipe, inputs, extent or Extent(), progress)
     else:
         recording = Recording(table, final_latents(pipe, inputs), 0, 0.0)
-    name, _ = budget.asked
     about = {"calibration_passes": recording.passes, "calibration_attention_flops_by_raw": round(recording.cost, 3)}
     if name == "speedup":
         return _told(_fast_enough(pipe, inputs, budget, recording), **about)
@@ -217,8 +226,27 @@ def budgeted(
     return _told(_kept(pipe, inputs, budget, recording), **about)
 
 
+def _require(table: Table, pipe: "DiffusionPipeline", inputs: Mapping[str, Any]) -> None:
+    """Check that a table was made on such a pipeline, with as many branches.
+
+    Raises:
+        PlanMismatch: it was not; the message names every difference.
+    """
+    sites = table.target.sites
+    model = find(pipe, {site.kind for site in sites}).only(lambda site: site.path in {own.path for own in sites})
+    found = table.target.differences(target_of(model))
+    branches = model.branches(model.call_arguments((), inputs))
+    if branches != table.branches:
+        found.append(f"branches: table {table.branches}, inputs {branches}")
+    if found:
+        raise PlanMismatch("table does not fit this pipeline and inputs; calibrate again on them. " + "; ".join(found))
+
+
 def _kept(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], budget: Budget, recording: Recording) -> Plan:
-    """The cheapest plan found that keeps to an error: all sites in step, unless single heads err less for as much."""
+    """The cheapest plan found that keeps to an error: all sites in step, unless single heads err less for as much.
+
+    Or unless steps are too coarse to come near to it.
+    """
     best: tuple[Try, Plan] | None = None
     generations = 0
     for granularity in budget.granularities:
@@ -227,7 +255,7 @@ def _kept(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], budget: Budget, 
         def measure(found: Allocation, problem: Problem = problem) -> float:
             return measured_error(pipe, inputs, _plan(problem, budget, found), recording.final)
 
-        if best is not None:
+        if best is not None and best[0].measured >= CLOSE * budget.asked[1]:
             rival = within_cost(problem, max(best[0].found.cost + problem.fixed, _least(problem)))
             generations += 1
             if measure(rival) >= best[0].measured:
@@ -318,7 +346,7 @@ def _corrected(
         raise refused
     for power in [power for power in POWERS if power != table.feedback]:
         least, _, best = min(tried, key=lambda each: each[0])
-        if len(tried) <= budget.corrections and least > 0:
+        if len(tried) <= budget.corrections and least > 0 and budget.cache_bytes is None:  # bytes take long to solve for
             attempt(power, best)
     return min(tried, key=lambda each: each[0])[1], len(tried)
 
@@ -338,6 +366,7 @@ def _recorded(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], extent: Exte
 def _plan(problem: Problem, budget: Budget, found: Allocation) -> Plan:
     table, (name, value) = problem.table, budget.asked
     settings = {key: setting for key, setting in asdict(budget).items() if key not in ASKED}
+    settings["granularity"] = problem.granularity
     search = {"strategy": "budget", "asked": f"{name} = {value}", **settings, **dict(table.about.get("search", {}))}
     if isinstance(problem.costs, FlopCosts):
         search[f"{problem.costs.measure}_flops"] = _short(found.cost + problem.fixed)
@@ -345,9 +374,8 @@ def _plan(problem: Problem, budget: Budget, found: Allocation) -> Plan:
     columns = {site: column for site, column in zip(table.target.sites, found.columns, strict=True) if column is not None}
     rows = tuple(zip(*columns.values(), strict=True))
     about = {**table.about, "search": search}
-    return Plan(
-        rows, replace(table.target, sites=tuple(columns)), table.tokens, table.branches.guided, about, table.branches.calls
-    )
+    target, tokens = replace(table.target, sites=tuple(columns)), seen(table.tokens, columns)
+    return Plan(rows, target, tokens, table.branches.guided, about, table.branches.calls)
 
 
 def _told(plan: Plan, **facts: Any) -> Plan:

@@ -33,7 +33,7 @@ class Infeasible(InputsInvalid):
         self.least = math.ceil(1e4 * least) / 1e4
         super().__init__(
             f"got a budget of {asked:.4g} of the whole cost, wanted at least {self.least}, the least that these choices can "
-            "do; a larger budget, or more ages, will do"
+            "do; a larger budget, more ages, or single heads, will do"
         )
 
 

@@ -1,7 +1,7 @@
 """The calibration: one run of the pipeline with full attention, followed step by step."""
 
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +60,7 @@ def record(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], extent: Extent)
     recorder: Recorder | None = None
     with (
         observed(pipe.scheduler) as sampling,
-        _parameters_frozen(model.transformer),
+        _parameters_frozen(model.transformer) if extent.gradients else nullcontext(),
         _checkpointed(model.transformer, extent.checkpoint, calibration.branches),
     ):
         for step in calibration.steps():

@@ -84,7 +84,7 @@ class Recorder:
             outputs = step.finish_by(lambda call, state: self._at_site(call, state, None))
         self._note(outputs, whole)
         guided = self._guidance.guided(outputs).float()
-        for _ in range(math.ceil(LEAST / self._images)):
+        for _ in range(math.ceil(LEAST / self._images) if step.index else 0):  # the first has none before it
             which = self._weights.chosen(self._images)
             changed = self._guidance.guided(step.tried(partial(self._changed, which))).float()
             for image, place in enumerate(which):

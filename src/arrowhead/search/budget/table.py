@@ -87,8 +87,8 @@ class Table:
         kept = [i for i, site in enumerate(self.target.sites) if site.kind == "self_attention"]
         if not kept:
             raise InputsInvalid(
-                "got a budget of attention's FLOPs with a table of blocks alone, wanted transformer_flops; or calibrate with "
-                "kinds that hold self_attention"
+                "got a budget of self-attention's FLOPs with a table that has none, wanted transformer_flops; or calibrate "
+                "with kinds that hold self_attention"
             )
         heads = [head for i in kept for head in self.heads(i)]
         sites = tuple(self.target.sites[i] for i in kept)

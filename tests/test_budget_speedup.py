@@ -44,7 +44,7 @@ def some_seconds(seed, table, share=True):
 
 def seconds_of(site, column, seconds):
     """Of a site over all steps."""
-    total, shape = 0.0, replace(site, path="")
+    total, shape = 0.0, nameless(site)
     for cell, writes in zip(column, lifetimes(column), strict=True):
         total += seconds.cells[shape, cell]
         for residual in writes.residuals:
@@ -57,7 +57,7 @@ def seconds_of(site, column, seconds):
 def test_the_best_there_is_lies_between_the_bound_and_what_is_found(seed, data, share, ages):
     table = synthetic(seed, steps=3, count=1, feed_forward=True, ages=ages)
     seconds = some_seconds(seed, table)
-    problem = ah.Budget(speedup=2.0, share_cfg=share).problem(table, seconds)
+    problem = ah.Budget(speedup=2.0, share_cfg=share, granularity="site").problem(table, seconds)
     columns, harm, cost = [], [], []
     whole = 3 * (2.0 + seconds.other)
     for place, site in enumerate(table.target.sites):

@@ -180,7 +180,8 @@ def test_a_table_serves_other_budgets():
     """A search is a calibration, solved."""
     bench = FAMILIES["sd3"]()
     table = ah.calibrate(bench.pipe, bench.inputs(), progress=False)
-    for budget in (ah.Budget(attention_flops=0.4), ah.Budget(transformer_flops=0.7, granularity="site")):
+    for asked in ({"attention_flops": 0.4}, {"transformer_flops": 0.7, "granularity": "site"}):
+        budget = ah.Budget(**asked, corrections=0)
         plan = ah.search(bench.pipe, bench.inputs(), budget=budget, progress=False)
         assert plan.cells == ah.solve(table, budget).cells
         assert {"measured_error", "predicted_error", "calibration_passes"} < set(plan.about["search"])
@@ -255,7 +256,7 @@ def test_of_corrections_the_one_of_least_error_is_kept(family, corrections, gene
 
 
 @every_family
-@pytest.mark.parametrize(("granularity", "budget"), [("step", {"error": 0.2}), ("site", {"transformer_flops": 0.6})])
+@pytest.mark.parametrize(("granularity", "budget"), [("step", {"error": 0.6}), ("site", {"transformer_flops": 0.6})])
 def test_a_granularity_that_is_named_is_kept(family, granularity, budget, generations):
     bench = FAMILIES[family]()
     plan = ah.search(bench.pipe, bench.inputs(), budget=ah.Budget(**budget, granularity=granularity), progress=False)

@@ -129,7 +129,8 @@ def measure(name: budget.Name, tools: Annotated[Path, typer.Option(help="folder 
         predicted = plan.about["search"]["predicted_error"]
         scores = {"lpips": float(lpips(images * 2 - 1, raw * 2 - 1).mean()), "psnr": psnr(images, raw)}
         table[file.stem] = {"module_flops": plan.flops().module, "predicted_error": predicted, **scores}
-    budget.write(HERE / f"results/ablations_{name}.json", name, {"images": len(raw), "settings": table})
+    result = {"command": "see the head of benchmarks/ablations.py", "images": len(raw), "settings": table}
+    budget.write(HERE / f"results/ablations_{name}.json", name, result)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,12 @@ def main(name: budget.Name) -> None:
     for kind, plan in tqdm([*plans(table)], mininterval=10):
         found[kind].append((damage(table, plan, kind) ** 0.5, measured_error(pipe, inputs, plan, raw)))
     correlations = {kind: float(spearmanr(*zip(*pairs, strict=True)).statistic) for kind, pairs in found.items()}
-    about = {"date": datetime.now(UTC).date().isoformat(), "model": f"tiny:{name}", "device": "cpu, float32"}
+    about = {
+        "command": "see the head of benchmarks/predicted.py",
+        "date": datetime.now(UTC).date().isoformat(),
+        "model": f"tiny:{name}",
+        "device": "cpu, float32",
+    }
     setting = {"steps": STEPS, "images": IMAGES, "versions": versions()}
     result = {**about, **setting, "rank_correlation": correlations, "predicted_and_measured": found}
     (HERE / f"results/predicted_{name}.json").write_text(json.dumps(result, indent=1) + "\n")

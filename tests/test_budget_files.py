@@ -222,6 +222,7 @@ SENSELESS = {
     "another format": {"format": 2},
     "a format to come": {"format": 4},
     "another number of answers": {"answers": [1.0]},
+    "an answer of nothing": {"answers": [0.0] * 6},
     "an answer below nothing": {"answers": [-1.0] * 6},
     "an endless answer": {"answers": [float("inf")] * 6},
     "a power above 1": {"feedback": 1.5},

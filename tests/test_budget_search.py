@@ -1,5 +1,6 @@
 """From a pipeline to a plan under a budget: what is met, what is told, and that nothing is left behind."""
 
+import math
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,6 +14,7 @@ from untouched import left_as_it_was
 import arrowhead as ah
 from arrowhead.errors import AlreadyApplied, InputsInvalid, PlanMismatch, UnsupportedPipeline
 from arrowhead.search.budget.record import record
+from arrowhead.search.budget.samplers import Sampling
 
 pytestmark = pytest.mark.slow  # minutes, all of them together
 
@@ -338,3 +340,15 @@ def test_a_table_of_something_else_is_refused_before_anything_runs():
             with pytest.raises(PlanMismatch, match=said):
                 ah.search(other.pipe, other.inputs(guidance=guidance), budget=budget, table=table, progress=False)
     assert not runs
+
+
+def test_a_step_that_the_sampler_makes_nothing_of(monkeypatch):
+    """Its errors count for nothing, to whatever power."""
+    own = Sampling.gains
+    monkeypatch.setattr(Sampling, "gains", lambda self, *args, **more: (0.0, *own(self, *args, **more)[1:]))
+    bench = FAMILIES["dit"]()
+    table = ah.calibrate(bench.pipe, bench.inputs(), progress=False)
+    for power in (0.0, 0.5, 1.0):
+        gains = table.answering(power).gains
+        assert gains[0] == 0
+        assert all(0 < gain < math.inf for gain in gains[1:])

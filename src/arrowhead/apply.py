@@ -125,7 +125,7 @@ class Run:
         """Before each call of the transformer: the step clock. Calls from outside the pipeline run uncompressed."""
         if self._branches is None or self._tally is None:
             return
-        tokens = self._model.tokens(args, kwargs)
+        tokens = self._model.tokens(self._model.transformer_arguments(args, kwargs))
         if self._generation is None:
             self.plan.require_call(len(self._model.pipe.scheduler.timesteps), tokens, self._branches.calls)
             self._generation = Generation.begin(self._branches, tokens, self.kernel, self._tally)

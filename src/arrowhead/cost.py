@@ -1,6 +1,6 @@
 """FLOPs and cache bytes in closed form. One multiply–add counts as two FLOPs, softmax is left out, as in both papers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -79,6 +79,11 @@ def site_flops(site: Site, tokens: Tokens, cell: Cell, writes: Writes, samples: 
         rows = 1 if residual.conditional_only else computed
         matmuls += head_flops(site, tokens, Arrow(residual.radius)) * rows * _count(residual.heads, site)
     return Flops(matmuls, matmuls + projection_flops(site, tokens, len(computed_heads(site, cell))) * computed)
+
+
+def full_flops(sites: Iterable[Site], tokens: Tokens, samples: int) -> Flops:
+    """FLOPs of sites that leave nothing out, in one step for one image."""
+    return sum((site_flops(site, tokens, FULL, Writes(), samples) for site in sites), Flops(0, 0))
 
 
 def remaining_flops(cells: Sequence[Sequence[Cell]], sites: Sequence[Site], tokens: Tokens, samples: int) -> Flops:

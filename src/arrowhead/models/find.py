@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from arrowhead.errors import InputsInvalid, UnsupportedPipeline
-from arrowhead.layout import Branches, BranchOrder, Kind, Site, Tokens, outermost, seen
+from arrowhead.layout import Branches, BranchOrder, Kind, Site, Tokens, seen
 from arrowhead.models.families import FAMILIES, Family
 from arrowhead.project import heads_apart
 
@@ -68,9 +68,9 @@ class Model:
         known: Any = next(c for c in type(self.transformer).__mro__ if c.__name__ == self.family.transformer)
         return _by_name(inspect.signature(known.forward), (self.transformer, *args), kwargs, "the transformer")
 
-    def tokens(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tokens:
-        """What a call of the transformer brings that matters to the sites."""
-        return seen(self.family.tokens(self.transformer, self.transformer_arguments(args, kwargs)), self.sites)
+    def tokens(self, arguments: Mapping[str, Any]) -> Tokens:
+        """What a call of the transformer with these `transformer_arguments` brings that matters to the sites."""
+        return seen(self.family.tokens(self.transformer, arguments), self.sites)
 
     def branches(self, call: Mapping[str, Any]) -> Branches:
         """How the CFG branches of a pipeline call with these arguments arrive.
@@ -103,27 +103,28 @@ def find(pipe: "DiffusionPipeline", kinds: Collection[Kind] = ATTENTION) -> Mode
             f"got {name}, whose order of CFG branches is not known; wanted one of {', '.join(family.branch_order)}, "
             f"or a subclass of one"
         )
-    modules = {site: module for site, module in _sites(family, transformer) if site.kind in kinds}
+    modules = dict(_sites(family, transformer, kinds))
     if not modules:
-        there = ", ".join(sorted({site.kind for site, _ in _sites(family, transformer)})) or "none"
+        there = ", ".join(sorted({site.kind for site, _ in _sites(family, transformer, EVERYTHING)})) or "none"
         raise UnsupportedPipeline(
             f"got kinds {', '.join(sorted(kinds))} for a {type(transformer).__name__}, wanted some that it has: {there}"
         )
     return Model(pipe, transformer, family, order, modules)
 
 
-def _sites(family: Family, root: nn.Module, prefix: str = "") -> Iterator[tuple[Site, nn.Module]]:
-    """All that a family's patterns name within a module, in the order of the modules: a block comes before what it contains."""
+def _sites(family: Family, root: nn.Module, kinds: Collection[Kind], prefix: str = "") -> Iterator[tuple[Site, nn.Module]]:
+    """What a family's patterns name within a module, in the order of the modules: a block comes before what it contains."""
+    makers: dict[Kind, tuple[str, Callable[[Family, str, Any], Site]]] = {
+        "self_attention": (family.site_pattern, _site),
+        "cross_attention": (family.cross_pattern, _cross_attention),
+        "feed_forward": (family.feed_forward_pattern, _feed_forward),
+        "block": (family.block_pattern, _block),
+    }
     for inner, module in root.named_modules():
         path = f"{prefix}{inner}"
-        if re.fullmatch(family.site_pattern, path):
-            yield _site(family, path, module), module
-        elif re.fullmatch(family.cross_pattern, path):
-            yield _cross_attention(path, module), module
-        elif re.fullmatch(family.feed_forward_pattern, path):
-            yield _feed_forward(path, module), module
-        elif inner and re.fullmatch(family.block_pattern, path):
-            yield _block(family, path, module), module
+        for kind, (pattern, site) in makers.items():
+            if kind in kinds and re.fullmatch(pattern, path):
+                yield site(family, path, module), module
 
 
 def _site(family: Family, path: str, module: Any) -> Site:
@@ -140,13 +141,13 @@ def _site(family: Family, path: str, module: Any) -> Site:
     )
 
 
-def _feed_forward(path: str, module: nn.Module) -> Site:
+def _feed_forward(_: Family, path: str, module: nn.Module) -> Site:
     linears = [linear for linear in module.modules() if isinstance(linear, nn.Linear)]
     channels, weights = linears[0].in_features, sum(map(_size, linears))
     return Site(path, 1, channels, channels, heads_apart=False, kind="feed_forward", weights=weights)
 
 
-def _cross_attention(path: str, module: Any) -> Site:
+def _cross_attention(_: Family, path: str, module: Any) -> Site:
     of_image, of_text = (sum(map(_size, own)) for own in ((module.to_q, module.to_out[0]), (module.to_k, module.to_v)))
     width, channels = module.to_q.out_features, module.to_q.in_features
     return Site(path, 1, width, channels, heads_apart=False, kind="cross_attention", weights=of_image, text_weights=of_text)
@@ -157,7 +158,7 @@ def _block(family: Family, path: str, module: Any) -> Site:
 
     SD3's last block gives no text.
     """
-    within = outermost(site for site, _ in _sites(family, module, f"{path}."))
+    within = tuple(site for site, _ in _sites(family, module, EVERYTHING - {"block"}, f"{path}."))
     elsewhere = (f"{path}.norm", *(f"{site.path}." for site in within))
     names = {f"{path}.{name}": layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
     own = {name: _size(layer) for name, layer in names.items() if not name.startswith(elsewhere)}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from arrowhead.attend import Generation, attend
 from arrowhead.cache import Output
-from arrowhead.cost import site_flops
+from arrowhead.cost import full_flops
 from arrowhead.errors import ArrowheadError, InputsInvalid, NotIntercepted
 from arrowhead.intercept import SiteCall, intercepted
 from arrowhead.kernels import dispatch
@@ -102,10 +102,8 @@ class Calibration:
                 )
             if self.branches.calls == 2:  # the pipeline may change what it gave before the first call is looked at
                 kwargs = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
-            tokens, rows = (
-                self._model.tokens(args, kwargs),
-                len(self._model.transformer_arguments(args, kwargs)["hidden_states"]),
-            )
+            arguments = self._model.transformer_arguments(args, kwargs)
+            tokens, rows = self._model.tokens(arguments), len(arguments["hidden_states"])
             scales = {value.get("scale") for value in kwargs.values() if isinstance(value, dict)} - {None, 1}
             return worker.parent.switch(_Call(tokens, rows, lambda: own_forward(*args, **kwargs), bool(scales)))
 
@@ -147,7 +145,7 @@ class Calibration:
         """
         tally, sites = self._state.tally, outermost(self._model.sites)
         samples = self._state.branches.samples
-        raw = sum(site_flops(site, self.tokens, FULL, Writes(), samples).attention for site in sites)
+        raw = full_flops(sites, self.tokens, samples).attention
         return tally.spent.attention / ((raw or 1) * self.step_count)
 
     def found(self, rows: Sequence[Sequence[Cell]]) -> Found:

@@ -211,11 +211,10 @@ def budgeted(
         raise InputsInvalid(
             f"got a budget of {name} with kinds={kinds!r}, wanted self_attention among them; or transformer_flops"
         )
-    if table is not None:
-        _require(table, pipe, inputs)
     if table is None:
         recording = _recorded(pipe, inputs, extent or Extent(), progress)
     else:
+        _require(table, pipe, inputs)
         recording = Recording(table, final_latents(pipe, inputs), 0, 0.0)
     about = {"calibration_passes": recording.passes, "calibration_attention_flops_by_raw": round(recording.cost, 3)}
     if name == "speedup":
@@ -263,7 +262,7 @@ def _kept(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], budget: Budget, 
         kept = keep_to(budget.asked[1], problem, measure)
         generations += kept.generations
         if best is None or kept.best.found.cost < best[0].found.cost:
-            plan = _told(_plan(problem, budget, kept.best.found), granularity=granularity)
+            plan = _plan(problem, budget, kept.best.found)
             best = kept.best, _told(plan, measured_error=_short(kept.best.measured))
     assert best is not None
     return _told(best[1], generations=generations)
@@ -332,7 +331,7 @@ def _corrected(
     refused: InputsInvalid | None = None
 
     def attempt(power: float, each: Budget) -> None:
-        plan = _told(solved(table.answering(power), each), feedback=power, granularity=each.granularity)
+        plan = _told(solved(table.answering(power), each), feedback=power)
         if not any(plan.cells == other.cells and plan.target == other.target for _, other, _ in tried):
             measured = measured_error(pipe, inputs, plan, recording.final)
             tried.append((measured, _told(plan, measured_error=_short(measured)), each))
@@ -344,9 +343,9 @@ def _corrected(
             refused = error
     if refused is not None and not tried:
         raise refused
-    for power in [power for power in POWERS if power != table.feedback]:
+    for power in POWERS if budget.cache_bytes is None else ():  # bytes take long to solve for
         least, _, best = min(tried, key=lambda each: each[0])
-        if len(tried) <= budget.corrections and least > 0 and budget.cache_bytes is None:  # bytes take long to solve for
+        if power != table.feedback and len(tried) <= budget.corrections and least > 0:
             attempt(power, best)
     return min(tried, key=lambda each: each[0])[1], len(tried)
 

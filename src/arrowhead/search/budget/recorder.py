@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from arrowhead.attend import Generation, Passage, bands, count
 from arrowhead.cache import Output, each
-from arrowhead.cost import site_flops
+from arrowhead.cost import full_flops
 from arrowhead.errors import InputsInvalid, NotIntercepted
 from arrowhead.intercept import SiteCall
 from arrowhead.layout import Branches, Site, Tokens, outermost
@@ -106,19 +106,14 @@ class Recorder:
         self._images = len(self._guidance.guided([output.detach() for output in outputs]))
         self._regions = self._extent.regions or max(1, PRODUCTS // (self._images * self._extent.vectors))
         samples = self._guidance.branches.samples
-        known = sum(site_flops(site, self._tokens, FULL, Writes(), samples).module for site in outermost(self._sites))
+        known = full_flops(outermost(self._sites), self._tokens, samples).module
         multiplied = whole.get_total_flops() - sum(own.get_total_flops() for own in self._own)
         self._other_flops = max(multiplied / self._images - known, 0.0)
 
     def _changed(self, which: Sequence[int], call: SiteCall, state: Generation) -> Output:
         """The module's output, of each image whose site this is by what the site gave in the step before."""
         site, kept = call.site, self._kept[call.site.path]
-        state.tally.passed(site, FULL, state.tokens)
-        if site.kind == "self_attention":
-            passage = Passage(call, FULL, Writes(), state, tuple(range(site.heads)))
-            count(passage, passage.methods, call.batch, "native")
-        if not site.within:
-            state.tally.projected(site, state.tokens, site.heads, state.branches.samples)
+        _tallied(call, state)
         images = [image for image, place in enumerate(which) if self._sites[place] == site]
         if not images or len(kept) < 2:
             return call.run(lambda attention: attention.native())
@@ -149,7 +144,7 @@ class Recorder:
         """All steps together."""
         final, feedback = sampling.latents(), self._extent.feedback
         gains, whole = (sampling.gains(len(self._products), self._images, feedback=power) for power in (0.0, 1.0))
-        answers = tuple(with_model / max(alone, 1e-30) for alone, with_model in zip(gains, whole, strict=True))
+        answers = tuple(both / alone if both > 0 and alone > 0 else 1.0 for alone, both in zip(gains, whole, strict=True))
         outputs, residuals = (torch.stack(products) for products in zip(*self._products, strict=True))
         if not self._extent.gradients:
             heads = torch.tensor([site.heads for site in self._sites])
@@ -177,17 +172,15 @@ class Recorder:
 
     def _at_site(self, call: SiteCall, state: Generation, probes: dict[str, Tensor] | None) -> Output:
         """The module's output; where its heads' outputs arise, a probe of zeros for gradients to come back to, if they do."""
-        site, tally = call.site, state.tally
+        site = call.site
         if probes and site.path in probes:
             return self._again(call, probes[site.path])
-        tally.passed(site, FULL, state.tokens)
+        passage = _tallied(call, state)
         if site.kind != "self_attention":
             return self._of_module(call, state, probes)
 
         def attention(asked: AttentionCall) -> Tensor:
             out = asked.native()  # (B, H, N, D)
-            passage = Passage(call, FULL, Writes(), state, tuple(range(site.heads)))
-            count(passage, passage.methods, len(out), "native")
             with torch.no_grad(), self._counted():
                 _require_finite(out, call, state)
                 self._kept[site.path].appendleft(_Kept(out.detach(), tuple(self._residuals_of(asked, out, passage))))
@@ -196,9 +189,7 @@ class Recorder:
             probes[site.path] = torch.zeros_like(out, requires_grad=True)
             return out + probes[site.path]
 
-        out = call.run(attention)
-        tally.projected(site, state.tokens, site.heads, state.branches.samples)
-        return out
+        return call.run(attention)
 
     def _of_module(self, call: SiteCall, state: Generation, probes: dict[str, Tensor] | None) -> Output:
         """As a site of one head, (B, 1, N, C), text and image one after the other where a block gives both."""
@@ -209,8 +200,6 @@ class Recorder:
             kept = (parts[0] if len(parts) == 1 else torch.cat(parts, 1))[:, None]
         _require_finite(kept, call, state)
         self._kept[site.path].appendleft(_Kept(kept, ()))
-        if not site.within:  # what is within has been counted by itself
-            state.tally.projected(site, state.tokens, 1, state.branches.samples)
         if probes is None:
             return out
         probes[site.path] = torch.zeros_like(kept, requires_grad=True)
@@ -283,6 +272,18 @@ class Recorder:
         of_tokens[:, :, where] = (gradient[:, :, where] * source.float()).sum(3)
         of_regions = [region.sum(2).T for region in of_tokens.tensor_split(self._regions, 2)]  # each (H, B)
         return torch.stack(of_regions, 2).flatten(1).double().cpu()
+
+
+def _tallied(call: SiteCall, state: Generation) -> Passage:
+    """A passage that leaves nothing out, counted; what lies within a block is counted by itself."""
+    site = call.site
+    passage = Passage(call, FULL, Writes(), state, tuple(range(site.heads)))
+    state.tally.passed(site, FULL, state.tokens)
+    if site.kind == "self_attention":
+        count(passage, passage.methods, call.batch, "native")
+    if not site.within:
+        state.tally.projected(site, state.tokens, site.heads, state.branches.samples)
+    return passage
 
 
 def _tensors(out: Output, site: Site) -> list[Tensor]:

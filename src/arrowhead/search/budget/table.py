@@ -18,8 +18,8 @@ from torch import Tensor
 from arrowhead import cost
 from arrowhead.errors import InputsInvalid
 from arrowhead.layout import Branches, Site, Tokens, outermost, seen
-from arrowhead.lifetimes import Writes, of_head
-from arrowhead.methods import FULL, Cell
+from arrowhead.lifetimes import of_head
+from arrowhead.methods import Cell
 from arrowhead.plan import Target
 from arrowhead.search.budget.given import Given, givens_of
 
@@ -103,7 +103,7 @@ class Table:
 
     def _module_flops(self, sites: Sequence[Site]) -> float:
         samples = self.branches.samples * self.branches.calls
-        return sum(cost.site_flops(site, self.tokens, FULL, Writes(), samples).module for site in sites)
+        return cost.full_flops(sites, self.tokens, samples).module
 
     def heads(self, site: int) -> range:
         """Where a site's heads stand among those of all."""
@@ -288,8 +288,8 @@ class _Header(pydantic.BaseModel, extra="forbid"):
         sizes |= {"regions": self.regions, "itemsize": self.itemsize, "sites": len(self.target.sites)}
         if small := [f"{name} {value}" for name, value in sizes.items() if value < 1]:
             return f"got {', '.join(small)}, wanted at least 1"
-        values = (*self.gains, *self.answers, self.other_flops, *self.radii)
-        if not all(0 <= value < math.inf for value in values) or not 0 < self.final < math.inf:
+        values, above = (*self.gains, self.other_flops, *self.radii), (*self.answers, self.final)
+        if not all(0 <= value < math.inf for value in values) or not all(0 < value < math.inf for value in above):
             return "got gains, answers, FLOPs, radii or a final square below 0 or not finite"
         if len(self.answers) not in (0, len(self.gains)) or not 0 <= self.feedback <= 1:
             return f"got {len(self.answers)} answers to the power {self.feedback}, wanted one a step, and a power of 0 to 1"

@@ -143,8 +143,7 @@ class Recorder:
     def table(self, sampling: Sampling, branches: Branches, target: Target, about: Mapping[str, Any]) -> Table:
         """All steps together."""
         final, feedback = sampling.latents(), self._extent.feedback
-        gains, whole = (sampling.gains(len(self._products), self._images, feedback=power) for power in (0.0, 1.0))
-        answers = tuple(both / alone if both > 0 and alone > 0 else 1.0 for alone, both in zip(gains, whole, strict=True))
+        gains, answers = sampling.gains(len(self._products), self._images)
         outputs, residuals = (torch.stack(products) for products in zip(*self._products, strict=True))
         if not self._extent.gradients:
             heads = torch.tensor([site.heads for site in self._sites])
@@ -254,24 +253,27 @@ class Recorder:
     def _paired(self, gradient: Tensor, sources: Sequence[Tensor], where: slice = slice(None)) -> Tensor:
         """⟨g, source⟩ of each head, image and region, for each pair of branches: (H, sources, pairs, B · regions).
 
-        `where` are the tokens that the sources have, of all that the regions are parts of.
+        `where` are the tokens that the sources have, of all that the regions are parts of. In float64 on the CPU: they are
+        alike, and subtracted.
         """
         conditional, other = self._guidance.halves(gradient)
+        batch, heads, tokens, channels = conditional.shape
+        padded = self._regions * math.ceil(tokens / self._regions)
+        scratch = conditional.new_zeros(batch, heads, padded, channels)  # one for all: to allocate costs more than to multiply
+        by_region = scratch.view(batch, heads, self._regions, -1)
+
+        def product(gradient: Tensor, source: Tensor) -> Tensor:
+            torch.mul(gradient[:, :, where], source, out=scratch[:, :, :tokens][:, :, where])
+            return by_region.sum(3).transpose(0, 1).flatten(1)  # (B, H, regions) -> (H, B · regions)
+
         found = []
         for source in sources:
             from_conditional, from_other = self._guidance.halves(source)
-            pairs = [self._product(conditional, from_conditional, where)]
+            pairs = [product(conditional, from_conditional)]
             if other is not None and from_other is not None:
-                pairs += [self._product(other, from_other, where), self._product(other, from_conditional, where)]
+                pairs += [product(other, from_other), product(other, from_conditional)]
             found.append(torch.stack(pairs, 1))
-        return torch.stack(found, 1)
-
-    def _product(self, gradient: Tensor, source: Tensor, where: slice) -> Tensor:
-        """(B, H, N, D) and as much or less of it -> (H, B · regions), in float64 on the CPU: they are alike, and subtracted."""
-        of_tokens = gradient.new_zeros(gradient.shape[:3])  # (B, H, N)
-        of_tokens[:, :, where] = (gradient[:, :, where] * source.float()).sum(3)
-        of_regions = [region.sum(2).T for region in of_tokens.tensor_split(self._regions, 2)]  # each (H, B)
-        return torch.stack(of_regions, 2).flatten(1).double().cpu()
+        return torch.stack(found, 1).double().cpu()
 
 
 def _tallied(call: SiteCall, state: Generation) -> Passage:
@@ -316,7 +318,7 @@ def flop_counter() -> FlopCounterMode:
 
 
 def _require_finite(out: Tensor, call: SiteCall, state: Generation) -> None:
-    if not out.detach().isfinite().all():
+    if not out.detach().sum(dtype=torch.float64).isfinite():  # one pass, and nothing allocated
         raise InputsInvalid(
             f"at step {state.step} {call.site.path} gave values that are not finite, with full attention; wanted finite ones; "
             "use bfloat16 or float32"

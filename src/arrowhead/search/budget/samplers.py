@@ -38,14 +38,15 @@ class Sampling:
             raise NotIntercepted("the pipeline never called its scheduler's step; wanted one call in every denoising step")
         return self.final.float()
 
-    def gains(self, steps: int, images: int, *, feedback: float = 1.0) -> tuple[float, ...]:
-        """Norm of the change of the final latents over that of an error in the guided output, for each step of so many images.
+    def gains(self, steps: int, images: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """What becomes of an error in the guided output of each step, of so many images: two factors, (S,) each.
 
-        Two factors. What the sampler alone makes of an error is measured: it is replayed with one output changed and all others
-        as they were. The model's answer in the steps that follow, to the power `feedback`, is estimated as if data were
-        Gaussian: if latents are x_t = a·x_final + noise of variance b², the flow multiplies an error along a direction in which
-        final latents have the deviation s by s/√(a²s² + b²). a and b are measured on this run, and s along the change of the
-        output from the step before, the direction of what reuse gets wrong.
+        What the sampler alone makes of it, as the norm of the change of the final latents over that of the error, is measured: it
+        is replayed with one output changed and all others as they were. The model's answer in the steps that follow is estimated
+        as if data were Gaussian: if latents are x_t = a·x_final + noise of variance b², the flow multiplies an error along a
+        direction in which final latents have the deviation s by s/√(a²s² + b²). a and b are measured on this run, and s along the
+        change of the output from the step before, the direction of what reuse gets wrong. Where there is nothing to estimate it
+        from, as in the last step, the answer is 1.
 
         Raises:
             NotIntercepted: the scheduler was not called once in each of the `steps`.
@@ -57,17 +58,19 @@ class Sampling:
         generator = torch.Generator().manual_seed(0x51DE)
         sample, scheduler = self.arguments[0][1].float(), copy.deepcopy(self.scheduler)
         reference = self._replay(0, sample, scheduler, None)
-        found: list[float] = []
+        alone: list[float] = []
+        answers: list[float] = []
         for step, output in enumerate(self.outputs):
             noise = torch.randn(output.shape, generator=generator).to(output.device)
-            if step and feedback:  # an error in the sample that this step begins with
+            if step:  # an error in the sample that this step begins with
                 error = NUDGE * sample.square().mean().sqrt() * noise
                 fixed = _ratio(self._replay(step, sample + error, scheduler, None) - reference, error)
-                found[-1] *= (self._answered(step, images) / max(fixed, 1e-12)) ** feedback
+                answered = self._answered(step, images)
+                answers.append(answered / fixed if answered > 0 and fixed > 0 else 1.0)
             error = NUDGE * output.float().square().mean().sqrt() * noise
-            found.append(_ratio(self._replay(step, sample, scheduler, error) - reference, error))
+            alone.append(_ratio(self._replay(step, sample, scheduler, error) - reference, error))
             sample = self._step(step, sample, scheduler, None)
-        return tuple(found)
+        return tuple(alone), (*answers, 1.0)
 
     def _answered(self, step: int, images: int) -> float:
         """s/√(a²s² + b²) for the latents before a step. Some pipelines step both branches' rows, which are alike."""
@@ -93,8 +96,11 @@ class Sampling:
     def _step(self, step: int, sample: Tensor, scheduler: Any, error: Tensor | None) -> Tensor:
         timestep, _, args, kwargs = self.arguments[step]
         output = self.outputs[step].float() if error is None else self.outputs[step].float() + error
-        with torch.random.fork_rng([sample.device] if sample.device.type == "cuda" else []), torch.no_grad():
-            torch.manual_seed(step)  # a sampler that draws noise draws the same in every replay
+        on_cuda = sample.device.type == "cuda"
+        with torch.random.fork_rng([sample.device] if on_cuda else []), torch.no_grad():
+            torch.default_generator.manual_seed(step)  # a sampler that draws noise draws the same in every replay
+            if on_cuda:
+                torch.cuda.manual_seed(step)
             kwargs = {name: value for name, value in kwargs.items() if name not in ("generator", "return_dict")}
             moved: Tensor = scheduler.step(output, timestep, sample, *args, **kwargs, return_dict=False)[0]
         return moved.float()

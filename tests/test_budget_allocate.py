@@ -174,6 +174,44 @@ def test_all_sites_in_step(data, table, measure, what, lone):
         assert reached == pytest.approx((harm + multiplier * cost).min(), rel=1e-4, abs=1e-9)
 
 
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 2**32), guided=st.booleans(), own=st.integers(0, 3), what=WHAT)
+def test_blocks_in_step(data, seed, guided, own, what):
+    """They stand for the sites within them, whose changes they make; what they compute besides is theirs to skip."""
+    table = synthetic(seed, steps=3, guided=guided, feed_forward=True)
+    within = [tuple(site for site in table.target.sites if site.path.startswith(f"blocks.{i}.")) for i in range(2)]
+    block = {"heads_apart": False, "kind": "block", "weights": own * 64}
+    blocks = tuple(Site(f"blocks.{i}", 1, 16, 16, **block, within=sites) for i, sites in enumerate(within))
+    table = replace(table, blocks=blocks)
+    problem = budget_of("transformer", granularity="step", **what).problem(table)
+    assert problem.sites == blocks
+    columns, samples = every_column_of(table, blocks[0], what), 1 + guided
+    harm = np.array([damage_of(table, range(table.outputs.shape[1]), column) for column in columns])
+    of_sites, of_blocks = (
+        sum(site_flops(site, table.tokens, FULL, Writes(), samples).module for site in sites)
+        for sites in (table.target.sites, blocks)
+    )
+    assert of_blocks == of_sites + 2 * own * 2 * 64 * samples * 64
+    target = replace(table.target, sites=blocks)
+    cost = np.array(
+        [
+            1 - (1 - ah.Plan(tuple((cell, cell) for cell in column), target, table.tokens, guided).flops().module)
+            * of_blocks / (of_sites + table.other_flops)
+            for column in columns
+        ]
+    )  # fmt: skip
+    left = data.draw(st.floats(min(cost.min() + 1e-6, 1.0), 1.0))
+    plan, found = ah.solve(table, budget_of("transformer", left, granularity="step", **what)), within_cost(problem, left)
+    assert plan.target.sites == blocks
+    assert plan.columns == found.columns
+    place = columns.index(found.columns[0])
+    assert (found.damage, found.cost + problem.fixed) == (pytest.approx(harm[place], rel=1e-4), pytest.approx(cost[place]))
+    assert cost[place] <= left * (1 + 1e-9)
+    assert found.bound <= harm[cost <= left * (1 + 1e-9)].min() * (1 + 1e-4) + 1e-12
+    alone = ah.solve(table, budget_of("module", granularity="step", **what))
+    assert {site.kind for site in alone.target.sites} == {"self_attention"}
+
+
 def assert_bounded(data, table, measure, what):
     """Two sites; what one of them costs is known from the other's full attention."""
     problem = budget_of(measure, **what).problem(table)
@@ -372,3 +410,10 @@ def test_a_budget_of_attention_leaves_feed_forwards_alone():
     table = synthetic(2, feed_forward=True)
     paths = [[site.path for site in ah.solve(table, budget_of(m, 0.6)).target.sites] for m in ("module", "transformer")]
     assert [len(of) for of in paths] == [2, 4]
+
+
+def test_where_nothing_does_any_harm():
+    table = synthetic(0)
+    for gains in ((0.0,) * table.steps, (1e-300,) * table.steps):
+        plan = ah.solve(replace(table, gains=gains), budget_of("module", 0.6))
+        assert plan.flops().module <= 0.6

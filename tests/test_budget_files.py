@@ -9,11 +9,13 @@ from budget import synthetic
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from independent import plans
+from pydantic import TypeAdapter
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 import arrowhead as ah
 from arrowhead.errors import InputsInvalid
+from arrowhead.layout import Site
 
 TENSORS = ("outputs", "residuals")
 few = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -218,9 +220,14 @@ def test_a_header_that_lacks_something(name, tmp_path):
     assert is_refused(tmp_path / "table")
 
 
+WITHIN = TypeAdapter(Site).dump_python(synthetic(0).target.sites[0], mode="json")
+BLOCK = WITHIN | {"path": "blocks.0", "heads": 1, "kind": "block", "within": [WITHIN]}
 SENSELESS = {
     "another format": {"format": 2},
-    "a format to come": {"format": 4},
+    "a block of nothing": {"blocks": [BLOCK | {"within": []}]},
+    "a block of something else": {"blocks": [BLOCK | {"within": [BLOCK | {"path": "blocks.0.ff", "kind": "feed_forward"}]}]},
+    "a block that is none": {"blocks": [BLOCK | {"kind": "feed_forward"}]},
+    "a format to come": {"format": 5},
     "another number of answers": {"answers": [1.0]},
     "an answer of nothing": {"answers": [0.0] * 6},
     "an answer below nothing": {"answers": [-1.0] * 6},
@@ -255,6 +262,16 @@ def test_a_header_that_makes_no_sense(change, tmp_path):
     header, tensors = parts(tmp_path / "table")
     written(tmp_path / "table", header | change, tensors)
     assert is_refused(tmp_path / "table")
+
+
+def test_a_header_with_a_block(tmp_path):
+    synthetic(0).save(tmp_path / "table")
+    header, tensors = parts(tmp_path / "table")
+    written(tmp_path / "table", header | {"blocks": [BLOCK]}, tensors)
+    read = ah.Table.load(tmp_path / "table")
+    assert [site.path for site in read.in_blocks] == ["blocks.0", "blocks.1.attn"]
+    read.save(tmp_path / "again")
+    assert ah.Table.load(tmp_path / "again").blocks == read.blocks
 
 
 def test_a_table_without_steps(tmp_path):

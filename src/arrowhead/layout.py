@@ -74,6 +74,10 @@ class Site:
         """Whether the other site lies within this one."""
         return other.path.startswith(f"{self.path}.")
 
+    def made_of(self, sites: Iterable["Site"]) -> bool:
+        """Whether this is a block that computes some of these sites, and no other."""
+        return self.kind == "block" and len(self.within) > 0 and {*self.within} == {*filter(self.contains, sites)}
+
     def __post_init__(self) -> None:
         if min(self.heads, self.head_dim, self.channels) < 1:
             raise ValueError(f"got {self}, wanted sizes of at least 1")

@@ -297,7 +297,8 @@ def _within(problem: Problem, budget: Budget) -> Allocation:
 
 def _fast_enough(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], budget: Budget, recording: Recording) -> Plan:
     """Time cells, solve, and time a generation beside an untouched one."""
-    seconds = timed(pipe, inputs, recording.table.target.sites, budget.choices(recording.table))
+    table = recording.table
+    seconds = timed(pipe, inputs, table.target.sites, budget.choices(table), table.blocks)
 
     def solved(table: Table, budget: Budget) -> Plan:
         problem = budget.problem(table, seconds)
@@ -370,7 +371,7 @@ def _plan(problem: Problem, budget: Budget, found: Allocation) -> Plan:
     if isinstance(problem.costs, FlopCosts):
         search[f"{problem.costs.measure}_flops"] = _short(found.cost + problem.fixed)
     search["predicted_error"] = _short(found.damage**0.5)
-    columns = {site: column for site, column in zip(table.target.sites, found.columns, strict=True) if column is not None}
+    columns = {site: column for site, column in zip(problem.sites, found.columns, strict=True) if column is not None}
     rows = tuple(zip(*columns.values(), strict=True))
     about = {**table.about, "search": search}
     target, tokens = replace(table.target, sites=tuple(columns)), seen(table.tokens, columns)

@@ -12,6 +12,9 @@ from arrowhead.search.budget.problem import Column, Offer, Problem
 ROUNDS, MEMORY_ROUNDS = 40, 16
 """Halvings of the logarithms of the multiplier, and of the price of memory."""
 
+ROUNDING = 1e-12
+"""Of sums of fractions: all of a cost, added up, may be more than 1."""
+
 
 @dataclass(frozen=True)
 class Allocation:
@@ -43,14 +46,14 @@ def within_cost(problem: Problem, budget: float, memory_price: float = 0.0) -> A
     Raises:
         Infeasible: nothing is as cheap as that.
     """
-    asked, budget = budget, budget - problem.fixed
+    asked, budget = budget, budget - problem.fixed + ROUNDING
     tried = _bisected(problem, lambda offer: float(offer.cost.sum()) <= budget, memory_price)
     if not (met := [offer for offer in tried if offer.cost.sum() <= budget]):
         raise Infeasible(asked, min(float(offer.cost.sum()) for offer in tried) + problem.fixed)
     bound = max(float(o.damage.sum()) + o.multiplier * (float(o.cost.sum()) - budget) for o in tried)
     best = min(met, key=lambda offer: float(offer.damage.sum()))
     source, damage, cost = _repaired(best, tried, budget)
-    columns = tuple(source[problem.unit_of(site)].column(site) for site in range(len(problem.table.target.sites)))
+    columns = tuple(source[problem.unit_of(site)].column(site) for site in range(len(problem.sites)))
     return Allocation(columns, damage, cost, max(bound, 0.0))
 
 
@@ -58,7 +61,7 @@ def within_damage(problem: Problem, limit: float) -> Allocation:
     """The least cost found among the multipliers' offers whose damage is at most `limit`."""
     tried = _bisected(problem, lambda offer: float(offer.damage.sum()) > limit)
     best = min((o for o in tried if o.damage.sum() <= limit), key=lambda o: float(o.cost.sum()))  # full attention does none
-    columns = tuple(best.column(site) for site in range(len(problem.table.target.sites)))
+    columns = tuple(best.column(site) for site in range(len(problem.sites)))
     return Allocation(columns, float(best.damage.sum()), float(best.cost.sum()), 0.0)
 
 
@@ -103,7 +106,7 @@ def _bisected(problem: Problem, dear_enough: Callable[[Offer], bool], memory_pri
     tried.append(problem.offer(high, memory_price))
     low = 1e-18 * high
     for _ in range(ROUNDS):
-        if not dear_enough(tried[1]) or high / low < 1 + 1e-6:
+        if not dear_enough(tried[1]) or high < low * (1 + 1e-6):
             break
         middle = float(np.sqrt(low * high))
         tried.append(problem.offer(middle, memory_price))

@@ -83,14 +83,17 @@ class SecondCosts:
         return self.cells[shape, cell] + made
 
 
-def timed(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], sites: Sequence[Site], choices: Choices) -> SecondCosts:
-    """Time every cell for these sites as wholes on the first step of the pipeline's run with `inputs`.
+def timed(
+    pipe: "DiffusionPipeline", inputs: Mapping[str, Any], sites: Sequence[Site], choices: Choices, blocks: Sequence[Site] = ()
+) -> SecondCosts:
+    """Time every cell for these sites, and the blocks around them, as wholes on the first step of the pipeline's run.
 
-    The median of interleaved rounds.
+    The median of interleaved rounds. What is outside of the sites is `other`.
 
     Raises what `arrowhead.search` raises.
     """
-    model = find(pipe, {site.kind for site in sites}).only(lambda site: site in sites)
+    looked_at = {*sites, *blocks}
+    model = find(pipe, {site.kind for site in looked_at}).only(lambda site: site in looked_at)
     calibration = Calibration(model, inputs)
     seconds: dict[tuple[Shape, Cell | Residual], list[float]] = defaultdict(list)
     whole: list[float] = []
@@ -110,10 +113,12 @@ def timed(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], sites: Sequence[
         if step is None:
             raise NotIntercepted("the pipeline never called its transformer; wanted at least one denoising step")
         step.finish_by(at_site)
+        while any((_shape(site), FULL) not in seconds for site in model.sites):  # within a block that was timed
+            step.tried(at_site)
         for _ in range(ROUNDS):
             whole.append(_seconds(step.full))
     found = {key: median(values) for key, values in seconds.items()}
-    full = sum(found[_shape(site), FULL] for site in outermost(model.sites))
+    full = sum(found[_shape(site), FULL] for site in outermost(sites))
     cells = {(shape, what): value for (shape, what), value in found.items() if not isinstance(what, Residual)}
     residuals = {
         (shape, what.radius, what.conditional_only): max(value - found[shape, FULL], 0.0)

@@ -28,8 +28,8 @@ Column = tuple[Cell, ...]
 class Offer:
     """At a multiplier the damage and cost of columns for each unit (units,), the cost a fraction of the raw run's.
 
-    A unit is a site, or a block with the sites within it. `column` gives the cells of a site's, by the site's number; None
-    where the block around it has a column, or the sites within it have.
+    A unit is a site, or a block with the sites within it. `column` gives the cells of a site, of which `Problem.sites` has the
+    number; None where the block around it has a column, or the sites within it have.
     """
 
     multiplier: float
@@ -41,22 +41,30 @@ class Offer:
 class Problem:
     """A table, what may be chosen, and what is counted as cost.
 
-    `fixed` is the part of the cost that no choice changes: what the transformer computes outside of the table's sites.
+    `sites` are what its plans speak of. `fixed` is the part of the cost that no choice changes: what the transformer computes
+    outside of them.
     """
 
     def __init__(self, table: Table, choices: Choices, costs: Costs, granularity: Granularity = "site") -> None:
         self.table, self.choices, self.granularity = table, choices, granularity
-        self.costs, self._sites = costs, table.target.sites
+        self.costs, self.sites = costs, self._spoken_of(table)
         self._samples = 2 if table.branches.guided else 1
-        self._units = [self._sites.index(site) for site in outermost(self._sites)]
+        self._units = [self.sites.index(site) for site in outermost(self.sites)]
         self._within = {
-            i: inner for i in self._units if (inner := [j for j, s in enumerate(self._sites) if self._sites[i].contains(s)])
+            i: inner for i in self._units if (inner := [j for j, s in enumerate(self.sites) if self.sites[i].contains(s)])
         }
-        self._whole = table.steps * (costs.other + sum(self._full(i) for i in self._units))
-        self.fixed = table.steps * costs.other / self._whole
+        units = sum(self.costs.of(site, FULL, Writes()) for site in outermost(self.sites))
+        known = sum(self.costs.of(site, FULL, Writes()) for site in outermost(table.target.sites))
+        other = max(costs.other + known - units, 0.0)  # blocks compute some of what is outside of the table's sites
+        self._whole = table.steps * (other + units)
+        self.fixed = table.steps * other / self._whole
         self._programme = Programme(choices)
         self._of_modules = Programme(replace(choices, radii=()))  # no pairs of tokens, no arrows
         self._groups = () if granularity in ("step", "site") else tuple(self._grouped(granularity))
+
+    def _spoken_of(self, table: Table) -> tuple[Site, ...]:
+        """What a plan has columns for."""
+        return table.target.sites
 
     def offer(self, multiplier: float, memory_price: float = 0.0) -> Offer:
         """The best column of every site at this multiplier; exact where a site's heads all do the same, see `_of_groups`.
@@ -65,7 +73,7 @@ class Problem:
 
         `memory_price` is the damage that holding the elements of one image's latents for a step is worth.
         """
-        damage, spent = np.zeros(len(self._sites)), np.zeros(len(self._sites))
+        damage, spent = np.zeros(len(self.sites)), np.zeros(len(self.sites))
         moves: dict[int, tuple[Programme, Moves]] = {}
         for sites, programme, harm, price in self._parts:
             held = memory_price * self._held_by_sites[sites[0]] if memory_price else None
@@ -86,14 +94,14 @@ class Problem:
     def untouched(self) -> tuple[Column | None, ...]:
         """Full attention everywhere."""
         full = (FULL,) * self.table.steps
-        return tuple(None if site in self._within else full for site in range(len(self._sites)))
+        return tuple(None if site in self._within else full for site in range(len(self.sites)))
 
     def unit_of(self, site: int) -> int:
         """The place among the units of the one that a site belongs to."""
         return next(u for u, i in enumerate(self._units) if i == site or site in self._within.get(i, ()))
 
     def _full(self, site: int) -> float:
-        return self.costs.of(self._sites[site], FULL, Writes())
+        return self.costs.of(self.sites[site], FULL, Writes())
 
     def _of_units(self, sites: Offer) -> Offer:
         """From columns for all sites (damages and costs (sites,)) those of blocks, or of what is within them."""
@@ -133,9 +141,9 @@ class Problem:
         """Sites of a kind, as wholes: their numbers, programme, damages (S, givens, sites) and costs (spendings, sites)."""
         found = []
         for attends, programme in ((True, self._programme), (False, self._of_modules)):
-            if sites := [i for i, site in enumerate(self._sites) if (site.kind == "self_attention") == attends]:
+            if sites := [i for i, site in enumerate(self.sites) if (site.kind == "self_attention") == attends]:
                 damage = self.table.damages([self.table.heads(i) for i in sites], programme.givens)
-                costs = [[self.costs.of(self._sites[i], *spending) for i in sites] for spending in programme.spendings]
+                costs = [[self.costs.of(self.sites[i], *spending) for i in sites] for spending in programme.spendings]
                 found.append((sites, programme, damage, np.array(costs) / self._whole))
         return found
 
@@ -163,7 +171,7 @@ class Problem:
         rows = np.where(idle, 0, np.where(shared, 1, self._samples))  # that the rest of the site computes
         damage, spent = whole.damage.copy(), whole.cost.copy()
         damage[sites] = np.bincount(place, harmed)
-        spent[sites] = np.bincount(place, chosen.cost) + rows.sum(0) * [self._rest(self._sites[i]) for i in sites] / self._whole
+        spent[sites] = np.bincount(place, chosen.cost) + rows.sum(0) * [self._rest(self.sites[i]) for i in sites] / self._whole
         wins = damage + whole.multiplier * spent < whole.damage + whole.multiplier * whole.cost
 
         def column(site: int) -> Column | None:
@@ -194,7 +202,7 @@ class Problem:
 
     def _grouped(self, granularity: Granularity) -> Iterator[tuple[int, range]]:
         """Of the attention sites: (site, heads among those of all sites)."""
-        for i, site in enumerate(self._sites):
+        for i, site in enumerate(self.sites):
             if site.kind != "self_attention":
                 continue
             heads, size = self.table.heads(i), group_size(granularity, site)
@@ -204,8 +212,7 @@ class Problem:
     def _held_by_sites(self) -> dict[int, Floats]:
         """Of each kind of sites, by its first one's number."""
         return {
-            sites[0]: self._held(programme, [(i, self._sites[i].heads) for i in sites])
-            for sites, programme, _, _ in self._parts
+            sites[0]: self._held(programme, [(i, self.sites[i].heads) for i in sites]) for sites, programme, _, _ in self._parts
         }
 
     @cached_property
@@ -219,7 +226,7 @@ class Problem:
         """
         found = np.zeros((len(programme.givens), len(columns)))
         for c, (i, heads) in enumerate(columns):
-            site, tokens = self._sites[i], self._sites[i].tokens(self.table.tokens)
+            site, tokens = self.sites[i], self.sites[i].tokens(self.table.tokens)
             for g, given in enumerate(programme.givens):
                 if given.lag:
                     held = (1 if given.share else self._samples) * heads * site.head_dim * tokens.total
@@ -235,7 +242,7 @@ class Problem:
     @cached_property
     def _group_costs(self) -> Floats:
         """(spendings, groups): what a group's heads add to what their site costs in any case."""
-        sites = [self._sites[site] for site, _ in self._groups]
+        sites = [self.sites[site] for site, _ in self._groups]
         sizes = [len(heads) for _, heads in self._groups]
         return np.array(
             [
@@ -262,15 +269,19 @@ class InStep(Problem):
     """All sites do the same in a step: one unit, whose sites err together.
 
     What is kept for later steps was computed in steps that were full throughout, as the table takes it to be; with plans whose
-    sites are full in steps of their own it is not, and what they keep carries the others' errors on.
+    sites are full in steps of their own it is not, and what they keep carries the others' errors on. Blocks stand for the sites
+    within them: what all of these repeat a block repeats with less ado.
     """
+
+    def _spoken_of(self, table: Table) -> tuple[Site, ...]:
+        return table.in_blocks
 
     def offer(self, multiplier: float, memory_price: float = 0.0) -> Offer:
         """The best column for all at this multiplier, exact."""
         ((_, programme, damage, price),) = self._parts
         held = None
         if memory_price:
-            columns = [(site, self._sites[site].heads) for site in self._units]
+            columns = [(site, self.sites[site].heads) for site in self._units]
             held = memory_price * self._held(programme, columns).sum(1, keepdims=True)
         chosen = programme.solve(damage, price, multiplier, held)
         cells = programme.cells(chosen.moves[:, 0])
@@ -282,11 +293,17 @@ class InStep(Problem):
 
     @cached_property
     def _parts(self) -> list[tuple[list[int], Programme, Floats, Floats]]:
-        attends = all(self._sites[site].kind == "self_attention" for site in self._units)
+        attends = all(self.sites[site].kind == "self_attention" for site in self._units)
         programme = self._programme if attends else self._of_modules
-        damage = self.table.damages([[head for i in self._units for head in self.table.heads(i)]], programme.givens)
-        costs = [[sum(self.costs.of(self._sites[i], *spending) for i in self._units)] for spending in programme.spendings]
+        damage = self.table.damages([self._heads], programme.givens)
+        costs = [[sum(self.costs.of(self.sites[i], *spending) for i in self._units)] for spending in programme.spendings]
         return [(self._units, programme, damage, np.array(costs) / self._whole)]
+
+    @property
+    def _heads(self) -> list[int]:
+        """Those of blocks that were looked at by themselves, and of all sites outside of such blocks."""
+        recorded = self.table.target.sites
+        return [head for site in outermost(recorded) for head in self.table.heads(recorded.index(site))]
 
 
 def group_size(granularity: Granularity, site: Site) -> int:

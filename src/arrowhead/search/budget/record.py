@@ -1,6 +1,6 @@
 """The calibration: one run of the pipeline with full attention, followed step by step."""
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from arrowhead.apply import target_of
 from arrowhead.errors import InputsInvalid, NotIntercepted
-from arrowhead.layout import Branches
+from arrowhead.layout import Branches, Site
 from arrowhead.models import EVERYTHING, Model, find
 from arrowhead.search.about import about
 from arrowhead.search.budget.extent import Extent
@@ -37,6 +37,13 @@ def sites_of(pipe: "DiffusionPipeline", extent: Extent) -> Model:
     """The pipeline's model with the sites that are looked at."""
     model = find(pipe, extent.kinds or EVERYTHING)
     return model if extent.kinds else model.only(lambda site: site.kind != "block" or site.weights > 0)
+
+
+def blocks_of(pipe: "DiffusionPipeline", extent: Extent, sites: Sequence[Site]) -> tuple[Site, ...]:
+    """Blocks that a plan may speak of in place of these sites: all that they compute by their sites is looked at."""
+    if extent.kinds:
+        return ()
+    return tuple(block for block in find(pipe, EVERYTHING).sites if block.made_of(sites))
 
 
 def record(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], extent: Extent) -> Generator[tuple[int, int], None, Recording]:
@@ -70,7 +77,8 @@ def record(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], extent: Extent)
     if recorder is None:
         raise NotIntercepted("the pipeline never called its transformer; wanted at least one denoising step")
     target = target.common(target_of(model))  # some schedulers change settings of their own while they run
-    table = recorder.table(sampling, calibration.branches, target, about(pipe, inputs, asdict(extent)))
+    blocks = blocks_of(pipe, extent, target.sites)
+    table = recorder.table(sampling, calibration.branches, target, blocks, about(pipe, inputs, asdict(extent)))
     return Recording(table, sampling.latents(), calibration.passes, calibration.cost)
 
 

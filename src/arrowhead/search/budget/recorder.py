@@ -140,7 +140,9 @@ class Recorder:
         (cotangent,) = self._guidance.cotangents([out], vector)
         return cotangent.view_as(self._kept[site.path][0].output)
 
-    def table(self, sampling: Sampling, branches: Branches, target: Target, about: Mapping[str, Any]) -> Table:
+    def table(
+        self, sampling: Sampling, branches: Branches, target: Target, blocks: tuple[Site, ...], about: Mapping[str, Any]
+    ) -> Table:
         """All steps together."""
         final, feedback = sampling.latents(), self._extent.feedback
         gains, answers = sampling.gains(len(self._products), self._images)
@@ -160,6 +162,7 @@ class Recorder:
             gains=tuple(gain * answer**feedback for gain, answer in zip(gains, answers, strict=True)),
             answers=answers,
             feedback=feedback,
+            blocks=blocks,
             final=float(final.square().mean()),
             elements=final[0].numel(),
             other_flops=self._other_flops,

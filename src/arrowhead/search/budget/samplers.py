@@ -41,12 +41,12 @@ class Sampling:
     def gains(self, steps: int, images: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """What becomes of an error in the guided output of each step, of so many images: two factors, (S,) each.
 
-        What the sampler alone makes of it, as the norm of the change of the final latents over that of the error, is measured: it
-        is replayed with one output changed and all others as they were. The model's answer in the steps that follow is estimated
-        as if data were Gaussian: if latents are x_t = a·x_final + noise of variance b², the flow multiplies an error along a
-        direction in which final latents have the deviation s by s/√(a²s² + b²). a and b are measured on this run, and s along the
-        change of the output from the step before, the direction of what reuse gets wrong. Where there is nothing to estimate it
-        from, as in the last step, the answer is 1.
+        What the sampler alone makes of it, as the norm of the change of the final latents over that of the error, is measured:
+        it is replayed with one output changed and all others as they were. The model's answer in the steps that follow is
+        estimated as if data were Gaussian: if latents are x_t = a·x_final + noise of variance b², the flow multiplies an error
+        along a direction in which final latents have the deviation s by s/√(a²s² + b²). a and b are measured on this run, and s
+        along the change of the output from the step before, the direction of what reuse gets wrong. Where there is nothing to
+        estimate it from, as in the last step, the answer is 1.
 
         Raises:
             NotIntercepted: the scheduler was not called once in each of the `steps`.

@@ -23,7 +23,7 @@ from arrowhead.methods import Cell
 from arrowhead.plan import Target
 from arrowhead.search.budget.given import Given, givens_of
 
-FORMAT = 3
+FORMAT = 4
 SAME, CROSSED = slice(0, 2), slice(0, 3, 2)
 """Of a guided table's three pairs (gradient's branch, source's branch): (c, c) and (u, u); (c, c) and (u, c)."""
 
@@ -46,7 +46,7 @@ class Table:
     `gains` are the sampler's, times the model's `answers` to the power `feedback`, see `Sampling.gains`; `final` is the mean
     square of an element of the final latents, of which an image has `elements`. `other_flops` are what the transformer
     multiplies outside of all sites, per image and step. `images` were generated at once, in a dtype of `itemsize` bytes;
-    `about` says how.
+    `about` says how. `blocks` lie around sites that are all that they compute: a plan may speak of them instead.
     """
 
     target: Target
@@ -65,6 +65,7 @@ class Table:
     itemsize: int = 4
     answers: tuple[float, ...] = ()
     feedback: float = 1.0
+    blocks: tuple[Site, ...] = ()
     about: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
@@ -99,6 +100,7 @@ class Table:
             outputs=self.outputs[:, heads],
             residuals=self.residuals[:, heads],
             other_flops=self.other_flops + self._module_flops(outermost(self.target.sites)) - self._module_flops(sites),
+            blocks=(),
         )
 
     def _module_flops(self, sites: Sequence[Site]) -> float:
@@ -109,6 +111,15 @@ class Table:
         """Where a site's heads stand among those of all."""
         first = sum(s.heads for s in self.target.sites[:site])
         return range(first, first + self.target.sites[site].heads)
+
+    @property
+    def in_blocks(self) -> tuple[Site, ...]:
+        """The sites in the order they run, with the `blocks` in the places of those within them."""
+
+        def outer(site: Site) -> Site:
+            return next((block for block in self.blocks if block.contains(site)), site)
+
+        return outermost(dict.fromkeys(map(outer, self.target.sites)))
 
     def damages(self, columns: Sequence[Sequence[int]], givens: Sequence[Given]) -> Floats:
         """Expected squared change of the final latents, relative to their square: (S, givens, C).
@@ -229,6 +240,7 @@ class Table:
             itemsize=self.itemsize,
             answers=self.answers,
             feedback=self.feedback,
+            blocks=self.blocks,
             about=dict(self.about),
         )
         tensors = {"outputs": self.outputs.contiguous(), "residuals": self.residuals.contiguous()}
@@ -278,6 +290,7 @@ class _Header(pydantic.BaseModel, extra="forbid"):
     itemsize: int
     answers: tuple[float, ...]
     feedback: float
+    blocks: tuple[Site, ...]
     about: dict[str, Any]
 
     def faults(self, tensors: Mapping[str, Tensor]) -> str | None:
@@ -293,6 +306,8 @@ class _Header(pydantic.BaseModel, extra="forbid"):
             return "got gains, answers, FLOPs, radii or a final square below 0 or not finite"
         if len(self.answers) not in (0, len(self.gains)) or not 0 <= self.feedback <= 1:
             return f"got {len(self.answers)} answers to the power {self.feedback}, wanted one a step, and a power of 0 to 1"
+        if strange := [block.path for block in self.blocks if not block.made_of(self.target.sites)]:
+            return f"got blocks {', '.join(strange)}, wanted such as compute sites of the table"
         return self._faults_of(tensors)
 
     def _faults_of(self, tensors: Mapping[str, Tensor]) -> str | None:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import arrowhead as ah
 from arrowhead.methods import ASC, AST, FORECAST, FULL, Cell
-from arrowhead.search.budget.check import final_latents, measured_error
+from arrowhead.search.budget.check import final_latents, measured_errors
 from arrowhead.search.budget.given import givens_of
 from arrowhead.versions import versions
 
@@ -69,7 +69,7 @@ def main(name: budget.Name) -> None:
     table, raw = ah.calibrate(pipe, inputs), final_latents(pipe, inputs)
     found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
     for kind, plan in tqdm([*plans(table)], mininterval=10):
-        found[kind].append((damage(table, plan, kind) ** 0.5, measured_error(pipe, inputs, plan, raw)))
+        found[kind].append((damage(table, plan, kind) ** 0.5, measured_errors(pipe, inputs, plan, raw).error))
     correlations = {kind: float(spearmanr(*zip(*pairs, strict=True)).statistic) for kind, pairs in found.items()}
     about = {
         "command": "see the head of benchmarks/predicted.py",

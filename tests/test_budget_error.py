@@ -29,14 +29,14 @@ MODULE = sys.modules[ah.search.__module__].__package__ + ".budget"
 def generations(monkeypatch):
     """A search that goes on for ever is ended."""
     module, count = sys.modules[MODULE], []
-    own = module.measured_error
+    own = module.measured_errors
 
     def measured(*args):
         count.append(args)
         assert len(count) < 30, "the search does not come to an end"
         return own(*args)
 
-    monkeypatch.setattr(module, "measured_error", measured)
+    monkeypatch.setattr(module, "measured_errors", measured)
     return count
 
 

@@ -16,7 +16,7 @@ from arrowhead.layout import seen
 from arrowhead.models import find
 from arrowhead.plan import Plan
 from arrowhead.search.budget.allocate import Allocation, Infeasible, within_cost, within_memory
-from arrowhead.search.budget.check import final_latents, measured_error, measured_seconds
+from arrowhead.search.budget.check import final_latents, measured_errors, measured_seconds
 from arrowhead.search.budget.costs import FlopCosts, Measure, SecondCosts, timed
 from arrowhead.search.budget.extent import Extent
 from arrowhead.search.budget.given import Choices
@@ -57,7 +57,7 @@ class Budget:
         reuse: whether outputs may be repeated.
         extrapolate: whether whole sites' outputs may be continued along a line; not where branches come in two calls.
         corrections: beside FLOPs or a speedup, how many more plans may be tried on the calibration's inputs, 2 at most, of
-            which the one of least error is kept. They take the model's answer to an error, a mere estimate, for another.
+            which the one that errs least in detail is kept. They take the model's answer to an error, an estimate, for another.
     """
 
     attention_flops: float | None = None
@@ -252,7 +252,7 @@ def _kept(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], budget: Budget, 
         problem = replace(budget, granularity=granularity).problem(recording.table)
 
         def measure(found: Allocation, problem: Problem = problem) -> float:
-            return measured_error(pipe, inputs, _plan(problem, budget, found), recording.final)
+            return measured_errors(pipe, inputs, _plan(problem, budget, found), recording.final).error
 
         if best is not None and best[0].measured >= CLOSE * budget.asked[1]:
             rival = within_cost(problem, max(best[0].found.cost + problem.fixed, _least(problem)))
@@ -324,7 +324,7 @@ def _corrected(
     recording: Recording,
     solved: Callable[[Table, Budget], Plan],
 ) -> tuple[Plan, int]:
-    """The plan that errs least in a real generation, and how many there were.
+    """The plan that errs least in detail in a real generation, and how many there were.
 
     Each granularity in question is tried as the table has it, and the better one with other powers of the model's answers.
     """
@@ -334,8 +334,9 @@ def _corrected(
     def attempt(power: float, each: Budget) -> None:
         plan = _told(solved(table.answering(power), each), feedback=power)
         if not any(plan.cells == other.cells and plan.target == other.target for _, other, _ in tried):
-            measured = measured_error(pipe, inputs, plan, recording.final)
-            tried.append((measured, _told(plan, measured_error=_short(measured)), each))
+            found = measured_errors(pipe, inputs, plan, recording.final)
+            told = _told(plan, measured_error=_short(found.error), measured_detail=_short(found.detail))
+            tried.append((found.detail, told, each))
 
     for granularity in budget.granularities[: 1 + budget.corrections]:
         try:

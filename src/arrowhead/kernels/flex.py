@@ -33,15 +33,17 @@ def attend(
     _refuse(q, k, v)
     score_mod = None if mask is None else _own_mask(mask.expand(*q.shape[:3], k.shape[2]))
     blocks = _block_mask(tokens, tuple(radii), q.device)
+    tracked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
     try:
-        with torch._dynamo.config.patch(recompile_limit=LAYOUTS):
+        with torch._dynamo.config.patch(recompile_limit=LAYOUTS), torch.set_grad_enabled(tracked):
             return _compiled()(q, k, v, score_mod=score_mod, block_mask=blocks, scale=scale)
     except Exception as error:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
         raise KernelUnavailable(
-            f"got {type(error).__name__} where FlexAttention was compiled for {tuple(q.shape)}, {q.dtype}, {q.device}; wanted a "
-            "shape that it takes and, on the CPU, a C++ compiler (g++, or what CXX names); kernel='chunked' needs neither"
+            f"kernel='flex': got {type(error).__name__} when compiling for {tuple(q.shape)}, {q.dtype}, {q.device}; wanted "
+            f"a shape that FlexAttention takes, {LAYOUTS} layouts at most and, on the CPU, a C++ compiler (g++, or what CXX "
+            "names); kernel='chunked' needs none of these"
         ) from error
 
 
@@ -52,7 +54,7 @@ def _refuse(q: Tensor, k: Tensor, v: Tensor) -> None:
     elif q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         wrong = f"{q.dtype}", "float32, bfloat16 or float16"
     elif q.is_cpu and any(tensor.requires_grad for tensor in (q, k, v)):
-        wrong = "tensors that require gradients on the CPU", "inference, under torch.no_grad()"
+        wrong = "tensors that require gradients on the CPU", "detached ones"
     if wrong:
         raise KernelUnavailable(f"kernel='flex': got {wrong[0]}, wanted {wrong[1]}; or take kernel='chunked'")
 

@@ -13,6 +13,7 @@ from independent import dense_mask
 from test_kernels import dense, random_mask, random_qkv
 from test_windows import LargestStorage
 from torch._dynamo.utils import counters
+from torch.utils.flop_counter import FlopCounterMode
 
 from arrowhead.errors import KernelUnavailable
 from arrowhead.kernels import dispatch, flex
@@ -88,6 +89,15 @@ def test_a_layout_is_compiled_once_whatever_the_policies():
             out = attend(q, k, v, tokens, radii)
         torch.testing.assert_close(out.double(), dense(q, k, v, tokens, radii), atol=2e-6, rtol=2e-5)
     assert graphs() == before
+
+
+@compiles
+def test_it_runs_where_a_counter_of_flops_looks_on():
+    tokens = LAYOUTS[0]
+    q, k, v = random_qkv(tokens)
+    with FlopCounterMode(display=False):
+        out = attend(q, k, v, tokens, (40, None, 1))
+    torch.testing.assert_close(out.double(), dense(q, k, v, tokens, (40, None, 1)), atol=2e-6, rtol=2e-5)
 
 
 @compiles

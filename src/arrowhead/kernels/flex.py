@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes  # torch does not compile under a counter of FLOPs
 
 from arrowhead.errors import KernelUnavailable
 from arrowhead.kernels import masks
@@ -35,7 +36,7 @@ def attend(
     blocks = _block_mask(tokens, tuple(radii), q.device)
     tracked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
     try:
-        with torch._dynamo.config.patch(recompile_limit=LAYOUTS), torch.set_grad_enabled(tracked):
+        with torch._dynamo.config.patch(recompile_limit=LAYOUTS), torch.set_grad_enabled(tracked), _disable_current_modes():
             return _compiled()(q, k, v, score_mod=score_mod, block_mask=blocks, scale=scale)
     except Exception as error:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):

@@ -69,7 +69,7 @@ def test_agrees_with_dense_attention_and_uses_windows_where_there_are_any(
     tokens=st.builds(Tokens, st.integers(1, 400), st.sampled_from([0, 1, 30]), st.booleans()),
     radii=st.lists(st.none() | st.integers(0, 200), min_size=1, max_size=3),
     batch=st.integers(1, 4),
-    sharpness=st.sampled_from([0.1, 1.0, 50.0]),
+    sharpness=st.sampled_from([0.1, 1.0, 6.0]),
     seed=st.integers(0, 2**32),
 )
 def test_any_policy_agrees_with_dense_attention(tokens, radii, batch, sharpness, seed):

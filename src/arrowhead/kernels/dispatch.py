@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from arrowhead.errors import KernelUnavailable
-from arrowhead.kernels import chunked, reference
+from arrowhead.kernels import chunked, flex, reference
 from arrowhead.layout import Tokens
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tokens, Sequence[int | None], float, Tensor | None], Tensor]
 
-KERNELS: dict[str, Kernel] = {"chunked": chunked.attend, "reference": reference.attend}
+KERNELS: dict[str, Kernel] = {"chunked": chunked.attend, "flex": flex.attend, "reference": reference.attend}
 
 
 def resolve(name: str) -> str:

@@ -6,11 +6,16 @@ from torch import Tensor
 from arrowhead.layout import Tokens
 
 
+def near(i: Tensor, j: Tensor, radius: int | Tensor) -> Tensor:
+    """Whether visual query i sees visual key j: |i − j| ≤ radius. Boolean, as the three broadcast."""
+    return (i - j).abs() <= radius
+
+
 def band(queries: range, keys: range, radius: int, device: torch.device | None = None) -> Tensor:
-    """Whether visual query i sees visual key j: |i − j| ≤ radius. Boolean, (len(queries), len(keys))."""
+    """Whether each visual query sees each visual key. Boolean, (len(queries), len(keys))."""
     i = torch.arange(queries.start, queries.stop, device=device)[:, None]
     j = torch.arange(keys.start, keys.stop, device=device)[None, :]
-    return (i - j).abs() <= radius
+    return near(i, j, radius)
 
 
 def arrow(tokens: Tokens, radius: int, device: torch.device | None = None) -> Tensor:

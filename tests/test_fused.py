@@ -1,0 +1,254 @@
+"""The fused kernel against the oracle: under Triton's interpreter, or on the device where there is one."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton", reason="Triton is not installed: the fused kernel cannot run")
+if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("Triton was imported, or told, not to interpret, and there is no device", allow_module_level=True)
+
+from arrowhead.errors import KernelUnavailable
+from arrowhead.kernels import dispatch, fused, fused_ops, fused_table, reference
+from arrowhead.kernels.fused_table import CACHED, FULL, HEAD_DIMS, Config
+from arrowhead.layout import Tokens
+
+CUDA = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.float16) if CUDA else ("cpu", torch.float32)
+TOLERANCE = {torch.float32: 5e-6, torch.float16: 5e-3}
+SMALL = Config(16, 16, 4, 2)
+LAYOUTS = [pytest.param(53, 0, False, id="no text"), pytest.param(53, 7, False, id="text after"),
+           pytest.param(53, 37, True, id="text before")]  # fmt: skip
+every_layout = pytest.mark.parametrize(("visual", "text", "text_first"), LAYOUTS)
+every_dim = pytest.mark.parametrize("dim", HEAD_DIMS)
+few = settings(max_examples=12, deadline=None)
+
+
+@pytest.fixture
+def config(monkeypatch):
+    """Sets how the kernel is launched; small tiles at first, so that short sequences have several of them."""
+
+    def set_to(config):
+        monkeypatch.setattr(fused_table, "chosen", lambda *_, **__: config)
+
+    set_to(SMALL)
+    return set_to
+
+
+def close(got, wanted):
+    torch.testing.assert_close(got.float(), wanted.float(), atol=TOLERANCE[got.dtype], rtol=TOLERANCE[got.dtype])
+
+
+def inputs(tokens, radii, dim=64, batch=2, dtype=DTYPE, seed=0, adds=None):
+    """Everything that an operator takes, seen as processors make it: (B, H, N, D) views of (B, N, H, D).
+
+    `radii` are as the policy has them. The buffers hold noise, by which it is told who was left alone.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(length):
+        return torch.randn(batch, length, len(radii), dim, generator=generator).to(DEVICE, dtype).transpose(1, 2)
+
+    policy = torch.tensor([[radius, add] for radius, add in zip(radii, adds or [0] * len(radii), strict=True)])
+    return SimpleNamespace(
+        out=noise(tokens.total),
+        residual=noise(tokens.visual),
+        q=noise(tokens.total),
+        k=noise(tokens.total),
+        v=noise(tokens.total),
+        policy=policy.to(DEVICE, torch.int32),
+        seen=None,
+        scale=1.2 * dim**-0.5,
+        image=(tokens.visual, tokens.visual_slice.start),
+    )
+
+
+def attended(x, tokens, radii):
+    """What the oracle gives for a policy's radii, (B, H, N, D)."""
+    mask = None if x.seen is None else x.seen[:, None, None]
+    radii = [None if radius in {FULL, CACHED} else radius for radius in radii]
+    return reference.attend(x.q.float(), x.k.float(), x.v.float(), tokens, radii, x.scale, mask)
+
+
+def arrow(x, *, residual=True):
+    fused_ops.arrow(
+        x.out, x.q, x.k, x.v, x.policy, x.residual if residual else None, x.seen, *x.image, x.scale
+    )  # fmt: skip
+
+
+def full_and_residual(x):
+    fused_ops.full_and_residual(x.out, x.residual, x.q, x.k, x.v, x.policy, x.seen, *x.image, x.scale)
+
+
+def check_arrow(tokens, radii, adds, dim=64, seen=None, **kwargs):
+    """Every head does what its policy says, and nobody touches what is not theirs."""
+    x = inputs(tokens, radii, dim, adds=adds, **kwargs)
+    x.seen, before, residual = seen, x.out.clone(), x.residual.clone()
+    arrow(x)
+    wanted = attended(x, tokens, radii)
+    for head, (radius, add) in enumerate(zip(radii, adds, strict=True)):
+        if radius == CACHED:
+            assert torch.equal(x.out[:, head], before[:, head])
+            continue
+        if add:
+            wanted[:, head, tokens.visual_slice] += residual[:, head].float()
+        close(x.out[:, head], wanted[:, head])
+    assert torch.equal(x.residual, residual)
+
+
+def check_full_and_residual(tokens, radii, dim=64, seen=None, **kwargs):
+    x = inputs(tokens, radii, dim, **kwargs)
+    x.seen, out, residual = seen, x.out.clone(), x.residual.clone()
+    full_and_residual(x)
+    whole, window = attended(x, tokens, [FULL] * len(radii)), attended(x, tokens, radii)
+    for head, radius in enumerate(radii):
+        if radius == CACHED:
+            assert torch.equal(x.out[:, head], out[:, head])
+        else:
+            close(x.out[:, head], whole[:, head])
+        if radius in {FULL, CACHED}:
+            assert torch.equal(x.residual[:, head], residual[:, head])
+        else:
+            close(x.residual[:, head], (whole - window)[:, head, tokens.visual_slice])
+
+
+radius_or_other = st.integers(0, 70) | st.sampled_from([FULL, CACHED])
+policies = st.lists(st.tuples(radius_or_other, st.booleans()), min_size=1, max_size=3)
+lengths = st.builds(Tokens, visual=st.integers(1, 60), text=st.integers(0, 40), text_first=st.booleans())
+tiles = st.builds(
+    Config, queries=st.sampled_from([16, 32]), keys=st.sampled_from([16, 32]), warps=st.just(4), stages=st.just(2)
+)
+
+
+@few
+@given(lengths, policies, tiles, st.integers(0, 2**32), st.booleans())
+def test_agrees_with_the_oracle(tokens, policy, tile, seed, masked):
+    radii, adds = zip(*policy, strict=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused_table, "chosen", lambda *_, **__: tile)
+        check_arrow(tokens, radii, adds, seed=seed, batch=1, seen=random_keys(tokens, radii, 1, seed) if masked else None)
+
+
+@few
+@given(lengths, policies, tiles, st.integers(0, 2**32), st.booleans())
+def test_residuals_agree_with_the_oracle(tokens, policy, tile, seed, masked):
+    radii, _ = zip(*policy, strict=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused_table, "chosen", lambda *_, **__: tile)
+        seen = random_keys(tokens, radii, 1, seed) if masked else None
+        check_full_and_residual(tokens, radii, seed=seed, batch=1, seen=seen)
+
+
+def random_keys(tokens, radii, batch, seed=0):
+    """A mask of keys, (B, N), under which every query sees one: a text token, or one within every radius."""
+    seen = torch.rand(batch, tokens.total, generator=torch.Generator().manual_seed(seed)) < 0.5
+    if tokens.text:
+        seen[:, tokens.text_slice.start] = True
+    else:
+        seen[:, :: min([tokens.visual, *(radius for radius in radii if radius >= 0)]) + 1] = True
+    return seen.to(DEVICE)
+
+
+@every_dim
+@every_layout
+def test_every_head_dim(config, dim, visual, text, text_first):
+    check_arrow(Tokens(visual, text, text_first), [FULL, 0, 20, CACHED, 52], [0, 0, 1, 1, 0], dim, batch=1)
+
+
+@every_dim
+@every_layout
+def test_residuals_of_every_head_dim(config, dim, visual, text, text_first):
+    check_full_and_residual(Tokens(visual, text, text_first), [7, FULL, CACHED, 40], dim, batch=1)
+
+
+@every_dim
+def test_descriptors(config, dim):
+    for text_first in (True, False):
+        config(Config(16, 32, 4, 2, "tma"))
+        tokens = Tokens(53, 7, text_first)
+        check_arrow(tokens, [FULL, 20, CACHED], [1, 1, 0], dim)
+        check_full_and_residual(tokens, [5, FULL], dim)
+
+
+@every_layout
+def test_keys_that_are_padding(config, visual, text, text_first):
+    tokens, radii = Tokens(visual, text, text_first), [3, FULL, 52, 20]
+    seen = random_keys(tokens, radii, 2)
+    assert not torch.equal(seen[0], seen[1])
+    check_arrow(tokens, radii, [0, 0, 1, 0], seen=seen)
+    check_full_and_residual(tokens, radii, seen=seen)
+
+
+def test_a_query_that_sees_no_key_gives_zero(config):
+    tokens = Tokens(53)
+    x = inputs(tokens, [2, FULL])
+    x.seen = torch.ones(2, 53, dtype=torch.bool, device=DEVICE)
+    x.seen[0, 10:30] = False
+    arrow(x, residual=False)
+    assert not x.out[0, 0, 12:28].any()
+    assert x.out[0, 0, :12].any(-1).all()
+    assert x.out[:, 1].any(-1).all()
+    assert x.out.isfinite().all()
+
+
+def test_float16(config):
+    check_arrow(Tokens(53, 7), [FULL, 9, 30], [0, 1, 0], 72, dtype=torch.float16)
+    check_full_and_residual(Tokens(53, 7), [9, FULL], 72, dtype=torch.float16)
+
+
+def test_large_scores_do_not_overflow(config):
+    tokens, radii = Tokens(53, 7), [FULL, 9]
+    x = inputs(tokens, radii)
+    x.q *= 30
+    x.k[:, :, -9:] *= 30  # the running maximum rises at the end, as it does not among small scores
+    arrow(x, residual=False)
+    torch.testing.assert_close(x.out.float(), attended(x, tokens, radii), atol=2e-2 if CUDA else 5e-4, rtol=1e-2)
+
+
+@pytest.mark.parametrize("layout", ["heads first", "a projection of all three", "odd strides"])
+def test_strides(config, layout):
+    tokens, radii = Tokens(53, 7, True), [FULL, 9, CACHED]
+    x = inputs(tokens, radii)
+    if layout == "heads first":
+        x.q, x.k, x.v = (tensor.contiguous() for tensor in (x.q, x.k, x.v))
+    elif layout == "odd strides":
+        room = torch.randn(2, 60, 3, 67, device=DEVICE).to(DTYPE)
+        x.q, x.k = (room[..., start : start + 64].transpose(1, 2) for start in (0, 3))
+    else:
+        together = torch.randn(2, 60, 3, 3, 64, device=DEVICE).to(DTYPE)
+        x.q, x.k, x.v = (part.transpose(1, 2) for part in together.unbind(2))
+    x.residual = x.residual[:1].expand(2, -1, -1, -1)  # of the conditional branch, for both
+    before = x.out.clone()
+    x.policy[:, 1] = 1
+    arrow(x)
+    wanted = attended(x, tokens, radii)
+    wanted[:, :, tokens.visual_slice] += x.residual.float()
+    close(x.out[:, :2], wanted[:, :2])
+    assert torch.equal(x.out[:, 2], before[:, 2])
+
+
+def test_outputs_that_share_memory_with_others(config):
+    tokens, radii = Tokens(53, 7), [FULL, 9]
+    x = inputs(tokens, radii)
+    room = torch.zeros(2, 64, 2, 80, device=DEVICE, dtype=DTYPE)
+    x.out = room[:, 2:62, :, 8:72].transpose(1, 2)
+    arrow(x, residual=False)
+    close(x.out, attended(x, tokens, radii))
+    x.out.zero_()
+    assert not room.any()  # nothing was written beside it
+
+
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_the_shipped_table(dim, capability):
+    """Sizes of tiles, and descriptors, are those that will run; 300 tokens have more than one of each."""
+    x = inputs(Tokens(290, 10), [40], dim, batch=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused_ops, "_architecture", lambda _: capability)
+        patch.setattr(fused_table, "SHORT", 0)
+        arrow(x, residual=False)
+    close(x.out, attended(x, Tokens(290, 10), [40]))

@@ -1,26 +1,15 @@
 """The fused kernel against the oracle: under Triton's interpreter, or on the device where there is one."""
 
-import os
-from types import SimpleNamespace
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launches import CUDA, DEVICE, DTYPE, SMALL, arrow, attended, close, full_and_residual, inputs, random_keys
 
-pytest.importorskip("triton", reason="Triton is not installed: the fused kernel cannot run")
-if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("Triton was imported, or told, not to interpret, and there is no device", allow_module_level=True)
-
-from arrowhead.errors import KernelUnavailable
-from arrowhead.kernels import dispatch, fused, fused_ops, fused_table, reference
+from arrowhead.kernels import fused_ops, fused_table
 from arrowhead.kernels.fused_table import CACHED, FULL, HEAD_DIMS, Config
 from arrowhead.layout import Tokens
 
-CUDA = torch.cuda.is_available()
-DEVICE, DTYPE = ("cuda", torch.float16) if CUDA else ("cpu", torch.float32)
-TOLERANCE = {torch.float32: 5e-6, torch.float16: 5e-3}
-SMALL = Config(16, 16, 4, 2)
 LAYOUTS = [pytest.param(53, 0, False, id="no text"), pytest.param(53, 7, False, id="text after"),
            pytest.param(53, 37, True, id="text before")]  # fmt: skip
 every_layout = pytest.mark.parametrize(("visual", "text", "text_first"), LAYOUTS)
@@ -37,51 +26,6 @@ def config(monkeypatch):
 
     set_to(SMALL)
     return set_to
-
-
-def close(got, wanted):
-    torch.testing.assert_close(got.float(), wanted.float(), atol=TOLERANCE[got.dtype], rtol=TOLERANCE[got.dtype])
-
-
-def inputs(tokens, radii, dim=64, batch=2, dtype=DTYPE, seed=0, adds=None):
-    """Everything that an operator takes, seen as processors make it: (B, H, N, D) views of (B, N, H, D).
-
-    `radii` are as the policy has them. The buffers hold noise, by which it is told who was left alone.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def noise(length):
-        return torch.randn(batch, length, len(radii), dim, generator=generator).to(DEVICE, dtype).transpose(1, 2)
-
-    policy = torch.tensor([[radius, add] for radius, add in zip(radii, adds or [0] * len(radii), strict=True)])
-    return SimpleNamespace(
-        out=noise(tokens.total),
-        residual=noise(tokens.visual),
-        q=noise(tokens.total),
-        k=noise(tokens.total),
-        v=noise(tokens.total),
-        policy=policy.to(DEVICE, torch.int32),
-        seen=None,
-        scale=1.2 * dim**-0.5,
-        image=(tokens.visual, tokens.visual_slice.start),
-    )
-
-
-def attended(x, tokens, radii):
-    """What the oracle gives for a policy's radii, (B, H, N, D)."""
-    mask = None if x.seen is None else x.seen[:, None, None]
-    radii = [None if radius in {FULL, CACHED} else radius for radius in radii]
-    return reference.attend(x.q.float(), x.k.float(), x.v.float(), tokens, radii, x.scale, mask)
-
-
-def arrow(x, *, residual=True):
-    fused_ops.arrow(
-        x.out, x.q, x.k, x.v, x.policy, x.residual if residual else None, x.seen, *x.image, x.scale
-    )  # fmt: skip
-
-
-def full_and_residual(x):
-    fused_ops.full_and_residual(x.out, x.residual, x.q, x.k, x.v, x.policy, x.seen, *x.image, x.scale)
 
 
 def check_arrow(tokens, radii, adds, dim=64, seen=None, **kwargs):
@@ -141,16 +85,6 @@ def test_residuals_agree_with_the_oracle(tokens, policy, tile, seed, masked):
         patch.setattr(fused_table, "chosen", lambda *_, **__: tile)
         seen = random_keys(tokens, radii, 1, seed) if masked else None
         check_full_and_residual(tokens, radii, seed=seed, batch=1, seen=seen)
-
-
-def random_keys(tokens, radii, batch, seed=0):
-    """A mask of keys, (B, N), under which every query sees one: a text token, or one within every radius."""
-    seen = torch.rand(batch, tokens.total, generator=torch.Generator().manual_seed(seed)) < 0.5
-    if tokens.text:
-        seen[:, tokens.text_slice.start] = True
-    else:
-        seen[:, :: min([tokens.visual, *(radius for radius in radii if radius >= 0)]) + 1] = True
-    return seen.to(DEVICE)
 
 
 @every_dim

@@ -10,11 +10,14 @@ from arrowhead.kernels import fused_ops, fused_table
 from arrowhead.kernels.fused_table import CACHED, FULL, HEAD_DIMS, Config
 from arrowhead.layout import Tokens
 
-LAYOUTS = [pytest.param(53, 0, False, id="no text"), pytest.param(53, 7, False, id="text after"),
-           pytest.param(53, 37, True, id="text before")]  # fmt: skip
+LAYOUTS = [
+    pytest.param(41, 0, False, id="no text"),
+    pytest.param(41, 5, False, id="text after"),
+    pytest.param(41, 19, True, id="text before"),
+]
 every_layout = pytest.mark.parametrize(("visual", "text", "text_first"), LAYOUTS)
 every_dim = pytest.mark.parametrize("dim", HEAD_DIMS)
-few = settings(max_examples=12, deadline=None)
+few = settings(max_examples=10, deadline=None)
 
 
 @pytest.fixture
@@ -60,9 +63,9 @@ def check_full_and_residual(tokens, radii, dim=64, seen=None, **kwargs):
             close(x.residual[:, head], (whole - window)[:, head, tokens.visual_slice])
 
 
-radius_or_other = st.integers(0, 70) | st.sampled_from([FULL, CACHED])
+radius_or_other = st.integers(0, 50) | st.sampled_from([FULL, CACHED])
 policies = st.lists(st.tuples(radius_or_other, st.booleans()), min_size=1, max_size=3)
-lengths = st.builds(Tokens, visual=st.integers(1, 60), text=st.integers(0, 40), text_first=st.booleans())
+lengths = st.builds(Tokens, visual=st.integers(1, 45), text=st.integers(0, 20), text_first=st.booleans())
 tiles = st.builds(
     Config, queries=st.sampled_from([16, 32]), keys=st.sampled_from([16, 32]), warps=st.just(4), stages=st.just(2)
 )
@@ -90,30 +93,30 @@ def test_residuals_agree_with_the_oracle(tokens, policy, tile, seed, masked):
 @every_dim
 @every_layout
 def test_every_head_dim(config, dim, visual, text, text_first):
-    check_arrow(Tokens(visual, text, text_first), [FULL, 0, 20, CACHED, 52], [0, 0, 1, 1, 0], dim, batch=1)
+    check_arrow(Tokens(visual, text, text_first), [0, 20, CACHED, FULL, 40], [0, 1, 1, 0, 0], dim, batch=1)
 
 
 @every_dim
 @every_layout
 def test_residuals_of_every_head_dim(config, dim, visual, text, text_first):
-    check_full_and_residual(Tokens(visual, text, text_first), [7, FULL, CACHED, 40], dim, batch=1)
+    check_full_and_residual(Tokens(visual, text, text_first), [7, FULL, CACHED], dim, batch=1)
 
 
 @every_dim
 def test_descriptors(config, dim):
     for text_first in (True, False):
         config(Config(16, 32, 4, 2, "tma"))
-        tokens = Tokens(53, 7, text_first)
-        check_arrow(tokens, [FULL, 20, CACHED], [1, 1, 0], dim)
-        check_full_and_residual(tokens, [5, FULL], dim)
+        tokens = Tokens(41, 5, text_first)
+        check_arrow(tokens, [FULL, 20], [1, 1], dim)
+        check_full_and_residual(tokens, [5], dim, batch=1)
 
 
 @every_layout
 def test_keys_that_are_padding(config, visual, text, text_first):
-    tokens, radii = Tokens(visual, text, text_first), [3, FULL, 52, 20]
+    tokens, radii = Tokens(visual, text, text_first), [3, FULL]
     seen = random_keys(tokens, radii, 2)
     assert not torch.equal(seen[0], seen[1])
-    check_arrow(tokens, radii, [0, 0, 1, 0], seen=seen)
+    check_arrow(tokens, radii, [1, 0], seen=seen)
     check_full_and_residual(tokens, radii, seen=seen)
 
 
@@ -130,8 +133,8 @@ def test_a_query_that_sees_no_key_gives_zero(config):
 
 
 def test_float16(config):
-    check_arrow(Tokens(53, 7), [FULL, 9, 30], [0, 1, 0], 72, dtype=torch.float16)
-    check_full_and_residual(Tokens(53, 7), [9, FULL], 72, dtype=torch.float16)
+    check_arrow(Tokens(41, 5), [FULL, 9], [0, 1], 72, batch=1, dtype=torch.float16)
+    check_full_and_residual(Tokens(41, 5), [9], 72, batch=1, dtype=torch.float16)
 
 
 def test_large_scores_do_not_overflow(config):

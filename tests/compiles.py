@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from arrowhead.kernels.fused_kernel import arrow_kernel
-from arrowhead.kernels.fused_table import AMPERE, HEAD_DIMS, HOPPER
+from arrowhead.kernels.fused_table import AMPERE, HEAD_DIMS, HOPPER, SPECIALISED
 
 PROGRAMS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 COUNTED = ("HGMMA", "HMMA", "UTMALDG", "STL", "LDL")
@@ -82,6 +82,8 @@ if __name__ == "__main__":
     capability, dim, split, fast = (int(argument) for argument in sys.argv[1:5])
     rows = [table[dim] for table in ([HOPPER, AMPERE] if capability >= 90 else [AMPERE])]
     configs = [config for row in rows for config in ([row.split] if split else [row.short, row.long])]
+    if capability >= 90 and not split:
+        configs.append(SPECIALISED[dim])
     if fast:
         configs = configs[:1]
     print(json.dumps([report(capability, dim, config, bool(split)) for config in dict.fromkeys(configs)]))

@@ -103,9 +103,10 @@ def test_residuals_of_every_head_dim(config, dim, visual, text, text_first):
 
 
 @every_dim
-def test_descriptors(config, dim):
+@pytest.mark.parametrize("variant", ["tma", "specialised"])
+def test_descriptors(config, dim, variant):
     for text_first in (True, False):
-        config(Config(16, 32, 4, 2, "tma"))
+        config(Config(16, 32, 4, 2, variant))
         tokens = Tokens(41, 5, text_first)
         check_arrow(tokens, [FULL, 20], [1, 1], dim)
         check_full_and_residual(tokens, [5], dim, batch=1)

@@ -59,122 +59,124 @@ def arrow_kernel(
     """
     head, batch = tl.program_id(1), tl.program_id(2)
     radius = tl.load(policy + 2 * head)
-    if radius == _CACHED:
-        return
-    text = n - visual
-    text_start = tl.where(visual_start > 0, 0, visual)
-    text_blocks = _divided(text, M)
-    block = tl.program_id(0)
-    of_text = block < text_blocks  # they see most, and come first
-    first = tl.where(of_text, text_start + block * M, visual_start + (block - text_blocks) * M)
-    end = tl.where(of_text, text_start + text, visual_start + visual)  # where tokens of their kind end
-    rows = first + tl.arange(0, M)
+    if radius != _CACHED:
+        text = n - visual
+        text_start = tl.where(visual_start > 0, 0, visual)
+        text_blocks = _divided(text, M)
+        block = tl.program_id(0)
+        of_text = block < text_blocks  # they see most, and come first
+        first = tl.where(of_text, text_start + block * M, visual_start + (block - text_blocks) * M)
+        end = tl.where(of_text, text_start + text, visual_start + visual)  # where tokens of their kind end
+        rows = first + tl.arange(0, M)
 
-    # the stretch of keys, the text beside it, and the band's radius: text rows and full heads have one stretch, all of it band
-    whole = of_text | (radius == _FULL)
-    start = tl.where(whole, 0, visual_start)
-    length = tl.where(whole, n, visual)
-    radius = tl.where(whole, n, tl.minimum(radius, n))
-    text = tl.where(whole, 0, text)
+        # a stretch of keys with a band in it, and the text beside it; of text rows and full heads, one stretch that is all band
+        whole = of_text | (radius == _FULL)
+        start = tl.where(whole, 0, visual_start)
+        length = tl.where(whole, n, visual)
+        radius = tl.where(whole, n, tl.minimum(radius, n))
+        text = tl.where(whole, 0, text)
 
-    # tiles t0 … t3 of the stretch hold something of the band, t1 … t2 nothing else
-    top, bottom = first - start, tl.minimum(first + M, end) - 1 - start
-    t0 = tl.maximum(top - radius, 0) // T
-    t3 = _divided(tl.minimum(bottom + radius + 1, length), T)
-    if SPECIALISED:  # there may be one loop only: every tile is masked
-        text_tiles, t1, t2 = 0, t0, t0
-    else:
-        text_tiles = text // T
-        t1 = _divided(tl.maximum(bottom - radius, 0), T)
-        t2 = tl.maximum(tl.minimum(top + radius + 1, length) // T, t1)
+        # tiles t0 … t3 of the stretch hold something of the band, t1 … t2 nothing else
+        top, bottom = first - start, tl.minimum(first + M, end) - 1 - start
+        t0 = tl.maximum(top - radius, 0) // T
+        t3 = _divided(tl.minimum(bottom + radius + 1, length), T)
+        if SPECIALISED:  # there may be one loop only: every tile is masked
+            text_tiles, t1, t2 = 0, t0, t0
+        else:
+            text_tiles = text // T
+            t1 = _divided(tl.maximum(bottom - radius, 0), T)
+            t2 = tl.maximum(tl.minimum(top + radius + 1, length) // T, t1)
 
-    q_stride, k_stride, v_stride = 0, 0, 0  # descriptors know their own
-    if not TMA:
-        q, q_stride = _of_head(q, q_strides, batch, head, UNIT)
-        k, k_stride = _of_head(k, k_strides, batch, head, UNIT)
-        v, v_stride = _of_head(v, v_strides, batch, head, UNIT)
-        q_tail, k_tail, v_tail = q, k, v
-    if seen is not None:
-        seen += batch.to(tl.int64) * seen_strides[0]
-    queries = _rows(q, batch, head, first, q_stride, end, 0, WIDTH, DIM, M, TMA, True)  # (M, WIDTH)
-    queries_tail = queries
-    if TAIL:
-        queries_tail = _rows(q_tail, batch, head, first, q_stride, end, WIDTH, TAIL, DIM, M, TMA, True)  # (M, TAIL)
-    keys = k, k_tail, k_stride, v, v_tail, v_stride, seen, seen_strides[1]
-    at = batch, head, n, rows
+        q_stride, k_stride, v_stride = 0, 0, 0  # descriptors know their own
+        if not TMA:
+            q, q_stride = _of_head(q, q_strides, batch, head, UNIT)
+            k, k_stride = _of_head(k, k_strides, batch, head, UNIT)
+            v, v_stride = _of_head(v, v_strides, batch, head, UNIT)
+            q_tail, k_tail, v_tail = q, k, v
+        if seen is not None:
+            seen += batch.to(tl.int64) * seen_strides[0]
+        queries = _rows(q, batch, head, first, q_stride, end, 0, WIDTH, DIM, M, TMA, True)  # (M, WIDTH)
+        queries_tail = queries
+        if TAIL:
+            queries_tail = _rows(q_tail, batch, head, first, q_stride, end, WIDTH, TAIL, DIM, M, TMA, True)  # (M, TAIL)
+        keys = k, k_tail, k_stride, v, v_tail, v_stride, seen, seen_strides[1]
+        at = batch, head, n, rows
 
-    acc = tl.zeros([M, WIDTH], tl.float32)
-    acc_tail = tl.zeros([M, TAIL if TAIL else 16], tl.float32)
-    peak = tl.full([M], _FLOOR, tl.float32)
-    total = tl.zeros([M], tl.float32)
+        acc = tl.zeros([M, WIDTH], tl.float32)
+        acc_tail = tl.zeros([M, TAIL if TAIL else 16], tl.float32)
+        peak = tl.full([M], _FLOOR, tl.float32)
+        total = tl.zeros([M], tl.float32)
 
-    if not SPECIALISED:
-        tiles = text_tiles, text_start, 0, text_tiles + t2 - t1, start + t1 * T, 0, 0, 0, n
-        acc, acc_tail, peak, total = _scan(
-            acc, acc_tail, peak, total, queries, queries_tail, keys, at, tiles, scale,
-            DIM, WIDTH, TAIL, T, TMA, False, False, False,
-        )  # fmt: skip
-    rest = _divided(text - text_tiles * T, T)
-    tiles = (
-        rest, text_start + text_tiles * T, text_start + text,
-        rest + t3 - t0 - (t2 - t1), start + t0 * T, start + length, t1 - t0, t2 - t1, radius,
-    )  # fmt: skip
-    acc, acc_tail, peak, total = _scan(
-        acc, acc_tail, peak, total, queries, queries_tail, keys, at, tiles, scale,
-        DIM, WIDTH, TAIL, T, TMA, True, False, SPECIALISED,
-    )  # fmt: skip
-
-    # the visual tokens' residual: to add, or to leave
-    if residual is not None:
-        residual, r_stride = _of_head(residual, residual_strides, batch, head, UNIT)
-        row = first - visual_start  # up to `r_end`, which is `row` where there is nothing to add or to leave
-        if SPLIT:
-            r_end = tl.where(whole, row, visual)
-            # W waits where the residual will be, so that one accumulator is enough
-            divisor = tl.where(total == 0, 1.0, total)[:, None]
-            _put(residual, acc / divisor, row, r_stride, r_end, 0, WIDTH, DIM, M)
-            if TAIL:
-                _put(residual, acc_tail / divisor, row, r_stride, r_end, WIDTH, TAIL, DIM, M)
-            # what is left: tiles before t0 and from t3 on, the last one, if it is not whole, and the edges once more
-            inner = tl.maximum(length // T, t3)
-            tiles = 0, 0, 0, tl.where(whole, 0, inner - (t3 - t0)), start, 0, t0, t3 - t0, 0
+        if not SPECIALISED:
+            tiles = text_tiles, text_start, 0, text_tiles + t2 - t1, start + t1 * T, 0, 0, 0, n
             acc, acc_tail, peak, total = _scan(
                 acc, acc_tail, peak, total, queries, queries_tail, keys, at, tiles, scale,
                 DIM, WIDTH, TAIL, T, TMA, False, False, False,
             )  # fmt: skip
-            rest = _divided(length - inner * T, T)
-            tiles = (
-                rest, start + inner * T, start + length,
-                tl.where(whole, 0, rest + t3 - t0 - (t2 - t1)), start + t0 * T, start + length, t1 - t0, t2 - t1, radius,
-            )  # fmt: skip
-            acc, acc_tail, peak, total = _scan(
-                acc, acc_tail, peak, total, queries, queries_tail, keys, at, tiles, scale,
-                DIM, WIDTH, TAIL, T, TMA, True, True, False,
-            )  # fmt: skip
-            tl.debug_barrier()  # all of W is there
-        else:
-            added = tl.load(policy + 2 * head + 1) != 0
-            r_end = tl.where(of_text | ~added, row, visual)
+        rest = _divided(text - text_tiles * T, T)
+        tiles = (
+            rest, text_start + text_tiles * T, text_start + text,
+            rest + t3 - t0 - (t2 - t1), start + t0 * T, start + length, t1 - t0, t2 - t1, radius,
+        )  # fmt: skip
+        acc, acc_tail, peak, total = _scan(
+            acc, acc_tail, peak, total, queries, queries_tail, keys, at, tiles, scale,
+            DIM, WIDTH, TAIL, T, TMA, True, False, SPECIALISED,
+        )  # fmt: skip
 
-    divisor = tl.where(total == 0, 1.0, total)[:, None]  # a query that sees nothing gives 0
-    out, out_stride = _of_head(out, out_strides, batch, head, UNIT)
-    acc = acc / divisor
-    if residual is not None:
-        other = _rows(residual, batch, head, row, r_stride, r_end, 0, WIDTH, DIM, M, False, True).to(tl.float32)
-        if SPLIT:
-            _put(residual, acc - other, row, r_stride, r_end, 0, WIDTH, DIM, M)
-        else:
-            acc += other
-    _put(out, acc, first, out_stride, end, 0, WIDTH, DIM, M)
-    if TAIL:
+        # the visual tokens' residual: to add, or to leave
+        if residual is not None:
+            residual, r_stride = _of_head(residual, residual_strides, batch, head, UNIT)
+            row = first - visual_start  # up to `r_end`, which is `row` where there is nothing to add or to leave
+            if SPLIT:
+                r_end = tl.where(whole, row, visual)
+                # W waits where the residual will be, so that one accumulator is enough
+                divisor = tl.where(total == 0, 1.0, total)[:, None]
+                _put(residual, acc / divisor, row, r_stride, r_end, 0, WIDTH, DIM, M)
+                if TAIL:
+                    _put(residual, acc_tail / divisor, row, r_stride, r_end, WIDTH, TAIL, DIM, M)
+                # what is left: tiles before t0 and from t3 on, the last one, if it is not whole, and the edges once more
+                inner = tl.maximum(length // T, t3)
+                tiles = 0, 0, 0, tl.where(whole, 0, inner - (t3 - t0)), start, 0, t0, t3 - t0, 0
+                acc, acc_tail, peak, total = _scan(
+                    acc, acc_tail, peak, total, queries, queries_tail, keys, at, tiles, scale,
+                    DIM, WIDTH, TAIL, T, TMA, False, False, False,
+                )  # fmt: skip
+                rest = _divided(length - inner * T, T)
+                tiles = (
+                    rest, start + inner * T, start + length,
+                    tl.where(whole, 0, rest + t3 - t0 - (t2 - t1)), start + t0 * T, start + length, t1 - t0, t2 - t1, radius,
+                )  # fmt: skip
+                acc, acc_tail, peak, total = _scan(
+                    acc, acc_tail, peak, total, queries, queries_tail, keys, at, tiles, scale,
+                    DIM, WIDTH, TAIL, T, TMA, True, True, False,
+                )  # fmt: skip
+                tl.debug_barrier()  # threads may read what others wrote
+            else:
+                added = tl.load(policy + 2 * head + 1) != 0
+                r_end = tl.where(of_text | ~added, row, visual)
+            other = _rows(residual, batch, head, row, r_stride, r_end, 0, WIDTH, DIM, M, False, True)  # (M, WIDTH)
+            other_tail = other
+            if TAIL:
+                other_tail = _rows(residual, batch, head, row, r_stride, r_end, WIDTH, TAIL, DIM, M, False, True)  # (M, TAIL)
+            if SPLIT:
+                tl.debug_barrier()  # and may write only when all have read
+
+        divisor = tl.where(total == 0, 1.0, total)[:, None]  # a query that sees nothing gives 0
+        acc = acc / divisor
         acc_tail = acc_tail / divisor
         if residual is not None:
-            other = _rows(residual, batch, head, row, r_stride, r_end, WIDTH, TAIL, DIM, M, False, True).to(tl.float32)
             if SPLIT:
-                _put(residual, acc_tail - other, row, r_stride, r_end, WIDTH, TAIL, DIM, M)
+                _put(residual, acc - other, row, r_stride, r_end, 0, WIDTH, DIM, M)
+                if TAIL:
+                    _put(residual, acc_tail - other_tail, row, r_stride, r_end, WIDTH, TAIL, DIM, M)
             else:
-                acc_tail += other
-        _put(out, acc_tail, first, out_stride, end, WIDTH, TAIL, DIM, M)
+                acc += other
+                if TAIL:
+                    acc_tail += other_tail
+        out, out_stride = _of_head(out, out_strides, batch, head, UNIT)
+        _put(out, acc, first, out_stride, end, 0, WIDTH, DIM, M)
+        if TAIL:
+            _put(out, acc_tail, first, out_stride, end, WIDTH, TAIL, DIM, M)
 
 
 @triton.jit
@@ -271,11 +273,11 @@ def _rows(
     if TMA:
         return source.load([batch, head, first, START]).reshape(ROWS, COLUMNS)
     else:  # and not simply below: Triton would compile it for a descriptor, too
-        rows = first + tl.arange(0, ROWS)[:, None]
+        rows = tl.arange(0, ROWS)[:, None]
         columns = START + tl.arange(0, COLUMNS)[None, :]
-        places = source + rows * stride + columns
+        places = source + first.to(tl.int64) * stride + rows * stride + columns
         if EDGE:
-            return tl.load(places, mask=(rows < end) & (columns < DIM), other=0.0)
+            return tl.load(places, mask=(first + rows < end) & (columns < DIM), other=0.0)
         elif START + COLUMNS > DIM:
             return tl.load(places, mask=columns < DIM, other=0.0)
         else:
@@ -295,6 +297,7 @@ def _put(
     ROWS: tl.constexpr,
 ):
     """Store (ROWS, COLUMNS) at rows from `first` up to `end`, and columns from START up to DIM."""
-    rows = first + tl.arange(0, ROWS)[:, None]
+    rows = tl.arange(0, ROWS)[:, None]
     columns = START + tl.arange(0, COLUMNS)[None, :]
-    tl.store(target + rows * stride + columns, value.to(target.dtype.element_ty), mask=(rows < end) & (columns < DIM))
+    places = target + first.to(tl.int64) * stride + rows * stride + columns
+    tl.store(places, value.to(target.dtype.element_ty), mask=(first + rows < end) & (columns < DIM))

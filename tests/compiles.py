@@ -1,7 +1,8 @@
 """Compiles the fused kernel for GPUs that need not be there, and says what the machine code is like. Run as a program.
 
-Arguments: compute capability as a number, head dim, whether outputs come with residuals (0 or 1). Prints a list in JSON with
-what every configuration of the table became; a process of its own, since others have Triton interpret.
+Arguments: compute capability as a number, head dim, whether outputs come with residuals, whether keys are masked, whether one
+configuration is enough (0 or 1). Prints a list in JSON with what the table's configurations became. A program, since under the
+tests Triton interprets.
 """
 
 import json
@@ -54,7 +55,7 @@ def source(dim, config, split, seen, unit=8, dtype="bf16"):
     return ASTSource(arrow_kernel, {name: types.get(name, "constexpr") for name in names}, constants, aligned)
 
 
-def report(capability, dim, config, split, seen=False):
+def report(capability, dim, config, split, seen):
     """Registers, shared memory, seconds, and how often some instructions stand in the machine code."""
     options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
     compiled = triton.compile(source(dim, config, split, seen), target=GPUTarget("cuda", capability, 32), options=options)
@@ -70,6 +71,7 @@ def report(capability, dim, config, split, seen=False):
         "capability": capability,
         "dim": dim,
         "split": split,
+        "seen": seen,
         "registers": int(re.search(r"REG:(\d+)", usage.stdout + usage.stderr)[1]),
         "shared": compiled.metadata.shared,
         **{name: len(re.findall(rf"\b{name}\b", code.stdout)) for name in COUNTED},
@@ -79,11 +81,11 @@ def report(capability, dim, config, split, seen=False):
 
 
 if __name__ == "__main__":
-    capability, dim, split, fast = (int(argument) for argument in sys.argv[1:5])
+    capability, dim, split, seen, fast = (int(argument) for argument in sys.argv[1:])
     rows = [table[dim] for table in ([HOPPER, AMPERE] if capability >= 90 else [AMPERE])]
-    configs = [config for row in rows for config in ([row.split] if split else [row.short, row.long])]
+    configs = [config for row in rows for config in ([row.spare] if split or seen else [row.short, row.long])]
     if capability >= 90 and not split:
         configs.append(SPECIALISED[dim])
     if fast:
         configs = configs[:1]
-    print(json.dumps([report(capability, dim, config, bool(split)) for config in dict.fromkeys(configs)]))
+    print(json.dumps([report(capability, dim, config, bool(split), bool(seen)) for config in dict.fromkeys(configs)]))

@@ -19,11 +19,11 @@ SHARED = {80: 99 * 1024, 90: 227 * 1024}  # bytes that a program can have; of sm
 REGISTERS = 255
 
 
-def reports(tmp_path, capability, dim, split, fast=False):
+def reports(tmp_path, capability, dim, *, split, seen, fast=False):
     """What `compiles.py` prints, from a process in which Triton does not interpret."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    arguments = [sys.executable, HERE / "compiles.py", *(str(int(value)) for value in (capability, dim, split, fast))]
+    arguments = [sys.executable, HERE / "compiles.py", *(str(int(value)) for value in (capability, dim, split, seen, fast))]
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
@@ -46,17 +46,18 @@ def check(report):
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_a_configuration_for_each_architecture(tmp_path, capability):
-    (report,) = reports(tmp_path, capability, 72, split=False, fast=True)
+    (report,) = reports(tmp_path, capability, 72, split=False, seen=False, fast=True)
     check(report)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seen", [False, True], ids=["every key", "masked keys"])
 @pytest.mark.parametrize("split", [False, True], ids=["attention", "with residuals"])
 @pytest.mark.parametrize("dim", HEAD_DIMS)
 @pytest.mark.parametrize("capability", [80, 90])
-def test_every_configuration(tmp_path, capability, dim, split):
+def test_every_configuration(tmp_path, capability, dim, split, seen):
     """On sm_90 those for tensors that descriptors do not fit, too."""
-    found = reports(tmp_path, capability, dim, split)
+    found = reports(tmp_path, capability, dim, split=split, seen=seen)
     assert found
     for report in found:
         print(json.dumps(report))

@@ -124,7 +124,7 @@ def _launch(
     moved = [tensor for tensor in (out, q, k, v, residual) if tensor is not None]
     unit = UNIT if all(stride % UNIT == 0 for tensor in moved for stride in tensor.stride()[:3]) else 1
     described = unit == UNIT and all(_describable(tensor) for tensor in (q, k, v))
-    config = fused_table.chosen(dim, n, _architecture(q), described=described, split=split)
+    config = fused_table.chosen(dim, n, _architecture(q), described=described, spare=split or seen is not None)
     width, tail = HEAD_DIMS[dim]
     tma = config.variant != "pointers"
     wide = tails = (q, k, v)

@@ -35,14 +35,14 @@ SHORT = 2048
 
 @dataclass(frozen=True)
 class Row:
-    """Configurations for one head dim: for short and for long sequences, and for outputs with residuals of any length.
+    """Configurations for one head dim: for short sequences, for long ones, and one that spares registers.
 
-    These take more registers, having twice as many loops.
+    Residuals to write need them, for twice as many loops, and so do masks of keys.
     """
 
     short: Config
     long: Config
-    split: Config
+    spare: Config
 
 
 AMPERE = {
@@ -64,12 +64,12 @@ SPECIALISED = {dim: Config(64, 128, 4, 2, "specialised") for dim in HEAD_DIMS}
 be: its tiles are all masked, and 128 queries, in two groups of warps, are more than the compiler can do with descriptors."""
 
 
-def chosen(dim: int, tokens: int, capability: tuple[int, int], *, described: bool, split: bool) -> Config:
+def chosen(dim: int, tokens: int, capability: tuple[int, int], *, described: bool, spare: bool) -> Config:
     """The configuration for a head dim, a length and a compute capability.
 
-    `described`: descriptors can be made of the tensors. `split`: outputs and residuals are wanted.
+    `described`: descriptors can be made of the tensors. `spare`: there are residuals to write, or a mask.
     """
     row = (HOPPER if capability[0] == 9 and described else AMPERE)[dim]
-    if split:
-        return row.split
+    if spare:
+        return row.spare
     return row.short if tokens <= SHORT else row.long

@@ -180,6 +180,29 @@ def test_outputs_that_share_memory_with_others(config):
     assert not room.any()  # nothing was written beside it
 
 
+@pytest.mark.parametrize("variant", ["pointers", "tma"])
+@pytest.mark.parametrize("dim", [72, 128])
+def test_what_lies_between_rows_and_after_them_is_never_read(config, dim, variant):
+    """Not even to be multiplied by zero: it may be no number."""
+    config(Config(16, 16, 4, 2, variant))
+    tokens, radii = Tokens(41, 5), [9, FULL]
+    x = inputs(tokens, radii, dim, batch=1)
+    for name in ("q", "k", "v", "residual"):
+        tensor = getattr(x, name)
+        room = tensor.new_full((1, 80, 2, dim + 8), torch.nan)
+        inner = room[:, : tensor.shape[2], :, :dim].transpose(1, 2)
+        setattr(x, name, inner.copy_(tensor))
+    x.policy[:, 1] = 1
+    wanted, window = attended(x, tokens, [FULL] * 2), attended(x, tokens, radii)
+    added = window.clone()
+    added[:, :, tokens.visual_slice] += x.residual.float()
+    arrow(x)
+    close(x.out, added)
+    full_and_residual(x)
+    close(x.out, wanted)
+    close(x.residual[:, 0], (wanted - window)[:, 0, tokens.visual_slice])
+
+
 @pytest.mark.parametrize("dim", HEAD_DIMS)
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
 def test_the_shipped_table(dim, capability):

@@ -137,15 +137,16 @@ def _launch(
             for columns in (width, tail)
         )
     blocks = -(-visual // config.queries) + -(-(n - visual) // config.queries)
-    arrow_kernel[blocks, heads, batch](
-        out, *wide, *tails, policy, residual, seen,
-        *(_strides(tensor, unit) for tensor in (out, q, k, v, residual)),
-        (0, 0) if seen is None else seen.stride(),
-        n, visual, visual_start, scale * math.log2(math.e),
-        UNIT=unit, DIM=dim, WIDTH=width, TAIL=tail, M=config.queries, T=config.keys,
-        TMA=tma, SPECIALISED=config.variant == "specialised", SPLIT=split,
-        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]  # Triton launches on the current device
+        arrow_kernel[blocks, heads, batch](
+            out, *wide, *tails, policy, residual, seen,
+            *(_strides(tensor, unit) for tensor in (out, q, k, v, residual)),
+            (0, 0) if seen is None else seen.stride(),
+            n, visual, visual_start, scale * math.log2(math.e),
+            UNIT=unit, DIM=dim, WIDTH=width, TAIL=tail, M=config.queries, T=config.keys,
+            TMA=tma, SPECIALISED=config.variant == "specialised", SPLIT=split,
+            num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
+        )  # fmt: skip
 
 
 def _require(

@@ -49,7 +49,7 @@ AMPERE = {
     64: Row(Config(64, 64, 4, 3), Config(128, 64, 8, 3), Config(128, 64, 8, 3)),
     72: Row(Config(64, 32, 4, 3), Config(128, 32, 8, 3), Config(128, 32, 8, 3)),
     80: Row(Config(64, 32, 4, 3), Config(128, 32, 8, 3), Config(128, 32, 8, 3)),
-    96: Row(Config(64, 32, 4, 3), Config(128, 32, 8, 3), Config(128, 32, 8, 3)),
+    96: Row(Config(64, 32, 4, 3), Config(128, 32, 8, 3), Config(128, 32, 8, 2)),
     128: Row(Config(64, 32, 4, 3), Config(128, 64, 8, 3), Config(128, 32, 8, 3)),
 }
 """By head dim: for sm_80 and all that follow, and wherever descriptors do not do. Fits in 99 KB of shared memory (sm_86)."""

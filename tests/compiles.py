@@ -84,7 +84,7 @@ if __name__ == "__main__":
     capability, dim, split, seen, fast = (int(argument) for argument in sys.argv[1:])
     rows = [table[dim] for table in ([HOPPER, AMPERE] if capability >= 90 else [AMPERE])]
     configs = [config for row in rows for config in ([row.spare] if split or seen else [row.short, row.long])]
-    if capability >= 90 and not split:
+    if capability >= 90 and not split and not seen:
         configs.append(SPECIALISED[dim])
     if fast:
         configs = configs[:1]

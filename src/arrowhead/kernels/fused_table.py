@@ -55,13 +55,18 @@ AMPERE = {
 """By head dim: for sm_80 and all that follow, and wherever descriptors do not do. Fits in 99 KB of shared memory (sm_86)."""
 
 HOPPER = {
-    dim: Row(Config(64, 64, 4, 3, "tma"), Config(128, 128, 8, 2, "tma"), Config(128, 128, 8, 2, "tma")) for dim in HEAD_DIMS
+    dim: Row(
+        short=Config(64, 64, 4, 3, "tma"),
+        long=Config(128, 128, 8, 2, "tma"),
+        spare=Config(128, 128 if dim < 96 else 64, 8, 2, "tma"),
+    )
+    for dim in HEAD_DIMS
 }
 """The same for sm_90."""
 
 SPECIALISED = {dim: Config(64, 128, 4, 2, "specialised") for dim in HEAD_DIMS}
-"""For sm_90 too, without residuals to write or a mask. Compiled and tested, but chosen by nothing until a clock has said that it should
-be: its tiles are all masked, and 128 queries, in two groups of warps, are more than the compiler can do with descriptors."""
+"""For sm_90 too, without residuals to write or a mask. Compiled and tested, but chosen by nothing until a clock has said that it
+should be: its tiles are all masked, and 128 queries in two groups of warps are more than the compiler does with descriptors."""
 
 
 def chosen(dim: int, tokens: int, capability: tuple[int, int], *, described: bool, spare: bool) -> Config:

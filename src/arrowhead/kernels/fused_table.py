@@ -65,8 +65,8 @@ HOPPER = {
 """The same for sm_90."""
 
 SPECIALISED = {dim: Config(64, 128, 4, 2, "specialised") for dim in HEAD_DIMS}
-"""For sm_90 too, without residuals to write or a mask. Compiled and tested, but chosen by nothing until a clock has said that it
-should be: its tiles are all masked, and 128 queries in two groups of warps are more than the compiler does with descriptors."""
+"""For sm_90 too, without residuals to write or a mask. Compiled and tested, but chosen by nothing until a clock has said so:
+its tiles are all masked, and 128 queries in two groups of warps are more than the compiler does with descriptors."""
 
 
 def chosen(dim: int, tokens: int, capability: tuple[int, int], *, described: bool, spare: bool) -> Config:

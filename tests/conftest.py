@@ -1,9 +1,14 @@
 """Fixtures: every pipeline in turn, fresh for each test."""
 
+import os
 from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, as diffusers does
+
 from diffusers.utils import logging
 from pipelines import BENCHES, Bench
 

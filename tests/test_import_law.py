@@ -121,7 +121,7 @@ def test_the_law_is_read_from_imports_of_every_form(tmp_path):
 
 
 def test_importing_arrowhead_loads_nothing_heavy():
-    heavy = ["diffusers", "matplotlib", "torchmetrics", "typer", "transformers"]
+    heavy = ["diffusers", "matplotlib", "torchmetrics", "transformers", "triton", "typer"]
     code = f"import sys, arrowhead; sys.exit(' '.join(name for name in {heavy} if name in sys.modules) or 0)"
     fresh = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (fresh.returncode, fresh.stderr) == (0, "")

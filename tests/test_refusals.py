@@ -336,9 +336,9 @@ def test_a_generation_past_replaced_processors_does_not_go_unsaid(either, replac
     assert any(f"transformer_blocks.{replaced[0]}.attn1" in text for text in said)
 
 
-@pytest.mark.parametrize("kernel", ["fused", "", "Chunked"])
+@pytest.mark.parametrize("kernel", ["fussed", "", "Chunked"])
 def test_a_kernel_that_is_not_there(either, kernel):
-    with left_as_it_was(either), pytest.raises(KernelUnavailable, match="wanted one of auto, chunked"):
+    with left_as_it_was(either), pytest.raises(KernelUnavailable, match="wanted one of auto, chunked, flex, fused, reference"):
         ah.apply(either.pipe, plan(either, MIXED), kernel=kernel)
 
 

@@ -37,7 +37,7 @@ class Run:
 
     def __init__(self, model: Model, plan: Plan, kernel: str) -> None:
         self.plan = plan
-        self.kernel = dispatch.resolve(kernel)
+        self.kernel = dispatch.known(kernel)
         self._model = model
         self._pipeline_class = type(model.pipe)
         plan.require(target_of(model))

@@ -23,7 +23,7 @@ from arrowhead.tally import Tally
 class Generation:
     """What one generation carries from call to call of the transformer, and forgets at its end.
 
-    `call` is which of the step's calls is running; each has its cache.
+    `call` is which of the step's calls is running; each has its cache. `kernel` may be `auto`.
     """
 
     branches: Branches
@@ -223,7 +223,7 @@ def _by_method(call: AttentionCall, passage: Passage) -> Tensor:
             out = attended
         else:
             out[:, list(computed)] = attended
-        count(passage, methods, call.q.shape[0], generation.kernel)
+        count(passage, methods, call.q.shape[0], kernel_of(call, passage))
     for method, heads in grouped(methods):
         where = slice(None) if len(heads) == site.heads else list(heads)
         if isinstance(method, Cached):
@@ -248,7 +248,7 @@ def _write_residual(call: AttentionCall, out: Tensor, residual: Residual, passag
     whole = out[rows, :, visual] if residual.heads is None else out[rows, list(heads), visual]
     _keep(Key(site.path, "residual", residual.radius), whole - band, residual.last_reader, passage, residual)
     generation.tally.residuals += 1
-    count(passage, [Arrow(residual.radius)] * len(heads), band.shape[0], generation.kernel)
+    count(passage, [Arrow(residual.radius)] * len(heads), band.shape[0], kernel_of(call, passage))
 
 
 def bands(call: AttentionCall, heads: Sequence[int], radii: Sequence[int | None], rows: slice, passage: Passage) -> Tensor:
@@ -257,7 +257,7 @@ def bands(call: AttentionCall, heads: Sequence[int], radii: Sequence[int | None]
     Raises:
         PlanMismatch: the model's attention is causal, or drops weights.
     """
-    generation, site = passage.generation, passage.call.site
+    site = passage.call.site
     if call.causal:
         raise PlanMismatch(
             f"{site.path}: got a plan with a band or with heads of several kinds where the model's attention is causal or "
@@ -271,7 +271,12 @@ def bands(call: AttentionCall, heads: Sequence[int], radii: Sequence[int | None]
         q, k, v = q[:, places], k[:, places], v[:, places]
         if mask is not None and mask.ndim == 4 and mask.shape[1] > 1:
             mask = mask[:, places]
-    return dispatch.arrow(q, k, v, passage.tokens, radii, scale=call.scale, mask=mask, kernel=generation.kernel)
+    return dispatch.arrow(q, k, v, passage.tokens, radii, scale=call.scale, mask=mask, kernel=kernel_of(call, passage))
+
+
+def kernel_of(call: AttentionCall, passage: Passage) -> str:
+    """The kernel that runs the bands of a call."""
+    return dispatch.resolve(passage.generation.kernel, call.q, call.scale, call.mask)
 
 
 def count(passage: Passage, methods: Sequence[Method], rows: int, kernel: str) -> None:

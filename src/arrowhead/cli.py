@@ -127,7 +127,7 @@ def generate(
         Path | None, typer.Option(exists=True, dir_okay=False, help="a plan that search wrote; without one, full attention")
     ] = None,
     out: Annotated[Path, typer.Option(help="folder for the images")] = Path("images"),
-    kernel: Annotated[str, typer.Option(help="auto, chunked, flex or reference")] = "auto",
+    kernel: Annotated[str, typer.Option(help="auto, chunked, flex, fused or reference")] = "auto",
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",

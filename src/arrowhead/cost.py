@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+from arrowhead.kernels import masks
 from arrowhead.layout import Site, Tokens
 from arrowhead.lifetimes import Writes, lifetimes
 from arrowhead.methods import FULL, Arrow, Attend, Cached, Cell, Full, Method, Reuse
@@ -21,17 +22,10 @@ class Flops:
 
 
 def pairs(method: Method, tokens: Tokens) -> int:
-    """How many query–key pairs the method looks at.
-
-    A band of radius w over V visual tokens keeps V(2w + 1) − w(w + 1) of their V² pairs; text rows and columns are dense.
-    """
+    """How many query–key pairs the method looks at."""
     if isinstance(method, Cached):
         return 0
-    if isinstance(method, Full):
-        return tokens.total**2
-    visual, text = tokens.visual, tokens.text
-    w = min(method.radius, max(visual - 1, 0))
-    return visual * (2 * w + 1) - w * (w + 1) + text * tokens.total + visual * text
+    return masks.pairs(tokens, method.radius if isinstance(method, Arrow) else None)
 
 
 def head_flops(site: Site, tokens: Tokens, method: Method) -> float:

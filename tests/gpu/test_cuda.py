@@ -26,3 +26,56 @@ def test_a_full_plan_changes_no_bit():
     bench.pipe.to("cuda")
     full = plan(bench, ["FFF"] * 5)
     assert_identical(compressed(bench, full, bench.inputs()), trace(bench, bench.inputs()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dim", [64, 72, 80, 96, 128])
+@pytest.mark.parametrize(
+    "tokens", [Tokens(1024), Tokens(1000, 77), Tokens(333, 12, True), Tokens(4096, 512, True), Tokens(2300, 154)], ids=str
+)
+def test_the_fused_kernel_agrees_with_the_oracle(dtype, dim, tokens):
+    """Both of its operators with the configurations that are shipped for this device, and what they leave alone."""
+    pytest.importorskip("triton", reason="Triton is not installed: the fused kernel cannot run")
+    from arrowhead.kernels import fused_ops
+    from arrowhead.kernels.fused_table import CACHED, FULL
+
+    radii, adds, visual = [FULL, 0, tokens.visual // 8, 60, CACHED], [0, 1, 1, 0, 1], tokens.visual_slice
+    q, k, v, out = (torch.randn(2, tokens.total, 5, dim, device="cuda", dtype=dtype).transpose(1, 2) for _ in range(4))
+    residual = torch.randn(2, 5, tokens.visual, dim, device="cuda", dtype=dtype)
+    policy = torch.tensor([*zip(radii, adds, strict=True)], dtype=torch.int32, device="cuda")
+    seen = torch.rand(2, tokens.total, device="cuda") < 0.9
+    seen[:, tokens.text_slice.start if tokens.text else slice(None)] = True
+    image, scale = (tokens.visual, visual.start), dim**-0.5
+
+    def oracle(radii):
+        wanted = [None if radius in {FULL, CACHED} else radius for radius in radii]
+        single = [  # of one sample at a time: it makes (H, N, N) in float32
+            dispatch.arrow(
+                *(t[b : b + 1].float() for t in (q, k, v)), tokens, wanted, mask=seen[b, None, None], kernel="reference"
+            )
+            for b in range(2)
+        ]
+        return torch.cat(single)
+
+    whole, banded, before, left = oracle([FULL] * 5), oracle(radii), out.clone(), residual.clone()
+    with_residual = banded.clone()
+    with_residual[:, [1, 2], visual] += residual[:, [1, 2]].float()
+    fused_ops.arrow(out, q, k, v, policy, residual, seen, *image, scale)
+    torch.testing.assert_close(out[:, :4].float(), with_residual[:, :4], rtol=2e-2, atol=2e-2)
+    assert torch.equal(out[:, 4], before[:, 4])
+    fused_ops.full_and_residual(out, residual, q, k, v, policy, seen, *image, scale)
+    torch.testing.assert_close(out[:, :4].float(), whole[:, :4], rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(residual[:, 1:4].float(), (whole - banded)[:, 1:4, visual], rtol=2e-2, atol=2e-2)
+    assert torch.equal(out[:, 4], before[:, 4])
+    assert torch.equal(residual[:, [0, 4]], left[:, [0, 4]])
+
+
+def test_auto_takes_the_fused_kernel():
+    pytest.importorskip("triton", reason="Triton is not installed: the fused kernel cannot run")
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("this device is older than Ampere")
+    q, k, v = torch.randn(3, 2, 3, 600, 72, device="cuda", dtype=torch.bfloat16).unbind()
+    assert dispatch.resolve("auto", q) == "fused"
+    got = dispatch.arrow(q, k, v, Tokens(600), 50)
+    wanted = dispatch.arrow(q.float(), k.float(), v.float(), Tokens(600), 50, kernel="reference")
+    torch.testing.assert_close(got.float(), wanted, rtol=2e-2, atol=2e-2)

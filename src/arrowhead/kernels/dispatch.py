@@ -5,25 +5,39 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from arrowhead.errors import KernelUnavailable
-from arrowhead.kernels import chunked, flex, reference
+from arrowhead.kernels import chunked, flex, fused, reference
 from arrowhead.layout import Tokens
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tokens, Sequence[int | None], float, Tensor | None], Tensor]
 
-KERNELS: dict[str, Kernel] = {"chunked": chunked.attend, "flex": flex.attend, "reference": reference.attend}
+KERNELS: dict[str, Kernel] = {
+    "chunked": chunked.attend,
+    "flex": flex.attend,
+    "fused": fused.attend,
+    "reference": reference.attend,
+}
 
 
-def resolve(name: str) -> str:
-    """The kernel's own name: `auto` picks one that runs everywhere.
+def known(name: str) -> str:
+    """The name of a kernel, or `auto`.
 
     Raises:
         KernelUnavailable: there is no kernel of this name.
     """
-    if name == "auto":
-        return "chunked"
-    if name not in KERNELS:
+    if name != "auto" and name not in KERNELS:
         raise KernelUnavailable(f"got kernel={name!r}, wanted one of auto, {', '.join(sorted(KERNELS))}")
     return name
+
+
+def resolve(name: str, q: Tensor, scale: float | None = None, mask: Tensor | None = None) -> str:
+    """The kernel that `arrow` runs for these arguments: `auto` is `fused` on a device that can, and else `chunked`.
+
+    Raises:
+        KernelUnavailable: there is no kernel of this name.
+    """
+    if known(name) != "auto":
+        return name
+    return "fused" if q.is_cuda and fused.obstacle(q, _scale(q, scale), _of_four(mask)) is None else "chunked"
 
 
 def arrow(
@@ -42,8 +56,15 @@ def arrow(
     `radius` is one for all heads, or one for each, None where a head is full. `scale` multiplies the scores; D^−½ when it is
     None. `mask`, the model's own, is boolean (True: seen) or added to the scores, and broadcasts to (B, H, N, N).
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     radii = (radius,) * q.shape[1] if isinstance(radius, int) else tuple(radius)
-    if mask is not None:
-        mask = mask[(None,) * (4 - mask.ndim)]
-    return KERNELS[resolve(kernel)](q, k, v, tokens, radii, scale, mask)
+    attend = KERNELS[resolve(kernel, q, scale, mask)]
+    return attend(q, k, v, tokens, radii, _scale(q, scale), _of_four(mask))
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _of_four(mask: Tensor | None) -> Tensor | None:
+    """A mask with all four dimensions."""
+    return None if mask is None else mask[(None,) * (4 - mask.ndim)]

@@ -26,6 +26,18 @@ def arrow(tokens: Tokens, radius: int, device: torch.device | None = None) -> Te
     return allowed
 
 
+def pairs(tokens: Tokens, radius: int | None) -> int:
+    """How many query–key pairs a head keeps; all of them where `radius` is None.
+
+    A band of radius w over V visual tokens keeps V(2w + 1) − w(w + 1) of their V² pairs; text rows and columns are dense.
+    """
+    if radius is None:
+        return tokens.total**2
+    visual, text = tokens.visual, tokens.text
+    w = min(radius, visual - 1)
+    return visual * (2 * w + 1) - w * (w + 1) + text * tokens.total + visual * text
+
+
 def bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
     """What is added to scores: 0 where a pair is seen, −∞ elsewhere."""
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -torch.inf)

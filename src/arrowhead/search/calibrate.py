@@ -20,7 +20,6 @@ from arrowhead.cache import Output
 from arrowhead.cost import full_flops
 from arrowhead.errors import ArrowheadError, InputsInvalid, NotIntercepted
 from arrowhead.intercept import SiteCall, intercepted
-from arrowhead.kernels import dispatch
 from arrowhead.layout import Branches, Site, Tokens, outermost
 from arrowhead.lifetimes import FOREVER, Residual, Writes
 from arrowhead.methods import FULL, Attend, Cell, refreshes_residual, residual_radius
@@ -224,7 +223,7 @@ class Calibration:
                 "that they can share; bring both to the same number of tokens"
             )
         if self._generation is None:
-            self._generation = Generation.begin(self.seen, tokens, dispatch.resolve("auto"), Tally(self.seen.samples))
+            self._generation = Generation.begin(self.seen, tokens, "auto", Tally(self.seen.samples))
         else:
             self._generation.advance(tokens)
         return self._generation.step

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from arrowhead import cost
-from arrowhead.attend import Generation, Passage, bands, count
+from arrowhead.attend import Generation, Passage, bands, count, kernel_of
 from arrowhead.cache import Key, Output, both_branches
 from arrowhead.errors import InputsInvalid
 from arrowhead.intercept import SiteCall
@@ -196,7 +196,7 @@ class _AtSite:
         if isinstance(method, Cached):
             return self._kept(Key(self.passage.call.site.path, "heads"), heads, rows)
         out = bands(self.attention, heads, [method.radius] * len(heads), rows, self.passage)
-        count(self.passage, [method] * len(heads), len(out), self.passage.generation.kernel)
+        count(self.passage, [method] * len(heads), len(out), kernel_of(self.attention, self.passage))
         if method.residual:
             key = Key(self.passage.call.site.path, "residual", method.radius)
             out[:, :, self.passage.tokens.visual_slice] += self._kept(key, heads, rows)

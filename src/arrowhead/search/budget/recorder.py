@@ -7,13 +7,12 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from arrowhead.attend import Generation, Passage, bands, count
+from arrowhead.attend import Generation, Passage, bands, count, kernel_of
 from arrowhead.cache import Output, each
 from arrowhead.cost import full_flops
 from arrowhead.errors import InputsInvalid, NotIntercepted
@@ -29,6 +28,9 @@ from arrowhead.search.budget.samplers import Sampling
 from arrowhead.search.budget.table import Table
 from arrowhead.search.budget.weights import LEAST, Weights
 from arrowhead.search.calibrate import Step
+
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
 
 PRODUCTS = 64
 """Of each kind in a step, from so many regions of the tokens as that takes: the square of one product tells little, and the
@@ -95,11 +97,11 @@ class Recorder:
         for _ in range(self._extent.vectors):
             yield self._joined({site.path: self._in_place_of_gradient(site, guided) for site in self._sites})
 
-    def _counting(self) -> AbstractContextManager[FlopCounterMode | None]:
+    def _counting(self) -> "AbstractContextManager[FlopCounterMode | None]":
         """The first step tells for all."""
         return nullcontext() if self._products else flop_counter()
 
-    def _note(self, outputs: Sequence[Tensor], whole: FlopCounterMode | None) -> None:
+    def _note(self, outputs: Sequence[Tensor], whole: "FlopCounterMode | None") -> None:
         """What is known once the first step has run."""
         if whole is None:
             return
@@ -224,7 +226,7 @@ class Recorder:
         heads, visual = range(passage.call.site.heads), passage.tokens.visual_slice
         for radius in self._radii:
             band = bands(asked, heads, [radius] * len(heads), slice(None), passage)
-            count(passage, [Arrow(radius)] * len(heads), len(band), passage.generation.kernel)
+            count(passage, [Arrow(radius)] * len(heads), len(band), kernel_of(asked, passage))
             yield out[:, :, visual] - band[:, :, visual]
 
     def _of_vector(self, probes: dict[str, Tensor], outputs: Sequence[Tensor], *, last: bool) -> tuple[Tensor, Tensor]:
@@ -310,8 +312,9 @@ def _with_probe(out: Output, probe: Tensor) -> Output:
     return each(out, added)
 
 
-def flop_counter() -> FlopCounterMode:
+def flop_counter() -> "FlopCounterMode":
     """PyTorch's, which does not know attention on a CPU by itself."""
+    from torch.utils.flop_counter import FlopCounterMode  # noqa: PLC0415 - it imports triton where there is one
 
     def attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
         return 2 * query[:-1].numel() * key[-2] * (query[-1] + value[-1])

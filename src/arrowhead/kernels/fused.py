@@ -1,0 +1,83 @@
+"""The door of the fused kernel: what it can run, and a call like any other kernel's. Triton is imported when it first runs.
+
+See `fused_ops` for buffers that persist, residuals and policies that stay on the device.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from arrowhead.errors import KernelUnavailable
+from arrowhead.kernels.fused_table import FULL, HEAD_DIMS
+from arrowhead.layout import Tokens
+
+OLDEST = (8, 0)
+"""Compute capability that the kernel needs: Ampere's."""
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, radii: Sequence[int | None], scale: float, mask: Tensor | None
+) -> Tensor:
+    """Arrow attention, (B, H, N, D) each; the dtype is kept, and so are the strides of `q` where they leave no gaps.
+
+    Raises:
+        KernelUnavailable: the device, the dtype, the head dim, the scale or the mask is none for this kernel.
+    """
+    reason = obstacle(q, scale, mask)
+    if reason is not None:
+        raise KernelUnavailable(f'kernel="fused": {reason}, or use kernel="chunked" or "auto"')
+    from arrowhead.kernels import fused_ops  # noqa: PLC0415 - it imports triton
+
+    q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
+    out = torch.empty_like(q)
+    seen = None if mask is None else mask.expand(q.shape[0], 1, 1, tokens.total)[:, 0, 0]  # (B, N)
+    policy = _policy(tuple(radii), q.device)
+    fused_ops.arrow(out, q, k, v, policy, None, seen, tokens.visual, tokens.visual_slice.start, scale)
+    return out
+
+
+def obstacle(q: Tensor, scale: float, mask: Tensor | None) -> str | None:
+    """Why the kernel cannot run here, as got, wanted, remedy; None where it can.
+
+    `mask`, the model's own, has four dimensions or is None.
+    """
+    return next(_obstacles(q, scale, mask), None)
+
+
+def _obstacles(q: Tensor, scale: float, mask: Tensor | None) -> Iterator[str]:
+    dtypes = [torch.bfloat16, torch.float16]
+    if find_spec("triton") is None:
+        yield "got no triton, wanted 3.6 or later; pip install arrowhead[gpu]"
+    if q.is_cuda:
+        capability = torch.cuda.get_device_capability(q.device)
+        if capability < OLDEST:
+            yield f"got a device of compute capability {capability}, wanted {OLDEST} or later; take another device"
+    else:
+        dtypes = [torch.float16, torch.float32]  # the interpreter multiplies bfloat16 wrongly
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            yield f"got tensors on {q.device}, wanted a CUDA device; move the pipeline there"
+    if q.dtype not in dtypes:
+        yield f"got {q.dtype}, wanted {' or '.join(map(str, dtypes))}; cast the pipeline"
+    if q.shape[-1] not in HEAD_DIMS:
+        yield f"got head dim {q.shape[-1]}, wanted one of {', '.join(map(str, HEAD_DIMS))}; take another model"
+    if scale <= 0:
+        yield f"got scale {scale}, wanted one above 0; negate the queries"
+    if mask is not None and (mask.dtype != torch.bool or mask.shape[1] > 1 or mask.shape[2] > 1):
+        yield (
+            f"got a {mask.dtype} mask of shape {tuple(mask.shape)}, wanted a boolean mask of keys, (B, 1, 1, N); make it one "
+            "that is the same for every head and query"
+        )
+    if q.requires_grad and torch.is_grad_enabled():
+        yield "got queries that require a gradient, wanted inference; use torch.no_grad()"
+
+
+@lru_cache(maxsize=256)
+def _policy(radii: tuple[int | None, ...], device: torch.device) -> Tensor:
+    """(H, 2) int32, without residuals; kept, since copying to a device costs more than the kernel's launch."""
+    with torch.inference_mode(False):
+        rows = [[FULL if radius is None else min(radius, 2**31 - 1), 0] for radius in radii]
+        return torch.tensor(rows, dtype=torch.int32, device=device)

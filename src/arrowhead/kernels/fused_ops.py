@@ -1,0 +1,198 @@
+"""The fused kernel as two operators of torch: their results are written into buffers that the caller keeps.
+
+A head's policy is two int32 numbers in device memory, so that a plan which changes in every step is still one graph under
+`torch.compile`: its radius in visual tokens, or FULL or CACHED (`fused_table`); and whether its residual is added. The rows of
+cached heads, in every buffer, are neither read nor written. This file imports triton.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.flop_counter import register_flop_formula
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from arrowhead.kernels import fused_table, masks
+from arrowhead.kernels.fused_kernel import arrow_kernel
+from arrowhead.kernels.fused_table import CACHED, FULL, HEAD_DIMS
+from arrowhead.layout import Tokens
+
+UNIT = 8
+"""Elements in 16 bytes of half precision: strides that are multiples of it let 16 bytes be moved at once."""
+
+
+@torch.library.custom_op("arrowhead::arrow", mutates_args={"out"})
+def arrow(
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    policy: Tensor,
+    residual: Tensor | None,
+    seen: Tensor | None,
+    visual: int,
+    visual_start: int,
+    scale: float,
+) -> None:
+    """Attention of each head under its policy, into `out`.
+
+    `out`, `q`, `k` and `v` are (B, H, N, D), of one dtype, with any strides as long as a head's row is contiguous; `policy` is
+    (H, 2) int32; `residual`, (B, H, V, D), is added to the visual rows of heads whose policy says so; `seen` is (B, N) bool, a
+    mask of keys: a query that sees none gives 0. Of the N tokens the `visual` ones from `visual_start` (0, or N − V) on are the
+    image, the others text. `scale`, above 0, multiplies the scores.
+    """
+    _launch(out, q, k, v, policy, residual, seen, visual, visual_start, scale, split=False)
+
+
+@torch.library.custom_op("arrowhead::full_and_residual", mutates_args={"out", "residual"})
+def full_and_residual(
+    out: Tensor,
+    residual: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    policy: Tensor,
+    seen: Tensor | None,
+    visual: int,
+    visual_start: int,
+    scale: float,
+) -> None:
+    """Full attention O of each head into `out`, and O − W over the visual tokens into `residual`, in one pass over the keys.
+
+    W is what the head's radius gives. Heads without a radius leave `residual` as it is. Everything else is as for `arrow`.
+    """
+    _launch(out, q, k, v, policy, residual, seen, visual, visual_start, scale, split=True)
+
+
+# shapes and strides are those of the buffers
+arrow.register_fake(lambda *_: None)
+full_and_residual.register_fake(lambda *_: None)
+
+
+@register_flop_formula(torch.ops.arrowhead.arrow, get_raw=True)
+def _arrow_flops(
+    _out: Tensor,
+    q: Tensor,
+    _k: Tensor,
+    _v: Tensor,
+    policy: Tensor,
+    _residual: Tensor | None,
+    _seen: Tensor | None,
+    visual: int,
+    visual_start: int,
+    _scale: float,
+    **_: object,
+) -> int:
+    """4·D for each pair of query and key that the policy keeps; of fake tensors, which cannot be read, for every pair."""
+    batch, heads, n, dim = q.shape
+    tokens = Tokens(visual, n - visual, visual_start > 0)
+    kept = [masks.pairs(tokens, None if radius == FULL else radius) for radius in _radii(policy, heads) if radius != CACHED]
+    return 4 * dim * batch * sum(kept)
+
+
+@register_flop_formula(torch.ops.arrowhead.full_and_residual, get_raw=True)
+def _full_and_residual_flops(
+    _out: Tensor, _residual: Tensor, q: Tensor, _k: Tensor, _v: Tensor, policy: Tensor, *_: object, **__: object
+) -> int:
+    """Every pair is multiplied once. That tiles on the band's edge are read twice is the kernel's affair."""
+    batch, heads, n, dim = q.shape
+    return 4 * dim * batch * n**2 * sum(radius != CACHED for radius in _radii(policy, heads))
+
+
+def _radii(policy: Tensor, heads: int) -> list[int]:
+    """What the policy says of each head; as if all were full where it cannot be read."""
+    return [FULL] * heads if isinstance(policy, FakeTensor) or policy.is_meta else policy[:, 0].tolist()
+
+
+def _launch(
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    policy: Tensor,
+    residual: Tensor | None,
+    seen: Tensor | None,
+    visual: int,
+    visual_start: int,
+    scale: float,
+    *,
+    split: bool,
+) -> None:
+    batch, heads, n, dim = q.shape
+    _require(out, q, k, v, policy, residual, seen, visual, scale)
+    moved = [tensor for tensor in (out, q, k, v, residual) if tensor is not None]
+    unit = UNIT if all(stride % UNIT == 0 for tensor in moved for stride in tensor.stride()[:3]) else 1
+    described = unit == UNIT and all(_describable(tensor) for tensor in (q, k, v))
+    config = fused_table.chosen(dim, n, _architecture(q), described=described, spare=split or seen is not None)
+    width, tail = HEAD_DIMS[dim]
+    tma = config.variant != "pointers"
+    wide = tails = (q, k, v)
+    if tma:
+        wide, tails = (
+            tuple(
+                TensorDescriptor.from_tensor(tensor, [1, 1, rows, columns or width])
+                for tensor, rows in ((q, config.queries), (k, config.keys), (v, config.keys))
+            )
+            for columns in (width, tail)
+        )
+    blocks = -(-visual // config.queries) + -(-(n - visual) // config.queries)
+    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]  # Triton launches on the current device
+        arrow_kernel[blocks, heads, batch](
+            out, *wide, *tails, policy, residual, seen,
+            *(_strides(tensor, unit) for tensor in (out, q, k, v, residual)),
+            (0, 0) if seen is None else seen.stride(),
+            n, visual, visual_start, scale * math.log2(math.e),
+            UNIT=unit, DIM=dim, WIDTH=width, TAIL=tail, M=config.queries, T=config.keys,
+            TMA=tma, SPECIALISED=config.variant == "specialised", SPLIT=split,
+            num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def _require(
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    policy: Tensor,
+    residual: Tensor | None,
+    seen: Tensor | None,
+    visual: int,
+    scale: float,
+) -> None:
+    """The kernel itself would read and write anywhere."""
+    batch, heads, n, dim = q.shape
+    shapes = {"k": (k, q.shape), "v": (v, q.shape), "out": (out, q.shape), "policy": (policy, (heads, 2))}
+    if residual is not None:
+        shapes["residual"] = residual, (batch, heads, visual, dim)
+    if seen is not None:
+        shapes["seen"] = seen, (batch, n)
+    for name, (tensor, shape) in shapes.items():
+        dtype = {"policy": torch.int32, "seen": torch.bool}.get(name, q.dtype)
+        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != q.device:
+            got = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+            raise ValueError(f"{name}: got {got}, wanted {tuple(shape)} {dtype} on {q.device}")
+    if dim not in HEAD_DIMS or scale <= 0 or not policy.is_contiguous():
+        raise ValueError(
+            f"got head dim {dim}, scale {scale} and a policy with strides {policy.stride()}, wanted one of "
+            f"{', '.join(map(str, HEAD_DIMS))}, a scale above 0 and a contiguous policy"
+        )
+    rows = {"q": q, "k": k, "v": v, "out": out, **({} if residual is None else {"residual": residual})}
+    for name, tensor in rows.items():
+        if tensor.stride(-1) != 1:
+            raise ValueError(f"{name}: got strides {tensor.stride()}, wanted the last one to be 1")
+
+
+def _describable(tensor: Tensor) -> bool:
+    """Whether the hardware's descriptors can tell where its rows are; strides are multiples of UNIT already."""
+    return tensor.data_ptr() % 16 == 0 and all(tensor.stride()[:3])
+
+
+def _architecture(tensor: Tensor) -> tuple[int, int]:
+    """Compute capability; the interpreter takes the oldest."""
+    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (8, 0)
+
+
+def _strides(tensor: Tensor | None, unit: int) -> tuple[int, ...]:
+    """Of batch, head and row, in so many elements."""
+    return (0, 0, 0) if tensor is None else tuple(stride // unit for stride in tensor.stride()[:3])

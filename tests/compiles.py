@@ -1,0 +1,91 @@
+"""Compiles the fused kernel for GPUs that need not be there, and says what the machine code is like. Run as a program.
+
+Arguments: compute capability as a number, head dim, whether outputs come with residuals, whether keys are masked, whether one
+configuration is enough (0 or 1). Prints a list in JSON with what the table's configurations became. A program, since under the
+tests Triton interprets.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from arrowhead.kernels.fused_kernel import arrow_kernel
+from arrowhead.kernels.fused_table import AMPERE, HEAD_DIMS, HOPPER, SPECIALISED
+
+PROGRAMS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+COUNTED = ("HGMMA", "HMMA", "UTMALDG", "STL", "LDL")
+
+
+def source(dim, config, split, seen, unit=8, dtype="bf16"):
+    """The kernel with the types of its arguments, as a launch has them."""
+    width, tail = HEAD_DIMS[dim]
+    tma = config.variant != "pointers"
+    pointer, strides = f"*{dtype}", ("i32",) * 3
+
+    def operand(rows, columns):
+        return f"tensordesc<{dtype}[1, 1, {rows}, {columns}]>" if tma else pointer
+
+    types = {
+        "out": pointer,
+        **{name: operand(config.queries if name == "q" else config.keys, width) for name in "qkv"},
+        **{f"{name}_tail": operand(config.queries if name == "q" else config.keys, tail or width) for name in "qkv"},
+        "policy": "*i32",
+        "residual": pointer,
+        **({"seen": "*i1"} if seen else {}),
+        **{f"{name}_strides": strides for name in ("out", "q", "k", "v", "residual")},
+        "seen_strides": ("i32", "i32"),
+        **dict.fromkeys(["n", "visual", "visual_start"], "i32"),
+        "scale": "fp32",
+    }
+    constants = {
+        **({} if seen else {"seen": None}),
+        **{"UNIT": unit, "DIM": dim, "WIDTH": width, "TAIL": tail, "M": config.queries, "T": config.keys},
+        **{"TMA": tma, "SPECIALISED": config.variant == "specialised", "SPLIT": split},
+    }
+    names = arrow_kernel.arg_names
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if str(types.get(name)).startswith("*")}
+    return ASTSource(arrow_kernel, {name: types.get(name, "constexpr") for name in names}, constants, aligned)
+
+
+def report(capability, dim, config, split, seen):
+    """Registers, shared memory, seconds, and how often some instructions stand in the machine code."""
+    options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
+    compiled = triton.compile(source(dim, config, split, seen), target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder, "kernel.cubin")
+        binary.write_bytes(compiled.asm["cubin"])
+        code, usage = (
+            subprocess.run([PROGRAMS / "cuobjdump", what, binary], capture_output=True, text=True, check=True)
+            for what in ("-sass", "-res-usage")
+        )
+    return {
+        **asdict(config),
+        "capability": capability,
+        "dim": dim,
+        "split": split,
+        "seen": seen,
+        "registers": int(re.search(r"REG:(\d+)", usage.stdout + usage.stderr)[1]),
+        "shared": compiled.metadata.shared,
+        **{name: len(re.findall(rf"\b{name}\b", code.stdout)) for name in COUNTED},
+        "narrow": len(re.findall(r"\bLDGSTS\.E\.(?:U16|LTC)|\bLDG\.E\.U16", code.stdout)),
+        "wide": len(re.findall(r"\bLDGSTS\.E\.BYPASS\.128", code.stdout)),
+    }
+
+
+if __name__ == "__main__":
+    capability, dim, split, seen, fast = (int(argument) for argument in sys.argv[1:])
+    rows = [table[dim] for table in ([HOPPER, AMPERE] if capability >= 90 else [AMPERE])]
+    configs = [config for row in rows for config in ([row.spare] if split or seen else [row.short, row.long])]
+    if capability >= 90 and not split and not seen:
+        configs.append(SPECIALISED[dim])
+    if fast:
+        configs = configs[:1]
+    print(json.dumps([report(capability, dim, config, bool(split), bool(seen)) for config in dict.fromkeys(configs)]))

@@ -1,0 +1,74 @@
+"""What the fused kernel's tests give to its operators. Imports triton: skipped where it cannot be interpreted, nor run."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed: the fused kernel cannot run")
+if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("there is no device, and Triton was told not to interpret", allow_module_level=True)
+
+from arrowhead.kernels import fused_ops, reference
+from arrowhead.kernels.fused_table import CACHED, FULL, Config
+
+CUDA = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.float16) if CUDA else ("cpu", torch.float32)
+TOLERANCE = {torch.float32: 5e-6, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+SMALL = Config(16, 16, 4, 2)
+
+
+def close(got, wanted):
+    torch.testing.assert_close(got.float(), wanted.float(), atol=TOLERANCE[got.dtype], rtol=TOLERANCE[got.dtype])
+
+
+def inputs(tokens, radii, dim=64, batch=2, dtype=DTYPE, seed=0, adds=None):
+    """Everything that an operator takes, seen as processors make it: (B, H, N, D) views of (B, N, H, D).
+
+    `radii` are as the policy has them. The buffers hold noise, by which it is told who was left alone.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(length):
+        return torch.randn(batch, length, len(radii), dim, generator=generator).to(DEVICE, dtype).transpose(1, 2)
+
+    policy = torch.tensor([[radius, add] for radius, add in zip(radii, adds or [0] * len(radii), strict=True)])
+    return SimpleNamespace(
+        out=noise(tokens.total),
+        residual=noise(tokens.visual),
+        q=noise(tokens.total),
+        k=noise(tokens.total),
+        v=noise(tokens.total),
+        policy=policy.to(DEVICE, torch.int32),
+        seen=None,
+        scale=1.2 * dim**-0.5,
+        image=(tokens.visual, tokens.visual_slice.start),
+    )
+
+
+def attended(x, tokens, radii):
+    """What the oracle gives for a policy's radii, (B, H, N, D)."""
+    mask = None if x.seen is None else x.seen[:, None, None]
+    radii = [None if radius in {FULL, CACHED} else radius for radius in radii]
+    return reference.attend(x.q.float(), x.k.float(), x.v.float(), tokens, radii, x.scale, mask)
+
+
+def arrow(x, *, residual=True):
+    fused_ops.arrow(
+        x.out, x.q, x.k, x.v, x.policy, x.residual if residual else None, x.seen, *x.image, x.scale
+    )  # fmt: skip
+
+
+def full_and_residual(x):
+    fused_ops.full_and_residual(x.out, x.residual, x.q, x.k, x.v, x.policy, x.seen, *x.image, x.scale)
+
+
+def random_keys(tokens, radii, batch, seed=0):
+    """A mask of keys, (B, N), under which every query sees one: a text token, or one within every radius."""
+    seen = torch.rand(batch, tokens.total, generator=torch.Generator().manual_seed(seed)) < 0.5
+    if tokens.text:
+        seen[:, tokens.text_slice.start] = True
+    else:
+        seen[:, :: min([tokens.visual, *(radius for radius in radii if radius >= 0)]) + 1] = True
+    return seen.to(DEVICE)

@@ -246,7 +246,8 @@ def test_of_corrections_the_one_that_errs_least_in_detail_is_kept(family, correc
     found = plan.about["search"]
     assert 1 <= found["generations"] == len(generations) <= 1 + corrections
     assert len({tried.cells for _, tried in generations}) == len(generations)
-    errors, kept = min(generations, key=lambda each: each[0].detail)
+    doubt = {0.75: 1.0, 0.5: 1.05, 1.0: 1.05}  # of what is not the table's own
+    errors, kept = min(generations, key=lambda each: each[0].detail * doubt[each[1].about["search"]["feedback"]])
     assert plan.cells == kept.cells
     assert found["measured_error"] == pytest.approx(errors.error, rel=5e-3)
     assert found["measured_detail"] == pytest.approx(errors.detail, rel=5e-3)

@@ -177,7 +177,7 @@ def test_demo_writes_what_it_promises(tmp_path, monkeypatch):
     said = invoke("demo", "--out", tmp_path)
     assert said.startswith("You are looking at")
     assert {p.name for p in tmp_path.iterdir()} == {"dit", "mmdit32"}
-    for model, asks, sites, steps, images in (("dit", "class_labels", 16, 6, 6), ("mmdit32", "prompt", 12, 5, 3)):
+    for model, asks, steps, images in (("dit", "class_labels", 6, 6), ("mmdit32", "prompt", 5, 3)):
         folder = tmp_path / model
         assert {p.name for p in folder.iterdir()} == {"plan.json", "plan.png", "images.png", "results.json"}
         results = json.loads((folder / "results.json").read_text())
@@ -185,7 +185,7 @@ def test_demo_writes_what_it_promises(tmp_path, monkeypatch):
         measured = results["plans"]["a third"]
         assert results["images"] == images
         assert measured["flops"]["module"] == pytest.approx(strong.flops().module)
-        assert sum(measured["cells"].values()) == steps * sites
+        assert sum(measured["cells"].values()) == steps * len(strong.target.sites)
         reused = [paper_name(cell) for row in strong.cells for cell in row if isinstance(cell, Reuse)]
         assert reused
         assert {name: measured["cells"].get(name, 0) for name in set(reused)} == Counter(reused)

@@ -32,6 +32,8 @@ def attend(
             a head dimension that it refuses, no C++ compiler, more than 64 layouts.
     """
     _refuse(q, k, v)
+    if q.is_cpu:  # a third faster than through the strides that processors leave
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     score_mod = None if mask is None else _own_mask(mask.expand(*q.shape[:3], k.shape[2]))
     blocks = _block_mask(tokens, tuple(radii), q.device)
     tracked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))

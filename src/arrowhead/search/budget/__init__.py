@@ -32,6 +32,9 @@ if TYPE_CHECKING:  # diffusers takes seconds to import
 POWERS = (0.75, 1.0, 0.5)
 """Of the model's answers to errors: what a correction tries instead of the table's, the first ones first."""
 
+DOUBT = 0.05
+"""By so much an error in detail has to be smaller for another power to be taken: few images tell no smaller difference."""
+
 PRESETS = {"light": 0.03, "balanced": 0.07, "strong": 0.15}
 """Relative errors of the final latents."""
 
@@ -326,7 +329,8 @@ def _corrected(
 ) -> tuple[Plan, int]:
     """The plan that errs least in detail in a real generation, and how many there were.
 
-    Each granularity in question is tried as the table has it, and the better one with other powers of the model's answers.
+    Each granularity in question is tried as the table has it, and the better one with other powers of the model's answers, which
+    have to be better by more than chance.
     """
     table, tried = recording.table, list[tuple[float, Plan, Budget]]()
     refused: InputsInvalid | None = None
@@ -336,7 +340,7 @@ def _corrected(
         if not any(plan.cells == other.cells and plan.target == other.target for _, other, _ in tried):
             found = measured_errors(pipe, inputs, plan, recording.final)
             told = _told(plan, measured_error=_short(found.error), measured_detail=_short(found.detail))
-            tried.append((found.detail, told, each))
+            tried.append((found.detail * (1 if power == table.feedback else 1 + DOUBT), told, each))
 
     for granularity in budget.granularities[: 1 + budget.corrections]:
         try:

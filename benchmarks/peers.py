@@ -154,17 +154,23 @@ def images_of(name: budget.Name, setting: str, start: int) -> Tensor:
 
 
 @app.command(name="time")
-def time_all(name: budget.Name, rounds: int = 5, images: int = 4) -> None:
-    """Time beside `raw` all settings that were generated, in turn, one thread, each round in another order."""
+def time_all(name: budget.Name, rounds: int = 5, images: int = 4, only: budget.Only = None) -> None:
+    """Time beside `raw` all settings that were generated, in turn, one thread, each round in another order.
+
+    `only` some of them, in a run of their own, in which the others keep what they had; the result says which.
+    """
     torch.set_num_threads(1)
     work, order = work_of(name), random.Random(0)
-    settings = ["raw", *(setting for setting in SETTINGS if made(work / setting))]
+    before = json.loads((work / RATIOS).read_text()) if only else {"ratios": {}, "spread": {}}
+    settings = ["raw", *(setting for setting in only or SETTINGS if made(work / setting))]
     seconds_of(name, "raw", images)  # a warm-up
     found: list[dict[str, float]] = []
     for _ in range(rounds):
         order.shuffle(settings)
         found.append({setting: seconds_of(name, setting, images) for setting in settings})
-        (work / RATIOS).write_text(json.dumps({"images": images, "clock": "CPU time", **summary(found)}, indent=1))
+        timing = {"images": images, "clock": "CPU time", **summary(found), **({"in_a_run_of_their_own": only} if only else {})}
+        merged = {key: before[key] | timing[key] for key in ("ratios", "spread")}
+        (work / RATIOS).write_text(json.dumps(timing | merged, indent=1))
         typer.echo(f"round {len(found)} of {rounds}: raw {found[-1]['raw']:.2f} s")
 
 

@@ -329,8 +329,8 @@ def _corrected(
 ) -> tuple[Plan, int]:
     """The plan that errs least in detail in a real generation, and how many there were.
 
-    Each granularity in question is tried as the table has it, and the better one with other powers of the model's answers, which
-    have to be better by more than chance.
+    Each granularity in question is tried as the table has it, and the better one with other powers of the model's answers,
+    which have to be better by more than chance.
     """
     table, tried = recording.table, list[tuple[float, Plan, Budget]]()
     refused: InputsInvalid | None = None

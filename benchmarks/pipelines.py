@@ -133,9 +133,9 @@ def refusal(setting: Setting, *args: Any) -> str | None:
     """Why torch's backend does not run, in its words."""
     try:
         setting.taken(*args)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
     except RuntimeError as error:
-        if isinstance(error, torch.cuda.OutOfMemoryError):
-            raise
         return str(error).strip().splitlines()[0]
     return None
 

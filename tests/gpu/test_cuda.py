@@ -70,10 +70,8 @@ def test_the_fused_kernel_agrees_with_the_oracle(dtype, dim, tokens):
     assert torch.equal(residual[:, [0, 4]], left[:, [0, 4]])
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dim", [64, 72, 80, 96, 128])
-@pytest.mark.parametrize("tokens", [Tokens(1000, 77), Tokens(2300, 154, True)], ids=str)
-def test_every_shipped_configuration_agrees_with_the_oracle(dtype, dim, tokens, monkeypatch):
+def test_every_shipped_configuration_agrees_with_the_oracle(dim, monkeypatch):
     """Those that the table chooses without a mask or residuals to write, too, and those that nothing chooses yet."""
     pytest.importorskip("triton", reason="Triton is not installed: the fused kernel cannot run")
     from launches import arrow, attended, full_and_residual, inputs
@@ -84,8 +82,9 @@ def test_every_shipped_configuration_agrees_with_the_oracle(dtype, dim, tokens, 
     hopper = torch.cuda.get_device_capability()[0] == 9
     rows = [AMPERE[dim], *([HOPPER[dim]] if hopper else [])]
     configs = [config for row in rows for config in (row.short, row.long, row.spare)]
-    radii = [FULL, 0, tokens.visual // 8, 60]
-    x = inputs(tokens, radii, dim, dtype=dtype)
+    tokens = Tokens(2300, 154, True)
+    radii = [FULL, 0, 287, 60]
+    x = inputs(tokens, radii, dim, dtype=torch.bfloat16)
     wanted, whole = attended(x, tokens, radii), attended(x, tokens, [FULL] * 4)
     for config in dict.fromkeys([*configs, *([SPECIALISED[dim]] if hopper else [])]):
         monkeypatch.setattr(fused_table, "chosen", lambda *_, own=config, **__: own)

@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -63,10 +63,9 @@ class Case:
         return sum(kept) / len(kept) / self.tokens.total**2
 
 
-def cases(device: str) -> Iterator[Case]:
-    heads = BATCH_AND_HEADS[device][1]
-    for n in SIZES[device]:
-        for dim in HEAD_DIMS[device]:
+def cases(heads: int, sizes: Sequence[int], head_dims: Sequence[int]) -> Iterator[Case]:
+    for n in sizes:
+        for dim in head_dims:
             yield Case("dense", Tokens(n), dim, (None,) * heads)
             for part in (8, 16, 32):
                 yield Case(f"window N/{part}", Tokens(n), dim, (n // part,) * heads)
@@ -80,8 +79,8 @@ def on_backend(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v)
 
 
-def calls(case: Case, device: str) -> tuple[dict[str, Call], dict[str, Call]]:
-    """The baselines, and every kernel but the oracle."""
+def calls(case: Case, device: str, names: Sequence[str]) -> tuple[dict[str, Call], dict[str, Call]]:
+    """The baselines, and the kernels of these names."""
     batch, heads = BATCH_AND_HEADS[device]
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     shape = (batch, case.tokens.total, heads, case.head_dim)
@@ -92,7 +91,6 @@ def calls(case: Case, device: str) -> tuple[dict[str, Call], dict[str, Call]]:
             "cudnn": lambda: on_backend(SDPBackend.CUDNN_ATTENTION, q, k, v),
             "fa2": lambda: on_backend(SDPBackend.FLASH_ATTENTION, q, k, v),
         }
-    names = [name for name in dispatch.KERNELS if name != "reference"]
     kernels = {name: partial(dispatch.arrow, q, k, v, case.tokens, case.radii, kernel=name) for name in names}
     return baselines, dict[str, Call](kernels)
 
@@ -112,18 +110,26 @@ def seconds(call: Call, device: str) -> float:
     return begin.elapsed_time(end) / 1e4
 
 
-def measure(case: Case, device: str, rounds: int) -> Iterator[dict[str, Any]]:
-    """A row for each kernel."""
-    baselines, kernels = calls(case, device)
-    refused = {}
-    for name, call in [*kernels.items()]:
-        try:
-            call()
-        except KernelUnavailable as error:
-            refused[name] = str(error)
-            del kernels[name]
-    for call in baselines.values():
+def refusal(call: Call) -> str | None:
+    """Why a call cannot be made, in the words of whoever refuses it. The first call compiles."""
+    try:
         call()
+    except torch.AcceleratorError:  # nothing can be measured after it
+        raise
+    except Exception as error:  # torch, Triton and the compiler each have their own
+        kind = "" if isinstance(error, KernelUnavailable) else f"{type(error).__name__}: "
+        return kind + str(error)[:300]
+    return None
+
+
+def measure(case: Case, device: str, names: Sequence[str], rounds: int) -> Iterator[dict[str, Any]]:
+    """A row for each kernel."""
+    baselines, kernels = calls(case, device, names)
+    refused = {}
+    for name, call in (baselines | kernels).items():
+        if (why := refusal(call)) is not None:
+            refused[name] = why
+            (baselines if name in baselines else kernels).pop(name)
     taken = [{name: seconds(call, device) for name, call in (baselines | kernels).items()} for _ in range(rounds)]
     policy = {"radii": case.radii, "density": round(case.density, 4)}
     about = {"case": case.name, "tokens": case.tokens.visual, "text": case.tokens.text, "head_dim": case.head_dim, **policy}
@@ -169,28 +175,39 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     out: Annotated[Path | None, typer.Option(help="JSON file; results/kernels_DEVICE.json where it is not given")] = None,
     rounds: Annotated[int, typer.Option(help="rounds at 16384 tokens and above; four times as many below")] = 3,
+    size: Annotated[list[int] | None, typer.Option(help="some of the numbers of tokens; all where it is not given")] = None,
+    head_dim: Annotated[list[int] | None, typer.Option(help="some of the head dims; all where it is not given")] = None,
+    kernel: Annotated[
+        list[str] | None, typer.Option(help="some of the kernels; all but the oracle where it is not given")
+    ] = None,
 ) -> None:
-    """Measure, write the results, and draw them."""
+    """Measure, write the results after every case, and draw them. What a result file has of other cases is kept in it."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    on_cpu = f"CPU {platform.machine()}, one thread of {os.cpu_count()} cores, float32, process time"
-    rows: list[dict[str, Any]] = []
+    out = out or HERE / f"results/kernels_{device}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    sizes, dims = size or SIZES[device], head_dim or HEAD_DIMS[device]
+    names = kernel or [name for name in dispatch.KERNELS if name != "reference"]
+    found = json.loads(out.read_text())["rows"] if out.exists() else []
+    rows = [row for row in found if row["tokens"] not in sizes or row["head_dim"] not in dims or row["kernel"] not in names]
     with torch.no_grad():
-        for case in tqdm([*cases(device)], mininterval=10):
-            rows += measure(case, device, rounds if case.tokens.visual >= 16384 else 4 * rounds)
-    result = {
+        for case in tqdm([*cases(BATCH_AND_HEADS[device][1], sizes, dims)], mininterval=10):
+            rows += measure(case, device, names, rounds if case.tokens.visual >= 16384 else 4 * rounds)
+            out.write_text(json.dumps(about(device) | {"rows": rows}, indent=1) + "\n")
+    draw({"rows": rows}, out.with_suffix(".png"))
+
+
+def about(device: str) -> dict[str, Any]:
+    """How the rows were measured."""
+    on_cpu = f"CPU {platform.machine()}, one thread of {os.cpu_count()} cores, float32, process time"
+    return {
         "command": f"python benchmarks/kernels.py --device {device}",
         "date": datetime.now(UTC).date().isoformat(),
         "device": on_cpu if device == "cpu" else f"{torch.cuda.get_device_name()}, bfloat16, CUDA events",
         "baseline": "plain SDPA" if device == "cpu" else "SDPA by cuDNN and by FlashAttention 2",
         "batch_and_heads": BATCH_AND_HEADS[device],
         "versions": versions(),
-        "rows": rows,
     }
-    out = out or HERE / f"results/kernels_{device}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    draw(result, out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

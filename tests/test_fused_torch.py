@@ -159,7 +159,7 @@ def test_a_last_dimension_with_gaps_is_copied():
         ({"mask": (2, 2, 1, 25)}, "wanted a boolean mask of keys"),
         ({"mask": (25, 25)}, "wanted a boolean mask of keys"),
         ({"mask": (2, 1, 1, 25), "mask_dtype": DTYPE}, f"got a {DTYPE} mask"),
-        ({"gradient": True}, "got queries that require a gradient, wanted inference"),
+        ({"gradient": True}, "got queries, keys or values that require a gradient, wanted inference"),
     ],
 )
 def test_what_the_kernel_cannot_do_is_refused_and_auto_takes_another(change, said):
@@ -173,6 +173,31 @@ def test_what_the_kernel_cannot_do_is_refused_and_auto_takes_another(change, sai
     assert "chunked" in str(refused.value)
     assert dispatch.resolve("auto", q, scale, mask) == "chunked"
     dispatch.arrow(q, k, v, TOKENS, 3, scale=scale, mask=mask)
+
+
+@pytest.mark.parametrize("which", ["k", "v"])
+def test_no_gradient_is_lost_in_silence(which):
+    x = inputs(TOKENS, [FULL])
+    getattr(x, which).requires_grad_()
+    with pytest.raises(KernelUnavailable, match="require a gradient"):
+        dispatch.arrow(x.q, x.k, x.v, TOKENS, 3, kernel="fused")
+    with torch.no_grad():
+        dispatch.arrow(x.q, x.k, x.v, TOKENS, 3, kernel="fused")
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_tensors_of_inference_mode(mode):
+    with torch.inference_mode():
+        x = inputs(TOKENS, [FULL] * 3)
+    with mode():
+        q, k, v = x.q, x.k, x.v
+        close(*(dispatch.arrow(q, k, v, TOKENS, [None, 4, 9], kernel=kernel) for kernel in ("fused", "reference")))
+
+
+def test_every_policy_of_a_large_plan_is_copied_once():
+    radii = [(radius, None) for radius in range(57 * 50)]  # FLUX's sites in fifty steps
+    first, second = ([fused._policy(own, torch.device(DEVICE)) for own in radii] for _ in range(2))
+    assert all(a is b for a, b in zip(first, second, strict=True))
 
 
 @interpreted

@@ -70,6 +70,35 @@ def test_the_fused_kernel_agrees_with_the_oracle(dtype, dim, tokens):
     assert torch.equal(residual[:, [0, 4]], left[:, [0, 4]])
 
 
+@pytest.mark.parametrize("dim", [64, 72, 80, 96, 128])
+def test_every_shipped_configuration_agrees_with_the_oracle(dim, monkeypatch):
+    """Those that the table chooses without a mask or residuals to write, too, and those that nothing chooses yet."""
+    pytest.importorskip("triton", reason="Triton is not installed: the fused kernel cannot run")
+    from launches import arrow, attended, full_and_residual, inputs
+
+    from arrowhead.kernels import fused_table
+    from arrowhead.kernels.fused_table import AMPERE, FULL, HOPPER, SPECIALISED
+
+    hopper = torch.cuda.get_device_capability()[0] == 9
+    rows = [AMPERE[dim], *([HOPPER[dim]] if hopper else [])]
+    configs = [config for row in rows for config in (row.short, row.long, row.spare)]
+    tokens = Tokens(2300, 154, True)
+    radii = [FULL, 0, 287, 60]
+    x = inputs(tokens, radii, dim, dtype=torch.bfloat16)
+    wanted, whole = attended(x, tokens, radii), attended(x, tokens, [FULL] * 4)
+    for config in dict.fromkeys([*configs, *([SPECIALISED[dim]] if hopper else [])]):
+        monkeypatch.setattr(fused_table, "chosen", lambda *_, own=config, **__: own)
+        x.out.fill_(torch.nan)
+        arrow(x, residual=False)
+        torch.testing.assert_close(x.out.float(), wanted, rtol=2e-2, atol=2e-2, msg=lambda text, own=config: f"{own}: {text}")
+    for row in rows:
+        monkeypatch.setattr(fused_table, "chosen", lambda *_, own=row.spare, **__: own)
+        full_and_residual(x)
+        torch.testing.assert_close(x.out.float(), whole, rtol=2e-2, atol=2e-2)
+        left = (whole - wanted)[:, 1:, tokens.visual_slice]
+        torch.testing.assert_close(x.residual[:, 1:].float(), left, rtol=2e-2, atol=2e-2)
+
+
 def test_auto_takes_the_fused_kernel():
     pytest.importorskip("triton", reason="Triton is not installed: the fused kernel cannot run")
     if torch.cuda.get_device_capability() < (8, 0):

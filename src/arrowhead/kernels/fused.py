@@ -27,7 +27,7 @@ def attend(
     Raises:
         KernelUnavailable: the device, the dtype, the head dim, the scale or the mask is none for this kernel.
     """
-    reason = obstacle(q, scale, mask)
+    reason = obstacle(q, scale, mask, k, v)
     if reason is not None:
         raise KernelUnavailable(f'kernel="fused": {reason}, or use kernel="chunked" or "auto"')
     from arrowhead.kernels import fused_ops  # noqa: PLC0415 - it imports triton
@@ -40,15 +40,15 @@ def attend(
     return out
 
 
-def obstacle(q: Tensor, scale: float, mask: Tensor | None) -> str | None:
+def obstacle(q: Tensor, scale: float, mask: Tensor | None, *others: Tensor) -> str | None:
     """Why the kernel cannot run here, as got, wanted, remedy; None where it can.
 
-    `mask`, the model's own, has four dimensions or is None.
+    `mask`, the model's own, has four dimensions or is None; `others` are keys and values, where they are at hand.
     """
-    return next(_obstacles(q, scale, mask), None)
+    return next(_obstacles(q, scale, mask, others), None)
 
 
-def _obstacles(q: Tensor, scale: float, mask: Tensor | None) -> Iterator[str]:
+def _obstacles(q: Tensor, scale: float, mask: Tensor | None, others: Sequence[Tensor]) -> Iterator[str]:
     dtypes = [torch.bfloat16, torch.float16]
     if find_spec("triton") is None:
         yield "got no triton, wanted 3.6 or later; pip install arrowhead[gpu]"
@@ -71,13 +71,17 @@ def _obstacles(q: Tensor, scale: float, mask: Tensor | None) -> Iterator[str]:
             f"got a {mask.dtype} mask of shape {tuple(mask.shape)}, wanted a boolean mask of keys, (B, 1, 1, N); make it one "
             "that is the same for every head and query"
         )
-    if q.requires_grad and torch.is_grad_enabled():
-        yield "got queries that require a gradient, wanted inference; use torch.no_grad()"
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, *others)):
+        yield "got queries, keys or values that require a gradient, wanted inference; use torch.no_grad()"
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=2**14)  # a plan head by head has another policy for every site and step
 def _policy(radii: tuple[int | None, ...], device: torch.device) -> Tensor:
-    """(H, 2) int32, without residuals; kept, since copying to a device costs more than the kernel's launch."""
+    """(H, 2) int32, without residuals; kept, since copying to a device costs more than the kernel's launch.
+
+    From pinned memory, lest the copy wait for all that the device has queued.
+    """
     with torch.inference_mode(False):
         rows = [[FULL if radius is None else min(radius, 2**31 - 1), 0] for radius in radii]
-        return torch.tensor(rows, dtype=torch.int32, device=device)
+        made = torch.tensor(rows, dtype=torch.int32, pin_memory=device.type == "cuda")
+        return made.to(device, non_blocking=True)

@@ -10,7 +10,9 @@ from torch import nn
 
 from arrowhead.errors import InputsInvalid, UnsupportedPipeline
 from arrowhead.layout import Branches, BranchOrder, Kind, Site, Tokens, seen
-from arrowhead.models.families import FAMILIES, Family
+from arrowhead.models.families import FAMILIES
+from arrowhead.models.family import Family
+from arrowhead.models.refused import REFUSED
 from arrowhead.project import heads_apart
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
@@ -96,7 +98,12 @@ def find(pipe: "DiffusionPipeline", kinds: Collection[Kind] = ATTENTION) -> Mode
     ancestry = {cls.__name__ for cls in type(transformer).__mro__}
     family = next((f for f in FAMILIES if f.transformer in ancestry), None)
     if family is None:
-        raise UnsupportedPipeline(f"got {name} with a {type(transformer).__name__}; wanted one of {supported}")
+        why = next((f", which has {REFUSED[cls]}" for cls in ancestry if cls in REFUSED), "")
+        raise UnsupportedPipeline(f"got {name} with a {type(transformer).__name__}{why}; wanted one of {supported}")
+    if getattr(pipe, "transformer_2", None) is not None:
+        raise UnsupportedPipeline(
+            f"got {name} with a second transformer, which takes over in the middle; wanted one transformer for all steps"
+        )
     order = next((family.branch_order[c.__name__] for c in type(pipe).__mro__ if c.__name__ in family.branch_order), None)
     if order is None:
         raise UnsupportedPipeline(
@@ -129,16 +136,21 @@ def _sites(family: Family, root: nn.Module, kinds: Collection[Kind], prefix: str
 
 def _site(family: Family, path: str, module: Any) -> Site:
     joint = bool(re.fullmatch(family.joint_pattern, path))
-    out: Literal["all", "visual", "none"] = "none" if module.pre_only else "visual" if module.context_pre_only else "all"
     return Site(
         path,
         heads=module.heads,
         head_dim=module.to_q.out_features // module.heads,
         channels=module.to_q.in_features,
         joint=joint,
-        projects_out=out,
+        projects_out=_projected(module),
         heads_apart=heads_apart(module),
     )
+
+
+def _projected(module: Any) -> Literal["all", "visual", "none"]:
+    if getattr(module, "pre_only", False):
+        return "none"
+    return "visual" if getattr(module, "context_pre_only", False) else "all"
 
 
 def _feed_forward(_: Family, path: str, module: nn.Module) -> Site:

@@ -62,6 +62,8 @@ class SiteCall(ABC):
         """The arguments for these rows."""
 
         def part(value: Any) -> Any:
+            if isinstance(value, tuple):  # rotary embeddings: (B, N, C) each, or (N, C) for all samples
+                return tuple(part(item) if isinstance(item, Tensor) and item.ndim > 2 else item for item in value)
             return value[rows] if isinstance(value, Tensor) and value.ndim and value.shape[0] == self.batch else value
 
         if rows is None:

@@ -1,5 +1,6 @@
 """What has to be known about a family of models, and the ways in which families lay their tokens out and call for guidance."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -19,8 +20,9 @@ class Family:
     to the text, `feed_forward_pattern` for the image's feed-forwards, `block_pattern` for whole blocks; `branch_order` gives
     each pipeline class's order of the CFG branches in its batch, which no shape reveals; `tokens` counts them from a call's
     arguments; `guided` tells from the pipeline call's arguments whether there are both branches, `guidance_scale` how far
-    apart they are driven, and `refused` what of them cannot be compressed. `left_alone` says what of the transformer is
-    computed in every step, and `tested` which of the tests it goes through.
+    apart they are driven, and `refused` what of them cannot be compressed. `per_sample_pattern` names layers of a block that
+    multiply once for a sample rather than its tokens, `text_pattern` those that multiply the text's. `left_alone` says what
+    of the transformer is computed in every step, and `tested` which of the tests it goes through.
     """
 
     name: str
@@ -34,6 +36,8 @@ class Family:
     feed_forward_pattern: str = r"transformer_blocks\.\d+\.ff"
     block_pattern: str = r"(single_)?transformer_blocks\.\d+"
     guidance_scale: Callable[[Mapping[str, Any]], float] = lambda call: float(call["guidance_scale"])
+    per_sample_pattern: str = r"norm.*"
+    text_pattern: str = r".*context.*"
     refused: Callable[[Mapping[str, Any]], str | None] = lambda _: None
     left_alone: str = ""
     tested: Literal["all contracts", "essentials"] = "essentials"
@@ -67,6 +71,31 @@ def text_then_packed(_: Any, call: Mapping[str, Any]) -> Tokens:
     return Tokens(visual, text, text_first=True)
 
 
+def video_patches(transformer: Any, call: Mapping[str, Any]) -> Tokens:
+    """A video in patches, frame by frame, beside a text that is looked at."""
+    sizes = zip(call["hidden_states"].shape[2:], transformer.config.patch_size, strict=True)  # (B, C, F, H, W)
+    return Tokens(math.prod(size // patch for size, patch in sizes), text=call["encoder_hidden_states"].shape[1])
+
+
+def packed_beside_text(_: Any, call: Mapping[str, Any]) -> Tokens:
+    """Visual tokens that come as such, beside a text that is looked at."""
+    return Tokens(call["hidden_states"].shape[1], text=call["encoder_hidden_states"].shape[1])  # (B, V, C), (B, T, C)
+
+
+def text_then_frames(transformer: Any, call: Mapping[str, Any]) -> Tokens:
+    """The text before a video in patches, frame by frame."""
+    frames, _, height, width = call["hidden_states"].shape[1:]  # (B, F, C, H, W)
+    patch, in_time = transformer.config.patch_size, transformer.config.patch_size_t or 1
+    visual = -(-frames // in_time) * (height // patch) * (width // patch)
+    return Tokens(visual, text=call["encoder_hidden_states"].shape[1], text_first=True)
+
+
+def registers_then_patches(transformer: Any, call: Mapping[str, Any]) -> Tokens:
+    """Learnt tokens and the text before the image in square patches."""
+    before = transformer.register_tokens.shape[1] + call["encoder_hidden_states"].shape[1]
+    return replace(patches(transformer, call), text=before, text_first=True)
+
+
 def skipped_layers(call: Mapping[str, Any]) -> str | None:
     """SD3's guidance by skipped layers is a third call in some of the steps."""
     skips = call.get("skip_guidance_layers")
@@ -74,9 +103,10 @@ def skipped_layers(call: Mapping[str, Any]) -> str | None:
 
 
 def true_cfg(call: Mapping[str, Any]) -> bool:
-    """Guidance beside the distilled one, where there is something to guide away from."""
-    embedded = call["negative_prompt_embeds"] is not None and call["negative_pooled_prompt_embeds"] is not None
-    return call["true_cfg_scale"] > 1 and (call["negative_prompt"] is not None or embedded)
+    """Guidance beside the distilled one, where the pipeline has it and is given something to guide away from."""
+    names = ("negative_prompt_embeds", "negative_pooled_prompt_embeds")
+    embedded = all(call[name] is not None for name in names if name in call)
+    return call.get("true_cfg_scale", 1.0) > 1 and (call["negative_prompt"] is not None or embedded)
 
 
 def guidance_above_one(call: Mapping[str, Any]) -> bool:

@@ -39,6 +39,11 @@ class Model:
         return tuple(self.modules)
 
     @property
+    def steps(self) -> int:
+        """The denoising steps of the call that is running; one that starts from an image leaves the first ones out."""
+        return len(self.pipe.scheduler.timesteps) - (getattr(self.pipe.scheduler, "begin_index", None) or 0)
+
+    @property
     def latent_channels(self) -> int:
         """Channels of what the transformer takes as its input."""
         config: Any = self.transformer.config
@@ -153,10 +158,11 @@ def _projected(module: Any) -> Literal["all", "visual", "none"]:
     return "visual" if getattr(module, "context_pre_only", False) else "all"
 
 
-def _feed_forward(_: Family, path: str, module: nn.Module) -> Site:
+def _feed_forward(family: Family, path: str, module: nn.Module) -> Site:
     linears = [linear for linear in module.modules() if isinstance(linear, nn.Linear)]
     channels, weights = linears[0].in_features, sum(map(_size, linears))
-    return Site(path, 1, channels, channels, heads_apart=False, kind="feed_forward", weights=weights)
+    joint = bool(re.fullmatch(family.joint_pattern, path))
+    return Site(path, 1, channels, channels, joint, heads_apart=False, kind="feed_forward", weights=weights)
 
 
 def _cross_attention(_: Family, path: str, module: Any) -> Site:
@@ -171,9 +177,14 @@ def _block(family: Family, path: str, module: Any) -> Site:
     SD3's last block gives no text.
     """
     within = tuple(site for site, _ in _sites(family, module, EVERYTHING - {"block"}, f"{path}."))
-    elsewhere = (f"{path}.norm", *(f"{site.path}." for site in within))
-    names = {f"{path}.{name}": layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
-    own = {name: _size(layer) for name, layer in names.items() if not name.startswith(elsewhere)}
+    elsewhere = tuple(f"{site.path}." for site in within)
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
+    own = {
+        name: _size(layer)
+        for name, layer in layers.items()
+        if not (re.fullmatch(family.per_sample_pattern, name) or f"{path}.{name}".startswith(elsewhere))
+    }
+    of_text = sum(size for name, size in own.items() if re.fullmatch(family.text_pattern, name))
     return Site(
         path,
         heads=1,
@@ -182,8 +193,8 @@ def _block(family: Family, path: str, module: Any) -> Site:
         joint=any(site.joint for site in within) and not getattr(module, "context_pre_only", False),
         heads_apart=False,
         kind="block",
-        weights=sum(size for name, size in own.items() if "context" not in name),
-        text_weights=sum(size for name, size in own.items() if "context" in name),
+        weights=sum(own.values()) - of_text,
+        text_weights=of_text,
         within=within,
     )
 

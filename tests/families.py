@@ -56,7 +56,7 @@ def _finished(pipe: Any, dtype: torch.dtype) -> Any:
 
 
 def _inputs(dtype: torch.dtype, scale: str, mask: str | None, **common: Any) -> Callable[..., dict[str, Any]]:
-    """Of a pipeline whose guidance is named `scale`, and its prompts' masks `mask`: the prompt's last two tokens are padding."""
+    """Of a pipeline whose guidance is named `scale`, and prompts' masks `mask`: the prompt's last two tokens are padding."""
 
     def inputs(seed: int = 0, images: int = 1, guidance: float = 3.0, steps: int = 5, **more: Any) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(seed)

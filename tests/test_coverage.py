@@ -30,7 +30,7 @@ def walk():
         module = importlib.import_module(f"{package.__name__}.{info.name}")
         for name, cls in vars(module).items():
             own = inspect.isclass(cls) and cls.__module__ == module.__name__
-            if own and issubclass(cls, ModelMixin) and "Transformer" in name:
+            if own and issubclass(cls, ModelMixin):
                 found[name] = cls
     return found
 

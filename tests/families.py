@@ -14,6 +14,8 @@ from diffusers import (
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
     LTXPipeline,
     LTXVideoTransformer3DModel,
     QwenImagePipeline,
@@ -21,7 +23,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from pipelines import CAPTION, Bench, randomise
+from pipelines import CAPTION, POOLED, Bench, randomise
 
 from arrowhead.layout import Tokens
 from arrowhead.models import find
@@ -55,14 +57,18 @@ def _finished(pipe: Any, dtype: torch.dtype) -> Any:
     return pipe
 
 
-def _inputs(dtype: torch.dtype, scale: str, mask: str | None, **common: Any) -> Callable[..., dict[str, Any]]:
+def _inputs(
+    dtype: torch.dtype, scale: str, mask: str | None, pooled: bool = False, **common: Any
+) -> Callable[..., dict[str, Any]]:
     """Of a pipeline whose guidance is named `scale`, and prompts' masks `mask`: the prompt's last two tokens are padding."""
 
     def inputs(seed: int = 0, images: int = 1, guidance: float = 3.0, steps: int = 5, **more: Any) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(seed)
-        call = {}
+        call: dict[str, Any] = {}
         for prefix, shown in (("", TEXT - 2), ("negative_", TEXT)):
             call[f"{prefix}prompt_embeds"] = torch.randn(images, TEXT, CHANNELS, generator=generator).to(dtype)
+            if pooled:
+                call[f"{prefix}pooled_prompt_embeds"] = torch.randn(images, POOLED, generator=generator).to(dtype)
             if mask:
                 call[mask.format(prefix)] = torch.arange(TEXT).lt(shown).expand(images, TEXT)
         call |= {scale: guidance, "num_inference_steps": steps, "generator": generator, "output_type": "latent"}
@@ -106,6 +112,18 @@ def chroma(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     return FamilyBench(_finished(pipe, dtype), True, 4 * 5, inputs, TEXT, text_first=True, two_calls=True)
 
 
+def hunyuan_video(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
+    """Video before text, in two streams and then in one, padding masked; two calls."""
+    sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "num_layers": 1, "num_single_layers": 1}
+    text = {"text_embed_dim": CHANNELS, "pooled_projection_dim": POOLED, "num_refiner_layers": 1}
+    model = HunyuanVideoTransformer3DModel(in_channels=4, out_channels=4, rope_axes_dim=(2, 2, 4), **sizes, **text)
+    randomise(model, seed, SHARP)
+    pipe = HunyuanVideoPipeline(None, None, model, None, flow(), None, None)
+    size = {"height": 64, "width": 48, "num_frames": 5}
+    inputs = _inputs(dtype, "true_cfg_scale", "{}prompt_attention_mask", pooled=True, **size)
+    return FamilyBench(_finished(pipe, dtype), True, 2 * 4 * 3, inputs, TEXT, two_calls=True)
+
+
 def ltx(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     """Packed frames beside a text whose padding is masked; one batch, [uncond, cond], with rotary embeddings for each row."""
     sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "num_layers": 2, "cross_attention_dim": HEADS * DIM}
@@ -142,6 +160,7 @@ MORE: dict[str, Callable[..., FamilyBench]] = {
     "wan": wan,
     "qwen": qwen,
     "chroma": chroma,
+    "hunyuan_video": hunyuan_video,
     "ltx": ltx,
     "cogvideox": cogvideox,
     "aura_flow": aura_flow,

@@ -14,6 +14,7 @@ OBLONG = {  # what a call says, and how many visual tokens that is
     "wan": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
     "qwen": ({"height": 48, "width": 112}, 3 * 7),
     "chroma": ({"height": 48, "width": 112}, 3 * 7),
+    "hunyuan_video": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
     "ltx": ({"height": 160, "width": 96, "num_frames": 17}, 3 * 5 * 3),
     "cogvideox": ({"height": 48, "width": 80, "num_frames": 9}, 3 * 3 * 5),
     "aura_flow": ({"height": 48, "width": 112}, 3 * 7),

@@ -3,6 +3,7 @@
 from arrowhead.models.family import (
     NONE,
     Family,
+    frames_then_text,
     guidance_above_one,
     packed_beside_text,
     patches,
@@ -115,6 +116,18 @@ FAMILIES: tuple[Family, ...] = (
         tokens=video_patches,
         guided=guidance_above_one,
         left_alone="caption projection, step embeddings, output layer",
+    ),
+    Family(
+        name="HunyuanVideo",  # whose blocks give the video before the text
+        transformer="HunyuanVideoTransformer3DModel",
+        site_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
+        joint_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
+        block_pattern=NONE,
+        branch_order={"HunyuanVideoPipeline": "two_calls"},
+        tokens=frames_then_text,
+        guided=true_cfg,
+        guidance_scale=lambda call: float(call["true_cfg_scale"]),
+        left_alone="the text's refiner and feed-forwards, whole blocks and what of single-stream ones is no attention",
     ),
     Family(
         name="LTX-Video",

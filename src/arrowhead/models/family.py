@@ -77,6 +77,13 @@ def video_patches(transformer: Any, call: Mapping[str, Any]) -> Tokens:
     return Tokens(math.prod(size // patch for size, patch in sizes), text=call["encoder_hidden_states"].shape[1])
 
 
+def frames_then_text(transformer: Any, call: Mapping[str, Any]) -> Tokens:
+    """Video in patches, frame by frame, before the text."""
+    frames, height, width = call["hidden_states"].shape[2:]  # (B, C, F, H, W)
+    patch, in_time = transformer.config.patch_size, transformer.config.patch_size_t
+    return Tokens((frames // in_time) * (height // patch) * (width // patch), text=call["encoder_hidden_states"].shape[1])
+
+
 def packed_beside_text(_: Any, call: Mapping[str, Any]) -> Tokens:
     """Visual tokens that come as such, beside a text that is looked at."""
     return Tokens(call["hidden_states"].shape[1], text=call["encoder_hidden_states"].shape[1])  # (B, V, C), (B, T, C)

@@ -32,11 +32,11 @@ class FluxBench(Bench):
         return [block.attn for block in [*blocks.transformer_blocks, *blocks.single_transformer_blocks]]
 
 
-def flux(dtype: torch.dtype = torch.float64, seed: int = 0) -> FluxBench:
+def flux(dtype: torch.dtype = torch.float64, seed: int = 0, **more: Any) -> FluxBench:
     """Text before the image; with guidance two calls of the transformer a step, without it one."""
     config = {"num_layers": 1, "num_single_layers": 2, "num_attention_heads": 3, "attention_head_dim": 8, "in_channels": 16}
     texts = {"joint_attention_dim": CAPTION[1], "pooled_projection_dim": POOLED, "guidance_embeds": True}
-    model = FluxTransformer2DModel(patch_size=1, axes_dims_rope=(2, 2, 4), **config, **texts)
+    model = FluxTransformer2DModel(patch_size=1, axes_dims_rope=(2, 2, 4), **config | more, **texts)
     randomise(model, seed, sharp=(".attn.",))
     pipe = FluxPipeline(FlowMatchEulerDiscreteScheduler(shift=3.0), vae(seed + 1), None, None, None, None, model)
     pipe.to(dtype)

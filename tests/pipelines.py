@@ -74,16 +74,16 @@ def scheduler(**settings: Any) -> DPMSolverMultistepScheduler:
     return DPMSolverMultistepScheduler(**{"prediction_type": "v_prediction", **settings})
 
 
-def vae(seed: int) -> AutoencoderKL:
-    """Latents of 4 channels at half the size; one attention of its own, in the middle."""
+def vae(seed: int, **config: Any) -> AutoencoderKL:
+    """Latents of 4 channels, if not of more, at half the size; one attention of its own, in the middle."""
     model = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=(8, 8),
         layers_per_block=1,
-        latent_channels=4,
         norm_num_groups=4,
         scaling_factor=1.0,
+        **{"latent_channels": 4, **config},
     )
     randomise(model, seed)
     return model

@@ -6,6 +6,7 @@ pipeline, and takes it off again.
 
 from arrowhead import tiny
 from arrowhead.apply import Run, applied, apply, remove
+from arrowhead.models import supported
 from arrowhead.plan import Plan
 from arrowhead.search import Budget, Extent, Headwise, Table, calibrate, calibration_bytes, search, solve, sweep
 from arrowhead.tally import Summary
@@ -26,6 +27,7 @@ __all__ = [
     "remove",
     "search",
     "solve",
+    "supported",
     "sweep",
     "tiny",
 ]

@@ -127,7 +127,7 @@ class Run:
             return
         tokens = self._model.tokens(self._model.transformer_arguments(args, kwargs))
         if self._generation is None:
-            self.plan.require_call(len(self._model.pipe.scheduler.timesteps), tokens, self._branches.calls)
+            self.plan.require_call(self._model.steps, tokens, self._branches.calls)
             self._generation = Generation.begin(self._branches, tokens, self.kernel, self._tally)
         else:
             self._generation.advance(tokens)

@@ -45,6 +45,32 @@ def demo(out: Annotated[Path, typer.Option(help="folder for what is written")] =
 
 
 @app.command()
+def families(
+    markdown: Annotated[bool, typer.Option(help="as the README has it")] = False,
+) -> None:
+    """What is supported, and how far it is tested."""
+    columns = ["family", "pipelines", "compressed", "left alone", "CFG", "tests"]
+    rows = [
+        (
+            f"{s.family} ({s.transformer})",
+            ", ".join(s.pipelines),
+            ", ".join(kind.replace("_", "-") for kind in s.compressed),
+            s.left_alone,
+            s.cfg,
+            s.tested,
+        )
+        for s in ah.supported()
+    ]
+    if markdown:
+        typer.echo("\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows)))
+        return
+    table = Table(*columns, title="families", show_lines=True)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+@app.command()
 def search(
     model: ModelName,
     inputs: Inputs,

@@ -60,13 +60,17 @@ class SiteCall(ABC):
 
     def _of_rows(self, rows: slice | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments for these rows."""
-
-        def part(value: Any) -> Any:
-            return value[rows] if isinstance(value, Tensor) and value.ndim and value.shape[0] == self.batch else value
-
         if rows is None:
             return self.args, dict(self.kwargs)
-        return tuple(map(part, self.args)), {name: part(value) for name, value in self.kwargs.items()}
+        args = tuple(_part(value, rows, self.batch) for value in self.args)
+        return args, {name: _part(value, rows, self.batch) for name, value in self.kwargs.items()}
+
+
+def _part(value: Any, rows: slice, batch: int) -> Any:
+    """These rows of an argument that has all of the batch; so too in tuples, as of rotary embeddings, (B, N, C) each."""
+    if isinstance(value, tuple):  # those of (N, C) are for all samples
+        return tuple(_part(item, rows, batch) if isinstance(item, Tensor) and item.ndim > 2 else item for item in value)
+    return value[rows] if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch else value
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,11 @@ class SomeHeads:
         self._rows = list(heads)
         self._all: int = module.heads
 
+    @property
+    def inner_dim(self) -> int:
+        """The width of the heads that are projected, from which Qwen's processor takes a head's."""
+        return self._module.inner_dim // self._all * self.heads
+
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._module, name)
         return partial(self._project, value) if name in QKV and value is not None else value

@@ -1,98 +1,165 @@
 """The families table: for each transformer class, where attention sits and how its pipelines call it. Data, not code."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
-
-from arrowhead.layout import BranchOrder, Tokens
-
-
-@dataclass(frozen=True)
-class Family:
-    """What has to be known about a transformer class and its pipelines.
-
-    `site_pattern` is a regular expression for the module paths of the attention sites, `joint_pattern` for those of them that
-    attend over text and image together, `cross_pattern` for attention from the image to the text, `feed_forward_pattern` for
-    the image's feed-forwards, `block_pattern` for whole blocks; `branch_order` gives each pipeline class's order of the CFG
-    branches in its batch, which no shape reveals; `tokens` counts them from a call's arguments; `guided` tells from the
-    pipeline call's arguments whether there are both branches, `guidance_scale` how far apart they are driven, and `refused`
-    what of them cannot be compressed.
-    """
-
-    transformer: str
-    site_pattern: str
-    branch_order: Mapping[str, BranchOrder]
-    tokens: Callable[[Any, Mapping[str, Any]], Tokens]
-    guided: Callable[[Mapping[str, Any]], bool]
-    joint_pattern: str = ""
-    cross_pattern: str = r"(?!)"
-    feed_forward_pattern: str = r"transformer_blocks\.\d+\.ff"
-    block_pattern: str = r"(single_)?transformer_blocks\.\d+"
-    guidance_scale: Callable[[Mapping[str, Any]], float] = lambda call: float(call["guidance_scale"])
-    refused: Callable[[Mapping[str, Any]], str | None] = lambda _: None
-
-
-def _patches(transformer: Any, call: Mapping[str, Any]) -> Tokens:
-    height, width = call["hidden_states"].shape[-2:]  # (B, C, H, W)
-    patch = transformer.config.patch_size
-    return Tokens(visual=(height // patch) * (width // patch))
-
-
-def _patches_then_text(transformer: Any, call: Mapping[str, Any]) -> Tokens:
-    return replace(_patches(transformer, call), text=call["encoder_hidden_states"].shape[1])  # (B, T, C)
-
-
-def _text_then_packed(_: Any, call: Mapping[str, Any]) -> Tokens:
-    visual, text = call["hidden_states"].shape[1], call["encoder_hidden_states"].shape[1]  # (B, V, C), (B, T, C)
-    return Tokens(visual, text, text_first=True)
-
-
-def _skipped_layers(call: Mapping[str, Any]) -> str | None:
-    skips = call.get("skip_guidance_layers")
-    return None if skips is None else f"skip_guidance_layers={skips}, which calls the transformer once more in some steps"
-
-
-def _true_cfg(call: Mapping[str, Any]) -> bool:
-    embedded = call["negative_prompt_embeds"] is not None and call["negative_pooled_prompt_embeds"] is not None
-    return call["true_cfg_scale"] > 1 and (call["negative_prompt"] is not None or embedded)
-
-
-def _guidance_above_one(call: Mapping[str, Any]) -> bool:
-    return call["guidance_scale"] > 1
-
+from arrowhead.models.family import (
+    NONE,
+    Family,
+    frames_then_text,
+    guidance_above_one,
+    packed_beside_text,
+    patches,
+    patches_then_text,
+    registers_then_patches,
+    skipped_layers,
+    text_then_frames,
+    text_then_packed,
+    true_cfg,
+    video_patches,
+)
 
 FAMILIES: tuple[Family, ...] = (
     Family(
+        name="DiT",
+        tested="all contracts",
+        left_alone="class and step embeddings, output layer",
         transformer="DiTTransformer2DModel",
         site_pattern=r"transformer_blocks\.\d+\.attn1",
         branch_order={"DiTPipeline": "cond_first", "TinyDiTPipeline": "cond_first"},
-        tokens=_patches,
-        guided=_guidance_above_one,
+        tokens=patches,
+        guided=guidance_above_one,
     ),
     Family(
+        name="PixArt",
+        tested="all contracts",
+        left_alone="caption projection, step embeddings, output layer",
         transformer="PixArtTransformer2DModel",
         site_pattern=r"transformer_blocks\.\d+\.attn1",
         cross_pattern=r"transformer_blocks\.\d+\.attn2",
         branch_order={"PixArtAlphaPipeline": "uncond_first", "PixArtSigmaPipeline": "uncond_first"},
-        tokens=_patches_then_text,
-        guided=_guidance_above_one,
+        tokens=patches_then_text,
+        guided=guidance_above_one,
     ),
     Family(
+        name="SD3, SD3.5",
+        tested="all contracts",
+        left_alone="the text's own feed-forwards (but for whole blocks), embeddings",
         transformer="SD3Transformer2DModel",  # SD3.5 adds an image-only attn2 to some blocks
         site_pattern=r"transformer_blocks\.\d+\.attn2?",
         joint_pattern=r"transformer_blocks\.\d+\.attn",
-        branch_order={"StableDiffusion3Pipeline": "uncond_first", "TinyMMDiTPipeline": "uncond_first"},
-        tokens=_patches_then_text,
-        guided=_guidance_above_one,
-        refused=_skipped_layers,
+        branch_order=dict.fromkeys(
+            [
+                "StableDiffusion3Pipeline",
+                "StableDiffusion3Img2ImgPipeline",
+                "StableDiffusion3InpaintPipeline",
+                "StableDiffusion3ControlNetPipeline",
+                "TinyMMDiTPipeline",
+            ],
+            "uncond_first",
+        ),
+        tokens=patches_then_text,
+        guided=guidance_above_one,
+        refused=skipped_layers,
     ),
     Family(
+        name="FLUX.1",
+        tested="all contracts",
+        left_alone="the text's own feed-forwards (but for whole blocks), embeddings",
         transformer="FluxTransformer2DModel",  # single-stream blocks have no output projection of their own
         site_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
         joint_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
-        branch_order={"FluxPipeline": "two_calls"},
-        tokens=_text_then_packed,
-        guided=_true_cfg,
+        branch_order=dict.fromkeys(
+            [
+                "FluxPipeline",
+                "FluxImg2ImgPipeline",
+                "FluxInpaintPipeline",
+                "FluxFillPipeline",
+                "FluxControlPipeline",
+                "FluxControlNetPipeline",
+            ],
+            "two_calls",
+        ),
+        tokens=text_then_packed,
+        guided=true_cfg,
         guidance_scale=lambda call: float(call["true_cfg_scale"]),
+    ),
+    Family(
+        name="Chroma",
+        transformer="ChromaTransformer2DModel",
+        site_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
+        joint_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
+        branch_order={"ChromaPipeline": "two_calls", "ChromaImg2ImgPipeline": "two_calls"},
+        tokens=text_then_packed,
+        guided=guidance_above_one,
+        left_alone="the text's own feed-forwards (but for whole blocks), modulation, embeddings",
+    ),
+    Family(
+        name="Qwen-Image",
+        transformer="QwenImageTransformer2DModel",
+        site_pattern=r"transformer_blocks\.\d+\.attn",
+        joint_pattern=r"transformer_blocks\.\d+\.attn",
+        feed_forward_pattern=r"transformer_blocks\.\d+\.img_mlp",
+        per_sample_pattern=r"(img|txt)_mod.*",
+        text_pattern=r"txt_mlp.*",
+        branch_order={"QwenImagePipeline": "two_calls"},
+        tokens=text_then_packed,
+        guided=true_cfg,
+        guidance_scale=lambda call: float(call["true_cfg_scale"]),
+        left_alone="the text's own feed-forwards (but for whole blocks), embeddings",
+    ),
+    Family(
+        name="Wan 2.1",  # with a second transformer, as Wan 2.2 has it, a pipeline is refused
+        transformer="WanTransformer3DModel",
+        site_pattern=r"blocks\.\d+\.attn1",
+        cross_pattern=r"blocks\.\d+\.attn2",
+        feed_forward_pattern=r"blocks\.\d+\.ffn",
+        block_pattern=r"blocks\.\d+",
+        branch_order={"WanPipeline": "two_calls"},
+        tokens=video_patches,
+        guided=guidance_above_one,
+        left_alone="caption projection, step embeddings, output layer",
+    ),
+    Family(
+        name="HunyuanVideo",  # whose blocks give the video before the text
+        transformer="HunyuanVideoTransformer3DModel",
+        site_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
+        joint_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
+        block_pattern=NONE,
+        branch_order={"HunyuanVideoPipeline": "two_calls"},
+        tokens=frames_then_text,
+        guided=true_cfg,
+        guidance_scale=lambda call: float(call["true_cfg_scale"]),
+        left_alone="the text's refiner and feed-forwards, whole blocks and what of single-stream ones is no attention",
+    ),
+    Family(
+        name="LTX-Video",
+        transformer="LTXVideoTransformer3DModel",
+        site_pattern=r"transformer_blocks\.\d+\.attn1",
+        cross_pattern=r"transformer_blocks\.\d+\.attn2",
+        branch_order={"LTXPipeline": "uncond_first"},
+        tokens=packed_beside_text,
+        guided=guidance_above_one,
+        left_alone="caption projection, step embeddings, output layer",
+    ),
+    Family(
+        name="CogVideoX",  # whose blocks give the video before the text
+        transformer="CogVideoXTransformer3DModel",
+        site_pattern=r"transformer_blocks\.\d+\.attn1",
+        joint_pattern=r"transformer_blocks\.\d+\.(attn1|ff)",
+        block_pattern=NONE,
+        branch_order={"CogVideoXPipeline": "uncond_first"},
+        tokens=text_then_frames,
+        guided=guidance_above_one,
+        left_alone="whole blocks, embeddings, output layer",
+    ),
+    Family(
+        name="AuraFlow",
+        transformer="AuraFlowTransformer2DModel",
+        site_pattern=r"(joint|single)_transformer_blocks\.\d+\.attn",
+        joint_pattern=r"(joint|single)_transformer_blocks\.\d+\.attn|single_transformer_blocks\.\d+\.ff",
+        feed_forward_pattern=r"(joint|single)_transformer_blocks\.\d+\.ff",
+        block_pattern=r"(joint|single)_transformer_blocks\.\d+",
+        branch_order={"AuraFlowPipeline": "uncond_first"},
+        tokens=registers_then_patches,
+        guided=guidance_above_one,
+        left_alone="the text's own feed-forwards (but for whole blocks), embeddings",
     ),
 )

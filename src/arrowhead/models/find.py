@@ -10,7 +10,9 @@ from torch import nn
 
 from arrowhead.errors import InputsInvalid, UnsupportedPipeline
 from arrowhead.layout import Branches, BranchOrder, Kind, Site, Tokens, seen
-from arrowhead.models.families import FAMILIES, Family
+from arrowhead.models.families import FAMILIES
+from arrowhead.models.family import Family
+from arrowhead.models.refused import REFUSED
 from arrowhead.project import heads_apart
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
@@ -35,6 +37,11 @@ class Model:
     def sites(self) -> tuple[Site, ...]:
         """The sites in the order they run."""
         return tuple(self.modules)
+
+    @property
+    def steps(self) -> int:
+        """The denoising steps of the call that is running; one that starts from an image leaves the first ones out."""
+        return len(self.pipe.scheduler.timesteps) - (getattr(self.pipe.scheduler, "begin_index", None) or 0)
 
     @property
     def latent_channels(self) -> int:
@@ -96,7 +103,12 @@ def find(pipe: "DiffusionPipeline", kinds: Collection[Kind] = ATTENTION) -> Mode
     ancestry = {cls.__name__ for cls in type(transformer).__mro__}
     family = next((f for f in FAMILIES if f.transformer in ancestry), None)
     if family is None:
-        raise UnsupportedPipeline(f"got {name} with a {type(transformer).__name__}; wanted one of {supported}")
+        why = next((f", which has {REFUSED[cls]}" for cls in ancestry if cls in REFUSED), "")
+        raise UnsupportedPipeline(f"got {name} with a {type(transformer).__name__}{why}; wanted one of {supported}")
+    if getattr(pipe, "transformer_2", None) is not None:
+        raise UnsupportedPipeline(
+            f"got {name} with a second transformer, which takes over in the middle; wanted one transformer for all steps"
+        )
     order = next((family.branch_order[c.__name__] for c in type(pipe).__mro__ if c.__name__ in family.branch_order), None)
     if order is None:
         raise UnsupportedPipeline(
@@ -129,22 +141,28 @@ def _sites(family: Family, root: nn.Module, kinds: Collection[Kind], prefix: str
 
 def _site(family: Family, path: str, module: Any) -> Site:
     joint = bool(re.fullmatch(family.joint_pattern, path))
-    out: Literal["all", "visual", "none"] = "none" if module.pre_only else "visual" if module.context_pre_only else "all"
     return Site(
         path,
         heads=module.heads,
         head_dim=module.to_q.out_features // module.heads,
         channels=module.to_q.in_features,
         joint=joint,
-        projects_out=out,
+        projects_out=_projected(module),
         heads_apart=heads_apart(module),
     )
 
 
-def _feed_forward(_: Family, path: str, module: nn.Module) -> Site:
+def _projected(module: Any) -> Literal["all", "visual", "none"]:
+    if getattr(module, "pre_only", False):
+        return "none"
+    return "visual" if getattr(module, "context_pre_only", False) else "all"
+
+
+def _feed_forward(family: Family, path: str, module: nn.Module) -> Site:
     linears = [linear for linear in module.modules() if isinstance(linear, nn.Linear)]
     channels, weights = linears[0].in_features, sum(map(_size, linears))
-    return Site(path, 1, channels, channels, heads_apart=False, kind="feed_forward", weights=weights)
+    joint = bool(re.fullmatch(family.joint_pattern, path))
+    return Site(path, 1, channels, channels, joint, heads_apart=False, kind="feed_forward", weights=weights)
 
 
 def _cross_attention(_: Family, path: str, module: Any) -> Site:
@@ -159,9 +177,14 @@ def _block(family: Family, path: str, module: Any) -> Site:
     SD3's last block gives no text.
     """
     within = tuple(site for site, _ in _sites(family, module, EVERYTHING - {"block"}, f"{path}."))
-    elsewhere = (f"{path}.norm", *(f"{site.path}." for site in within))
-    names = {f"{path}.{name}": layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
-    own = {name: _size(layer) for name, layer in names.items() if not name.startswith(elsewhere)}
+    elsewhere = tuple(f"{site.path}." for site in within)
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
+    own = {
+        name: _size(layer)
+        for name, layer in layers.items()
+        if not (re.fullmatch(family.per_sample_pattern, name) or f"{path}.{name}".startswith(elsewhere))
+    }
+    of_text = sum(size for name, size in own.items() if re.fullmatch(family.text_pattern, name))
     return Site(
         path,
         heads=1,
@@ -170,8 +193,8 @@ def _block(family: Family, path: str, module: Any) -> Site:
         joint=any(site.joint for site in within) and not getattr(module, "context_pre_only", False),
         heads_apart=False,
         kind="block",
-        weights=sum(size for name, size in own.items() if "context" not in name),
-        text_weights=sum(size for name, size in own.items() if "context" in name),
+        weights=sum(own.values()) - of_text,
+        text_weights=of_text,
         within=within,
     )
 

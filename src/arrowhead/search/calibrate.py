@@ -80,7 +80,7 @@ class Calibration:
     @property
     def step_count(self) -> int:
         """The steps of the whole run."""
-        return len(self._model.pipe.scheduler.timesteps)
+        return self._model.steps
 
     def steps(self) -> Generator["Step", None, None]:
         """The denoising steps, one after another. Closing the iterator ends the pipeline's run where it is.

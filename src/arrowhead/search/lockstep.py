@@ -51,6 +51,7 @@ def _joined(first: SiteCall, second: SiteCall) -> SiteCall:
     """Both inputs of a site as one batch, the first call's rows first."""
 
     def both(a: Any, b: Any) -> Any:
+        a, b = _mask_beside(b, a), _mask_beside(a, b)
         if isinstance(a, Tensor) and isinstance(b, Tensor) and a.ndim and a.shape[0] == first.batch:
             return torch.cat([a, b])
         if not _alike(a, b):
@@ -63,6 +64,11 @@ def _joined(first: SiteCall, second: SiteCall) -> SiteCall:
     args = tuple(both(a, b) for a, b in zip(first.args, second.args, strict=True))
     kwargs = {name: both(value, second.kwargs[name]) for name, value in first.kwargs.items()}
     return replace(first, args=args, kwargs=kwargs)
+
+
+def _mask_beside(other: Any, own: Any) -> Any:
+    """Where one call alone brings a mask, all is seen in the other: Qwen leaves a mask out that hides nothing."""
+    return torch.ones_like(other) if own is None and isinstance(other, Tensor) and other.dtype == torch.bool else own
 
 
 def _alike(a: Any, b: Any) -> bool:

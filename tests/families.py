@@ -1,0 +1,167 @@
+"""Small pipelines of the families beyond DiT, PixArt, SD3 and FLUX: diffusers' classes, random weights, no text encoder."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from pipelines import CAPTION, POOLED, Bench, randomise
+
+from arrowhead.layout import Tokens
+from arrowhead.models import find
+
+TEXT, CHANNELS = CAPTION
+HEADS, DIM = 2, 8
+SHARP = (".attn1.", ".attn.")
+
+
+@dataclass
+class FamilyBench(Bench):
+    """`text_seen` are the text tokens that any site looks at, attending jointly or not."""
+
+    text_first: bool = False
+    text_seen: int = TEXT
+    two_calls: bool = False
+
+    @property
+    def attentions(self) -> list[Any]:
+        """In the order they run."""
+        return list(find(self.pipe).modules.values())
+
+    @property
+    def tokens(self) -> Tokens:
+        return Tokens(self.visual, self.text, self.text_first)
+
+
+def _finished(pipe: Any, dtype: torch.dtype) -> Any:
+    pipe.to(dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _inputs(
+    dtype: torch.dtype, scale: str, mask: str | None, pooled: bool = False, **common: Any
+) -> Callable[..., dict[str, Any]]:
+    """Of a pipeline whose guidance is named `scale`, and prompts' masks `mask`: the prompt's last two tokens are padding."""
+
+    def inputs(seed: int = 0, images: int = 1, guidance: float = 3.0, steps: int = 5, **more: Any) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(seed)
+        call: dict[str, Any] = {}
+        for prefix, shown in (("", TEXT - 2), ("negative_", TEXT)):
+            call[f"{prefix}prompt_embeds"] = torch.randn(images, TEXT, CHANNELS, generator=generator).to(dtype)
+            if pooled:
+                call[f"{prefix}pooled_prompt_embeds"] = torch.randn(images, POOLED, generator=generator).to(dtype)
+            if mask:
+                call[mask.format(prefix)] = torch.arange(TEXT).lt(shown).expand(images, TEXT)
+        call |= {scale: guidance, "num_inference_steps": steps, "generator": generator, "output_type": "latent"}
+        return call | common | more
+
+    return inputs
+
+
+def flow() -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(shift=3.0)
+
+
+def wan(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
+    """Frames × height × width beside a text; two calls."""
+    sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "num_layers": 2, "ffn_dim": 32, "freq_dim": 16}
+    model = WanTransformer3DModel(in_channels=4, out_channels=4, text_dim=CHANNELS, rope_max_seq_len=32, **sizes)
+    randomise(model, seed, SHARP)
+    pipe = WanPipeline(None, None, None, flow(), model)
+    inputs = _inputs(dtype, "guidance_scale", None, height=64, width=48, num_frames=5)
+    return FamilyBench(_finished(pipe, dtype), True, 2 * 4 * 3, inputs, two_calls=True)
+
+
+def qwen(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
+    """Text before image, padding masked; two calls."""
+    sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "num_layers": 2, "axes_dims_rope": (2, 2, 4)}
+    model = QwenImageTransformer2DModel(in_channels=16, out_channels=4, joint_attention_dim=CHANNELS, **sizes)
+    randomise(model, seed, SHARP)
+    pipe = QwenImagePipeline(flow(), None, None, None, model)
+    inputs = _inputs(dtype, "true_cfg_scale", "{}prompt_embeds_mask", height=64, width=80)
+    return FamilyBench(_finished(pipe, dtype), True, 4 * 5, inputs, TEXT, text_first=True, two_calls=True)
+
+
+def chroma(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
+    """FLUX's blocks, padding masked, with modulation from outside; two calls."""
+    sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "num_layers": 1, "num_single_layers": 1}
+    guide = {"approximator_num_channels": 16, "approximator_hidden_dim": 16, "approximator_layers": 1}
+    model = ChromaTransformer2DModel(in_channels=16, joint_attention_dim=CHANNELS, axes_dims_rope=(2, 2, 4), **sizes, **guide)
+    randomise(model, seed, SHARP)
+    pipe = ChromaPipeline(flow(), None, None, None, model)
+    inputs = _inputs(dtype, "guidance_scale", "{}prompt_attention_mask", height=64, width=80)
+    return FamilyBench(_finished(pipe, dtype), True, 4 * 5, inputs, TEXT, text_first=True, two_calls=True)
+
+
+def hunyuan_video(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
+    """Video before text, in two streams and then in one, padding masked; two calls."""
+    sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "num_layers": 1, "num_single_layers": 1}
+    text = {"text_embed_dim": CHANNELS, "pooled_projection_dim": POOLED, "num_refiner_layers": 1}
+    model = HunyuanVideoTransformer3DModel(in_channels=4, out_channels=4, rope_axes_dim=(2, 2, 4), **sizes, **text)
+    randomise(model, seed, SHARP)
+    pipe = HunyuanVideoPipeline(None, None, model, None, flow(), None, None)
+    size = {"height": 64, "width": 48, "num_frames": 5}
+    inputs = _inputs(dtype, "true_cfg_scale", "{}prompt_attention_mask", pooled=True, **size)
+    return FamilyBench(_finished(pipe, dtype), True, 2 * 4 * 3, inputs, TEXT, two_calls=True)
+
+
+def ltx(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
+    """Packed frames beside a text whose padding is masked; one batch, [uncond, cond], with rotary embeddings for each row."""
+    sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "num_layers": 2, "cross_attention_dim": HEADS * DIM}
+    model = LTXVideoTransformer3DModel(in_channels=4, out_channels=4, caption_channels=CHANNELS, **sizes)
+    randomise(model, seed, SHARP)
+    pipe = LTXPipeline(flow(), None, None, None, model)
+    inputs = _inputs(dtype, "guidance_scale", "{}prompt_attention_mask", height=128, width=96, num_frames=9)
+    return FamilyBench(_finished(pipe, dtype), False, 2 * 4 * 3, inputs)
+
+
+def cogvideox(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
+    """Text before frames through the same layers; one batch, [uncond, cond]."""
+    sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "num_layers": 2, "time_embed_dim": 8}
+    shape = {"sample_width": 6, "sample_height": 8, "sample_frames": 5, "max_text_seq_length": TEXT}
+    model = CogVideoXTransformer3DModel(in_channels=4, out_channels=4, text_embed_dim=CHANNELS, **sizes, **shape)
+    randomise(model, seed, SHARP)
+    pipe = CogVideoXPipeline(None, None, None, model, CogVideoXDDIMScheduler(prediction_type="v_prediction"))
+    inputs = _inputs(dtype, "guidance_scale", None, height=64, width=48, num_frames=5)
+    return FamilyBench(_finished(pipe, dtype), False, 2 * 4 * 3, inputs, TEXT, text_first=True)
+
+
+def aura_flow(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
+    """Registers and text before the image, in two streams and then in one; one batch, [uncond, cond]."""
+    sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "num_mmdit_layers": 1, "num_single_dit_layers": 1}
+    text = {"joint_attention_dim": CHANNELS, "caption_projection_dim": HEADS * DIM}
+    model = AuraFlowTransformer2DModel(sample_size=8, in_channels=4, out_channels=4, pos_embed_max_size=64, **sizes, **text)
+    randomise(model, seed, SHARP)
+    pipe = AuraFlowPipeline(None, None, None, model, flow())
+    inputs = _inputs(dtype, "guidance_scale", "{}prompt_attention_mask", height=64, width=80)
+    return FamilyBench(_finished(pipe, dtype), False, 4 * 5, inputs, TEXT + 8, text_first=True, text_seen=TEXT + 8)
+
+
+MORE: dict[str, Callable[..., FamilyBench]] = {
+    "wan": wan,
+    "qwen": qwen,
+    "chroma": chroma,
+    "hunyuan_video": hunyuan_video,
+    "ltx": ltx,
+    "cogvideox": cogvideox,
+    "aura_flow": aura_flow,
+}

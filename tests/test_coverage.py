@@ -1,0 +1,91 @@
+"""Every transformer that the installed diffusers has: covered, refused with a reason, or refused as unknown. None silently."""
+
+import importlib
+import inspect
+import pkgutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import diffusers
+import pytest
+from diffusers import ModelMixin
+from diffusers.models import transformers as package
+from torch import nn
+from typer.testing import CliRunner
+
+import arrowhead as ah
+from arrowhead import cli
+from arrowhead.errors import UnsupportedPipeline
+from arrowhead.models import find
+from arrowhead.models.families import FAMILIES
+from arrowhead.models.refused import REFUSED
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def walk():
+    """The transformers of the installed diffusers, by name."""
+    found = {}
+    for info in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"{package.__name__}.{info.name}")
+        for name, cls in vars(module).items():
+            own = inspect.isclass(cls) and cls.__module__ == module.__name__
+            if own and issubclass(cls, ModelMixin):
+                found[name] = cls
+    return found
+
+
+CLASSES = walk()
+COVERED = {family.transformer for family in FAMILIES}
+
+
+def test_the_walk_finds_transformers():
+    assert len(CLASSES) > 30
+    assert {"DiTTransformer2DModel", "FluxTransformer2DModel", "SanaTransformer2DModel"} <= CLASSES.keys()
+
+
+def test_what_is_covered_and_what_is_refused_exists():
+    assert CLASSES.keys() >= COVERED
+    assert REFUSED.keys() <= CLASSES.keys()
+    assert not COVERED & REFUSED.keys()
+    named = [name for family in FAMILIES for name in family.branch_order if not name.startswith("Tiny")]
+    assert [name for name in named if not hasattr(diffusers, name)] == []
+    assert len(named) == len({*named})
+
+
+@pytest.mark.parametrize("name", sorted(CLASSES.keys() - COVERED))
+def test_every_other_class_is_refused_by_name(name):
+    transformer = CLASSES[name].__new__(CLASSES[name])
+    nn.Module.__init__(transformer)
+    pipe = SimpleNamespace(transformer=transformer)
+    with pytest.raises(UnsupportedPipeline, match=f"with a {name}.*wanted one of.*DiTPipeline") as caught:
+        find(pipe)
+    assert REFUSED.get(name, "") in str(caught.value)
+
+
+def test_a_second_transformer_is_refused():
+    transformer = CLASSES["DiTTransformer2DModel"].__new__(CLASSES["DiTTransformer2DModel"])
+    nn.Module.__init__(transformer)
+    with pytest.raises(UnsupportedPipeline, match=r"second transformer.*wanted one"):
+        find(SimpleNamespace(transformer=transformer, transformer_2=transformer))
+
+
+def test_the_table_says_what_the_families_do():
+    table = {row.transformer: row for row in ah.supported()}
+    assert table.keys() == COVERED
+    assert all(row.pipelines and row.left_alone and row.tested and row.cfg for row in table.values())
+    assert table["DiTTransformer2DModel"].compressed == ("self_attention", "feed_forward", "block")
+    assert table["PixArtTransformer2DModel"].compressed == ("self_attention", "cross_attention", "feed_forward", "block")
+    assert table["FluxTransformer2DModel"].cfg == "two calls"
+
+
+def test_the_readme_has_the_table_as_the_command_prints_it():
+    printed = CliRunner().invoke(cli.app, ["families", "--markdown"])
+    assert printed.exit_code == 0
+    assert printed.output.strip() in README.read_text(encoding="utf-8")
+
+
+def test_the_command_shows_it():
+    shown = CliRunner().invoke(cli.app, ["families"], terminal_width=200)
+    assert shown.exit_code == 0
+    assert all(row.family.split(",")[0] in shown.output for row in ah.supported())

@@ -1,0 +1,147 @@
+"""The essential contracts of every family beyond the first four, on diffusers' own classes."""
+
+import pytest
+import torch
+from budget import final_latents
+from families import MORE
+from family_replay import RADII, random_cells, replaying
+from replay import assert_identical, distance, trace
+from torch.utils.flop_counter import FlopCounterMode
+from untouched import left_as_it_was
+
+import arrowhead as ah
+from arrowhead.apply import target_of
+from arrowhead.cost import projection_flops
+from arrowhead.layout import Tokens
+from arrowhead.methods import FULL
+from arrowhead.models import ATTENTION, EVERYTHING, find
+from arrowhead.models.families import FAMILIES
+from arrowhead.search import Headwise
+
+STEPS = 5
+INNER = EVERYTHING - {"block"}
+every_family = pytest.mark.parametrize("name", MORE)
+with_and_without = pytest.mark.parametrize("guidance", [3.0, 1.0], ids=["guided", "alone"])
+
+
+def plan_of(bench, model, cells, guided=True):
+    text = bench.text if all(site.kind == "self_attention" for site in model.sites) else bench.text_seen
+    tokens = Tokens(bench.visual, text, bench.text_first)
+    return ah.Plan(tuple(map(tuple, cells)), target_of(model), tokens, guided, calls=2 if guided and bench.two_calls else 1)
+
+
+def test_every_family_has_a_bench():
+    tested = {type(make().pipe.transformer).__name__ for make in MORE.values()}
+    assert tested == {family.transformer for family in FAMILIES if family.tested == "essentials"}
+
+
+@every_family
+@with_and_without
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_full_plan_changes_no_bit(name, guidance, dtype):
+    bench = MORE[name](dtype)
+    model = find(bench.pipe, INNER)
+    inputs = {"images": 2, "guidance": guidance}
+    untouched = trace(bench, bench.inputs(**inputs))
+    with (
+        left_as_it_was(bench, **inputs),
+        ah.applied(bench.pipe, plan_of(bench, model, [[FULL] * len(model.sites)] * STEPS, guidance > 1)) as run,
+    ):
+        assert_identical(trace(bench, bench.inputs(**inputs)), untouched)
+        assert run.summary().notes == ()
+
+
+@every_family
+@with_and_without
+@pytest.mark.parametrize("kinds", [ATTENTION, INNER, {"block"}], ids=["attention", "modules", "blocks"])
+@pytest.mark.parametrize("seed", range(3))
+def test_random_plans_are_what_a_replay_gives(name, guidance, kinds, seed):
+    bench = MORE[name]()
+    if kinds == {"block"} and not next(f for f in FAMILIES if f.transformer == type(bench.pipe.transformer).__name__).knows(
+        "block"
+    ):
+        pytest.skip("has no blocks that are sites")
+    model = find(bench.pipe, kinds)
+    cells, inputs = (
+        random_cells(seed, model.sites, STEPS, guidance > 1),
+        {"seed": seed, "images": 1 + seed, "guidance": guidance},
+    )
+    plan = plan_of(bench, model, cells, guidance > 1)
+    with ah.applied(bench.pipe, plan) as run:
+        given = trace(bench, bench.inputs(**inputs))
+        summary = run.summary()
+    with replaying(bench, model.modules, cells, guidance > 1) as sites:
+        wanted = trace(bench, bench.inputs(**inputs))
+    assert distance(given, wanted) < 1e-5
+    assert distance(given, trace(bench, bench.inputs(**inputs))) > 1e-2
+    assert {site.passed for site in sites} == {STEPS * plan.calls}  # every site is reached, in every call
+    assert sum(summary.cells.values()) == STEPS * len(model.sites) * plan.calls
+    assert summary.notes == ()
+    assert summary.flops.module == pytest.approx(plan.flops().module)
+    assert summary.peak_cache_bytes == max(plan.cache_bytes(1 + seed, 8))
+
+
+@every_family
+def test_what_sites_multiply_is_what_torch_counts(name, monkeypatch):
+    """Matrices alone: attention's own products are taken out."""
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda query, *_, **__: torch.zeros_like(query))
+    bench = MORE[name]()
+    model, counted = find(bench.pipe, EVERYTHING), {}
+    tokens = Tokens(bench.visual, bench.text_seen, bench.text_first)
+    rows = 1 if bench.two_calls else 2
+
+    def measured(site, own):
+        def forward(*args, **kwargs):
+            with FlopCounterMode(display=False) as counter:
+                out = own(*args, **kwargs)
+            counted.setdefault(site, counter.get_total_flops() / rows)
+            return out
+
+        return forward
+
+    for site, module in model.modules.items():
+        module.forward = measured(site, module.forward)
+    bench.pipe(**bench.inputs(steps=1))
+    for site, module in model.modules.items():
+        del module.forward
+        attended = sum(
+            4 * s.head_dim * tokens.visual * tokens.text for s in (site, *site.within) if s.kind == "cross_attention"
+        )
+        layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, torch.nn.Linear)]
+        of_samples = [layer for name, layer in layers if site.kind == "block" and ("norm" in name or "_mod" in name)]
+        once = sum(2 * layer.in_features * layer.out_features for layer in of_samples)
+        assert counted[site] == pytest.approx(projection_flops(site, tokens, site.heads) - attended + once), site.path
+
+
+@every_family
+@with_and_without
+@pytest.mark.parametrize(
+    "strategy", ["greedy", Headwise(radii=RADII, share_cfg=True, residual=True)], ids=["greedy", "headwise"]
+)
+def test_searches_compress_and_their_plans_run(name, strategy, guidance):
+    bench, inputs = MORE[name](), {"images": 2, "guidance": guidance}
+    with left_as_it_was(bench, **inputs):
+        plan = ah.search(bench.pipe, bench.inputs(**inputs), strategy=strategy, threshold=0.7, progress=False)
+    assert plan.tokens == bench.tokens
+    assert plan.flops().attention < 1
+    with ah.applied(bench.pipe, plan) as run:
+        bench.pipe(**bench.inputs(**inputs))
+        assert run.summary().flops.attention == pytest.approx(plan.flops().attention)
+        assert run.summary().notes == ()
+
+
+@every_family
+@with_and_without
+def test_a_budget_is_met(name, guidance):
+    bench, inputs = MORE[name](), {"images": 2, "guidance": guidance}
+    with left_as_it_was(bench, **inputs):
+        plan = ah.search(bench.pipe, bench.inputs(**inputs), budget=ah.Budget(transformer_flops=0.6), progress=False)
+    assert 0 < plan.about["search"]["transformer_flops"] <= 0.6
+    raw = final_latents(bench, bench.inputs(**inputs))
+    with ah.applied(bench.pipe, plan) as run:
+        left = final_latents(bench, bench.inputs(**inputs))
+        assert run.summary().flops.module == pytest.approx(plan.flops().module)
+        assert run.summary().notes == ()
+    error = ((left - raw).norm() / raw.norm()).item()
+    assert plan.about["search"]["measured_error"] == pytest.approx(error, rel=1e-2)
+    assert error > 0

@@ -1,0 +1,158 @@
+"""Pipelines of SD3, FLUX.1 and Chroma that start from an image, fill in a part of one, or are guided by a ControlNet."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from budget import flux
+from diffusers import FluxControlNetModel, SD3ControlNetModel
+from families import FamilyBench, chroma
+from family_replay import random_cells, replaying
+from pipelines import CAPTION, POOLED, randomise, sd3, vae
+from replay import assert_identical, distance, trace
+from test_families import INNER, plan_of
+from untouched import left_as_it_was
+
+import arrowhead as ah
+from arrowhead.errors import PlanMismatch
+from arrowhead.methods import FULL
+from arrowhead.models import find
+from arrowhead.models.families import FAMILIES
+
+TEXTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+STRENGTH, CALLED, STEPS = 0.8, 5, 4  # of 5 steps the last 4
+PARTS: dict[str, Callable[[int], dict[str, Any]]] = {  # what a call brings besides: of so many images
+    "image": lambda images: {"image": picture(images)},
+    "mask": lambda images: {"image": picture(images), "mask_image": torch.ones(images, 1, 16, 16).tril()},
+    "control": lambda images: {"control_image": picture(images)},
+}
+
+
+def picture(images):
+    return torch.rand(images, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def of_sd3(cls, parts, channels=4, controlnet=False):
+    base = sd3(num_layers=2, in_channels=channels, out_channels=channels)
+    more = {}
+    if controlnet:
+        sizes = {"num_attention_heads": 3, "attention_head_dim": 8, "num_layers": 1, "sample_size": 8, "in_channels": 4}
+        texts = {"joint_attention_dim": CAPTION[1], "caption_projection_dim": 24, "pooled_projection_dim": POOLED}
+        more["controlnet"] = SD3ControlNetModel(pos_embed_max_size=8, out_channels=4, **sizes, **texts)
+    names = dict.fromkeys((*TEXTS, "text_encoder_3", "tokenizer_3"))
+    return made(cls, base, channels, names | more, parts, FamilyBench(None, False, 16, None, CAPTION[0]))
+
+
+def of_flux(cls, parts, in_channels=16, controlnet=False, distilled=False):
+    base = flux(in_channels=in_channels, out_channels=16)
+    more = {}
+    if controlnet:
+        sizes = {"num_attention_heads": 3, "attention_head_dim": 8, "num_layers": 1, "num_single_layers": 1}
+        texts = {"joint_attention_dim": CAPTION[1], "pooled_projection_dim": POOLED, "guidance_embeds": True}
+        more["controlnet"] = FluxControlNetModel(in_channels=16, axes_dims_rope=(2, 2, 4), **sizes, **texts)
+    bench = FamilyBench(None, True, 16, None, CAPTION[0], text_first=True, two_calls=not distilled)
+    return made(cls, base, 4, dict.fromkeys(TEXTS) | more, parts, bench)
+
+
+def of_chroma(cls, parts):
+    bench = FamilyBench(None, True, 16, None, CAPTION[0], text_first=True, two_calls=True)
+    return made(cls, chroma(), 4, {"text_encoder": None, "tokenizer": None}, parts, bench)
+
+
+def made(cls, base, channels, more, parts, bench):
+    """The pipeline around the bench's transformer; `bench` says how its calls come."""
+    if "controlnet" in more:
+        randomise(more["controlnet"], 5, sharp=(".attn.",))
+    pipe = cls(
+        transformer=base.pipe.transformer,
+        scheduler=base.pipe.scheduler,
+        vae=vae(1, latent_channels=channels, shift_factor=0.1),
+        **more,
+    )
+    pipe.to(torch.float64)
+    pipe.set_progress_bar_config(disable=True)
+    taken = inspect.signature(cls.__call__).parameters
+
+    def inputs(seed=0, images=1, guidance=3.0, steps=CALLED, **others):
+        torch.manual_seed(seed)  # from which SD3's ControlNet pipeline draws its image's latents
+        call = base.inputs(seed=seed, images=images, guidance=guidance, steps=steps)
+        call |= {"height": 16, "width": 16, "strength": STRENGTH} | PARTS[parts](images)
+        return {name: value for name, value in call.items() if name in taken} | others
+
+    bench.pipe, bench.inputs = pipe, inputs
+    return bench
+
+
+VARIANTS: dict[str, tuple[Callable[..., FamilyBench], dict[str, Any]]] = {
+    "StableDiffusion3Img2ImgPipeline": (of_sd3, {"parts": "image"}),
+    "StableDiffusion3InpaintPipeline": (of_sd3, {"parts": "mask", "channels": 16}),
+    "StableDiffusion3ControlNetPipeline": (of_sd3, {"parts": "control", "controlnet": True}),
+    "FluxImg2ImgPipeline": (of_flux, {"parts": "image"}),
+    "FluxInpaintPipeline": (of_flux, {"parts": "mask"}),
+    "FluxFillPipeline": (of_flux, {"parts": "mask", "in_channels": 48, "distilled": True}),
+    "FluxControlPipeline": (of_flux, {"parts": "control", "in_channels": 32, "distilled": True}),
+    "FluxControlNetPipeline": (of_flux, {"parts": "control", "controlnet": True}),
+    "ChromaImg2ImgPipeline": (of_chroma, {"parts": "image"}),
+}
+FIRST = {"DiTPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline", "StableDiffusion3Pipeline", "FluxPipeline"}
+
+
+@pytest.fixture(params=VARIANTS)
+def bench(request):
+    make, how = VARIANTS[request.param]
+    return make(getattr(diffusers, request.param), **how)
+
+
+def steps_of(bench):
+    """That the pipeline runs."""
+    return STEPS if "strength" in bench.inputs() else CALLED
+
+
+def test_every_pipeline_is_tested():
+    named = {name for family in FAMILIES for name in family.branch_order if not name.startswith("Tiny")}
+    others = {name for family in FAMILIES if family.tested == "essentials" for name in list(family.branch_order)[:1]}
+    assert named == FIRST | others | VARIANTS.keys()
+
+
+@pytest.mark.parametrize("guidance", [3.0, 1.0], ids=["guided", "alone"])
+def test_plans_are_what_a_replay_gives(bench, guidance):
+    model, steps = find(bench.pipe, INNER), steps_of(bench)
+    guided = guidance > 1 and (bench.two_calls or not bench.text_first)
+    inputs = {"images": 2, "guidance": guidance}
+    untouched = trace(bench, bench.inputs(**inputs))
+    assert len(untouched.outputs) == steps * (2 if guided and bench.two_calls else 1)
+    full = plan_of(bench, model, [[FULL] * len(model.sites)] * steps, guided)
+    with left_as_it_was(bench, **inputs), ah.applied(bench.pipe, full):
+        assert_identical(trace(bench, bench.inputs(**inputs)), untouched)
+    cells = random_cells(3, model.sites, steps, guided)
+    plan = plan_of(bench, model, cells, guided)
+    with ah.applied(bench.pipe, plan) as run:
+        given = trace(bench, bench.inputs(**inputs))
+        assert run.summary().notes == ()
+        assert sum(run.summary().cells.values()) == steps * len(model.sites) * plan.calls
+    with replaying(bench, model.modules, cells, guided) as sites:
+        assert distance(given, trace(bench, bench.inputs(**inputs))) < 1e-5
+    assert {site.passed for site in sites} == {steps * plan.calls}
+    assert distance(given, untouched) > 1e-2
+
+
+@pytest.mark.parametrize("how", [{"threshold": 0.7}, {"budget": ah.Budget(module_flops=0.6)}], ids=["greedy", "budget"])
+def test_searches_know_the_steps(bench, how):
+    with left_as_it_was(bench):
+        plan = ah.search(bench.pipe, bench.inputs(), progress=False, **how)
+    assert plan.steps == steps_of(bench)
+    assert plan.flops().module < 0.95
+    with ah.applied(bench.pipe, plan) as run:
+        bench.pipe(**bench.inputs())
+        assert run.summary().flops.module == pytest.approx(plan.flops().module)
+
+
+def test_another_strength_is_refused():
+    make, how = VARIANTS["FluxImg2ImgPipeline"]
+    bench = make(diffusers.FluxImg2ImgPipeline, **how)
+    plan = ah.search(bench.pipe, bench.inputs(), threshold=0.7, progress=False)
+    with ah.applied(bench.pipe, plan), pytest.raises(PlanMismatch, match="plan is for 4 steps, pipeline runs 5"):
+        bench.pipe(**bench.inputs(strength=1.0))

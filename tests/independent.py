@@ -59,7 +59,7 @@ def renews(cell: Cell, what: tuple, heads: int) -> bool:
     if isinstance(cell, Reuse) or what in WHOLE:
         return not isinstance(cell, Reuse)
     method = by_head(cell, heads)[what[-1]]
-    return isinstance(method, Full) if what[0] == "residual" else not isinstance(method, Cached)
+    return method == Full() if what[0] == "residual" else not isinstance(method, Cached)
 
 
 def readers(column: tuple[Cell, ...], step: int, what: tuple, heads: int) -> list[Cell]:
@@ -106,9 +106,9 @@ def columns(draw: st.DrawFn, steps: int, heads: int | None = None, lines: bool =
 
 def _methods(before: list[list[Method]]) -> st.SearchStrategy[Method]:
     """What a head can do that did these before, in steps that were not reused; or what all of several can."""
-    radii = st.sampled_from(RADII)
-    kinds = [st.just(Full()), st.builds(Arrow, radii)]
-    kinds += [st.builds(Arrow, radii, st.just(True))] * all(Full() in seen for seen in before)
+    radii, precisions = st.sampled_from(RADII), st.sampled_from(["native", "native", "int8"])
+    kinds = [st.builds(Full, precisions), st.builds(Arrow, radii, st.just(False), precisions)]
+    kinds += [st.builds(Arrow, radii, st.just(True), precisions)] * all(Full() in seen for seen in before)
     kinds += [st.just(Cached())] * all(before)  # the first of them computed
     return st.one_of(kinds)
 

@@ -225,8 +225,9 @@ class Recorder:
     def _residuals_of(self, asked: AttentionCall, out: Tensor, passage: Passage) -> Iterator[Tensor]:
         heads, visual = range(passage.call.site.heads), passage.tokens.visual_slice
         for radius in self._radii:
-            band = bands(asked, heads, [radius] * len(heads), slice(None), passage)
-            count(passage, [Arrow(radius)] * len(heads), len(band), kernel_of(asked, passage))
+            methods = [Arrow(radius)] * len(heads)
+            band = bands(asked, heads, methods, slice(None), passage)
+            count(passage, methods, len(band), kernel_of(asked, passage, methods))
             yield out[:, :, visual] - band[:, :, visual]
 
     def _of_vector(self, probes: dict[str, Tensor], outputs: Sequence[Tensor], *, last: bool) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,21 @@ def dense_mask(tokens: Tokens, radius: int) -> torch.Tensor:
     return near | text[:, None] | text[None, :]
 
 
+def in_blocks(x: torch.Tensor, block: int) -> torch.Tensor:
+    """(…, N, D) to 255 levels in each block of tokens, the largest element of which is one of the two outermost."""
+    parts = []
+    for part in x.split(block, -2):
+        unit = part.abs().amax((-1, -2), keepdim=True) / 127
+        parts.append(torch.where(unit > 0, torch.round(part / unit) * unit, part))
+    return torch.cat(parts, -2)
+
+
+def in_int8(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What int8 leaves of queries and keys, (…, N, D): by blocks of 128 and 64 tokens, of the keys without their mean."""
+    q, k = q.float(), k.float()
+    return in_blocks(q, 128).double(), in_blocks(k - k.mean(-2, keepdim=True), 64).double()
+
+
 def by_head(cell: Attend, heads: int) -> tuple[Method, ...]:
     """What each head does."""
     return cell.method if isinstance(cell.method, tuple) else (cell.method,) * heads

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from independent import by_head, columns, dense_mask, few, token_layouts
+from independent import by_head, columns, dense_mask, few, in_int8, token_layouts
 from outside import heads_seen
 from pipelines import dit, sd3
 from replay import compressed, distance, trace
@@ -24,24 +24,13 @@ PRECISIONS = st.sampled_from(["native", "int8"])
 every_kernel = pytest.mark.parametrize("kernel", KERNELS)
 
 
-def rounded(x, block):
-    """(N, D) to 255 levels in each block, the largest element of which is one of the two outermost."""
-    parts = []
-    for part in x.split(block):
-        unit = part.abs().max() / 127
-        parts.append(torch.round(part / unit) * unit if unit > 0 else part)
-    return torch.cat(parts)
-
-
 def dense(q, k, v, tokens, radii, precisions, scale=None, mask=None):
     """Head by head, (B, H, N, D), in float64 but for what is rounded: queries by 128, keys by 64, without their mean."""
     out = torch.empty(q.shape, dtype=torch.float64)
     for b in range(len(q)):
         for h, (radius, precision) in enumerate(zip(radii, precisions, strict=True)):
-            queries, keys = q[b, h].float(), k[b, h].float()
-            if precision == "int8":
-                queries, keys = rounded(queries, 128), rounded(keys - keys.mean(0), 64)
-            scores = queries.double() @ keys.double().T * (q.shape[-1] ** -0.5 if scale is None else scale)
+            queries, keys = in_int8(q[b, h], k[b, h]) if precision == "int8" else (q[b, h].double(), k[b, h].double())
+            scores = queries @ keys.T * (q.shape[-1] ** -0.5 if scale is None else scale)
             scores = scores.masked_fill(~dense_mask(tokens, 10**6 if radius is None else radius), -torch.inf)
             if mask is not None:
                 own = mask.expand(*q.shape[:2], *scores.shape)[b, h]

@@ -138,7 +138,7 @@ EXTENTS = {
         "vectors": [0, -1, 1.5, True, None],
         "seed": [-1, 0.5, None, "0"],
         "kinds": [(), ("attention",), "block", ("block", "attention"), 3],
-        "precisions": [("int7",), ("native",), "int8", ("int8", "int4"), 8],
+        "precisions": [("int7",), ("native",), "int8", ("int8", "int4"), ("int8", "int8"), 8],
     }.items()
     for value in values
 }

@@ -46,9 +46,9 @@ class Extent:
             raise InputsInvalid(f"got radii={self.radii!r}, wanted numbers of tokens, 0 or more")
         if self.kinds is not None and (not isinstance(self.kinds, tuple | list) or not set() < set(self.kinds) <= EVERYTHING):
             raise InputsInvalid(f"got kinds={self.kinds!r}, wanted a tuple of some of {', '.join(sorted(EVERYTHING))}, or None")
-        others = set(get_args(Precision)) - {"native"}
-        if not isinstance(self.precisions, tuple | list) or not set(self.precisions) <= others:
-            raise InputsInvalid(f"got precisions={self.precisions!r}, wanted a tuple of some of {', '.join(sorted(others))}")
+        others = [precision for precision in get_args(Precision) if precision != "native"]
+        if not isinstance(self.precisions, tuple | list) or sorted(self.precisions) != sorted(set(self.precisions) & {*others}):
+            raise InputsInvalid(f"got precisions={self.precisions!r}, wanted a tuple of some of {', '.join(others)}, each once")
         if isinstance(self.feedback, bool) or not isinstance(self.feedback, int | float) or not 0 <= self.feedback <= 1:
             raise InputsInvalid(f"got feedback={self.feedback!r}, wanted a number from 0 to 1")
         if self.checkpoint and not self.gradients:

@@ -6,6 +6,7 @@ Nothing of the search is used here but its value types.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from arrowhead.layout import Branches, Site, Tokens
 from arrowhead.lifetimes import FOREVER, Residual, Writes
-from arrowhead.methods import AST, FORECAST, Arrow, Attend, Cached, Cell, Full, Reuse
+from arrowhead.methods import AST, FORECAST, Arrow, Attend, Cached, Cell, Full, Precision, Reuse
 from arrowhead.plan import Target
 from arrowhead.search.budget.given import Choices, Given
 from arrowhead.search.budget.table import Table
@@ -102,6 +103,7 @@ def synthetic(
     uneven: bool = False,
     regions: int = 1,
     blocks: bool = False,
+    precisions: tuple[Precision, ...] = (),
 ) -> Table:
     """Products at random, of sizes that differ from site to site by factors of up to ten, and grow with age.
 
@@ -136,15 +138,21 @@ def synthetic(
     branches = Branches("two_calls" if calls == 2 else "cond_first", guided)
     target = Target("Transformer", "Scheduler", {"shift": 3.0}, tuple(sites))
     other = 1e5 if feed_forward or blocks else 0.0
-    return Table(target, Tokens(64, text), branches, radii, ages, outputs, residuals, tuple(gains), 0.7, 96, other, 1, regions)
+    table = Table(target, Tokens(64, text), branches, radii, ages, outputs, residuals, tuple(gains), 0.7, 96, other, 1, regions)
+    if not precisions:
+        return table
+    roundings = torch.randn(steps, all_heads, len(precisions), ages + 1, pairs, samples, generator=draw)
+    roundings *= 0.1 * size[:, :, None]
+    return replace(table, precisions=precisions, roundings=roundings)
 
 
 @dataclass(frozen=True)
 class Past:
     """A column so far: its cells with what they write, what each gave, and the steps that can still be built on.
 
-    `output` is (step, radius, step of the residual added or None, whether that was shared, share) of what was computed last;
-    `full` is (step, whether it was shared, the residual's radius or None, whether for one branch) of the last full step.
+    `output` is (step, radius, step of the residual added or None, whether that was shared, share, precision) of what was
+    computed last; `full` is (step, whether it was shared, the residual's radius or None, whether for one branch) of the last
+    step that was full and native.
     `before` is the output before that, where a line may go through both.
     """
 
@@ -157,8 +165,9 @@ class Past:
 
 def described(output: tuple, step: int) -> Given:
     """What a step gives that gives this output."""
-    made, radius, residual, residual_shared, share = output
-    return Given(step - made, radius, None if residual is None else step - residual, residual_shared, share)
+    made, radius, residual, residual_shared, share, precision = output
+    lag = None if residual is None else step - residual
+    return Given(step - made, radius, lag, residual_shared, share, precision=precision)
 
 
 def continued(past: Past, choices: Choices) -> Iterator[Past]:
@@ -169,7 +178,7 @@ def continued(past: Past, choices: Choices) -> Iterator[Past]:
     def after(
         cell: Cell,
         output: tuple,
-        full: tuple,
+        full: tuple | None,
         writes: Writes = Writes(),  # noqa: B008, frozen
         before: tuple | None = None,
         line: bool = False,
@@ -180,26 +189,29 @@ def continued(past: Past, choices: Choices) -> Iterator[Past]:
         return Past((*past.spent, (cell, writes)), (*past.gave, given), output, full, before)
 
     for share in shares:
-        output = (step, None, None, False, share)
-        alike = choices.extrapolate and past.output is not None and past.output[1] is None and past.output[-1] == share
+        for other in choices.precisions:
+            yield after(Attend(Full(other), share), (step, None, None, False, share, other), past.full)
+        output = (step, None, None, False, share, "native")
+        alike = choices.extrapolate and past.output is not None and past.output[1] is None and past.output[4:] == output[4:]
         yield after(Attend(Full(), share), output, (step, share, None, False), before=past.output if alike else None)
         for radius in choices.radii if choices.residual else ():
             for half in (False, True) if choices.share_cfg and not share else (False,):
                 kept = Writes(residuals=(Residual(radius, FOREVER, conditional_only=half),))
                 yield after(Attend(Full(), share), output, (step, share, radius, half), kept)
-    if past.full is None:
+    if past.output is None:
         return
-    made, full_shared, radius, half = past.full
+    made, full_shared, radius, half = past.full or (step, False, None, False)
     residual = radius is not None and step - made <= choices.ages
     oldest = min(past.output[0], past.output[0] if past.output[2] is None else past.output[2])
     output_there = step - oldest <= choices.ages
     if not residual and not output_there:
         return
-    for share in shares:
+    for share, precision in product(shares, ("native", *choices.precisions)):
         for own in () if residual else choices.radii:
-            yield after(Attend(Arrow(own), share), (step, own, None, False, share), past.full)
+            yield after(Attend(Arrow(own, False, precision), share), (step, own, None, False, share, precision), past.full)
         if residual and (share or not half):
-            yield after(Attend(Arrow(radius, True), share), (step, radius, made, full_shared, share), past.full)
+            output = (step, radius, made, full_shared, share, precision)
+            yield after(Attend(Arrow(radius, True, precision), share), output, past.full)
     if choices.reuse and output_there:
         yield after(AST, past.output, past.full, before=past.before)
         if past.before is not None and step - past.before[0] <= choices.ages:
@@ -215,12 +227,16 @@ def every_column(choices: Choices, steps: int) -> list[Past]:
 
 @dataclass(frozen=True)
 class Made:
-    """An output: of which step, of which radius (None: full), whether one branch's for both; so too the residual it has."""
+    """An output: of which step, of which radius (None: full), whether one branch's for both; so too the residual it has.
+
+    And of which precision.
+    """
 
     step: int
     radius: int | None = None
     shared: bool = False
     added: tuple[int, bool] | None = None
+    precision: Precision = "native"
 
 
 def damages_of(table: Table, heads: Sequence[int], column: Sequence[Cell]) -> list[float]:
@@ -236,6 +252,9 @@ def damages_of(table: Table, heads: Sequence[int], column: Sequence[Cell]) -> li
         for own in branches:
             source = 2 if made.shared and own else own
             found += outputs[step, step - made.step, source]
+            if made.precision != "native":
+                which = table.precisions.index(made.precision)
+                found += table.roundings[step, list(heads), which, step - made.step, source].double().sum(0)
             if made.radius is not None:
                 radius = table.radii.index(made.radius)
                 found -= residuals[step, radius, step - made.step, source]
@@ -268,10 +287,10 @@ def damages_of(table: Table, heads: Sequence[int], column: Sequence[Cell]) -> li
             if isinstance(cell.method, Cached):
                 whole = replace(made, shared=made.shared or cell.share_cfg)  # it then serves both branches
             else:
-                if isinstance(cell.method, Full):
+                if cell.method == Full():
                     full = (step, cell.share_cfg)
                 radius, residual = getattr(cell.method, "radius", None), getattr(cell.method, "residual", False)
-                made = whole = Made(step, radius, cell.share_cfg, full if residual else None)
+                made = whole = Made(step, radius, cell.share_cfg, full if residual else None, cell.method.precision)
         so_far = summed(whole.step, step - 1, whole, line)
         found.append(max((summed(whole.step, step, whole, line) - so_far).item(), 0.0))
     return found

@@ -27,6 +27,21 @@ def dense_mask(tokens: Tokens, radius: int) -> torch.Tensor:
     return near | text[:, None] | text[None, :]
 
 
+def in_blocks(x: torch.Tensor, block: int) -> torch.Tensor:
+    """(…, N, D) to 255 levels in each block of tokens, the largest element of which is one of the two outermost."""
+    parts = []
+    for part in x.split(block, -2):
+        unit = part.abs().amax((-1, -2), keepdim=True) / 127
+        parts.append(torch.where(unit > 0, torch.round(part / unit) * unit, part))
+    return torch.cat(parts, -2)
+
+
+def in_int8(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What int8 leaves of queries and keys, (…, N, D): by blocks of 128 and 64 tokens, of the keys without their mean."""
+    q, k = q.float(), k.float()
+    return in_blocks(q, 128).double(), in_blocks(k - k.mean(-2, keepdim=True), 64).double()
+
+
 def by_head(cell: Attend, heads: int) -> tuple[Method, ...]:
     """What each head does."""
     return cell.method if isinstance(cell.method, tuple) else (cell.method,) * heads
@@ -59,7 +74,7 @@ def renews(cell: Cell, what: tuple, heads: int) -> bool:
     if isinstance(cell, Reuse) or what in WHOLE:
         return not isinstance(cell, Reuse)
     method = by_head(cell, heads)[what[-1]]
-    return isinstance(method, Full) if what[0] == "residual" else not isinstance(method, Cached)
+    return method == Full() if what[0] == "residual" else not isinstance(method, Cached)
 
 
 def readers(column: tuple[Cell, ...], step: int, what: tuple, heads: int) -> list[Cell]:
@@ -106,9 +121,9 @@ def columns(draw: st.DrawFn, steps: int, heads: int | None = None, lines: bool =
 
 def _methods(before: list[list[Method]]) -> st.SearchStrategy[Method]:
     """What a head can do that did these before, in steps that were not reused; or what all of several can."""
-    radii = st.sampled_from(RADII)
-    kinds = [st.just(Full()), st.builds(Arrow, radii)]
-    kinds += [st.builds(Arrow, radii, st.just(True))] * all(Full() in seen for seen in before)
+    radii, precisions = st.sampled_from(RADII), st.sampled_from(["native", "native", "int8"])
+    kinds = [st.builds(Full, precisions), st.builds(Arrow, radii, st.just(False), precisions)]
+    kinds += [st.builds(Arrow, radii, st.just(True), precisions)] * all(Full() in seen for seen in before)
     kinds += [st.just(Cached())] * all(before)  # the first of them computed
     return st.one_of(kinds)
 

@@ -51,7 +51,7 @@ def attended(x, tokens, radii):
     """What the oracle gives for a policy's radii, (B, H, N, D)."""
     mask = None if x.seen is None else x.seen[:, None, None]
     radii = [None if radius in {FULL, CACHED} else radius for radius in radii]
-    return reference.attend(x.q.float(), x.k.float(), x.v.float(), tokens, radii, x.scale, mask)
+    return reference.attend(x.q.float(), x.k.float(), x.v.float(), tokens, radii, ["native"] * len(radii), x.scale, mask)
 
 
 def arrow(x, *, residual=True):

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from budget import FluxBench, final_latents, tokens_of
-from independent import by_head, dense_mask
+from independent import by_head, dense_mask, in_int8
 from pipelines import Bench
 from torch import Tensor, nn
 
 from arrowhead.layout import Tokens
-from arrowhead.methods import Arrow, Cached, Cell, Full, Reuse
+from arrowhead.methods import Arrow, Cached, Cell, Reuse
 
 
 def site_modules(bench: Bench) -> dict[str, nn.Module]:
@@ -100,6 +100,7 @@ class Seen:
     calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = field(default_factory=list)  # of each step
     full: list[dict[str, Tensor]] = field(default_factory=list)
     bands: list[dict[tuple[str, int], Tensor]] = field(default_factory=list)  # site, radius
+    eights: list[dict[str, Tensor]] = field(default_factory=list)  # what int8 changes of full attention
     final: Tensor = field(default_factory=lambda: torch.empty(0))
 
     @classmethod
@@ -114,6 +115,7 @@ class Seen:
                 seen.calls.append([])
                 seen.full.append({})
                 seen.bands.append({})
+                seen.eights.append({})
             seen.calls[-1].append((args, dict(kwargs)))
             count += 1
 
@@ -123,6 +125,9 @@ class Seen:
                 tokens = tokens_of(bench)
                 tokens = tokens if q.shape[2] == tokens.total else Tokens(tokens.visual)
                 found += [(seen.bands[-1], (path, radius), banded(q, k, v, tokens, radius)) for radius in radii]
+                everywhere = tokens.visual + tokens.text
+                eight = banded(*in_int8(q, k), v.double(), tokens, everywhere) - banded(q, k, v, tokens, everywhere)
+                found.append((seen.eights[-1], path, eight.to(out.dtype)))
             for where, key, value in found:
                 where[key] = torch.cat([where[key], value]) if key in where else value.clone()
             return out
@@ -200,12 +205,15 @@ class Seen:
                     value = shared(self.bands[step][path, method.radius][:, head]).clone()
                     if method.residual:
                         value[:, visual] += shared(residuals[head, method.radius])
+                elif method.precision != "native":
+                    value = shared(full[:, head]).clone()
                 else:
-                    assert method == Full()
                     value = shared(full[:, head])
                     for (own, radius), band in self.bands[step].items():
                         if own == path:
                             residuals[head, radius] = shared(full[:, head] - band[:, head])[:, visual]
+                if method.precision != "native":  # of an arrow as of full attention, which is how a table takes it
+                    value += shared(self.eights[step][path][:, head])
                 out[:, head] = kept[head] = value
             given.append(out)
             computed.append((step, cell.share_cfg, out))

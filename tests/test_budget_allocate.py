@@ -30,6 +30,7 @@ def tables(draw, **fixed):
     sizes = {"steps": draw(st.integers(2, 6)), "count": draw(st.integers(1, 3)), "heads": draw(st.sampled_from([1, 2, 4]))}
     sizes |= {"ages": draw(st.integers(1, 3)), "radii": draw(st.sampled_from([(6,), (12, 3)]))}
     sizes |= {"guided": draw(st.booleans()), "feed_forward": draw(st.booleans()), "text": draw(st.sampled_from([0, 5]))}
+    sizes |= {"precisions": draw(st.sampled_from([(), ("int8",)]))}
     table = synthetic(draw(st.integers(0, 2**32)), **sizes | fixed)
     kinds = st.fixed_dictionaries(
         {
@@ -43,7 +44,7 @@ def tables(draw, **fixed):
     return replace(table, target=replace(table.target, sites=tuple(chosen)))
 
 
-WHAT = st.fixed_dictionaries({name: st.booleans() for name in ("share_cfg", "residual", "reuse", "extrapolate")})
+WHAT = st.fixed_dictionaries({name: st.booleans() for name in ("share_cfg", "residual", "reuse", "extrapolate", "precision")})
 
 
 def budget_of(measure, value=1.0, **settings):
@@ -78,8 +79,11 @@ def site_damage(table, site, column):
 
 def every_column_of(table, site, what):
     """All that may be chosen, over three steps."""
+    attends, open_to_all = site.kind == "self_attention", {name: value for name, value in what.items() if name != "precision"}
     share = what["share_cfg"] and table.branches.guided
-    choices = Choices(table.radii if site.kind == "self_attention" else (), table.ages, **what | {"share_cfg": share})
+    precisions = table.precisions if attends and what["precision"] else ()
+    radii = table.radii if attends else ()
+    choices = Choices(radii, table.ages, **open_to_all | {"share_cfg": share}, precisions=precisions)
     return list(dict.fromkeys(tuple(cell for cell, _ in past.spent) for past in every_column(choices, 3)))
 
 
@@ -353,6 +357,12 @@ def test_what_may_not_be_chosen_is_not():
     assert len(set(in_step.cells)) > 1
     assert not {"AST", "cached"} & set(ah.solve(table, ah.Budget(module_flops=0.6, reuse=False)).count_heads())
     assert "WA-RS" not in ah.solve(table, ah.Budget(module_flops=0.4, residual=False)).count_heads()
+    eight = synthetic(5, steps=8, count=4, heads=2, radii=(12, 4), precisions=("int8",))
+    used = [set(ah.solve(eight, ah.Budget(attention_flops=0.5, precision=may)).count_heads()) for may in (True, False)]
+    assert [any("int8" in name for name in names) for names in used] == [True, False]
+    without = replace(eight, precisions=(), roundings=None)
+    half = ah.Budget(attention_flops=0.5)
+    assert ah.solve(eight, replace(half, precision=False)).cells == ah.solve(without, half).cells
     alone = ah.solve(table, ah.Budget(module_flops=0.4, share_cfg=False))
     assert not any(getattr(cell, "share_cfg", False) for row in alone.cells for cell in row)
     unguided = ah.solve(synthetic(5, guided=False), ah.Budget(module_flops=0.5))

@@ -8,7 +8,7 @@ from untouched import left_as_it_was
 
 import arrowhead as ah
 from arrowhead.errors import InputsInvalid, UnsupportedPipeline
-from arrowhead.methods import AST, FULL, Arrow, Attend
+from arrowhead.methods import AST, FULL, Arrow, Attend, Full
 
 HALF = ah.Budget(module_flops=0.5)
 NO_PIPELINE = object()  # whoever looks at it says that it is unsupported
@@ -138,6 +138,7 @@ EXTENTS = {
         "vectors": [0, -1, 1.5, True, None],
         "seed": [-1, 0.5, None, "0"],
         "kinds": [(), ("attention",), "block", ("block", "attention"), 3],
+        "precisions": [("int7",), ("native",), "int8", ("int8", "int4"), ("int8", "int8"), 8],
     }.items()
     for value in values
 }
@@ -145,7 +146,7 @@ EXTENTS = {
 
 @pytest.mark.parametrize("settings", EXTENTS.values(), ids=EXTENTS)
 def test_extents_that_mean_nothing(settings):
-    with pytest.raises(InputsInvalid, match=r"got (radii|ages|vectors|seed|kinds)=.*wanted"):
+    with pytest.raises(InputsInvalid, match=r"got (radii|ages|vectors|seed|kinds|precisions)=.*wanted"):
         ah.Extent(**settings)
 
 
@@ -166,13 +167,16 @@ def test_groups_of_heads_that_a_table_s_sites_do_not_have(granularity):
         ah.solve(synthetic(0, heads=4), ah.Budget(module_flops=0.5, granularity=granularity))
 
 
-@pytest.mark.parametrize("column", ["too old", "another radius", "another number of steps", "another number of sites"])
+@pytest.mark.parametrize(
+    "column", ["too old", "another radius", "another precision", "another number of steps", "another number of sites"]
+)
 def test_a_table_asked_for_what_it_does_not_know(column):
     """Rather than an index out of range."""
     table = synthetic(0, steps=5, count=2, ages=2)
     columns = {
         "too old": [[FULL, AST, AST, AST, FULL], [FULL] * 5],
         "another radius": [[FULL, Attend(Arrow(3)), FULL, FULL, FULL], [FULL] * 5],
+        "another precision": [[FULL, Attend(Full("int8")), FULL, FULL, FULL], [FULL] * 5],
         "another number of steps": [[FULL, AST], [FULL, AST]],
         "another number of sites": [[FULL, AST, FULL, FULL, FULL]],
     }

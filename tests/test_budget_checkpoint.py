@@ -60,13 +60,14 @@ def test_two_calls_a_step_cannot_be_checkpointed(flux):
 def test_what_is_held_is_what_was_said_beforehand(name, guided, monkeypatch):
     """With more steps than are looked back on; all tensors of the last steps, counted where they are."""
     bench = (MAKES | {"flux": make_flux})[name]()
-    extent, inputs = ah.Extent(radii=(4, 2), ages=2), {"images": 2, "steps": 5, "guidance": 3.0 if guided else 1.0}
+    extent = ah.Extent(radii=(4, 2), ages=2, precisions=("int8",) if guided else ())
+    inputs = {"images": 2, "steps": 5, "guidance": 3.0 if guided else 1.0}
     held, own = [], Recorder.follow
 
     def follow(self, step):
         own(self, step)
         kept = [entry for entries in self._kept.values() for entry in entries]
-        held.append(sum(tensor.nbytes for entry in kept for tensor in (entry.output, *entry.residuals)))
+        held.append(sum(tensor.nbytes for entry in kept for tensor in (entry.output, *entry.residuals, *entry.roundings)))
 
     monkeypatch.setattr(Recorder, "follow", follow)
     with left_as_it_was(bench, **inputs):

@@ -18,6 +18,7 @@ from arrowhead.errors import InputsInvalid
 from arrowhead.layout import Site
 
 TENSORS = ("outputs", "residuals")
+EVERY = (*TENSORS, "roundings")
 few = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 tables = st.builds(
@@ -32,6 +33,7 @@ tables = st.builds(
     text=st.integers(0, 3),
     calls=st.sampled_from([1, 2]),
     feed_forward=st.booleans(),
+    precisions=st.sampled_from([(), ("int8",)]),
 )
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 3) | st.floats(-3, 3) | st.text(max_size=3),
@@ -80,7 +82,7 @@ def test_what_is_saved_is_read(table, about, tmp_path):
     read = ah.Table.load(tmp_path / "table")
     for field in fields(table):
         mine, theirs = getattr(table, field.name), getattr(read, field.name)
-        if field.name in TENSORS:
+        if isinstance(mine, torch.Tensor):
             assert mine.dtype == theirs.dtype
             assert torch.equal(mine, theirs)
         else:
@@ -148,13 +150,15 @@ def test_tensors_of_somebody_else(metadata, tmp_path):
 @few
 @given(
     table=tables,
-    name=st.sampled_from(TENSORS),
+    name=st.sampled_from(EVERY),
     how=st.sampled_from(["missing", "longer", "flatter", "half", "empty"]),
     dim=st.integers(0, 5),
 )
 def test_tensors_that_do_not_fit(table, name, how, dim, tmp_path):
     table.save(tmp_path / "table")
     header, tensors = parts(tmp_path / "table")
+    if name not in tensors:
+        return
     tensor = tensors.pop(name)
     dim = min(dim, tensor.ndim - 2)  # the last one's length is free, if both have it
     if how == "longer":
@@ -172,11 +176,12 @@ def test_tensors_that_do_not_fit(table, name, how, dim, tmp_path):
 
 
 @few
-@given(table=tables, name=st.sampled_from(TENSORS), bad=st.sampled_from([torch.nan, torch.inf, -torch.inf]), data=st.data())
+@given(table=tables, name=st.sampled_from(EVERY), bad=st.sampled_from([torch.nan, torch.inf, -torch.inf]), data=st.data())
 def test_tensors_that_are_not_finite(table, name, bad, data, tmp_path):
-    tensor = getattr(table, name).clone()
-    if not tensor.numel():
+    tensor = getattr(table, name)
+    if tensor is None or not tensor.numel():
         return
+    tensor = tensor.clone()
     tensor.view(-1)[data.draw(st.integers(0, tensor.numel() - 1))] = bad
     replace(table, **{name: tensor}).save(tmp_path / "table")
     assert is_refused(tmp_path / "table")
@@ -227,7 +232,10 @@ SENSELESS = {
     "a block of nothing": {"blocks": [BLOCK | {"within": []}]},
     "a block of something else": {"blocks": [BLOCK | {"within": [BLOCK | {"path": "blocks.0.ff", "kind": "feed_forward"}]}]},
     "a block that is none": {"blocks": [BLOCK | {"kind": "feed_forward"}]},
-    "a format to come": {"format": 5},
+    "a format to come": {"format": 6},
+    "a precision that it has no products of": {"precisions": ["int8"]},
+    "a precision that is native": {"precisions": ["native"]},
+    "a precision that is none": {"precisions": ["int7"]},
     "another number of answers": {"answers": [1.0]},
     "an answer of nothing": {"answers": [0.0] * 6},
     "an answer below nothing": {"answers": [-1.0] * 6},
@@ -272,6 +280,30 @@ def test_a_header_with_a_block(tmp_path):
     assert [site.path for site in read.in_blocks] == ["blocks.0", "blocks.1.attn"]
     read.save(tmp_path / "again")
     assert ah.Table.load(tmp_path / "again").blocks == read.blocks
+
+
+def test_a_file_from_before_there_were_precisions(tmp_path):
+    """It has none, and is otherwise the same."""
+    table = synthetic(0)
+    table.save(tmp_path / "table")
+    header, tensors = parts(tmp_path / "table")
+    del header["precisions"]
+    written(tmp_path / "table", header | {"format": 4}, tensors)
+    read = ah.Table.load(tmp_path / "table")
+    assert (read.precisions, read.roundings) == ((), None)
+    assert ah.solve(read, ah.Budget(module_flops=0.5)) == ah.solve(table, ah.Budget(module_flops=0.5))
+
+
+@pytest.mark.parametrize("precisions", [["int8", "int8"], ["native"], []], ids=str)
+def test_precisions_that_do_not_fit_the_tensors(precisions, tmp_path):
+    """Of none at all, what is written of one is not looked at."""
+    synthetic(0, precisions=("int8",)).save(tmp_path / "table")
+    header, tensors = parts(tmp_path / "table")
+    written(tmp_path / "table", header | {"precisions": precisions}, tensors)
+    if precisions:
+        assert is_refused(tmp_path / "table")
+    else:
+        assert ah.Table.load(tmp_path / "table").roundings is None
 
 
 def test_a_table_without_steps(tmp_path):

@@ -18,8 +18,9 @@ def problems(draw):
     """Choices, steps, damages (some infinite) and costs of two columns, prices of what is held, if any, and a multiplier."""
     share_cfg, residual, reuse = draw(st.booleans()), draw(st.booleans()), draw(st.booleans())
     radii = draw(st.sampled_from([(), (3,), (8, 3)]))
-    choices = Choices(radii, draw(st.integers(0, 3)), share_cfg, residual, reuse, draw(st.booleans()))
-    steps = draw(st.integers(2, 4))
+    precisions = draw(st.sampled_from([(), ("int8",)]))
+    choices = Choices(radii, draw(st.integers(0, 3)), share_cfg, residual, reuse, draw(st.booleans()), precisions)
+    steps = draw(st.integers(2, 3 if precisions else 4))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     programme = Programme(choices)
     shape = (steps, len(programme.givens), 2)
@@ -84,10 +85,10 @@ def open_moves(choices, memory):
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("reuse", [False, True])
 @pytest.mark.parametrize("extrapolate", [False, True])
-@pytest.mark.parametrize("ages", [0, 1, 3])
-def test_neither_less_nor_more_may_follow_a_column_than_should(share_cfg, residual, reuse, extrapolate, ages):
+@pytest.mark.parametrize(("ages", "precisions"), [(0, ()), (1, ()), (3, ()), (2, ("int8",))])
+def test_neither_less_nor_more_may_follow_a_column_than_should(share_cfg, residual, reuse, extrapolate, ages, precisions):
     """Side by side with the account kept here, for six steps; and the programme knows of each move, and of no other."""
-    choices = Choices((4, 2), ages, share_cfg, residual, reuse, extrapolate)
+    choices = Choices((4, 2), ages, share_cfg, residual, reuse, extrapolate, precisions)
     seen, frontier = set(), {(Past(), START)}
     for _ in range(6):
         found = {}
@@ -98,7 +99,7 @@ def test_neither_less_nor_more_may_follow_a_column_than_should(share_cfg, residu
             seen |= theirs.keys()
             for key, longer in mine.items():
                 step = len(longer.gave)
-                full = (min(step - longer.full[0], ages + 1), *longer.full[1:])
+                full = longer.full and (min(step - longer.full[0], ages + 1), *longer.full[1:])
                 before = longer.before and (min(step - longer.before[0], ages + 1), *longer.before[1:])
                 found[described(longer.output, step), full, before, theirs[key]] = longer  # what follows depends on this alone
         frontier = {(longer, key[-1]) for key, longer in found.items()}

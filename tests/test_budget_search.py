@@ -223,6 +223,26 @@ def test_extents():
     assert wide.radii == (3,)  # 16 tokens: a band of 15 covers all
 
 
+@every_family
+def test_precision_is_chosen_with_sparsity(family):
+    """Where it is asked for: the plan counts what its run did, and errs less than without at as many FLOPs."""
+    bench = FAMILIES[family]()
+    extent = ah.Extent(radii=(3,), ages=2, kinds=("self_attention",), precisions=("int8",))
+    table = ah.calibrate(bench.pipe, bench.inputs(images=2), extent=extent, progress=False)
+    plans = [ah.solve(table, ah.Budget(attention_flops=0.7, granularity="head", precision=may)) for may in (True, False)]
+    names = [{name for name in plan.count_heads() if "int8" in name} for plan in plans]
+    assert names[0]
+    assert not names[1]
+    errors = [plan.about["search"]["predicted_error"] for plan in plans]
+    assert errors[0] < errors[1]
+    with ah.applied(bench.pipe, plans[0]) as run:
+        bench.pipe(**bench.inputs(images=2))
+        summary = run.summary()
+    assert summary.heads == {name: plans[0].calls * count for name, count in plans[0].count_heads().items()}
+    assert summary.flops.attention == pytest.approx(plans[0].flops().attention)
+    assert summary.flops.attention <= 0.7
+
+
 @pytest.fixture
 def generations(monkeypatch):
     """What the plans that were tried really do, in the order in which they were."""

@@ -81,14 +81,14 @@ def test_the_best_there_is_lies_between_the_bound_and_what_is_found(seed, data, 
 @pytest.mark.parametrize(("family", "guidance"), [*((family, 3.0) for family in FAMILIES), ("flux", 1.0)])
 def test_all_that_may_be_chosen_is_timed_and_no_trace_is_left(family, guidance):
     bench = FAMILIES[family]()
-    choices = Choices((4, 2), 3, share_cfg=guidance > 1, extrapolate=True)
+    choices = Choices((4, 2), 3, share_cfg=guidance > 1, extrapolate=True, precisions=("int8",))
     table = ah.calibrate(bench.pipe, bench.inputs(guidance=guidance, steps=2), progress=False)
     with left_as_it_was(bench, guidance=guidance):
         seconds = timed(bench.pipe, bench.inputs(guidance=guidance), table.target.sites, choices, table.blocks)
     assert {site.kind for site in table.in_blocks} == {"block"}
     for site in (*table.target.sites, *table.blocks):
-        radii = choices.radii if site.kind == "self_attention" else ()
-        for cell, writes in Programme(replace(choices, radii=radii)).spendings:
+        own = choices if site.kind == "self_attention" else replace(choices, radii=(), precisions=())
+        for cell, writes in Programme(own).spendings:
             assert seconds.of(site, cell, writes) >= 0
             assert seconds.of(site, Attend(Full()), writes) >= seconds.of(site, FULL, type(writes)())
     assert seconds.other >= 0

@@ -16,6 +16,7 @@ from replay import cell
 from torch.utils.flop_counter import FlopCounterMode
 
 import arrowhead as ah
+from arrowhead.errors import InputsInvalid
 from arrowhead.methods import AST, FORECAST, FULL, Arrow, Attend, Cached, Full
 from arrowhead.search.budget.guidance import Guidance
 
@@ -101,6 +102,7 @@ def assert_same(given, reference):
     assert given == pytest.approx(reference, rel=1e-2, abs=1e-5 * reference.max())
 
 
+EIGHT = Attend(Full("int8"))
 CELLS = {
     "reused": "FRRR",
     "from ASC": "CRRF",
@@ -140,6 +142,55 @@ def test_each_kind_of_cell_does_what_the_derivatives_say(family, guidance, vecto
         reference = wanted(seen, vectors, columns)
         assert_same(damage(table, columns), reference)
         assert reference.max() > 1e-5 or (guidance == 1 and set(letters) == {"F", "C"}), letters
+
+
+IN_INT8 = {
+    "full": [EIGHT, FULL, EIGHT, FULL],
+    "full, then reused": [FULL, EIGHT, AST, AST],
+    "full in ASC, then reused": [FULL, Attend(Full("int8"), share_cfg=True), AST, FULL],
+    "a band": [FULL, Attend(Arrow(NEAR, precision="int8")), FULL, Attend(Arrow(FAR, precision="int8"), share_cfg=True)],
+    "the residual is that of native attention": [FULL, EIGHT, Attend(Arrow(NEAR, True, "int8")), Attend(Arrow(FAR, True))],
+}
+
+
+@every_family
+@with_and_without
+@pytest.mark.parametrize("gradients", [True, False])
+def test_scores_in_int8_do_what_the_derivatives_say(family, guidance, gradients, vectors):
+    """And without gradients something: which number is a matter of the weights."""
+    bench, draw = FAMILIES[family](), random.Random(family)
+    table = calibrated(bench, guidance, vectors=3 if gradients else 1, precisions=("int8",), gradients=gradients)
+    first = -1 if family == "flux" else 1  # it turns queries in float32: too coarse for differences as small as these
+    attention = [path for path in site_modules(bench) if is_attention(bench, path)][first:]
+    seen = seen_run(bench, guidance)
+    for column in IN_INT8.values():
+        columns = {draw.choice(attention): column}
+        given = damage(table, columns)
+        assert given.any()
+        if gradients:
+            assert_same(given, wanted(seen, vectors, columns))
+
+
+def test_heads_in_int8_beside_others(vectors):
+    bench = FAMILIES["sd3"]()
+    seen, table = seen_run(bench, 3.0), calibrated(bench, 3.0, vectors=3, precisions=("int8",))
+    mixed = Attend((Full("int8"), Arrow(NEAR, True, "int8"), Full()))
+    columns = {"transformer_blocks.1.attn": [FULL, mixed, Attend((Cached(), Full("int8"), Cached())), AST]}
+    assert_same(damage(table, columns), wanted(seen, vectors, columns))
+
+
+def test_what_precisions_do_is_recorded_where_it_is_asked_for():
+    bench = FAMILIES["dit"]()
+    without, table = (calibrated(bench, 3.0, precisions=precisions) for precisions in ((), ("int8",)))
+    assert (without.precisions, without.roundings) == ((), None)
+    assert torch.equal(table.outputs, without.outputs)
+    assert torch.equal(table.residuals, without.residuals)
+    assert table.other_flops == without.other_flops
+    places = range(len(table.target.sites))
+    kinds = [table.target.sites[place].kind == "self_attention" for place in places for _ in table.heads(place)]
+    assert table.roundings[..., 0, :, :].ne(0).flatten(2).any(2)[0].tolist() == kinds
+    with pytest.raises(InputsInvalid, match=r"precisions \['int8'\], wanted.*calibrate with a larger extent"):
+        damage(without, {"transformer_blocks.1.attn1": [EIGHT] * STEPS})
 
 
 @every_family

@@ -78,11 +78,26 @@ def test_pairs_are_what_a_mask_keeps(tokens, radius):
     assert pairs(Cached(), tokens) == 0
 
 
+def test_a_step_in_int8_by_hand():
+    """Half of the first matmul: a full head is left with 3/4, and a band with 3/4 of its own."""
+    v, heads, d, w = 100, 2, 8, 7
+    site = Site("attn", heads, d, 16)
+    cells = ((FULL,), (Attend(Full("int8")),), (Attend((Arrow(w, True, "int8"), Full("int8"))),))
+    left = Plan(cells, Target("Transformer", "Scheduler", {}, (site,)), Tokens(v), guided=False).flops()
+    band = v * (2 * w + 1) - w * (w + 1)
+    assert left.attention == pytest.approx((8 * v**2 + 4 * band + 6 * v**2 + 3 * band + 3 * v**2) / (3 * 8 * v**2))
+
+
 def kept(method, tokens):
     """Query–key pairs: those of a mask, every one, or none."""
     if isinstance(method, Cached):
         return 0
     return int(dense_mask(tokens, method.radius if isinstance(method, Arrow) else 10**6).sum())
+
+
+def multiplied(method, tokens):
+    """Multiply–adds for each channel: two for a pair, for its score and its value; the score's is half of one in int8."""
+    return kept(method, tokens) * (1.5 if getattr(method, "precision", "native") == "int8" else 2)
 
 
 def projected(site, cell, tokens):
@@ -107,11 +122,11 @@ def counted_flops(plan):
             if isinstance(cell, Reuse):
                 continue
             rows = 1 if cell.share_cfg else plan.samples
-            looked_at = sum(kept(method, own) for method in by_head(cell, site.heads)) * rows
+            matmuls = sum(multiplied(method, own) for method in by_head(cell, site.heads)) * rows
             for what, who in made(column, step, site.heads).items():
                 if what[0] == "residual":
-                    looked_at += kept(Arrow(what[1]), own) * (1 if for_one_branch(what, who) else rows)
-            matmuls = 2 * looked_at * site.head_dim  # two multiply–adds for a pair and channel; one for a weight and token
+                    matmuls += multiplied(Arrow(what[1]), own) * (1 if for_one_branch(what, who) else rows)
+            matmuls *= site.head_dim  # and one multiply–add for a weight and token
             spent = [spent[0] + matmuls, spent[1] + matmuls + projected(site, cell, plan.tokens) * rows]
     return spent[0] / whole[0], spent[1] / whole[1]
 

@@ -235,6 +235,7 @@ def test_auto_on_devices(monkeypatch, capability, picked):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert dispatch.resolve("auto", There()) == picked
     assert dispatch.resolve("auto", There(), None, torch.ones(25, 25)) == "chunked"
+    assert dispatch.resolve("auto", There(), precisions=["native", "int8"]) == "chunked"
     assert dispatch.resolve("chunked", There()) == "chunked"
     There.dtype = torch.float32
     assert dispatch.resolve("auto", There()) == "chunked"

@@ -66,7 +66,7 @@ class TestRoundTrip:
         plan = Plan(((FULL, FULL), row, (Attend((Cached(), Full())), both), (AST, Attend(Cached()))), TARGET, TOKENS, True)
         plan.save(tmp_path / "plan.json")
         content = strict_json((tmp_path / "plan.json").read_text())
-        assert content["format"] == 2
+        assert content["format"] == 3
         assert content["cells"] == ["F F", "H I", "H2 L", "R K"]
         assert content["legend"] == {
             "F": {"does": "attend", "heads": "full", "share_cfg": False},
@@ -78,6 +78,31 @@ class TestRoundTrip:
             "K": {"does": "attend", "heads": "cached", "share_cfg": False},
         }
         assert Plan.load(tmp_path / "plan.json") == plan
+
+    def test_precisions_are_spelt(self, tmp_path):
+        row = Attend((Full("int8"), Arrow(8, True, "int8"))), Attend(Arrow(8, precision="int8"), share_cfg=True)
+        last = Attend(Full("int8")), Attend(Full("int8"), share_cfg=True)
+        plan = Plan(((FULL, FULL), row, last), TARGET, TOKENS, True)
+        plan.save(tmp_path / "plan.json")
+        content = strict_json((tmp_path / "plan.json").read_text())
+        assert content["cells"] == ["F F", "H b", "f c"]
+        words = {symbol: cell["heads"] for symbol, cell in content["legend"].items()}
+        assert words == {
+            "F": "full",
+            "H": "full+int8 arrow:8+residual+int8",
+            "b": "arrow:8+int8",
+            "f": "full+int8",
+            "c": "full+int8",
+        }
+        assert Plan.load(tmp_path / "plan.json") == plan
+        assert plan.count() == {"full": 2, "head-wise": 1, "WA-int8+ASC": 1, "full-int8": 1, "full-int8+ASC": 1}
+        assert plan.count_heads() == {"full": 6, "full-int8": 1 + 2 + 4, "WA-RS-int8": 1, "WA-int8": 4}
+
+    def test_a_file_from_before_there_were_precisions(self, tmp_path):
+        PLAN.save(tmp_path / "plan.json")
+        content = strict_json((tmp_path / "plan.json").read_text()) | {"format": 2}
+        (tmp_path / "plan.json").write_text(json.dumps(content))
+        assert Plan.load(tmp_path / "plan.json") == PLAN
 
     def test_lines_are_spelt(self, tmp_path):
         plan = replace(PLAN, cells=((FULL, FULL), (ASC, FULL), (FORECAST, AST), (FORECAST, FORECAST)))
@@ -142,6 +167,9 @@ UNSOUND_HEADS = {
     "an unknown addition": "arrow:8+sum",
     "full attention with a radius": "full:3",
     "full attention with a residual": "full+residual",
+    "a head that is cached in int8": "cached+int8",
+    "a precision that is none": "full+int7",
+    "a precision before the residual": "arrow:8+int8+residual",
     "a cached head with a radius": "cached:3",
     "an unknown word": "full skipped",
     "words with commas": "full, full",
@@ -310,9 +338,11 @@ class TestConstructor:
             for cell, site in zip(row, plan.target.sites, strict=True):
                 reused = "forecast" if cell == FORECAST else "AST"
                 methods = [reused] * site.heads if isinstance(cell, Reuse) else by_head(cell, site.heads)
-                bands = {Arrow(radius, residual) for radius in range(21) for residual in (True, False)}
-                names = {"AST": "AST", "forecast": "forecast", Full(): "full", Cached(): "cached"}
-                count.update((names | {b: "WA-RS" if b.residual else "WA" for b in bands})[method] for method in methods)
+                names = {"AST": "AST", "forecast": "forecast", Full(): "full", Full("int8"): "full-int8", Cached(): "cached"}
+                for radius in range(21):
+                    names |= {Arrow(radius): "WA", Arrow(radius, True): "WA-RS"}
+                    names |= {Arrow(radius, False, "int8"): "WA-int8", Arrow(radius, True, "int8"): "WA-RS-int8"}
+                count.update(names[method] for method in methods)
         assert plan.count_heads() == count
 
 

@@ -11,9 +11,9 @@ from arrowhead.cost import computed_heads
 from arrowhead.errors import PlanMismatch
 from arrowhead.intercept import SiteCall
 from arrowhead.kernels import dispatch
-from arrowhead.layout import Branches, Tokens
+from arrowhead.layout import Branches, Site, Tokens
 from arrowhead.lifetimes import HeadOutput, Residual, Writes
-from arrowhead.methods import Arrow, Attend, Cached, Cell, Full, Method, Reuse, grouped
+from arrowhead.methods import Arrow, Attend, Cached, Cell, Full, Method, Reuse, grouped, precision_of
 from arrowhead.project import heads_apart
 from arrowhead.route import AttentionCall
 from arrowhead.tally import Tally
@@ -217,24 +217,29 @@ def _by_method(call: AttentionCall, passage: Passage) -> Tensor:
     computed = tuple(head for head, method in enumerate(methods) if not isinstance(method, Cached))
     out = call.q.new_empty(call.q.shape[0], site.heads, *call.q.shape[2:])
     if computed:
-        radii = [method.radius if isinstance(method, Arrow) else None for method in methods]
-        attended = bands(call, computed, [radii[head] for head in computed], slice(None), passage)
+        attended = bands(call, computed, [methods[head] for head in computed], slice(None), passage)
         if len(computed) == site.heads:
             out = attended
         else:
             out[:, list(computed)] = attended
-        count(passage, methods, call.q.shape[0], kernel_of(call, passage))
-    for method, heads in grouped(methods):
+        count(passage, methods, call.q.shape[0], kernel_of(call, passage, methods))
+    for key, heads in grouped([_read_by(site, method) for method in methods]):
+        if key is None:
+            continue
         where = slice(None) if len(heads) == site.heads else list(heads)
-        if isinstance(method, Cached):
-            key = Key(site.path, "heads")
-            kept = generation.cache.read_heads(key, heads, site.heads, generation.step, conditional=passage.halved)
+        kept = generation.cache.read_heads(key, heads, site.heads, generation.step, conditional=passage.halved)
+        if key.what == "heads":
             out[:, where] = kept
-        elif isinstance(method, Arrow) and method.residual:
-            key = Key(site.path, "residual", method.radius)
-            kept = generation.cache.read_heads(key, heads, site.heads, generation.step, conditional=passage.halved)
+        else:
             out[:, where, passage.tokens.visual_slice] += kept
     return out
+
+
+def _read_by(site: Site, method: Method) -> Key | None:
+    """What a head reads that an earlier step kept."""
+    if isinstance(method, Cached):
+        return Key(site.path, "heads")
+    return Key(site.path, "residual", method.radius) if isinstance(method, Arrow) and method.residual else None
 
 
 def _write_residual(call: AttentionCall, out: Tensor, residual: Residual, passage: Passage) -> None:
@@ -244,15 +249,16 @@ def _write_residual(call: AttentionCall, out: Tensor, residual: Residual, passag
         return
     heads = tuple(range(site.heads)) if residual.heads is None else residual.heads
     visual = passage.tokens.visual_slice
-    band = bands(call, heads, [residual.radius] * len(heads), rows, passage)[:, :, visual]
+    methods = [Arrow(residual.radius)] * len(heads)
+    band = bands(call, heads, methods, rows, passage)[:, :, visual]
     whole = out[rows, :, visual] if residual.heads is None else out[rows, list(heads), visual]
     _keep(Key(site.path, "residual", residual.radius), whole - band, residual.last_reader, passage, residual)
     generation.tally.residuals += 1
-    count(passage, [Arrow(residual.radius)] * len(heads), band.shape[0], kernel_of(call, passage))
+    count(passage, methods, band.shape[0], kernel_of(call, passage, methods))
 
 
-def bands(call: AttentionCall, heads: Sequence[int], radii: Sequence[int | None], rows: slice, passage: Passage) -> Tensor:
-    """Attention of these heads, each with its own radius or full (None): (rows, h, N, D).
+def bands(call: AttentionCall, heads: Sequence[int], methods: Sequence[Method], rows: slice, passage: Passage) -> Tensor:
+    """Attention of these heads by a kernel, each by its own method but residuals, none of them cached: (rows, h, N, D).
 
     Raises:
         PlanMismatch: the model's attention is causal, or drops weights.
@@ -260,8 +266,8 @@ def bands(call: AttentionCall, heads: Sequence[int], radii: Sequence[int | None]
     site = passage.call.site
     if call.causal:
         raise PlanMismatch(
-            f"{site.path}: got a plan with a band or with heads of several kinds where the model's attention is causal or "
-            "drops weights; wanted attention with a mask at most; search again without bands"
+            f"{site.path}: got a plan with a band, int8 or heads of several kinds where the model's attention is causal or "
+            "drops weights; wanted attention with a mask at most; search again without these"
         )
     q, k, v, mask = call.q[rows], call.k[rows], call.v[rows], call.mask
     if mask is not None and mask.ndim == 4 and mask.shape[0] > 1:
@@ -271,12 +277,14 @@ def bands(call: AttentionCall, heads: Sequence[int], radii: Sequence[int | None]
         q, k, v = q[:, places], k[:, places], v[:, places]
         if mask is not None and mask.ndim == 4 and mask.shape[1] > 1:
             mask = mask[:, places]
-    return dispatch.arrow(q, k, v, passage.tokens, radii, scale=call.scale, mask=mask, kernel=kernel_of(call, passage))
+    radii = [method.radius if isinstance(method, Arrow) else None for method in methods]
+    precisions, kernel = list(map(precision_of, methods)), kernel_of(call, passage, methods)
+    return dispatch.arrow(q, k, v, passage.tokens, radii, precision=precisions, scale=call.scale, mask=mask, kernel=kernel)
 
 
-def kernel_of(call: AttentionCall, passage: Passage) -> str:
-    """The kernel that runs the bands of a call."""
-    return dispatch.resolve(passage.generation.kernel, call.q, call.scale, call.mask)
+def kernel_of(call: AttentionCall, passage: Passage, methods: Sequence[Method]) -> str:
+    """The kernel that runs heads with these methods."""
+    return dispatch.resolve(passage.generation.kernel, call.q, call.scale, call.mask, list(map(precision_of, methods)))
 
 
 def count(passage: Passage, methods: Sequence[Method], rows: int, kernel: str) -> None:

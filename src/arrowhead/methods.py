@@ -4,13 +4,22 @@ A *method* says what a head does: which query–key pairs it looks at, or that i
 in a step: attend with a method for each head, perhaps for the conditional branch only, or reuse what it gave before.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeVar, get_args
+
+Precision = Literal["native", "int8"]
+"""Of the product Q·Kᵀ: the pipeline's own, or 8-bit integers after smoothing, see `kernels/quantise.py`."""
 
 
 @dataclass(frozen=True)
 class Full:
-    """Every query sees every key."""
+    """Every query sees every key; by the pipeline's own attention unless `precision` is another than its."""
+
+    precision: Precision = "native"
+
+    def __post_init__(self) -> None:
+        _require_known(self.precision)
 
 
 @dataclass(frozen=True)
@@ -23,8 +32,10 @@ class Arrow:
 
     radius: int
     residual: bool = False
+    precision: Precision = "native"
 
     def __post_init__(self) -> None:
+        _require_known(self.precision)
         if self.radius < 0:
             raise ValueError(f"a band's radius is a number of tokens; got {self.radius}, wanted 0 or more")
 
@@ -35,6 +46,12 @@ class Cached:
 
 
 Method = Full | Arrow | Cached
+Each = TypeVar("Each", bound=Hashable)
+
+
+def _require_known(precision: str) -> None:
+    if precision not in get_args(Precision):
+        raise ValueError(f"got precision {precision!r}, wanted one of {', '.join(get_args(Precision))}")
 
 
 @dataclass(frozen=True)
@@ -84,14 +101,22 @@ AST = Reuse()
 FORECAST = Reuse(extrapolate=True)
 
 
+def precision_of(method: Method) -> Precision:
+    """How a method multiplies queries and keys."""
+    return "native" if isinstance(method, Cached) else method.precision
+
+
 def wa_rs(radius: int, share_cfg: bool = False) -> Attend:
     """Window attention with residual sharing, for both branches or for the conditional one."""
     return Attend(Arrow(radius, residual=True), share_cfg)
 
 
 def refreshes_residual(cell: Cell) -> bool:
-    """Whether a cell of one method has the full output at hand, so that residuals can be made from it."""
-    return isinstance(cell, Attend) and isinstance(cell.method, Full)
+    """Whether a cell of one method has the full output at hand, so that residuals can be made from it.
+
+    That of int8 is not what is taken for it: O_int8 − W would carry the rounding's error into every step that adds it.
+    """
+    return isinstance(cell, Attend) and cell.method == Full()
 
 
 def residual_radius(cell: Cell) -> int | None:
@@ -112,14 +137,18 @@ def extrapolates(cell: Cell) -> bool:
 
 
 def method_name(method: Method) -> str:
-    """The papers' name of what a head does: full, WA, WA-RS or cached."""
-    if isinstance(method, Arrow):
-        return "WA-RS" if method.residual else "WA"
-    return "full" if isinstance(method, Full) else "cached"
+    """The papers' name of what a head does: full, WA, WA-RS or cached, with -int8 where that is its precision."""
+    if isinstance(method, Cached):
+        return "cached"
+    name = "full" if isinstance(method, Full) else "WA-RS" if method.residual else "WA"
+    return name if method.precision == "native" else f"{name}-{method.precision}"
 
 
 def paper_name(cell: Cell) -> str:
-    """The papers' name: full, ASC, WA, WA-RS, cached, head-wise where heads differ, with +ASC where shared; AST; forecast."""
+    """The papers' name: full, ASC, WA, WA-RS, cached, head-wise where heads differ, with +ASC where shared; AST; forecast.
+
+    Of heads in int8: full-int8, WA-int8, WA-RS-int8, shared or not.
+    """
     if isinstance(cell, Reuse):
         return "forecast" if cell.extrapolate else "AST"
     name = "head-wise" if isinstance(cell.method, tuple) else method_name(cell.method)
@@ -128,10 +157,10 @@ def paper_name(cell: Cell) -> str:
     return name
 
 
-def grouped(methods: Sequence[Method]) -> Iterator[tuple[Method, tuple[int, ...]]]:
-    """Each distinct method with the heads that follow it."""
-    for method in dict.fromkeys(methods):
-        yield method, tuple(head for head, own in enumerate(methods) if own == method)
+def grouped(of_heads: Sequence[Each]) -> Iterator[tuple[Each, tuple[int, ...]]]:
+    """Each distinct method, or what else is said of heads, with the heads that it is said of."""
+    for each in dict.fromkeys(of_heads):
+        yield each, tuple(head for head, own in enumerate(of_heads) if own == each)
 
 
 def dit_fast_attn_candidates(visual_tokens: int, guided: bool) -> Sequence[Cell]:

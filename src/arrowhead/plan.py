@@ -14,9 +14,11 @@ from arrowhead import cost
 from arrowhead.errors import PlanInvalid, PlanMismatch
 from arrowhead.layout import Site, Tokens, outermost
 from arrowhead.lifetimes import first_fault
-from arrowhead.methods import Arrow, Attend, Cached, Cell, Full, Method, Reuse, extrapolates, method_name, paper_name
+from arrowhead.methods import Arrow, Attend, Cached, Cell, Full, Method, Precision, Reuse, extrapolates, method_name, paper_name
 
-FORMAT = 2
+FORMAT = 3
+READABLE = (2, FORMAT)
+"""Format 2 is without precisions, and means the same."""
 SYMBOLS = {
     "full": "F",
     "ASC": "C",
@@ -28,6 +30,12 @@ SYMBOLS = {
     "forecast": "E",
     "cached": "K",
     "cached+ASC": "L",
+    "full-int8": "f",
+    "full-int8+ASC": "c",
+    "WA-int8": "a",
+    "WA-int8+ASC": "b",
+    "WA-RS-int8": "A",
+    "WA-RS-int8+ASC": "B",
     "head-wise": "H",
     "head-wise+ASC": "I",
 }
@@ -216,8 +224,9 @@ class Plan:
         except (ValueError, RecursionError) as error:
             raise PlanInvalid(f"{path} is not JSON ({error}); wanted a file that Plan.save wrote") from error
         version = content.get("format") if isinstance(content, dict) else None
-        if type(version) is not int or version != FORMAT:
-            raise PlanInvalid(f"{path} has format {version!r}, wanted {FORMAT}: a file that this version's Plan.save wrote")
+        if type(version) is not int or version not in READABLE:
+            wanted = " or ".join(map(str, READABLE))
+            raise PlanInvalid(f"{path} has format {version!r}, wanted {wanted}: a file that this version's Plan.load reads")
         try:
             return _PlanModel.model_validate_json(text, strict=True).plan()
         except (pydantic.ValidationError, PlanInvalid) as error:
@@ -238,7 +247,7 @@ def _legend(cells: Sequence[Sequence[Cell]]) -> dict[str, Cell]:
 class _CellModel(pydantic.BaseModel, extra="forbid"):
     """A cell as the file spells it: `attend` with a method's word, or with one for each head, `reuse`, or `extrapolate`.
 
-    The words: full, cached, arrow:R, arrow:R+residual, where R is the radius in tokens.
+    The words: full, cached, arrow:R, arrow:R+residual, where R is the radius in tokens; with +int8 where that is the precision.
     """
 
     does: Literal["attend", "reuse", "extrapolate"]
@@ -268,18 +277,22 @@ class _CellModel(pydantic.BaseModel, extra="forbid"):
 
 
 def _word(method: Method) -> str:
-    if isinstance(method, Arrow):
-        return f"arrow:{method.radius}" + ("+residual" if method.residual else "")
-    return "full" if isinstance(method, Full) else "cached"
+    if isinstance(method, Cached):
+        return "cached"
+    word = "full" if isinstance(method, Full) else f"arrow:{method.radius}" + ("+residual" if method.residual else "")
+    return word if method.precision == "native" else f"{word}+{method.precision}"
 
 
 def _method(word: str) -> Method:
-    if word in ("full", "cached"):
-        return Full() if word == "full" else Cached()
-    arrow = re.fullmatch(r"arrow:([0-9]+)(\+residual)?", word)
-    if arrow is None:
-        raise ValueError(f"got a head that does {word!r}, wanted full, cached, arrow:R or arrow:R+residual")
-    return Arrow(int(arrow[1]), residual=bool(arrow[2]))
+    if word == "cached":
+        return Cached()
+    found = re.fullmatch(r"(?:full|arrow:([0-9]+)(\+residual)?)(\+int8)?", word)
+    if found is None:
+        raise ValueError(
+            f"got a head that does {word!r}, wanted cached, full, arrow:R or arrow:R+residual, these with +int8 or without"
+        )
+    precision: Precision = "int8" if found[3] else "native"
+    return Full(precision) if found[1] is None else Arrow(int(found[1]), bool(found[2]), precision)
 
 
 class _PlanModel(pydantic.BaseModel, extra="forbid"):

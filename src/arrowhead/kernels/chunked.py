@@ -3,6 +3,8 @@
 Exact on any device and without compilation: the edges of a slice are masked. With chunks of c queries and radius w a query
 meets c + 2w keys instead of N. Heads of one radius are taken together. On the CPU, without gradients or a mask of the model's
 own, `windows` does the same faster.
+
+Heads in int8 attend by the queries and keys that quantising leaves, in float32: exact in effect, and slower than native ones.
 """
 
 from collections.abc import Sequence
@@ -11,23 +13,49 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from arrowhead.kernels import masks, windows
+from arrowhead.kernels import masks, quantise, windows
 from arrowhead.layout import Tokens
+from arrowhead.methods import Precision
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, radii: Sequence[int | None], scale: float, mask: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tokens: Tokens,
+    radii: Sequence[int | None],
+    precisions: Sequence[Precision],
+    scale: float,
+    mask: Tensor | None,
 ) -> Tensor:
     """Arrow attention, (B, H, N, D) each; the dtype is kept."""
-    distinct = list(dict.fromkeys(radii))
+    kinds = list(zip(radii, precisions, strict=True))
+    distinct = list(dict.fromkeys(kinds))
     if len(distinct) == 1:
-        return _one_radius(q, k, v, tokens, distinct[0], scale, mask)
+        return _one_kind(q, k, v, tokens, *distinct[0], scale, mask)
     out = torch.empty_like(q)
-    for radius in distinct:
-        heads = torch.tensor([head for head, own in enumerate(radii) if own == radius], device=q.device)
+    for kind in distinct:
+        heads = torch.tensor([head for head, own in enumerate(kinds) if own == kind], device=q.device)
         own_mask = None if mask is None else masks.part(mask, 1, heads)
-        out[:, heads] = _one_radius(q[:, heads], k[:, heads], v[:, heads], tokens, radius, scale, own_mask)
+        out[:, heads] = _one_kind(q[:, heads], k[:, heads], v[:, heads], tokens, *kind, scale, own_mask)
     return out
+
+
+def _one_kind(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tokens: Tokens,
+    radius: int | None,
+    precision: Precision,
+    scale: float,
+    mask: Tensor | None,
+) -> Tensor:
+    if precision == "native":
+        return _one_radius(q, k, v, tokens, radius, scale, mask)
+    wide = quantise.emulated(q, k, v)
+    own_mask = mask if mask is None or mask.dtype == torch.bool else mask.to(wide[0].dtype)
+    return _one_radius(*wide, tokens, radius, scale, own_mask).to(q.dtype)
 
 
 def _one_radius(

@@ -7,8 +7,9 @@ from torch import Tensor
 from arrowhead.errors import KernelUnavailable
 from arrowhead.kernels import chunked, flex, fused, reference
 from arrowhead.layout import Tokens
+from arrowhead.methods import Precision
 
-Kernel = Callable[[Tensor, Tensor, Tensor, Tokens, Sequence[int | None], float, Tensor | None], Tensor]
+Kernel = Callable[[Tensor, Tensor, Tensor, Tokens, Sequence[int | None], Sequence[Precision], float, Tensor | None], Tensor]
 
 KERNELS: dict[str, Kernel] = {
     "chunked": chunked.attend,
@@ -29,7 +30,9 @@ def known(name: str) -> str:
     return name
 
 
-def resolve(name: str, q: Tensor, scale: float | None = None, mask: Tensor | None = None) -> str:
+def resolve(
+    name: str, q: Tensor, scale: float | None = None, mask: Tensor | None = None, precisions: Sequence[Precision] = ()
+) -> str:
     """The kernel that `arrow` runs for these arguments: `auto` is `fused` on a device that can, and else `chunked`.
 
     Raises:
@@ -37,7 +40,8 @@ def resolve(name: str, q: Tensor, scale: float | None = None, mask: Tensor | Non
     """
     if known(name) != "auto":
         return name
-    return "fused" if q.is_cuda and fused.obstacle(q, _scale(q, scale), _of_four(mask)) is None else "chunked"
+    able = q.is_cuda and fused.obstacle(q, _scale(q, scale), _of_four(mask), precisions) is None
+    return "fused" if able else "chunked"
 
 
 def arrow(
@@ -47,18 +51,21 @@ def arrow(
     tokens: Tokens,
     radius: int | Sequence[int | None],
     *,
+    precision: Precision | Sequence[Precision] = "native",
     scale: float | None = None,
     mask: Tensor | None = None,
     kernel: str = "auto",
 ) -> Tensor:
     """Arrow attention of q, k, v, each (B, H, N, D) with N = `tokens.total`: (B, H, N, D).
 
-    `radius` is one for all heads, or one for each, None where a head is full. `scale` multiplies the scores; D^−½ when it is
-    None. `mask`, the model's own, is boolean (True: seen) or added to the scores, and broadcasts to (B, H, N, N).
+    `radius` is one for all heads, or one for each, None where a head is full, and so is `precision`, of the product Q·Kᵀ.
+    `scale` multiplies the scores; D^−½ when it is None. `mask`, the model's own, is boolean (True: seen) or added to the
+    scores, and broadcasts to (B, H, N, N).
     """
     radii = (radius,) * q.shape[1] if isinstance(radius, int) else tuple(radius)
-    attend = KERNELS[resolve(kernel, q, scale, mask)]
-    return attend(q, k, v, tokens, radii, _scale(q, scale), _of_four(mask))
+    precisions = (precision,) * q.shape[1] if isinstance(precision, str) else tuple(precision)
+    attend = KERNELS[resolve(kernel, q, scale, mask, precisions)]
+    return attend(q, k, v, tokens, radii, precisions, _scale(q, scale), _of_four(mask))
 
 
 def _scale(q: Tensor, scale: float | None) -> float:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes  # torch does no
 from arrowhead.errors import KernelUnavailable
 from arrowhead.kernels import masks
 from arrowhead.layout import Tokens
+from arrowhead.methods import Precision
 
 BLOCK = 128  # tokens on a block's side
 LAYOUTS = 64  # so many are compiled; torch's own limit is 8, and past it FlexAttention would run uncompiled, with N² scores
@@ -23,15 +24,22 @@ ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, radii: Sequence[int | None], scale: float, mask: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tokens: Tokens,
+    radii: Sequence[int | None],
+    precisions: Sequence[Precision],
+    scale: float,
+    mask: Tensor | None,
 ) -> Tensor:
     """Arrow attention, (B, H, N, D) each; the dtype is kept. A mask of the model's own is read where it lies, uncopied.
 
     Raises:
         KernelUnavailable: what FlexAttention cannot do here: other devices than CUDA and CPU, gradients or float64 on the CPU,
-            a head dimension that it refuses, no C++ compiler, more than 64 layouts.
+            a head dimension that it refuses, heads in int8, no C++ compiler, more than 64 layouts.
     """
-    _refuse(q, k, v)
+    _refuse(q, k, v, precisions)
     if q.is_cpu:  # a third faster than through the strides that processors leave
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     score_mod = None if mask is None else _own_mask(mask.expand(*q.shape[:3], k.shape[2]))
@@ -50,7 +58,7 @@ def attend(
         ) from error
 
 
-def _refuse(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _refuse(q: Tensor, k: Tensor, v: Tensor, precisions: Sequence[Precision]) -> None:
     wrong = None
     if q.device.type not in ("cpu", "cuda"):
         wrong = f"device {q.device}", "cpu or cuda"
@@ -58,6 +66,8 @@ def _refuse(q: Tensor, k: Tensor, v: Tensor) -> None:
         wrong = f"{q.dtype}", "float32, bfloat16 or float16"
     elif q.is_cpu and any(tensor.requires_grad for tensor in (q, k, v)):
         wrong = "tensors that require gradients on the CPU", "detached ones"
+    elif "int8" in precisions:
+        wrong = "heads in int8", "native precision"
     if wrong:
         raise KernelUnavailable(f"kernel='flex': got {wrong[0]}, wanted {wrong[1]}; or take kernel='chunked'")
 

@@ -14,20 +14,28 @@ from torch import Tensor
 from arrowhead.errors import KernelUnavailable
 from arrowhead.kernels.fused_table import FULL, HEAD_DIMS
 from arrowhead.layout import Tokens
+from arrowhead.methods import Precision
 
 OLDEST = (8, 0)
 """Compute capability that the kernel needs: Ampere's."""
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, radii: Sequence[int | None], scale: float, mask: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tokens: Tokens,
+    radii: Sequence[int | None],
+    precisions: Sequence[Precision],
+    scale: float,
+    mask: Tensor | None,
 ) -> Tensor:
     """Arrow attention, (B, H, N, D) each; the dtype is kept, and so are the strides of `q` where they leave no gaps.
 
     Raises:
-        KernelUnavailable: the device, the dtype, the head dim, the scale or the mask is none for this kernel.
+        KernelUnavailable: the device, the dtype, the precision, the head dim, the scale or the mask is none for this kernel.
     """
-    reason = obstacle(q, scale, mask, k, v)
+    reason = obstacle(q, scale, mask, precisions, k, v)
     if reason is not None:
         raise KernelUnavailable(f'kernel="fused": {reason}, or use kernel="chunked" or "auto"')
     from arrowhead.kernels import fused_ops  # noqa: PLC0415 - it imports triton
@@ -40,15 +48,17 @@ def attend(
     return out
 
 
-def obstacle(q: Tensor, scale: float, mask: Tensor | None, *others: Tensor) -> str | None:
+def obstacle(q: Tensor, scale: float, mask: Tensor | None, precisions: Sequence[Precision] = (), *others: Tensor) -> str | None:
     """Why the kernel cannot run here, as got, wanted, remedy; None where it can.
 
     `mask`, the model's own, has four dimensions or is None; `others` are keys and values, where they are at hand.
     """
-    return next(_obstacles(q, scale, mask, others), None)
+    return next(_obstacles(q, scale, mask, precisions, others), None)
 
 
-def _obstacles(q: Tensor, scale: float, mask: Tensor | None, others: Sequence[Tensor]) -> Iterator[str]:
+def _obstacles(
+    q: Tensor, scale: float, mask: Tensor | None, precisions: Sequence[Precision], others: Sequence[Tensor]
+) -> Iterator[str]:
     dtypes = [torch.bfloat16, torch.float16]
     if find_spec("triton") is None:
         yield "got no triton, wanted 3.6 or later; pip install arrowhead[gpu]"
@@ -62,6 +72,8 @@ def _obstacles(q: Tensor, scale: float, mask: Tensor | None, others: Sequence[Te
             yield f"got tensors on {q.device}, wanted a CUDA device; move the pipeline there"
     if q.dtype not in dtypes:
         yield f"got {q.dtype}, wanted {' or '.join(map(str, dtypes))}; cast the pipeline"
+    if "int8" in precisions:
+        yield "got heads in int8, wanted native precision; search again without precisions"
     if q.shape[-1] not in HEAD_DIMS:
         yield f"got head dim {q.shape[-1]}, wanted one of {', '.join(map(str, HEAD_DIMS))}; take another model"
     if scale <= 0:

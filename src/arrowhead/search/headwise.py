@@ -195,8 +195,9 @@ class _AtSite:
             return self.full[rows][:, heads]
         if isinstance(method, Cached):
             return self._kept(Key(self.passage.call.site.path, "heads"), heads, rows)
-        out = bands(self.attention, heads, [method.radius] * len(heads), rows, self.passage)
-        count(self.passage, [method] * len(heads), len(out), kernel_of(self.attention, self.passage))
+        methods = [method] * len(heads)
+        out = bands(self.attention, heads, methods, rows, self.passage)
+        count(self.passage, methods, len(out), kernel_of(self.attention, self.passage, methods))
         if method.residual:
             key = Key(self.passage.call.site.path, "residual", method.radius)
             out[:, :, self.passage.tokens.visual_slice] += self._kept(key, heads, rows)

@@ -58,6 +58,7 @@ class Budget:
         share_cfg: whether a site may compute the conditional branch alone.
         residual: whether arrows may add a residual.
         reuse: whether outputs may be repeated.
+        precision: whether heads may multiply with less precision, of those that the table has (`Extent(precisions=…)`).
         extrapolate: whether whole sites' outputs may be continued along a line; not where branches come in two calls.
         corrections: beside FLOPs or a speedup, how many more plans may be tried on the calibration's inputs, 2 at most, of
             which the one that errs least in detail is kept. They take the model's answer to an error, an estimate, for another.
@@ -74,6 +75,7 @@ class Budget:
     residual: bool = True
     reuse: bool = True
     extrapolate: bool = True
+    precision: bool = True
     corrections: int = 2
 
     def __post_init__(self) -> None:
@@ -118,7 +120,8 @@ class Budget:
     def choices(self, table: Table) -> Choices:
         """What a table and this budget leave open."""
         share_cfg, extrapolate = self.share_cfg and table.branches.guided, self.extrapolate and table.branches.calls == 1
-        return Choices(table.radii, table.ages, share_cfg, self.residual, self.reuse, extrapolate)
+        precisions = table.precisions if self.precision else ()
+        return Choices(table.radii, table.ages, share_cfg, self.residual, self.reuse, extrapolate, precisions)
 
     @property
     def granularities(self) -> tuple[Granularity, ...]:

@@ -133,7 +133,9 @@ def _time_site(
 ) -> None:
     """Every cell of a site in turn, `ROUNDS` times after one that does not count."""
     own = Generation.begin(state.branches, state.tokens, state.kernel, Tally(state.branches.samples))
-    radii = choices.radii if call.site.kind == "self_attention" else ()
+    if call.site.kind != "self_attention":
+        choices = replace(choices, radii=(), precisions=())
+    radii = choices.radii
     both = tuple(Residual(radius, FOREVER, conditional_only=False) for radius in radii)
     attend(call, FULL, Writes(FOREVER, both), own)
     if choices.extrapolate:
@@ -141,22 +143,22 @@ def _time_site(
         attend(call, FULL, Writes(FOREVER, slope_until=FOREVER), own)
         own.advance(own.tokens)
     for counted in [False] + [True] * ROUNDS:
-        for what, cell, writes in _tried(radii, choices):
+        for what, cell, writes in _tried(choices):
             spent = _seconds(lambda cell=cell, writes=writes: attend(call, cell, writes, own))  # type: ignore[misc]
             if counted:
                 seconds[_shape(call.site), what].append(spent)
 
 
-def _tried(radii: tuple[int, ...], choices: Choices) -> Iterator[tuple[Cell | Residual, Cell, Writes]]:
+def _tried(choices: Choices) -> Iterator[tuple[Cell | Residual, Cell, Writes]]:
     """What is timed: cells, and full attention that makes one residual, which is kept as those before were."""
     for line in (False, True) if choices.extrapolate else (False,):
         yield Reuse(line), Reuse(line), Writes()
     for share in (False, True) if choices.share_cfg else (False,):
-        yield Attend(Full(), share), Attend(Full(), share), Writes()
-        for radius in radii:
-            for residual in (False, True):
-                cell = Attend(Arrow(radius, residual), share)
+        for precision in ("native", *choices.precisions):
+            arrows = [Arrow(radius, residual, precision) for radius in choices.radii for residual in (False, True)]
+            for cell in (Attend(Full(precision), share), *(Attend(arrow, share) for arrow in arrows)):
                 yield cell, cell, Writes()
+        for radius in choices.radii:
             made = Residual(radius, FOREVER, conditional_only=share)
             yield made, FULL, Writes(FOREVER, (made,))
 

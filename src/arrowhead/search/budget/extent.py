@@ -2,9 +2,11 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import get_args
 
 from arrowhead.errors import InputsInvalid
 from arrowhead.layout import Kind, Site, Tokens
+from arrowhead.methods import Precision
 from arrowhead.models import EVERYTHING
 
 
@@ -21,6 +23,9 @@ class Extent:
 
     `gradients`: False for none, where a model or its memory does not allow them. What a change of a site does to the output is
     then one number for each step and site, from passes in which each image has a site changed, see `weights`.
+
+    `precisions`: other ones than native that heads may have, none unless asked for; each takes one more attention per site and
+    step, and memory for its difference to native attention.
     """
 
     radii: tuple[int, ...] | None = None
@@ -32,6 +37,7 @@ class Extent:
     feedback: float = 0.75
     regions: int | None = None
     seed: int = 0
+    precisions: tuple[Precision, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.radii, tuple | list | None):
@@ -40,6 +46,9 @@ class Extent:
             raise InputsInvalid(f"got radii={self.radii!r}, wanted numbers of tokens, 0 or more")
         if self.kinds is not None and (not isinstance(self.kinds, tuple | list) or not set() < set(self.kinds) <= EVERYTHING):
             raise InputsInvalid(f"got kinds={self.kinds!r}, wanted a tuple of some of {', '.join(sorted(EVERYTHING))}, or None")
+        others = [precision for precision in get_args(Precision) if precision != "native"]
+        if not isinstance(self.precisions, tuple | list) or sorted(self.precisions) != sorted(set(self.precisions) & {*others}):
+            raise InputsInvalid(f"got precisions={self.precisions!r}, wanted a tuple of some of {', '.join(others)}, each once")
         if isinstance(self.feedback, bool) or not isinstance(self.feedback, int | float) or not 0 <= self.feedback <= 1:
             raise InputsInvalid(f"got feedback={self.feedback!r}, wanted a number from 0 to 1")
         if self.checkpoint and not self.gradients:
@@ -52,11 +61,12 @@ class Extent:
                 raise InputsInvalid(f"got {name}={value!r}, wanted a whole number of {least} or more")
 
     def held(self, sites: Iterable[Site], tokens: Tokens) -> int:
-        """Elements of one sample that are held at most from step to step: outputs and residuals of the last steps."""
+        """Elements of one sample that are held at most from step to step: of the last steps outputs, residuals, roundings."""
         found = 0
         for site in sites:
             own, attends = site.tokens(tokens), site.kind == "self_attention"
-            found += site.heads * site.head_dim * (own.total + own.visual * len(self.bands(tokens)) * attends)
+            of_attention = own.visual * len(self.bands(tokens)) + own.total * len(self.precisions)
+            found += site.heads * site.head_dim * (own.total + of_attention * attends)
         return found * (self.ages + 1)
 
     def bands(self, tokens: Tokens) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from arrowhead.lifetimes import FOREVER, Residual, Writes
-from arrowhead.methods import Arrow, Attend, Cached, Cell, Full, Reuse
+from arrowhead.methods import Arrow, Attend, Cached, Cell, Full, Precision, Reuse, refreshes_residual
 
 
 @dataclass(frozen=True)
@@ -14,6 +14,7 @@ class Given:
     `residual_lag`: steps since the residual that the arrow added was made; None where it added none. `residual_shared`: that
     step computed the conditional branch alone. `share`: so did the step that made the output. `earlier`: what the site gave
     before that, where the line through both is given, `since` steps after the later and `gap` after the earlier of the two.
+    `precision` is that of the output.
     """
 
     lag: int = 0
@@ -24,6 +25,7 @@ class Given:
     earlier: "Given | None" = None
     since: int = 0
     gap: int = 1
+    precision: Precision = "native"
 
     @property
     def oldest(self) -> int:
@@ -73,7 +75,7 @@ class Kept:
 class Memory:
     """What the coming step can build on: the output that was computed last, and a residual; None for what there is not.
 
-    `earlier`: the output that was computed before the last, where both are of full attention, so that a line goes through them.
+    `earlier`: the output that was computed before the last, where both are of native full attention: a line goes through them.
     """
 
     output: Given | None = None
@@ -98,7 +100,8 @@ class Move:
 class Choices:
     """What the programme may choose from: the arrows' radii, ages of up to `ages` steps, and whether branches may be shared.
 
-    Between two steps of full attention arrows add the residual of one radius, or none.
+    Between two steps of full attention arrows add the residual of one radius, or none. `precisions` other than native are open
+    to arrows and to full attention, which then makes no residual, and leaves the one that there is.
     """
 
     radii: tuple[int, ...]
@@ -107,9 +110,12 @@ class Choices:
     residual: bool = True
     reuse: bool = True
     extrapolate: bool = False
+    precisions: tuple[Precision, ...] = ()
 
     def moves(self, memory: Memory) -> Iterator[Move]:
-        """What a site may do from a memory besides `refreshing`; from nothing at all, nothing."""
+        """What a site may do from a memory besides `refreshing`; from nothing at all, only full attention by less precision."""
+        for share in self._shares:
+            yield from self._imprecise(memory, share)
         if memory == START:
             return
         for share in self._shares:
@@ -122,7 +128,8 @@ class Choices:
         if earlier is not None:
             line = output.continued(earlier, output.lag, earlier.lag - output.lag)
             yield Move(Reuse(extrapolate=True), line, Writes(), after)
-        if self.extrapolate and output.radius is None and output.lag < self.ages:
+        plain = output.radius is None and output.precision == "native"
+        if self.extrapolate and plain and output.lag < self.ages:
             given = Given(share=output.share)
             yield Move(Attend(Full(), output.share), given, Writes(), self._after(given, None, output))
 
@@ -141,15 +148,23 @@ class Choices:
                     kept = Kept(radius, lag=0, shared=share, half=half)
                     yield Move(cell, given, writes, self._after(given, kept))
 
+    def _imprecise(self, memory: Memory, share: bool) -> Iterator[Move]:
+        for precision in self.precisions:
+            given = Given(share=share, precision=precision)
+            yield Move(Attend(Full(precision), share), given, Writes(), self._after(given, memory.residual))
+
     def _arrows(self, memory: Memory, share: bool) -> Iterator[Move]:
         kept = memory.residual
-        if kept is None:
-            for radius in self.radii:
-                given = Given(radius=radius, share=share)
-                yield Move(Attend(Arrow(radius), share), given, Writes(), self._after(given, None))
-        elif share or not kept.half:
-            given = Given(0, kept.radius, kept.lag, kept.shared, share)
-            yield Move(Attend(Arrow(kept.radius, residual=True), share), given, Writes(), self._after(given, kept))
+        for precision in ("native", *self.precisions):
+            if kept is None:
+                for radius in self.radii:
+                    given = Given(radius=radius, share=share, precision=precision)
+                    cell = Attend(Arrow(radius, precision=precision), share)
+                    yield Move(cell, given, Writes(), self._after(given, None))
+            elif share or not kept.half:
+                given = Given(0, kept.radius, kept.lag, kept.shared, share, precision=precision)
+                cell = Attend(Arrow(kept.radius, residual=True, precision=precision), share)
+                yield Move(cell, given, Writes(), self._after(given, kept))
 
     def _after(self, given: Given, kept: Kept | None, earlier: Given | None = None) -> Memory:
         """A step later; what is too old then is forgotten."""
@@ -180,13 +195,14 @@ def givens_of(column: Sequence[Cell]) -> list[Given]:
             made = made.aged()
             whole = replace(made, share=made.share or cell.share_cfg)
         else:
-            made = Given(share=cell.share_cfg)
-            if not isinstance(cell.method, Arrow):
+            assert isinstance(cell.method, Full | Arrow)
+            made = Given(share=cell.share_cfg, precision=cell.method.precision)
+            if refreshes_residual(cell):
                 full, full_shared = step, cell.share_cfg
-            elif cell.method.residual:
-                made = Given(0, cell.method.radius, step - full, full_shared, cell.share_cfg)
-            else:
-                made = Given(0, cell.method.radius, share=cell.share_cfg)
+            elif isinstance(cell.method, Arrow):
+                made = replace(made, radius=cell.method.radius)
+                if cell.method.residual:
+                    made = replace(made, residual_lag=step - full, residual_shared=full_shared)
             whole = made
         earlier = replace(before, share=before.share or cell.share_cfg)
         found.append(whole)

@@ -59,7 +59,7 @@ class Problem:
         self._whole = table.steps * (other + units)
         self.fixed = table.steps * other / self._whole
         self._programme = Programme(choices)
-        self._of_modules = Programme(replace(choices, radii=()))  # no pairs of tokens, no arrows
+        self._of_modules = Programme(replace(choices, radii=(), precisions=()))  # no pairs of tokens
         self._groups = () if granularity in ("step", "site") else tuple(self._grouped(granularity))
 
     def _spoken_of(self, table: Table) -> tuple[Site, ...]:

@@ -57,6 +57,7 @@ class Programme:
         self.shares = np.array([isinstance(move.cell, Attend) and move.cell.share_cfg for move in self.moves])
         start = np.array([start for start, _ in others], dtype=np.int64)
         self._first = self._always + np.searchsorted(start, np.arange(len(number) + 1))
+        self._begun = 0 if 0 in start else 1  # from nothing at all, memory 0, there may be no others
 
     def solve(self, damage: Floats, cost: Floats, multiplier: float, held: Floats | None = None) -> Solution:
         """Exact for this multiplier: the least Σ damage + multiplier · Σ cost of each column.
@@ -75,9 +76,9 @@ class Programme:
         for step in range(steps - 1, -1, -1):
             total = damage[step, self._given] + price[self._spending] + ahead[step + 1, self._to]  # (moves, C)
             ahead[step] = total[:always].min(0)
-            if len(total) > always:  # from nothing at all, memory 0, there are no others
-                others = np.minimum.reduceat(total[always:], self._first[1:-1] - always, axis=0)
-                np.minimum(ahead[step, 1:], others, out=ahead[step, 1:])
+            if len(total) > always:
+                others = np.minimum.reduceat(total[always:], self._first[self._begun : -1] - always, axis=0)
+                np.minimum(ahead[step, self._begun :], others, out=ahead[step, self._begun :])
         chosen = np.zeros((steps, columns), dtype=np.int64)
         harmed, spent, memory = np.zeros(columns), np.zeros(columns), np.zeros(columns, dtype=np.int64)
         most = int(np.diff(self._first).max(initial=0))

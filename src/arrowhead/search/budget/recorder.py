@@ -19,7 +19,7 @@ from arrowhead.errors import InputsInvalid, NotIntercepted
 from arrowhead.intercept import SiteCall
 from arrowhead.layout import Branches, Site, Tokens, outermost
 from arrowhead.lifetimes import Writes
-from arrowhead.methods import FULL, Arrow
+from arrowhead.methods import FULL, Arrow, Full
 from arrowhead.plan import Target
 from arrowhead.route import AttentionCall
 from arrowhead.search.budget.extent import Extent
@@ -42,10 +42,14 @@ APART = 0x51DE0F7E
 
 @dataclass(frozen=True)
 class _Kept:
-    """One step of a site: its heads' output (B, H, N, D), and its residuals (B, H, V, D), one for each radius."""
+    """One step of a site: its heads' output (B, H, N, D), its residuals (B, H, V, D), one for each radius, and its roundings.
+
+    A rounding, one for each precision, is what that changes of the output, (B, H, N, D).
+    """
 
     output: Tensor
-    residuals: tuple[Tensor, ...]
+    residuals: tuple[Tensor, ...] = ()
+    roundings: tuple[Tensor, ...] = ()
 
 
 class Recorder:
@@ -60,15 +64,15 @@ class Recorder:
         self._other_flops = 0.0  # outside of all sites, for one image in a step
         self._images = self._regions = 0  # known in the first step
         self._weights = Weights(len(self._sites))  # in place of gradients
-        self._products: list[tuple[Tensor, Tensor]] = []  # of each step, see `Table`
+        self._products: list[tuple[Tensor, ...]] = []  # of each step, see `Table`: outputs, residuals, roundings
 
     def follow(self, step: Step) -> None:
         """One step: the pipeline's own, and the products of gradients, or of what stands for them, with what is kept."""
         self._generator.manual_seed(APART + self._extent.seed)  # the same vectors in every step: what steps do adds up
         found = list(self._by_gradients(step) if self._extent.gradients else self._by_weights(step))
-        self._products.append((torch.cat([of[0] for of in found], -1), torch.cat([of[1] for of in found], -1)))
+        self._products.append(tuple(torch.cat(products, -1) for products in zip(*found, strict=True)))
 
-    def _by_gradients(self, step: Step) -> Iterator[tuple[Tensor, Tensor]]:
+    def _by_gradients(self, step: Step) -> Iterator[tuple[Tensor, ...]]:
         """Forward, and back for each vector."""
         probes: dict[str, Tensor] = {}
         vectors = self._extent.vectors
@@ -80,7 +84,7 @@ class Recorder:
                 for i in range(vectors):
                     yield self._of_vector(probes, outputs, last=i == vectors - 1)
 
-    def _by_weights(self, step: Step) -> Iterator[tuple[Tensor, Tensor]]:
+    def _by_weights(self, step: Step) -> Iterator[tuple[Tensor, ...]]:
         """Forward, and again with sites changed. What stands for a gradient is a vector as long as the output by the site's."""
         with self._counting() as whole:
             outputs = step.finish_by(lambda call, state: self._at_site(call, state, None))
@@ -148,19 +152,20 @@ class Recorder:
         """All steps together."""
         final, feedback = sampling.latents(), self._extent.feedback
         gains, answers = sampling.gains(len(self._products), self._images)
-        outputs, residuals = (torch.stack(products) for products in zip(*self._products, strict=True))
+        products = [torch.stack(of_steps) for of_steps in zip(*self._products, strict=True)]
         if not self._extent.gradients:
             heads = torch.tensor([site.heads for site in self._sites])
-            weights = self._weights.fitted(len(outputs)).repeat_interleave(heads, 1)  # (S, H)
-            outputs, residuals = outputs * weights[..., None, None, None], residuals * weights[..., None, None, None, None]
+            weights = self._weights.fitted(len(self._products)).repeat_interleave(heads, 1)  # (S, H)
+            products = [own * weights[(...,) + (None,) * (own.ndim - 2)] for own in products]
+        outputs, residuals, roundings = (own.float() for own in products)
         return Table(
             target=target,
             tokens=self._tokens,
             branches=branches,
             radii=self._radii,
             ages=self._extent.ages,
-            outputs=outputs.float(),
-            residuals=residuals.float(),
+            outputs=outputs,
+            residuals=residuals,
             gains=tuple(gain * answer**feedback for gain, answer in zip(gains, answers, strict=True)),
             answers=answers,
             feedback=feedback,
@@ -172,6 +177,8 @@ class Recorder:
             regions=self._regions,
             itemsize=next(iter(self._kept.values()))[0].output.itemsize,
             about=about,
+            precisions=tuple(self._extent.precisions),
+            roundings=roundings if self._extent.precisions else None,
         )
 
     def _at_site(self, call: SiteCall, state: Generation, probes: dict[str, Tensor] | None) -> Output:
@@ -187,7 +194,8 @@ class Recorder:
             out = asked.native()  # (B, H, N, D)
             with torch.no_grad(), self._counted():
                 _require_finite(out, call, state)
-                self._kept[site.path].appendleft(_Kept(out.detach(), tuple(self._residuals_of(asked, out, passage))))
+                residuals, roundings = self._residuals_of(asked, out, passage), self._roundings_of(asked, out, passage)
+                self._kept[site.path].appendleft(_Kept(out.detach(), tuple(residuals), tuple(roundings)))
             if probes is None:
                 return out
             probes[site.path] = torch.zeros_like(out, requires_grad=True)
@@ -203,7 +211,7 @@ class Recorder:
             parts = [tensor.detach() for tensor in _tensors(call.kept(out), site)]
             kept = (parts[0] if len(parts) == 1 else torch.cat(parts, 1))[:, None]
         _require_finite(kept, call, state)
-        self._kept[site.path].appendleft(_Kept(kept, ()))
+        self._kept[site.path].appendleft(_Kept(kept))
         if probes is None:
             return out
         probes[site.path] = torch.zeros_like(kept, requires_grad=True)
@@ -225,35 +233,52 @@ class Recorder:
     def _residuals_of(self, asked: AttentionCall, out: Tensor, passage: Passage) -> Iterator[Tensor]:
         heads, visual = range(passage.call.site.heads), passage.tokens.visual_slice
         for radius in self._radii:
-            band = bands(asked, heads, [radius] * len(heads), slice(None), passage)
-            count(passage, [Arrow(radius)] * len(heads), len(band), kernel_of(asked, passage))
+            methods = [Arrow(radius)] * len(heads)
+            band = bands(asked, heads, methods, slice(None), passage)
+            count(passage, methods, len(band), kernel_of(asked, passage, methods))
             yield out[:, :, visual] - band[:, :, visual]
 
-    def _of_vector(self, probes: dict[str, Tensor], outputs: Sequence[Tensor], *, last: bool) -> tuple[Tensor, Tensor]:
-        """Of all heads of all sites, for a new random vector: (H, ages + 1, pairs, M), (H, radii, ages + 1, pairs, M)."""
+    def _roundings_of(self, asked: AttentionCall, out: Tensor, passage: Passage) -> Iterator[Tensor]:
+        heads = range(passage.call.site.heads)
+        for precision in self._extent.precisions:
+            methods = [Full(precision)] * len(heads)
+            imprecise = bands(asked, heads, methods, slice(None), passage)
+            count(passage, methods, len(imprecise), kernel_of(asked, passage, methods))
+            yield imprecise - out
+
+    def _of_vector(self, probes: dict[str, Tensor], outputs: Sequence[Tensor], *, last: bool) -> tuple[Tensor, ...]:
+        """Of all heads of all sites, for a new random vector: outputs (H, ages + 1, pairs, M), residuals, roundings.
+
+        Of these two, (H, radii or precisions, ages + 1, pairs, M).
+        """
         guided = self._guidance.guided([output.detach() for output in outputs])
         vector = torch.randn(guided.shape, generator=self._generator).to(guided.device, guided.dtype)
         cotangents = self._guidance.cotangents(outputs, vector)
         gradients = torch.autograd.grad(outputs, list(probes.values()), cotangents, retain_graph=not last)
         return self._joined(dict(zip(probes, gradients, strict=True)))
 
-    def _joined(self, gradients: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _joined(self, gradients: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """The products of all sites, by their paths."""
         products = [self._of_site(site, gradients[site.path].float()) for site in self._sites]
-        return torch.cat([of_outputs for of_outputs, _ in products]), torch.cat([of_residuals for _, of_residuals in products])
+        return tuple(map(torch.cat, zip(*products, strict=True)))
 
-    def _of_site(self, site: Site, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def _of_site(self, site: Site, gradient: Tensor) -> tuple[Tensor, ...]:
         """Products of the gradient (B, H, N, D), as in `_of_vector`, for the heads of one site."""
         kept, visual = self._kept[site.path], site.tokens(self._tokens).visual_slice
         outputs = self._paired(gradient, [entry.output for entry in kept])  # (H, steps kept, pairs, B · regions)
         now = outputs[:, :1, [0, 1, 1]] if self._guidance.branches.batched else outputs[:, :1]  # of the gradient's own branch
-        residuals = [
-            self._paired(gradient, [entry.residuals[r] for entry in kept], visual) for r in range(len(kept[0].residuals))
-        ]
-        found = torch.zeros(1 + len(self._radii), *outputs.shape[:1], self._extent.ages + 1, *outputs.shape[2:])
-        for place, products in enumerate((outputs - now, *residuals)):
-            found[place, :, : len(kept)] = products
-        return found[0], found[1:].transpose(0, 1)
+        residuals = [self._paired(gradient, own, visual) for own in zip(*(entry.residuals for entry in kept), strict=True)]
+        roundings = [self._paired(gradient, own) for own in zip(*(entry.roundings for entry in kept), strict=True)]
+
+        def whole(found: Sequence[Tensor], count: int) -> Tensor:
+            """(H, count, ages + 1, pairs, M), zero where nothing was found: of ages before the run, of sites without heads."""
+            padded = outputs.new_zeros(len(outputs), count, self._extent.ages + 1, *outputs.shape[2:])
+            for place, products in enumerate(found):
+                padded[:, place, : len(kept)] = products
+            return padded
+
+        of_precisions = whole(roundings, len(self._extent.precisions))
+        return whole([outputs - now], 1)[:, 0], whole(residuals, len(self._radii)), of_precisions
 
     def _paired(self, gradient: Tensor, sources: Sequence[Tensor], where: slice = slice(None)) -> Tensor:
         """⟨g, source⟩ of each head, image and region, for each pair of branches: (H, sources, pairs, B · regions).

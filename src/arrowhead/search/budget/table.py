@@ -19,11 +19,13 @@ from arrowhead import cost
 from arrowhead.errors import InputsInvalid
 from arrowhead.layout import Branches, Site, Tokens, outermost, seen
 from arrowhead.lifetimes import of_head
-from arrowhead.methods import Cell
+from arrowhead.methods import Cell, Precision
 from arrowhead.plan import Target
 from arrowhead.search.budget.given import Given, givens_of
 
-FORMAT = 4
+FORMAT = 5
+READABLE = (4, FORMAT)
+"""Format 4 is without precisions, and means the same."""
 SAME, CROSSED = slice(0, 2), slice(0, 3, 2)
 """Of a guided table's three pairs (gradient's branch, source's branch): (c, c) and (u, u); (c, c) and (u, c)."""
 
@@ -38,6 +40,9 @@ class Table:
 
     * `outputs` (S, H, ages + 1, pairs, M): ⟨g, O_{t−k} − O_t⟩ for each age k;
     * `residuals` (S, H, radii, ages + 1, pairs, M): ⟨g, R_{t−k}⟩ with R = O − W, the arrow of that radius subtracted.
+
+    * `roundings` (S, H, precisions, ages + 1, pairs, M), of `precisions` other than native, None without any: ⟨g, E_{t−k}⟩ with
+      E = O_p − O, full attention of that precision less native. What it changes of an arrow is taken to be the same.
 
     H counts the heads of all sites, one site after another. The pairs are those of branches that g and what it is multiplied
     with belong to: (c, c), (u, u), (u, c) under guidance, else one. M counts random vectors × images × `regions`, parts of the
@@ -67,6 +72,8 @@ class Table:
     feedback: float = 1.0
     blocks: tuple[Site, ...] = ()
     about: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    precisions: tuple[Precision, ...] = ()
+    roundings: Tensor | None = None
 
     @property
     def steps(self) -> int:
@@ -99,6 +106,7 @@ class Table:
             tokens=seen(self.tokens, sites),
             outputs=self.outputs[:, heads],
             residuals=self.residuals[:, heads],
+            roundings=None if self.roundings is None else self.roundings[:, heads],
             other_flops=self.other_flops + self._module_flops(outermost(self.target.sites)) - self._module_flops(sites),
             blocks=(),
         )
@@ -129,16 +137,19 @@ class Table:
         damage is what it adds to the square, at least 0. A run is taken to be all repeats or all lines.
 
         Raises:
-            InputsInvalid: the table does not hold what is given: a radius, or something as old.
+            InputsInvalid: the table does not hold what is given: a radius, a precision, or something as old.
         """
         self._require(givens)
         member = torch.zeros(len(columns), self.outputs.shape[1])
         for c, heads in enumerate(columns):
             member[c, list(heads)] = 1
-        outputs = torch.einsum("ch,shkpm->sckpm", member, self.outputs)
-        residuals = torch.einsum("ch,shrkpm->scrkpm", member, self.residuals)
+        columns_of = _Products(
+            torch.einsum("ch,shkpm->sckpm", member, self.outputs),
+            torch.einsum("ch,shrkpm->scrkpm", member, self.residuals),
+            None if self.roundings is None else torch.einsum("ch,shrkpm->scrkpm", member, self.roundings),
+        )
         wanted = dict.fromkeys(givens)
-        found = {given: harm for given, harm in self._along_runs(outputs, residuals, wanted) if given in wanted}
+        found = {given: harm for given, harm in self._along_runs(columns_of, wanted) if given in wanted}
         return np.stack([found[given] for given in givens], 1)
 
     def damage(self, columns: Sequence[Sequence[Cell] | None]) -> Floats:
@@ -170,13 +181,15 @@ class Table:
     def _require(self, givens: Sequence[Given]) -> None:
         oldest = max((given.oldest for given in givens), default=0)
         radii = {given.radius for given in givens} - {None, *self.radii}
-        if oldest > self.ages or radii:
+        precisions = {given.precision for given in givens} - {"native", *self.precisions}
+        if oldest > self.ages or radii or precisions:
             raise InputsInvalid(
-                f"got ages of up to {oldest} and arrows of radii {sorted(map(str, radii)) or self.radii}, wanted ages of up to "
-                f"{self.ages} and radii among {self.radii}, as the table has; calibrate with a larger extent"
+                f"got ages of up to {oldest}, arrows of radii {sorted(map(str, radii)) or self.radii} and precisions "
+                f"{sorted(precisions) or self.precisions}, wanted ages of up to {self.ages}, radii among {self.radii} and "
+                f"precisions among {self.precisions}, as the table has; calibrate with a larger extent"
             )
 
-    def _along_runs(self, outputs: Tensor, residuals: Tensor, givens: Iterable[Given]) -> Iterator[tuple[Given, Floats]]:
+    def _along_runs(self, columns: "_Products", givens: Iterable[Given]) -> Iterator[tuple[Given, Floats]]:
         """Each given with its damages (S, C): what it adds to the square of the sum of a run's changes, at least 0."""
         following: dict[Given | None, list[Given]] = {}
         pending, seen = list(givens), set(givens)
@@ -191,30 +204,33 @@ class Table:
         scale = self.regions / (self.final * self.elements)
 
         def follow(given: Given, summed: Tensor, square: Tensor) -> Iterator[tuple[Given, Floats]]:
-            summed = gains * self._change(outputs, residuals, given) + _a_step_later(summed)  # (S, C, M)
+            summed = gains * self._change(columns, given) + _a_step_later(summed)  # (S, C, M)
             whole = scale * summed.square().mean(2)
             yield given, (whole - _a_step_later(square)).clamp_min(0).numpy()
             for later in following.get(given, ()):
                 yield from follow(later, summed, whole)
 
-        nothing = torch.zeros(self.steps, outputs.shape[1], outputs.shape[-1], dtype=torch.float64)
+        nothing = torch.zeros(self.steps, columns.outputs.shape[1], columns.outputs.shape[-1], dtype=torch.float64)
         for given in following.get(None, ()):
             yield from follow(given, nothing, nothing[:, :, 0])
 
-    def _change(self, outputs: Tensor, residuals: Tensor, given: Given) -> Tensor:
+    def _change(self, columns: "_Products", given: Given) -> Tensor:
         """Change of r·(guided output), if columns give this instead of full attention's output: (S, C, M)."""
         if given.earlier is not None:  # the line through both, at this step
             weight = given.since / given.gap
-            later = self._change(outputs, residuals, given.as_it_was())
-            return (1 + weight) * later - weight * self._change(outputs, residuals, given.earlier)
+            later = self._change(columns, given.as_it_was())
+            return (1 + weight) * later - weight * self._change(columns, given.earlier)
         pairs = self._pairs(given.share)
-        found = outputs[:, :, given.lag, pairs].sum(2)
+        found = columns.outputs[:, :, given.lag, pairs].sum(2)
+        if given.precision != "native":
+            assert columns.roundings is not None
+            found = found + columns.roundings[:, :, self.precisions.index(given.precision), given.lag, pairs].sum(2)
         if given.radius is not None:
             radius = self.radii.index(given.radius)
-            found = found - residuals[:, :, radius, given.lag, pairs].sum(2)
+            found = found - columns.residuals[:, :, radius, given.lag, pairs].sum(2)
             if given.residual_lag is not None:
                 pairs = self._pairs(given.share or given.residual_shared)
-                found = found + residuals[:, :, radius, given.residual_lag, pairs].sum(2)
+                found = found + columns.residuals[:, :, radius, given.residual_lag, pairs].sum(2)
         return found
 
     def _pairs(self, shared: bool) -> slice:
@@ -241,9 +257,10 @@ class Table:
             answers=self.answers,
             feedback=self.feedback,
             blocks=self.blocks,
+            precisions=self.precisions,
             about=dict(self.about),
         )
-        tensors = {"outputs": self.outputs.contiguous(), "residuals": self.residuals.contiguous()}
+        tensors = {name: getattr(self, name).contiguous() for name in _tensors_of(self.precisions)}
         content = json.dumps(header.model_dump(mode="json"), default=str, allow_nan=False)
         save_file(tensors, path, metadata={"arrowhead": content})
 
@@ -258,13 +275,26 @@ class Table:
             with safe_open(path, "pt") as file:
                 content = (file.metadata() or {}).get("arrowhead", "{}")
                 header = _Header.model_validate_json(content, strict=True)
-                tensors = {name: file.get_tensor(name) for name in ("outputs", "residuals")}
+                tensors = {name: file.get_tensor(name) for name in _tensors_of(header.precisions)}
         except (OSError, SafetensorError, pydantic.ValidationError) as error:
             raise InputsInvalid(f"{path} is no sound table; wanted a file that Table.save wrote. {error}") from error
         if found := header.faults(tensors):
             raise InputsInvalid(f"{path} is no sound table; wanted a file that Table.save wrote. {found}")
         fields = {name: getattr(header, name) for name in type(header).model_fields if name != "format"}
         return cls(**fields, **tensors)
+
+
+@dataclass(frozen=True)
+class _Products:
+    """A table's tensors, of columns in place of heads."""
+
+    outputs: Tensor
+    residuals: Tensor
+    roundings: Tensor | None
+
+
+def _tensors_of(precisions: Sequence[Precision]) -> tuple[str, ...]:
+    return ("outputs", "residuals", "roundings") if precisions else ("outputs", "residuals")
 
 
 def _a_step_later(of_steps: Tensor) -> Tensor:
@@ -291,12 +321,13 @@ class _Header(pydantic.BaseModel, extra="forbid"):
     answers: tuple[float, ...]
     feedback: float
     blocks: tuple[Site, ...]
+    precisions: tuple[Precision, ...] = ()
     about: dict[str, Any]
 
     def faults(self, tensors: Mapping[str, Tensor]) -> str | None:
         """What does not fit together."""
-        if self.format != FORMAT:
-            return f"got format {self.format}, wanted {FORMAT}"
+        if self.format not in READABLE:
+            return f"got format {self.format}, wanted {' or '.join(map(str, READABLE))}"
         sizes = {"steps": len(self.gains), "ages": self.ages, "elements": self.elements, "images": self.images}
         sizes |= {"regions": self.regions, "itemsize": self.itemsize, "sites": len(self.target.sites)}
         if small := [f"{name} {value}" for name, value in sizes.items() if value < 1]:
@@ -314,6 +345,8 @@ class _Header(pydantic.BaseModel, extra="forbid"):
         """Where the tensors do not fit the rest."""
         if not all(t.dtype == torch.float32 and t.isfinite().all() for t in tensors.values()):
             return "got tensors that are not float32, or not finite"
+        if "native" in self.precisions or len(set(self.precisions)) < len(self.precisions):
+            return f"got precisions {self.precisions}, wanted others than native, each once"
         heads, pairs = sum(site.heads for site in self.target.sites), 3 if self.branches.guided else 1
         ages, products = self.ages + 1, tensors["outputs"].shape[-1] if tensors["outputs"].ndim == 5 else 0
         if products < 1 or products % self.regions:
@@ -321,10 +354,11 @@ class _Header(pydantic.BaseModel, extra="forbid"):
         shapes = {
             "outputs": (len(self.gains), heads, ages, pairs, products),
             "residuals": (len(self.gains), heads, len(self.radii), ages, pairs, products),
+            "roundings": (len(self.gains), heads, len(self.precisions), ages, pairs, products),
         }
         wrong = [
             f"{name} of shape {tuple(tensors[name].shape)}, wanted {shape}"
             for name, shape in shapes.items()
-            if tuple(tensors[name].shape) != shape
+            if name in tensors and tuple(tensors[name].shape) != shape
         ]
         return "; ".join(wrong) or None

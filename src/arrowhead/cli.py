@@ -64,9 +64,11 @@ def families(
     if markdown:
         typer.echo("\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows)))
         return
-    table = Table(*columns, title="families", show_lines=True)
-    for row in rows:
-        table.add_row(*row)
+    table = Table(title="families", show_lines=True)
+    for column in columns:
+        table.add_column(column, no_wrap=column == "family", overflow="fold")
+    for family, row in zip(ah.supported(), rows, strict=True):
+        table.add_row(family.family, *row[1:])
     console.print(table)
 
 

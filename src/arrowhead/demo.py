@@ -75,8 +75,8 @@ def run(out: Path, console: Console) -> None:
     for show in SHOWS:
         one(show, out / show.model, console)
     console.print(
-        "\nPSNR and SSIM compare with the raw images of the same seeds. A cell is one module in one step: attention, feed-forward "
-        f"or a whole block. Written to {out}/*/: plan.json ({[*BUDGETS][-1]}), plan.png, images.png, results.json"
+        "\nPSNR and SSIM compare with the raw images of the same seeds. A cell is one module in one step: attention, "
+        f"feed-forward or a whole block. Written to {out}/*/: plan.json ({[*BUDGETS][-1]}), plan.png, images.png, results.json"
     )
 
 

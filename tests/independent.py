@@ -153,6 +153,6 @@ def plans(draw: st.DrawFn) -> Plan:
     steps, width = draw(st.integers(1, 7)), draw(st.integers(1, 3))
     chosen = tuple(Site(**vars(draw(sites)) | {"path": f"blocks.{i}.attn"}) for i in range(width))
     calls, guided = draw(st.sampled_from([(1, False), (1, True), (2, True)]))
-    cells = tuple(zip(*[draw(columns(steps, site.heads, calls == 1)) for site in chosen], strict=True))
+    cells = tuple(zip(*[draw(columns(steps, site.heads)) for site in chosen], strict=True))
     target = Target("Transformer", "Scheduler", {"shift": draw(st.floats(0, 9)), "betas": None}, chosen)
     return Plan(cells, target, draw(token_layouts), guided, calls=calls)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from replay import cell
 
 import arrowhead as ah
-from arrowhead.errors import InputsInvalid, PlanMismatch
+from arrowhead.errors import InputsInvalid
 from arrowhead.methods import FORECAST, FULL
 from arrowhead.search.budget.allocate import within_damage
 from arrowhead.search.budget.given import Choices, Given, givens_of
@@ -162,18 +162,13 @@ def test_lines_where_they_are_asked_for(settings, lines):
     assert "extrapolate" in plan.about["search"]
 
 
-def test_two_calls_have_no_lines():
+def test_two_calls_have_the_same_lines_as_one_batch():
     table = table_of(1, steps=8, count=3, ages=6, calls=2)
-    table = replace(table, outputs=table.outputs * 0.01 + torch.arange(7.0).view(1, 1, -1, 1, 1))
-    assert "forecast" not in ah.solve(table, ah.Budget(module_flops=0.4, granularity="site")).count()
-
-
-def test_an_unguided_plan_with_lines_meets_two_calls():
-    table = synthetic(0, steps=4, count=1, guided=False)
-    plan = ah.Plan(((FULL,), (FULL,), (FORECAST,), (FULL,)), table.target, table.tokens, guided=False)
-    plan.require_call(4, table.tokens, 1)
-    with pytest.raises(PlanMismatch, match="extrapolates outputs, pipeline makes 2 calls"):
-        plan.require_call(4, table.tokens, 2)
+    table = replace(table, outputs=table.outputs * 0.01 + torch.arange(7.0).view(1, 1, -1, 1, 1))  # they move evenly
+    budget = ah.Budget(module_flops=0.4, granularity="site")
+    plan = ah.solve(table, budget)
+    assert plan.count()["forecast"]
+    assert plan.cells == ah.solve(replace(table, branches=replace(table.branches, order="cond_first")), budget).cells
 
 
 def test_heads_with_ways_of_their_own_have_no_lines():

@@ -85,7 +85,7 @@ def two_call_plan(bench, grid):
 @pytest.mark.parametrize("seed", range(6))
 def test_any_plan_gives_what_it_gives_in_one_batch(benches, seed):
     batched, twice = benches
-    grid = random_grid(seed, STEPS, batched)
+    grid = random_grid(seed, STEPS, batched, lines=True)
     with ah.applied(batched.pipe, grid_plan(batched, grid)) as run:
         wanted = batched.pipe(**batched.inputs())[0]
         counted = run.summary()

@@ -169,8 +169,7 @@ def _keep_slope(out: Output, last_reader: int, passage: Passage) -> None:
     cache, step, path = passage.generation.cache, passage.generation.step, passage.call.site.path
     age = cache.age(Key(path), step)
     change = along(out, cache.read(Key(path), step, conditional=passage.halved), -1)
-    slope = each(change, lambda tensor: tensor / age)
-    cache.write(Key(path, "slope"), slope, conditional_only=passage.halved, last_reader=last_reader)
+    _keep(Key(path, "slope"), each(change, lambda tensor: tensor / age), last_reader, passage)
 
 
 def _keep(key: Key, value: Output, last_reader: int, passage: Passage, kept: Residual | HeadOutput | None = None) -> None:

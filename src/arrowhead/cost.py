@@ -143,22 +143,26 @@ def _stored(site: Site, tokens: Tokens, column: Sequence[Cell], samples: int, ca
         entries = [(residual, tokens.visual) for residual in writes.residuals]
         entries += [(output, length) for output in writes.head_outputs]  # type: ignore[misc]
         kept = [
-            (rows * _count(entry.heads, site) * site.head_dim, entry.last_reader, entry.conditional_only)
+            (rows * _count(entry.heads, site) * site.head_dim, entry.last_reader, entry.conditional_only, True)
             for entry, rows in entries
         ]
-        if writes.output_until is not None:
-            kept.append((output, writes.output_until, False))
+        if (until := writes.output_until) is not None:
+            reader = column[until]  # one that shares writes its own output over both calls' in the first of them
+            kept.append((output, until, False, isinstance(reader, Reuse) or not reader.share_cfg))
         if writes.slope_until is not None:
-            kept.append((output, writes.slope_until, False))
+            kept.append((output, writes.slope_until, False, True))
         if calls == 1:
             rows = _computed_samples(cell, samples)
-            yield from (_Stored(size * (1 if half else rows), step, last) for size, last, half in kept)
+            yield from (_Stored(size * (1 if half else rows), step, last) for size, last, half, _ in kept)
             continue
-        for size, last, half in kept:
+        for size, last, half, twice in kept:
+            second = 2 * last + (twice and not half)
             if cell.share_cfg:  # one tensor, which serves both calls
-                yield _Stored(size, 2 * step, 2 * last + (not half))
-            else:
-                yield from (_Stored(size, 2 * step + call, 2 * last + call) for call in range(1 if half else 2))
+                yield _Stored(size, 2 * step, second)
+                continue
+            yield _Stored(size, 2 * step, 2 * last)
+            if not half:
+                yield _Stored(size, 2 * step + 1, second)
         if cell.share_cfg and writes.output_until is None:  # handed over from the first call to the second
             yield _Stored(output, 2 * step, 2 * step + 1)
 

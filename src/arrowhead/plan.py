@@ -14,7 +14,7 @@ from arrowhead import cost
 from arrowhead.errors import PlanInvalid, PlanMismatch
 from arrowhead.layout import Site, Tokens, outermost
 from arrowhead.lifetimes import first_fault
-from arrowhead.methods import Arrow, Attend, Cached, Cell, Full, Method, Precision, Reuse, extrapolates, method_name, paper_name
+from arrowhead.methods import Arrow, Attend, Cached, Cell, Full, Method, Precision, Reuse, method_name, paper_name
 
 FORMAT = 3
 READABLE = (2, FORMAT)
@@ -100,8 +100,6 @@ class Plan:
     def __post_init__(self) -> None:
         if self.calls not in (1, 2) or (self.calls == 2 and not self.guided):
             raise PlanInvalid(f"got {self.calls} calls a step, wanted 1, or 2 where there is guidance")
-        if self.calls == 2 and self._extrapolates:
-            raise PlanInvalid("got outputs to extrapolate with 2 calls a step, wanted 1 call; reuse them as they are")
         if not self.cells or not self.target.sites:
             raise PlanInvalid(f"got {len(self.cells)} steps and {len(self.target.sites)} sites, wanted at least one each")
         if beneath := set(self.target.sites) - set(outermost(self.target.sites)):
@@ -133,10 +131,6 @@ class Plan:
     def samples(self) -> int:
         """Transformer samples per image and step: 2 with both CFG branches."""
         return 2 if self.guided else 1
-
-    @property
-    def _extrapolates(self) -> bool:
-        return any(extrapolates(cell) for row in self.cells for cell in row)
 
     def count_heads(self) -> Counter[str]:
         """How many heads do what, by the papers' names, over all steps and attention sites."""
@@ -188,10 +182,6 @@ class Plan:
             found.append(f"plan is for {self.tokens}, pipeline runs {tokens}; search again at this resolution")
         if calls != self.calls and self.guided:
             found.append(f"plan is for {self.calls} calls of the transformer a step, pipeline makes {calls}; search again")
-        if calls == 2 and self._extrapolates:
-            found.append(
-                "plan extrapolates outputs, pipeline makes 2 calls of the transformer a step; search again on these inputs"
-            )
         if found:
             raise PlanMismatch("; ".join(found))
 

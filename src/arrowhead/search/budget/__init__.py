@@ -59,7 +59,7 @@ class Budget:
         residual: whether arrows may add a residual.
         reuse: whether outputs may be repeated.
         precision: whether heads may multiply with less precision, of those that the table has (`Extent(precisions=…)`).
-        extrapolate: whether whole sites' outputs may be continued along a line; not where branches come in two calls.
+        extrapolate: whether whole sites' outputs may be continued along a line.
         corrections: beside FLOPs or a speedup, how many more plans may be tried on the calibration's inputs, 2 at most, of
             which the one that errs least in detail is kept. They take the model's answer to an error, an estimate, for another.
     """
@@ -119,9 +119,8 @@ class Budget:
 
     def choices(self, table: Table) -> Choices:
         """What a table and this budget leave open."""
-        share_cfg, extrapolate = self.share_cfg and table.branches.guided, self.extrapolate and table.branches.calls == 1
-        precisions = table.precisions if self.precision else ()
-        return Choices(table.radii, table.ages, share_cfg, self.residual, self.reuse, extrapolate, precisions)
+        share_cfg, precisions = self.share_cfg and table.branches.guided, table.precisions if self.precision else ()
+        return Choices(table.radii, table.ages, share_cfg, self.residual, self.reuse, self.extrapolate, precisions)
 
     @property
     def granularities(self) -> tuple[Granularity, ...]:

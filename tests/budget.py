@@ -153,7 +153,7 @@ class Past:
     `output` is (step, radius, step of the residual added or None, whether that was shared, share, precision) of what was
     computed last; `full` is (step, whether it was shared, the residual's radius or None, whether for one branch) of the last
     step that was full and native.
-    `before` is the output before that, where a line may go through both.
+    `before` is the output before that, where a line may go through both; `slope` is of the line that goes on, 0 where none does.
     """
 
     spent: tuple[tuple[Cell, Writes], ...] = ()
@@ -161,6 +161,7 @@ class Past:
     output: tuple | None = None
     full: tuple | None = None
     before: tuple | None = None
+    slope: float = 0.0
 
 
 def described(output: tuple, step: int) -> Given:
@@ -187,7 +188,7 @@ def continued(past: Past, choices: Choices) -> Iterator[Past]:
         if slope:
             since, gap = step - output[0], output[0] - before[0]
             given = replace(given, earlier=described(before, step), since=since, gap=gap, slope=slope)
-        return Past((*past.spent, (cell, writes)), (*past.gave, given), output, full, before)
+        return Past((*past.spent, (cell, writes)), (*past.gave, given), output, full, before, slope)
 
     for share in shares:
         for other in choices.precisions:
@@ -214,9 +215,11 @@ def continued(past: Past, choices: Choices) -> Iterator[Past]:
             output = (step, radius, made, full_shared, share, precision)
             yield after(Attend(Arrow(radius, True, precision), share), output, past.full)
     if choices.reuse and output_there:
-        yield after(AST, past.output, past.full, before=past.before)
-        if past.before is not None and step - past.before[0] <= choices.ages:
-            for slope in (0.5, 0.75, 1.0):
+        line = past.before is not None and step - past.before[0] <= choices.ages
+        if not (line and past.slope):
+            yield after(AST, past.output, past.full)
+        if line:
+            for slope in (past.slope,) if past.slope else (0.5, 0.75, 1.0):
                 yield after(Reuse(slope), past.output, past.full, before=past.before, slope=slope)
 
 

@@ -81,11 +81,13 @@ class Memory:
     """What the coming step can build on: the output that was computed last, and a residual; None for what there is not.
 
     `earlier`: the output that was computed before the last, where both are of native full attention: a line goes through them.
+    `slope`: what of the line's slope was taken in the step before, and has to be in the coming one.
     """
 
     output: Given | None = None
     residual: Kept | None = None
     earlier: Given | None = None
+    slope: float | None = None
 
 
 START = Memory()
@@ -107,6 +109,9 @@ class Choices:
 
     Between two steps of full attention arrows add the residual of one radius, or none. `precisions` other than native are open
     to arrows and to full attention, which then makes no residual, and leaves the one that there is.
+
+    Until the next step that computes, an output is repeated, or continued by one slope (and repeated when it is too old for
+    that): so are a run's damages known, which where kinds alternate would look smaller than they are.
     """
 
     radii: tuple[int, ...]
@@ -128,12 +133,12 @@ class Choices:
         output, earlier = memory.output, memory.earlier
         if not self.reuse or output is None:
             return
-        after = self._after(output, memory.residual, earlier)
-        yield Move(Reuse(), output, Writes(), after)
+        if memory.slope is None:
+            yield Move(Reuse(), output, Writes(), self._after(output, memory.residual))
         if earlier is not None:
-            for slope in SLOPES:
+            for slope in SLOPES if memory.slope is None else (memory.slope,):
                 line = output.continued(earlier, output.lag, earlier.lag - output.lag, slope)
-                yield Move(Reuse(slope), line, Writes(), after)
+                yield Move(Reuse(slope), line, Writes(), self._after(output, memory.residual, earlier, slope))
         plain = output.radius is None and output.precision == "native"
         if self.extrapolate and plain and output.lag < self.ages:
             given = Given(share=output.share)
@@ -172,12 +177,12 @@ class Choices:
                 cell = Attend(Arrow(kept.radius, residual=True, precision=precision), share)
                 yield Move(cell, given, Writes(), self._after(given, kept))
 
-    def _after(self, given: Given, kept: Kept | None, earlier: Given | None = None) -> Memory:
+    def _after(self, given: Given, kept: Kept | None, earlier: Given | None = None, slope: float | None = None) -> Memory:
         """A step later; what is too old then is forgotten."""
         output = given.aged() if given.oldest < self.ages else None
         older = None if kept is None or kept.lag >= self.ages else replace(kept, lag=kept.lag + 1)
         before = earlier.aged() if earlier is not None and earlier.lag < self.ages else None
-        return Memory(output, older, before)
+        return Memory(output, older, before, slope if before else None)
 
 
 def givens_of(column: Sequence[Cell]) -> list[Given]:

@@ -14,6 +14,8 @@ from diffusers import (
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanDiT2DModel,
+    HunyuanDiTPipeline,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
     LTXPipeline,
@@ -23,13 +25,21 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from pipelines import CAPTION, POOLED, Bench, randomise
+from pipelines import CAPTION, POOLED, Bench, randomise, scheduler
 
 from arrowhead.layout import Tokens
 from arrowhead.models import find
 
 TEXT, CHANNELS = CAPTION
 HEADS, DIM = 2, 8
+SECOND = (3, 8)  # of a second text encoder
+HUNYUAN_TEXTS = {
+    "cross_attention_dim": CHANNELS,
+    "cross_attention_dim_t5": SECOND[1],
+    "text_len": TEXT,
+    "text_len_t5": SECOND[0],
+    "pooled_projection_dim": 12,
+}
 SHARP = (".attn1.", ".attn.")
 
 
@@ -156,6 +166,27 @@ def aura_flow(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     return FamilyBench(_finished(pipe, dtype), False, 4 * 5, inputs, TEXT + 8, text_first=True, text_seen=TEXT + 8)
 
 
+def hunyuan_dit(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
+    """The image beside two texts whose padding is learnt, with skips from block to block; one batch, [uncond, cond]."""
+    sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "hidden_size": HEADS * DIM, "num_layers": 4}
+    model = HunyuanDiT2DModel(in_channels=4, patch_size=2, sample_size=8, activation_fn="gelu", **sizes, **HUNYUAN_TEXTS)
+    randomise(model, seed, SHARP)
+    parts: dict[str, Any] = dict.fromkeys(["vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"])
+    pipe = HunyuanDiTPipeline(transformer=model, scheduler=scheduler(), requires_safety_checker=False, **parts)
+    shared = {"height": 64, "width": 80, "use_resolution_binning": False}
+    first = _inputs(dtype, "guidance_scale", "{}prompt_attention_mask", **shared)
+
+    def inputs(seed: int = 0, images: int = 1, **more: Any) -> dict[str, Any]:
+        other = torch.Generator().manual_seed(10**6 + seed)
+        call = first(seed, images, **more)
+        for prefix in ("", "negative_"):
+            call[f"{prefix}prompt_embeds_2"] = torch.randn(images, SECOND[0], SECOND[1], generator=other).to(dtype)
+            call[f"{prefix}prompt_attention_mask_2"] = torch.arange(SECOND[0]).lt(2).expand(images, SECOND[0])
+        return call
+
+    return FamilyBench(_finished(pipe, dtype), False, 4 * 5, inputs, text_seen=TEXT + SECOND[0])
+
+
 MORE: dict[str, Callable[..., FamilyBench]] = {
     "wan": wan,
     "qwen": qwen,
@@ -164,4 +195,5 @@ MORE: dict[str, Callable[..., FamilyBench]] = {
     "ltx": ltx,
     "cogvideox": cogvideox,
     "aura_flow": aura_flow,
+    "hunyuan_dit": hunyuan_dit,
 }

@@ -18,6 +18,7 @@ OBLONG = {  # what a call says, and how many visual tokens that is
     "ltx": ({"height": 160, "width": 96, "num_frames": 17}, 3 * 5 * 3),
     "cogvideox": ({"height": 48, "width": 80, "num_frames": 9}, 3 * 3 * 5),
     "aura_flow": ({"height": 48, "width": 112}, 3 * 7),
+    "hunyuan_dit": ({"height": 48, "width": 112}, 3 * 7),
 }
 SEVERAL = ["qwen", "aura_flow"]  # the others repeat no embeddings, or no masks that come with them
 

@@ -7,6 +7,7 @@ from arrowhead.models.family import (
     guidance_above_one,
     packed_beside_text,
     patches,
+    patches_beside_two_texts,
     patches_then_text,
     registers_then_patches,
     skipped_layers,
@@ -161,5 +162,17 @@ FAMILIES: tuple[Family, ...] = (
         tokens=registers_then_patches,
         guided=guidance_above_one,
         left_alone="the text's own feed-forwards (but for whole blocks), embeddings",
+    ),
+    Family(
+        name="HunyuanDiT",  # blocks of the second half take the first half's outputs, too
+        transformer="HunyuanDiT2DModel",
+        site_pattern=r"blocks\.\d+\.attn1",
+        cross_pattern=r"blocks\.\d+\.attn2",
+        feed_forward_pattern=r"blocks\.\d+\.ff",
+        block_pattern=r"blocks\.\d+",
+        branch_order={"HunyuanDiTPipeline": "uncond_first", "HunyuanDiTControlNetPipeline": "uncond_first"},
+        tokens=patches_beside_two_texts,
+        guided=guidance_above_one,
+        left_alone="text projection, embeddings, skip connections (but for whole blocks), output layer",
     ),
 )

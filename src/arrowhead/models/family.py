@@ -65,6 +65,12 @@ def patches_then_text(transformer: Any, call: Mapping[str, Any]) -> Tokens:
     return replace(patches(transformer, call), text=call["encoder_hidden_states"].shape[1])  # (B, T, C)
 
 
+def patches_beside_two_texts(transformer: Any, call: Mapping[str, Any]) -> Tokens:
+    """Image in square patches, beside the texts of two encoders."""
+    texts = call["encoder_hidden_states"], call["encoder_hidden_states_t5"]
+    return replace(patches(transformer, call), text=sum(text.shape[1] for text in texts))  # (B, T, C) each
+
+
 def text_then_packed(_: Any, call: Mapping[str, Any]) -> Tokens:
     """The text before an image that comes as tokens."""
     visual, text = call["hidden_states"].shape[1], call["encoder_hidden_states"].shape[1]  # (B, V, C), (B, T, C)

@@ -104,7 +104,12 @@ class Calibration:
             arguments = self._model.transformer_arguments(args, kwargs)
             tokens, rows = self._model.tokens(arguments), len(arguments["hidden_states"])
             scales = {value.get("scale") for value in kwargs.values() if isinstance(value, dict)} - {None, 1}
-            return worker.parent.switch(_Call(tokens, rows, lambda: own_forward(*args, **kwargs), bool(scales)))
+
+            def run() -> Any:  # HunyuanDiT empties the list of what a ControlNet gave
+                own = {name: [*value] if isinstance(value, list) else value for name, value in kwargs.items()}
+                return own_forward(*args, **own)
+
+            return worker.parent.switch(_Call(tokens, rows, run, bool(scales)))
 
         with (
             quiet(pipe, self._inputs.get("generator")),

@@ -20,6 +20,8 @@ from diffusers import (
     HunyuanVideoTransformer3DModel,
     LTXPipeline,
     LTXVideoTransformer3DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     WanPipeline,
@@ -187,6 +189,26 @@ def hunyuan_dit(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBenc
     return FamilyBench(_finished(pipe, dtype), False, 4 * 5, inputs, text_seen=TEXT + SECOND[0])
 
 
+def lumina2(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
+    """Text before image, two heads of queries for one of keys, and blocks for the image alone before; two calls."""
+    sizes = {"num_attention_heads": 4, "num_kv_heads": 2, "hidden_size": 32, "num_layers": 2, "num_refiner_layers": 1}
+    rope = {"axes_dim_rope": (4, 2, 2), "axes_lens": (32, 32, 32)}
+    model = Lumina2Transformer2DModel(in_channels=4, cap_feat_dim=CHANNELS, multiple_of=8, **sizes, **rope)
+    randomise(model, seed, SHARP)
+    pipe = Lumina2Pipeline(model, flow(), None, None, None)
+    masks = ("prompt_attention_mask", "negative_prompt_attention_mask")
+    own = _inputs(dtype, "guidance_scale", None, height=64, width=80)
+
+    def inputs(seed: int = 0, images: int = 1, **more: Any) -> dict[str, Any]:
+        shown = torch.arange(TEXT + 2).lt(TEXT).expand(images, -1)  # what is hidden never gets in
+        call = own(seed, images, **dict.fromkeys(masks, shown) | more)
+        for name in ("prompt_embeds", "negative_prompt_embeds"):
+            call[name] = torch.nn.functional.pad(call[name], (0, 0, 0, 2))
+        return call
+
+    return FamilyBench(_finished(pipe, dtype), True, 4 * 5, inputs, TEXT, text_first=True, two_calls=True)
+
+
 MORE: dict[str, Callable[..., FamilyBench]] = {
     "wan": wan,
     "qwen": qwen,
@@ -196,4 +218,5 @@ MORE: dict[str, Callable[..., FamilyBench]] = {
     "cogvideox": cogvideox,
     "aura_flow": aura_flow,
     "hunyuan_dit": hunyuan_dit,
+    "lumina2": lumina2,
 }

@@ -36,6 +36,7 @@ def tables(draw, **fixed):
         {
             "joint": st.booleans(),
             "heads_apart": st.booleans(),
+            "kv_heads": st.sampled_from([None, 1]),
             "projects_out": st.sampled_from(["all", "visual", "none"]),
             "head_dim": st.sampled_from([4, 32]),
         }

@@ -3,6 +3,7 @@
 from arrowhead.models.family import (
     NONE,
     Family,
+    caption_then_patches,
     frames_then_text,
     guidance_above_one,
     packed_beside_text,
@@ -14,6 +15,7 @@ from arrowhead.models.family import (
     text_then_frames,
     text_then_packed,
     true_cfg,
+    truncated_guidance,
     video_patches,
 )
 
@@ -174,5 +176,18 @@ FAMILIES: tuple[Family, ...] = (
         tokens=patches_beside_two_texts,
         guided=guidance_above_one,
         left_alone="text projection, embeddings, skip connections (but for whole blocks), output layer",
+    ),
+    Family(
+        name="Lumina 2",  # heads that share keys and values
+        transformer="Lumina2Transformer2DModel",
+        site_pattern=r"(noise_refiner|layers)\.\d+\.attn",
+        joint_pattern=r"layers\.\d+\.(attn|feed_forward)",
+        feed_forward_pattern=r"(noise_refiner|layers)\.\d+\.feed_forward",
+        block_pattern=r"(noise_refiner|layers)\.\d+",
+        branch_order={"Lumina2Pipeline": "two_calls"},
+        tokens=caption_then_patches,
+        guided=guidance_above_one,
+        refused=truncated_guidance,
+        left_alone="the text's refiner, embeddings, output layer",
     ),
 )

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from arrowhead.errors import InputsInvalid
 from arrowhead.layout import BranchOrder, Kind, Tokens
 
 NONE = r"(?!)"
@@ -107,6 +108,27 @@ def registers_then_patches(transformer: Any, call: Mapping[str, Any]) -> Tokens:
     """Learnt tokens and the text before the image in square patches."""
     before = transformer.register_tokens.shape[1] + call["encoder_hidden_states"].shape[1]
     return replace(patches(transformer, call), text=before, text_first=True)
+
+
+def caption_then_patches(transformer: Any, call: Mapping[str, Any]) -> Tokens:
+    """What a mask shows of the text, right before the image: Lumina 2 leaves out what it hides.
+
+    Raises:
+        InputsInvalid: the image begins elsewhere in another sample.
+    """
+    lengths = sorted({int(length) for length in call["encoder_attention_mask"].sum(1)})  # (B, T)
+    if len(lengths) > 1:
+        raise InputsInvalid(
+            f"got prompts of {', '.join(map(str, lengths))} tokens in one batch, so that each image begins elsewhere; wanted "
+            "one length; generate them one by one, or pad embeddings and masks"
+        )
+    return replace(patches(transformer, call), text=lengths[0], text_first=True)
+
+
+def truncated_guidance(call: Mapping[str, Any]) -> str | None:
+    """Lumina 2 can leave the second call out in the last steps."""
+    ratio = call["cfg_trunc_ratio"]
+    return f"cfg_trunc_ratio={ratio}, by which some steps have guidance and some do not" if ratio < 1 else None
 
 
 def skipped_layers(call: Mapping[str, Any]) -> str | None:

@@ -141,14 +141,17 @@ def _sites(family: Family, root: nn.Module, kinds: Collection[Kind], prefix: str
 
 def _site(family: Family, path: str, module: Any) -> Site:
     joint = bool(re.fullmatch(family.joint_pattern, path))
+    head_dim = module.to_q.out_features // module.heads
+    kv_heads = module.to_k.out_features // head_dim
     return Site(
         path,
         heads=module.heads,
-        head_dim=module.to_q.out_features // module.heads,
+        head_dim=head_dim,
         channels=module.to_q.in_features,
         joint=joint,
         projects_out=_projected(module),
         heads_apart=heads_apart(module),
+        kv_heads=None if kv_heads == module.heads else kv_heads,
     )
 
 

@@ -21,7 +21,7 @@ OBLONG = {  # what a call says, and how many visual tokens that is
     "hunyuan_dit": ({"height": 48, "width": 112}, 3 * 7),
     "lumina2": ({"height": 48, "width": 112}, 3 * 7),
 }
-SEVERAL = ["qwen", "aura_flow", "lumina2"]  # the others repeat no embeddings, or no masks that come with them
+SEVERAL = ["qwen", "aura_flow"]  # the others repeat no embeddings, or no masks that come with them
 
 
 def compare(name, dtype, visual=None, **inputs):

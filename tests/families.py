@@ -8,12 +8,15 @@ import torch
 from diffusers import (
     AuraFlowPipeline,
     AuraFlowTransformer2DModel,
+    AutoencoderKLFlux2,
     ChromaPipeline,
     ChromaTransformer2DModel,
     CogVideoXDDIMScheduler,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     HunyuanDiT2DModel,
     HunyuanDiTPipeline,
     HunyuanVideoPipeline,
@@ -27,7 +30,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from pipelines import CAPTION, POOLED, Bench, randomise, scheduler
+from pipelines import CAPTION, POOLED, Bench, randomise, scheduler, vae
 
 from arrowhead.layout import Tokens
 from arrowhead.models import find
@@ -209,6 +212,17 @@ def lumina2(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     return FamilyBench(_finished(pipe, dtype), True, 4 * 5, inputs, TEXT, text_first=True, two_calls=True)
 
 
+def flux2(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
+    """Text before image, in two streams and then in one, whose attention has the feed-forward in it; two calls."""
+    sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "num_layers": 1, "num_single_layers": 2}
+    more = {"timestep_guidance_channels": 16, "axes_dims_rope": (2, 2, 2, 2), "guidance_embeds": False}
+    model = Flux2Transformer2DModel(in_channels=16, joint_attention_dim=CHANNELS, **sizes, **more)
+    randomise(model, seed + 3, SHARP)  # of others a search by heads has little to save
+    pipe = Flux2KleinPipeline(flow(), vae(seed + 1, cls=AutoencoderKLFlux2), None, None, model)
+    inputs = _inputs(dtype, "guidance_scale", None, height=16, width=20)
+    return FamilyBench(_finished(pipe, dtype), True, 4 * 5, inputs, TEXT, text_first=True, two_calls=True)
+
+
 MORE: dict[str, Callable[..., FamilyBench]] = {
     "wan": wan,
     "qwen": qwen,
@@ -219,4 +233,5 @@ MORE: dict[str, Callable[..., FamilyBench]] = {
     "aura_flow": aura_flow,
     "hunyuan_dit": hunyuan_dit,
     "lumina2": lumina2,
+    "flux2": flux2,
 }

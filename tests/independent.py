@@ -140,6 +140,7 @@ sites = st.builds(
     projects_out=st.sampled_from(["all", "visual", "none"]),
     heads_apart=st.booleans(),
     kv_heads=st.sampled_from([None, None, 1]),
+    weights=st.sampled_from([0, 0, 100]),
 )
 
 

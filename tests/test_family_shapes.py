@@ -20,8 +20,9 @@ OBLONG = {  # what a call says, and how many visual tokens that is
     "aura_flow": ({"height": 48, "width": 112}, 3 * 7),
     "hunyuan_dit": ({"height": 48, "width": 112}, 3 * 7),
     "lumina2": ({"height": 48, "width": 112}, 3 * 7),
+    "flux2": ({"height": 12, "width": 28}, 3 * 7),
 }
-SEVERAL = ["qwen", "aura_flow"]  # the others repeat no embeddings, or no masks that come with them
+SEVERAL = ["qwen", "aura_flow", "flux2"]  # the others repeat no embeddings, or no masks that come with them
 
 
 def compare(name, dtype, visual=None, **inputs):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from budget import flux
 from diffusers import FluxControlNetModel, HunyuanDiT2DControlNetModel, SD3ControlNetModel
-from families import HUNYUAN_TEXTS, FamilyBench, chroma, hunyuan_dit
+from families import HUNYUAN_TEXTS, FamilyBench, chroma, flux2, hunyuan_dit
 from family_replay import random_cells, replaying
 from pipelines import CAPTION, POOLED, randomise, sd3, vae
 from replay import assert_identical, distance, trace
@@ -27,6 +27,7 @@ STRENGTH, CALLED, STEPS = 0.8, 5, 4  # of 5 steps the last 4
 PARTS: dict[str, Callable[[int, int], dict[str, Any]]] = {  # what a call brings besides: of so many images, of a size
     "image": lambda images, size: {"image": picture(images, size)},
     "mask": lambda images, size: {"image": picture(images, size), "mask_image": torch.ones(images, 1, size, size).tril()},
+    "nothing": lambda images, size: {},
     "control": lambda images, size: {"control_image": picture(images, size)},
 }
 
@@ -71,6 +72,11 @@ def of_hunyuan_dit(cls, parts):
     return made(cls, base, 4, names | {"controlnet": net}, parts, FamilyBench(None, False, 16, None, text_seen=10), halvings=3)
 
 
+def of_flux2(cls, parts):
+    bench = FamilyBench(None, True, 16, None, CAPTION[0], text_first=True)
+    return made(cls, flux2(), 4, dict.fromkeys(TEXTS[:2]), parts, bench)
+
+
 def made(cls, base, channels, more, parts, bench, halvings=1):
     """The pipeline around the bench's transformer, 8 × 8 latents; `bench` says how its calls come."""
     size = 8 * 2**halvings
@@ -106,6 +112,7 @@ VARIANTS: dict[str, tuple[Callable[..., FamilyBench], dict[str, Any]]] = {
     "FluxControlPipeline": (of_flux, {"parts": "control", "in_channels": 32, "distilled": True}),
     "FluxControlNetPipeline": (of_flux, {"parts": "control", "controlnet": True}),
     "ChromaImg2ImgPipeline": (of_chroma, {"parts": "image"}),
+    "Flux2Pipeline": (of_flux2, {"parts": "nothing"}),
     "HunyuanDiTControlNetPipeline": (of_hunyuan_dit, {"parts": "control"}),
 }
 FIRST = {"DiTPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline", "StableDiffusion3Pipeline", "FluxPipeline"}

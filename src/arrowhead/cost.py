@@ -57,7 +57,8 @@ def projection_flops(site: Site, tokens: Tokens, heads: int) -> float:
         return own + sum(projection_flops(inner, tokens, inner.heads) for inner in site.within)
     rows = {"all": site.tokens(tokens).total, "visual": tokens.visual, "none": 0}[site.projects_out]
     keys = heads if site.kv_heads is None else site.kv_heads
-    return 2 * site.channels * site.head_dim * ((heads + 2 * keys) * site.tokens(tokens).total + site.heads * rows)
+    of_heads = site.channels * site.head_dim * ((heads + 2 * keys) * site.tokens(tokens).total + site.heads * rows)
+    return 2 * (of_heads + site.weights * site.tokens(tokens).total)
 
 
 def head_projection_flops(site: Site, tokens: Tokens) -> float:

@@ -45,6 +45,9 @@ class Site:
     may change while a pipeline is used (LoRA), and is no part of what a plan is bound to. `kv_heads` heads of keys and values
     serve as many heads of queries each; None where every head has its own.
 
+    Where one layer projects for attention and for a feed-forward beside it, as in FLUX.2, the feed-forward is the site's, too:
+    tokens are multiplied with its `weights` whatever heads do.
+
     Other kinds are computed or not, and have one head as wide as what they give; tokens are multiplied with so many `weights`,
     those of the text with `text_weights`. A `cross_attention` looks from the image at the text. A `block` gives what it adds to
     its input, and computes the sites `within` it, besides what its own weights say.

@@ -15,6 +15,8 @@ def heads_apart(module: Any) -> bool:
 
     Where heads share keys and values, it is Q alone that can.
     """
+    if not hasattr(module, "to_q"):  # one layer for all of them, and more
+        return False
     linears = [linear for name in QKV if (linear := getattr(module, name, None)) is not None]
     norms = [norm for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k") if (norm := getattr(module, name, None))]
     width = module.to_q.out_features // module.heads

@@ -3,6 +3,7 @@
 from arrowhead.models.family import (
     NONE,
     Family,
+    beside_a_picture,
     caption_then_patches,
     frames_then_text,
     guidance_above_one,
@@ -16,6 +17,7 @@ from arrowhead.models.family import (
     text_then_packed,
     true_cfg,
     truncated_guidance,
+    undistilled_guidance,
     video_patches,
 )
 
@@ -189,5 +191,16 @@ FAMILIES: tuple[Family, ...] = (
         guided=guidance_above_one,
         refused=truncated_guidance,
         left_alone="the text's refiner, embeddings, output layer",
+    ),
+    Family(
+        name="FLUX.2",  # attention of single-stream blocks has their feed-forward in it
+        transformer="Flux2Transformer2DModel",
+        site_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
+        joint_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
+        branch_order={"Flux2KleinPipeline": "two_calls", "Flux2Pipeline": "two_calls"},
+        tokens=text_then_packed,
+        guided=undistilled_guidance,
+        refused=beside_a_picture,
+        left_alone="the text's own feed-forwards (but for whole blocks), modulation, embeddings",
     ),
 )

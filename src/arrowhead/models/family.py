@@ -20,10 +20,10 @@ class Family:
     `joint_pattern` for those of them that attend over text and image together, `cross_pattern` for attention from the image
     to the text, `feed_forward_pattern` for the image's feed-forwards, `block_pattern` for whole blocks; `branch_order` gives
     each pipeline class's order of the CFG branches in its batch, which no shape reveals; `tokens` counts them from a call's
-    arguments; `guided` tells from the pipeline call's arguments whether there are both branches, `guidance_scale` how far
-    apart they are driven, and `refused` what of them cannot be compressed. `per_sample_pattern` names layers of a block that
-    multiply once for a sample rather than its tokens, `text_pattern` those that multiply the text's. `left_alone` says what
-    of the transformer is computed in every step, and `tested` which of the tests it goes through.
+    arguments; `guided` tells from the pipeline call's arguments, and the pipeline's settings, whether there are both branches,
+    `guidance_scale` how far apart they are driven, and `refused` what of them cannot be compressed. `per_sample_pattern` names
+    layers of a block that multiply once for a sample rather than its tokens, `text_pattern` those that multiply the text's.
+    `left_alone` says what of the transformer is computed in every step, and `tested` which of the tests it goes through.
     """
 
     name: str
@@ -142,6 +142,20 @@ def true_cfg(call: Mapping[str, Any]) -> bool:
     names = ("negative_prompt_embeds", "negative_pooled_prompt_embeds")
     embedded = all(call[name] is not None for name in names if name in call)
     return call.get("true_cfg_scale", 1.0) > 1 and (call["negative_prompt"] is not None or embedded)
+
+
+def undistilled_guidance(call: Mapping[str, Any]) -> bool:
+    """FLUX.2 klein's, but for distilled weights; FLUX.2's own scale is given to the model."""
+    return "negative_prompt_embeds" in call and call["guidance_scale"] > 1 and not call["is_distilled"]
+
+
+def beside_a_picture(call: Mapping[str, Any]) -> str | None:
+    """FLUX.2 puts pictures to go by beside its own tokens, and throws away what becomes of them."""
+    return (
+        None
+        if call["image"] is None
+        else "an image, whose tokens stand beside the picture's own: no search could tell them apart"
+    )
 
 
 def guidance_above_one(call: Mapping[str, Any]) -> bool:

@@ -87,7 +87,7 @@ class Model:
         """
         if refused := self.family.refused(call):
             raise InputsInvalid(f"got {refused}; wanted the same calls in every step; leave it out, or remove the plan")
-        return Branches(self.branch_order, self.family.guided(call))
+        return Branches(self.branch_order, self.family.guided(dict(self.pipe.config) | dict(call)))
 
 
 def find(pipe: "DiffusionPipeline", kinds: Collection[Kind] = ATTENTION) -> Model:
@@ -141,6 +141,10 @@ def _sites(family: Family, root: nn.Module, kinds: Collection[Kind], prefix: str
 
 def _site(family: Family, path: str, module: Any) -> Site:
     joint = bool(re.fullmatch(family.joint_pattern, path))
+    if (inward := getattr(module, "to_qkv_mlp_proj", None)) is not None:
+        channels, width = inward.in_features, module.heads * module.head_dim
+        weights = _size(inward) + _size(module.to_out) - 4 * channels * width
+        return Site(path, module.heads, module.head_dim, channels, joint, heads_apart=False, weights=weights)
     head_dim = module.to_q.out_features // module.heads
     kv_heads = module.to_k.out_features // head_dim
     return Site(

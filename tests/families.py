@@ -29,6 +29,8 @@ from diffusers import (
     QwenImageTransformer2DModel,
     WanPipeline,
     WanTransformer3DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from pipelines import CAPTION, POOLED, Bench, randomise, scheduler, vae
 
@@ -223,6 +225,22 @@ def flux2(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     return FamilyBench(_finished(pipe, dtype), True, 4 * 5, inputs, TEXT, text_first=True, two_calls=True)
 
 
+def z_image(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
+    """Image before text, both in lists and padded to 32 tokens; one batch, [cond, uncond]."""
+    sizes = {"dim": HEADS * DIM, "n_heads": HEADS, "n_kv_heads": HEADS, "n_layers": 2, "n_refiner_layers": 1}
+    rope = {"axes_dims": [4, 2, 2], "axes_lens": [128, 64, 64]}
+    model = ZImageTransformer2DModel(in_channels=4, cap_feat_dim=CHANNELS, **sizes, **rope)
+    randomise(model, seed + 2, (".attention.",))  # of others a search by heads has little to save
+    pipe = ZImagePipeline(flow(), None, None, None, model)
+    own = _inputs(dtype, "guidance_scale", None, height=64, width=80)
+
+    def inputs(seed: int = 0, images: int = 1, guidance: float = 3.0, **more: Any) -> dict[str, Any]:
+        call = own(seed, images, guidance - 1, **more)
+        return call | {name: list(call[name]) for name in ("prompt_embeds", "negative_prompt_embeds")}
+
+    return FamilyBench(_finished(pipe, dtype), True, 32, inputs, 32, text_seen=32)
+
+
 MORE: dict[str, Callable[..., FamilyBench]] = {
     "wan": wan,
     "qwen": qwen,
@@ -234,4 +252,5 @@ MORE: dict[str, Callable[..., FamilyBench]] = {
     "hunyuan_dit": hunyuan_dit,
     "lumina2": lumina2,
     "flux2": flux2,
+    "z_image": z_image,
 }

@@ -21,8 +21,9 @@ OBLONG = {  # what a call says, and how many visual tokens that is
     "hunyuan_dit": ({"height": 48, "width": 112}, 3 * 7),
     "lumina2": ({"height": 48, "width": 112}, 3 * 7),
     "flux2": ({"height": 12, "width": 28}, 3 * 7),
+    "z_image": ({"height": 80, "width": 112}, 64),  # 5 × 7, padded
 }
-SEVERAL = ["qwen", "aura_flow", "flux2"]  # the others repeat no embeddings, or no masks that come with them
+SEVERAL = ["qwen", "aura_flow", "flux2", "z_image"]  # the others repeat no embeddings, or no masks that come with them
 
 
 def compare(name, dtype, visual=None, **inputs):

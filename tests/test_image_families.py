@@ -2,14 +2,17 @@
 
 import pytest
 import torch
-from families import flux2
-from replay import assert_identical, trace
+from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
+from families import CHANNELS, flux2, z_image
+from family_replay import random_cells, replaying
+from replay import assert_identical, distance, trace
 from test_families import INNER, STEPS, plan_of
 
 import arrowhead as ah
-from arrowhead.errors import InputsInvalid
+from arrowhead.errors import InputsInvalid, PlanMismatch
 from arrowhead.methods import FULL
 from arrowhead.models import find
+from arrowhead.models.family import PADDED_TO
 
 
 def test_distilled_klein_is_not_guided():
@@ -33,3 +36,62 @@ def test_a_picture_to_go_by_is_refused():
     plan = plan_of(bench, model, [[FULL] * len(model.sites)] * STEPS)
     with ah.applied(bench.pipe, plan), pytest.raises(InputsInvalid, match="an image, whose tokens"):
         bench.pipe(**inputs)
+
+
+def texts(*lengths, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(length, CHANNELS, generator=generator).double() for length in lengths]
+
+
+@pytest.mark.parametrize("guidance", [3.0, 1.0], ids=["guided", "alone"])
+@pytest.mark.parametrize("seed", range(2))
+def test_prompts_of_other_lengths_go_together(guidance, seed):
+    """Z-Image pads to 32 each, then to the longest, and masks that; the images before them stand alike."""
+    bench, guided = z_image(), guidance > 1
+    bench.text = bench.text_seen = 64
+    inputs = {"images": 2, "guidance": guidance, "prompt_embeds": texts(7, 40, seed=seed)}
+    inputs["negative_prompt_embeds"] = texts(3, 3, seed=seed + 1)
+    model = find(bench.pipe, INNER)
+    cells = random_cells(seed, model.sites, STEPS, guided)
+    with ah.applied(bench.pipe, plan_of(bench, model, cells, guided)) as run:
+        given = trace(bench, bench.inputs(**inputs))
+        assert run.summary().notes == ()
+    with replaying(bench, model.modules, cells, guided):
+        assert distance(given, trace(bench, bench.inputs(**inputs))) < 1e-5
+    untouched = trace(bench, bench.inputs(**inputs))
+    assert distance(given, untouched) > 1e-2
+    with ah.applied(bench.pipe, plan_of(bench, model, [[FULL] * len(model.sites)] * STEPS, guided)):
+        assert_identical(trace(bench, bench.inputs(**inputs)), untouched)
+
+
+def test_a_plan_serves_prompts_of_one_padded_length():
+    bench = z_image()
+    model = find(bench.pipe)
+    plan = plan_of(bench, model, [[FULL] * len(model.sites)] * STEPS, guided=False)
+    with ah.applied(bench.pipe, plan) as run:
+        for length in (1, 20, 32):
+            bench.pipe(**bench.inputs(guidance=1.0, prompt_embeds=texts(length, seed=0)))
+            assert run.summary().notes == ()
+        with pytest.raises(PlanMismatch, match=r"text=32.*text=64"):
+            bench.pipe(**bench.inputs(guidance=1.0, prompt_embeds=texts(33, seed=0)))
+
+
+def test_it_is_diffusers_padding():
+    assert PADDED_TO == SEQ_MULTI_OF
+
+
+def test_images_of_several_sizes_are_refused():
+    arguments = {"x": [torch.zeros(4, 1, 8, 8), torch.zeros(4, 1, 8, 10)], "cap_feats": texts(3, 3, seed=0)}
+    with pytest.raises(InputsInvalid, match=r"\(1, 8, 8\), \(1, 8, 10\).*wanted one"):
+        find(z_image().pipe).tokens(arguments | {"patch_size": 2, "f_patch_size": 1})
+
+
+@pytest.mark.parametrize("guidance", [3.0, 1.0], ids=["guided", "alone"])
+def test_guidance_that_ends_early_is_refused(guidance):
+    bench = z_image()
+    inputs = bench.inputs(guidance=guidance, cfg_truncation=0.5)
+    if guidance == 1:
+        assert not ah.search(bench.pipe, inputs, threshold=0.7, progress=False).guided
+        return
+    with pytest.raises(InputsInvalid, match=r"cfg_truncation=0\.5.*leave it out"):
+        ah.search(bench.pipe, inputs, threshold=0.7, progress=False)

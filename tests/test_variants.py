@@ -8,8 +8,8 @@ import diffusers
 import pytest
 import torch
 from budget import flux
-from diffusers import FluxControlNetModel, HunyuanDiT2DControlNetModel, SD3ControlNetModel
-from families import HUNYUAN_TEXTS, FamilyBench, chroma, flux2, hunyuan_dit
+from diffusers import FluxControlNetModel, HunyuanDiT2DControlNetModel, SD3ControlNetModel, ZImageControlNetModel
+from families import HUNYUAN_TEXTS, FamilyBench, chroma, flux2, hunyuan_dit, z_image
 from family_replay import random_cells, replaying
 from pipelines import CAPTION, POOLED, randomise, sd3, vae
 from replay import assert_identical, distance, trace
@@ -26,10 +26,15 @@ TEXTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 STRENGTH, CALLED, STEPS = 0.8, 5, 4  # of 5 steps the last 4
 PARTS: dict[str, Callable[[int, int], dict[str, Any]]] = {  # what a call brings besides: of so many images, of a size
     "image": lambda images, size: {"image": picture(images, size)},
-    "mask": lambda images, size: {"image": picture(images, size), "mask_image": torch.ones(images, 1, size, size).tril()},
+    "mask": lambda images, size: {"image": picture(images, size), "mask_image": triangle(images, size)},
+    "mask, control": lambda images, size: PARTS["mask"](images, size) | PARTS["control"](images, size),
     "nothing": lambda images, size: {},
     "control": lambda images, size: {"control_image": picture(images, size)},
 }
+
+
+def triangle(images, size):
+    return torch.ones(images, 1, size, size).tril()
 
 
 def picture(images, size):
@@ -77,6 +82,15 @@ def of_flux2(cls, parts):
     return made(cls, flux2(), 4, dict.fromkeys(TEXTS[:2]), parts, bench)
 
 
+def of_z_image(cls, parts, controls=None):
+    more = dict.fromkeys(TEXTS[:2])
+    if controls:
+        sizes = {"dim": 16, "n_heads": 2, "n_kv_heads": 2, "n_refiner_layers": 1}
+        places = {"control_layers_places": [0], "control_refiner_layers_places": [0]}
+        more["controlnet"] = ZImageControlNetModel(control_in_dim=controls, **places, **sizes)
+    return made(cls, z_image(), 4, more, parts, FamilyBench(None, True, 32, None, 32, text_seen=32))
+
+
 def made(cls, base, channels, more, parts, bench, halvings=1):
     """The pipeline around the bench's transformer, 8 × 8 latents; `bench` says how its calls come."""
     size = 8 * 2**halvings
@@ -113,6 +127,10 @@ VARIANTS: dict[str, tuple[Callable[..., FamilyBench], dict[str, Any]]] = {
     "FluxControlNetPipeline": (of_flux, {"parts": "control", "controlnet": True}),
     "ChromaImg2ImgPipeline": (of_chroma, {"parts": "image"}),
     "Flux2Pipeline": (of_flux2, {"parts": "nothing"}),
+    "ZImageImg2ImgPipeline": (of_z_image, {"parts": "image"}),
+    "ZImageInpaintPipeline": (of_z_image, {"parts": "mask"}),
+    "ZImageControlNetPipeline": (of_z_image, {"parts": "control", "controls": 4}),
+    "ZImageControlNetInpaintPipeline": (of_z_image, {"parts": "mask, control", "controls": 9}),
     "HunyuanDiTControlNetPipeline": (of_hunyuan_dit, {"parts": "control"}),
 }
 FIRST = {"DiTPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline", "StableDiffusion3Pipeline", "FluxPipeline"}

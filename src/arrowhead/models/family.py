@@ -8,6 +8,9 @@ from typing import Any, Literal
 from arrowhead.errors import InputsInvalid
 from arrowhead.layout import BranchOrder, Kind, Tokens
 
+PADDED_TO = 32
+"""Of so many tokens Z-Image makes the lengths of image and text a multiple, as diffusers' SEQ_MULTI_OF has it."""
+
 NONE = r"(?!)"
 """A pattern that matches nothing."""
 
@@ -23,7 +26,8 @@ class Family:
     arguments; `guided` tells from the pipeline call's arguments, and the pipeline's settings, whether there are both branches,
     `guidance_scale` how far apart they are driven, and `refused` what of them cannot be compressed. `per_sample_pattern` names
     layers of a block that multiply once for a sample rather than its tokens, `text_pattern` those that multiply the text's.
-    `left_alone` says what of the transformer is computed in every step, and `tested` which of the tests it goes through.
+    `samples` is the transformer's argument with a latent for each sample. `left_alone` says what of the transformer is computed
+    in every step, and `tested` which of the tests it goes through.
     """
 
     name: str
@@ -40,6 +44,7 @@ class Family:
     per_sample_pattern: str = r"norm.*"
     text_pattern: str = r".*context.*"
     refused: Callable[[Mapping[str, Any]], str | None] = lambda _: None
+    samples: str = "hidden_states"
     left_alone: str = ""
     tested: Literal["all contracts", "essentials"] = "essentials"
 
@@ -131,6 +136,33 @@ def truncated_guidance(call: Mapping[str, Any]) -> str | None:
     return f"cfg_trunc_ratio={ratio}, by which some steps have guidance and some do not" if ratio < 1 else None
 
 
+def padded_patches_then_text(_: Any, call: Mapping[str, Any]) -> Tokens:
+    """A list of images in patches and one of texts, each padded, and the texts once more to the longest.
+
+    Raises:
+        InputsInvalid: images of several sizes, so that in each the text begins elsewhere.
+    """
+    sizes = {tuple(image.shape[1:]) for image in call["x"]}  # (C, F, H, W) each
+    if len(sizes) > 1:
+        raise InputsInvalid(f"got images of the sizes {sorted(sizes)} in one batch, wanted one; generate them one by one")
+    ((frames, height, width),) = sizes
+    patch, in_time = call["patch_size"], call["f_patch_size"]
+    visual, text = (frames // in_time) * (height // patch) * (width // patch), max(map(len, call["cap_feats"]))
+    return Tokens(visual + -visual % PADDED_TO, text + -text % PADDED_TO)
+
+
+def truncated_cfg(call: Mapping[str, Any]) -> str | None:
+    """Z-Image can leave guidance out in the last steps."""
+    limit = call["cfg_truncation"]
+    ends = guidance_above_zero(call) and limit is not None and limit < 1
+    return f"cfg_truncation={limit}, by which some steps have guidance and some do not" if ends else None
+
+
+def guidance_above_zero(call: Mapping[str, Any]) -> bool:
+    """Z-Image's scale is that of what is added."""
+    return call["guidance_scale"] > 0
+
+
 def skipped_layers(call: Mapping[str, Any]) -> str | None:
     """SD3's guidance by skipped layers is a third call in some of the steps."""
     skips = call.get("skip_guidance_layers")
@@ -151,11 +183,7 @@ def undistilled_guidance(call: Mapping[str, Any]) -> bool:
 
 def beside_a_picture(call: Mapping[str, Any]) -> str | None:
     """FLUX.2 puts pictures to go by beside its own tokens, and throws away what becomes of them."""
-    return (
-        None
-        if call["image"] is None
-        else "an image, whose tokens stand beside the picture's own: no search could tell them apart"
-    )
+    return None if call["image"] is None else "an image, whose tokens a search would take for the picture's own"
 
 
 def guidance_above_one(call: Mapping[str, Any]) -> bool:

@@ -79,6 +79,10 @@ class Model:
         """What a call of the transformer with these `transformer_arguments` brings that matters to the sites."""
         return seen(self.family.tokens(self.transformer, arguments), self.sites)
 
+    def samples(self, arguments: Mapping[str, Any]) -> int:
+        """How many samples such a call has."""
+        return len(arguments[self.family.samples])
+
     def branches(self, call: Mapping[str, Any]) -> Branches:
         """How the CFG branches of a pipeline call with these arguments arrive.
 
@@ -86,7 +90,7 @@ class Model:
             InputsInvalid: the call asks for what cannot be compressed.
         """
         if refused := self.family.refused(call):
-            raise InputsInvalid(f"got {refused}; wanted the same calls in every step; leave it out, or remove the plan")
+            raise InputsInvalid(f"got {refused}; wanted a call without it; leave it out, or remove the plan")
         return Branches(self.branch_order, self.family.guided(dict(self.pipe.config) | dict(call)))
 
 

@@ -102,7 +102,7 @@ class Calibration:
             if self.branches.calls == 2:  # the pipeline may change what it gave before the first call is looked at
                 kwargs = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
             arguments = self._model.transformer_arguments(args, kwargs)
-            tokens, rows = self._model.tokens(arguments), len(arguments["hidden_states"])
+            tokens, rows = self._model.tokens(arguments), self._model.samples(arguments)
             scales = {value.get("scale") for value in kwargs.values() if isinstance(value, dict)} - {None, 1}
 
             def run() -> Any:  # HunyuanDiT empties the list of what a ControlNet gave
@@ -288,19 +288,20 @@ class Step:
 
 
 def _samples(outputs: Sequence[Any]) -> list[Tensor]:
-    """The first of what each call gave, a tuple or a diffusers output."""
-    samples = [output[0] for output in outputs]
+    """The first of what each call gave, a tuple or a diffusers output; where that is a list, its latents as one batch."""
+    samples = [torch.stack(output[0]) if isinstance(output[0], list) else output[0] for output in outputs]
     if not all(isinstance(sample, Tensor) for sample in samples):
         raise NotIntercepted(f"the transformer gave a {type(samples[0]).__name__}; wanted a tensor as its first output")
     return samples
 
 
 def _with_sample(output: Any, sample: Tensor) -> Any:
-    """A transformer's output with another first tensor."""
+    """A transformer's output with another first tensor, or list of latents."""
+    whole = list(sample) if isinstance(output[0], list) else sample
     if isinstance(output, tuple):
-        return (sample, *output[1:])
+        return (whole, *output[1:])
     first, *_ = output
-    return type(output)(**{**output, first: sample})
+    return type(output)(**{**output, first: whole})
 
 
 def _writes(candidates: Sequence[Cell], cell: Cell) -> Writes:

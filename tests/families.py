@@ -220,8 +220,8 @@ def flux2(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     more = {"timestep_guidance_channels": 16, "axes_dims_rope": (2, 2, 2, 2), "guidance_embeds": False}
     model = Flux2Transformer2DModel(in_channels=16, joint_attention_dim=CHANNELS, **sizes, **more)
     randomise(model, seed + 3, SHARP)  # of others a search by heads has little to save
-    pipe = Flux2KleinPipeline(flow(), vae(seed + 1, cls=AutoencoderKLFlux2), None, None, model)
-    inputs = _inputs(dtype, "guidance_scale", None, height=16, width=20)
+    pipe = Flux2KleinPipeline(flow(), vae(seed + 1, halvings=3, cls=AutoencoderKLFlux2), None, None, model)
+    inputs = _inputs(dtype, "guidance_scale", None, height=64, width=80)
     return FamilyBench(_finished(pipe, dtype), True, 4 * 5, inputs, TEXT, text_first=True, two_calls=True)
 
 

@@ -20,7 +20,7 @@ OBLONG = {  # what a call says, and how many visual tokens that is
     "aura_flow": ({"height": 48, "width": 112}, 3 * 7),
     "hunyuan_dit": ({"height": 48, "width": 112}, 3 * 7),
     "lumina2": ({"height": 48, "width": 112}, 3 * 7),
-    "flux2": ({"height": 12, "width": 28}, 3 * 7),
+    "flux2": ({"height": 48, "width": 112}, 3 * 7),
     "z_image": ({"height": 80, "width": 112}, 64),  # 5 × 7, padded
 }
 SEVERAL = ["qwen", "aura_flow", "flux2", "z_image"]  # the others repeat no embeddings, or no masks that come with them

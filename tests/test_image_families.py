@@ -1,18 +1,21 @@
-"""What is particular about FLUX.2 and Z-Image: guidance that a pipeline's settings rule out, pictures to go by."""
+"""What is particular about FLUX.2 and Z-Image: guidance that settings rule out, pictures to go by, lists."""
 
 import pytest
 import torch
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
 from families import CHANNELS, flux2, z_image
 from family_replay import random_cells, replaying
+from PIL import Image
 from replay import assert_identical, distance, trace
 from test_families import INNER, STEPS, plan_of
+from untouched import left_as_it_was
 
 import arrowhead as ah
 from arrowhead.errors import InputsInvalid, PlanMismatch
 from arrowhead.methods import FULL
 from arrowhead.models import find
 from arrowhead.models.family import PADDED_TO
+from arrowhead.search.calibrate import Calibration
 
 
 def test_distilled_klein_is_not_guided():
@@ -27,15 +30,29 @@ def test_distilled_klein_is_not_guided():
     assert not ah.search(bench.pipe, bench.inputs(), threshold=0.7, progress=False).guided
 
 
-def test_a_picture_to_go_by_is_refused():
-    bench = flux2()
-    model = find(bench.pipe)
-    inputs = bench.inputs(image=torch.rand(1, 3, 16, 16))
-    with pytest.raises(InputsInvalid, match=r"an image, whose tokens.*wanted.*leave it out"):
-        ah.search(bench.pipe, inputs, threshold=0.7, progress=False)
-    plan = plan_of(bench, model, [[FULL] * len(model.sites)] * STEPS)
-    with ah.applied(bench.pipe, plan), pytest.raises(InputsInvalid, match="an image, whose tokens"):
-        bench.pipe(**inputs)
+@pytest.mark.parametrize("guidance", [3.0, 1.0], ids=["guided", "alone"])
+def test_pictures_to_go_by_are_looked_at_and_thrown_away(guidance):
+    bench, guided = flux2(), guidance > 1
+    bench.visual = 4 * 5 + 4 * 5 + 4 * 4
+    pictures = [Image.effect_noise(size, 64).convert("RGB") for size in ((80, 64), (64, 64))]
+    inputs = {"images": 2, "guidance": guidance, "image": pictures}
+    model = find(bench.pipe, INNER)
+    cells = random_cells(3, model.sites, STEPS, guided)
+    with ah.applied(bench.pipe, plan_of(bench, model, cells, guided)):
+        given = trace(bench, bench.inputs(**inputs))
+    with replaying(bench, model.modules, cells, guided):
+        assert distance(given, trace(bench, bench.inputs(**inputs))) < 1e-5
+    steps = Calibration(model, bench.inputs(**inputs)).steps()
+    step = next(steps)
+    assert step.full().shape[1] == 4 * 5
+    steps.close()
+    for how in ({"threshold": 0.7}, {"strategy": "headwise", "threshold": 0.7}, {"budget": ah.Budget(module_flops=0.6)}):
+        with left_as_it_was(bench, **inputs):
+            plan = ah.search(bench.pipe, bench.inputs(**inputs), progress=False, **how)
+        assert plan.tokens == bench.tokens
+        with ah.applied(bench.pipe, plan) as run:
+            bench.pipe(**bench.inputs(**inputs))
+            assert run.summary().flops.module == pytest.approx(plan.flops().module)
 
 
 def texts(*lengths, seed):

@@ -77,9 +77,10 @@ def of_hunyuan_dit(cls, parts):
     return made(cls, base, 4, names | {"controlnet": net}, parts, FamilyBench(None, False, 16, None, text_seen=10), halvings=3)
 
 
-def of_flux2(cls, parts):
-    bench = FamilyBench(None, True, 16, None, CAPTION[0], text_first=True)
-    return made(cls, flux2(), 4, dict.fromkeys(TEXTS[:2]), parts, bench)
+def of_flux2(cls, parts, visual=16, two_calls=False):
+    base = flux2()
+    bench = FamilyBench(None, True, visual, None, CAPTION[0], text_first=True, two_calls=two_calls)
+    return made(cls, base, 4, dict.fromkeys(TEXTS[:2]) | {"vae": base.pipe.vae}, parts, bench, halvings=3)
 
 
 def of_z_image(cls, parts, controls=None):
@@ -99,8 +100,7 @@ def made(cls, base, channels, more, parts, bench, halvings=1):
     pipe = cls(
         transformer=base.pipe.transformer,
         scheduler=base.pipe.scheduler,
-        vae=vae(1, halvings, latent_channels=channels, shift_factor=0.1),
-        **more,
+        **{"vae": vae(1, halvings, latent_channels=channels, shift_factor=0.1)} | more,
     )
     pipe.to(torch.float64)
     pipe.set_progress_bar_config(disable=True)
@@ -127,6 +127,7 @@ VARIANTS: dict[str, tuple[Callable[..., FamilyBench], dict[str, Any]]] = {
     "FluxControlNetPipeline": (of_flux, {"parts": "control", "controlnet": True}),
     "ChromaImg2ImgPipeline": (of_chroma, {"parts": "image"}),
     "Flux2Pipeline": (of_flux2, {"parts": "nothing"}),
+    "Flux2KleinInpaintPipeline": (of_flux2, {"parts": "mask", "visual": 16 + 16, "two_calls": True}),
     "ZImageImg2ImgPipeline": (of_z_image, {"parts": "image"}),
     "ZImageInpaintPipeline": (of_z_image, {"parts": "mask"}),
     "ZImageControlNetPipeline": (of_z_image, {"parts": "control", "controls": 4}),

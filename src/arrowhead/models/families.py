@@ -3,7 +3,7 @@
 from arrowhead.models.family import (
     NONE,
     Family,
-    beside_a_picture,
+    before_pictures_to_go_by,
     caption_then_patches,
     frames_then_text,
     guidance_above_one,
@@ -200,10 +200,10 @@ FAMILIES: tuple[Family, ...] = (
         transformer="Flux2Transformer2DModel",
         site_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
         joint_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
-        branch_order={"Flux2KleinPipeline": "two_calls", "Flux2Pipeline": "two_calls"},
+        branch_order=dict.fromkeys(["Flux2KleinPipeline", "Flux2KleinInpaintPipeline", "Flux2Pipeline"], "two_calls"),
         tokens=text_then_packed,
         guided=undistilled_guidance,
-        refused=beside_a_picture,
+        returned=before_pictures_to_go_by,
         left_alone="the text's own feed-forwards (but for whole blocks), modulation, embeddings",
     ),
     Family(

@@ -26,8 +26,9 @@ class Family:
     arguments; `guided` tells from the pipeline call's arguments, and the pipeline's settings, whether there are both branches,
     `guidance_scale` how far apart they are driven, and `refused` what of them cannot be compressed. `per_sample_pattern` names
     layers of a block that multiply once for a sample rather than its tokens, `text_pattern` those that multiply the text's.
-    `samples` is the transformer's argument with a latent for each sample. `left_alone` says what of the transformer is computed
-    in every step, and `tested` which of the tests it goes through.
+    `samples` is the transformer's argument with a latent for each sample; `returned` are the tokens at the beginning of its
+    output that a pipeline goes on with, None where that is all. `left_alone` says what of the transformer is computed in every
+    step, and `tested` which of the tests it goes through.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Family:
     text_pattern: str = r".*context.*"
     refused: Callable[[Mapping[str, Any]], str | None] = lambda _: None
     samples: str = "hidden_states"
+    returned: Callable[[Mapping[str, Any]], int | None] = lambda _: None
     left_alone: str = ""
     tested: Literal["all contracts", "essentials"] = "essentials"
 
@@ -181,9 +183,10 @@ def undistilled_guidance(call: Mapping[str, Any]) -> bool:
     return "negative_prompt_embeds" in call and call["guidance_scale"] > 1 and not call["is_distilled"]
 
 
-def beside_a_picture(call: Mapping[str, Any]) -> str | None:
-    """FLUX.2 puts pictures to go by beside its own tokens, and throws away what becomes of them."""
-    return None if call["image"] is None else "an image, whose tokens a search would take for the picture's own"
+def before_pictures_to_go_by(call: Mapping[str, Any]) -> int:
+    """FLUX.2's own tokens come first, those of pictures to go by have later times, and what becomes of them goes nowhere."""
+    times = call["img_ids"][..., 0].flatten()[: call["hidden_states"].shape[1]]  # of (V, 4), or (B, V, 4)
+    return int((times == 0).sum())
 
 
 def guidance_above_one(call: Mapping[str, Any]) -> bool:

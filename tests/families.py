@@ -185,10 +185,11 @@ def hunyuan_dit(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBenc
 
     def inputs(seed: int = 0, images: int = 1, **more: Any) -> dict[str, Any]:
         other = torch.Generator().manual_seed(10**6 + seed)
-        call = first(seed, images, **more)
-        for prefix in ("", "negative_"):
+        call, rows = first(seed, images, **more), images * more.get("num_images_per_prompt", 1)
+        for prefix in ("", "negative_"):  # embeddings are repeated for several images of a prompt, masks are not
+            call[f"{prefix}prompt_attention_mask"] = call[f"{prefix}prompt_attention_mask"][:1].expand(rows, -1)
             call[f"{prefix}prompt_embeds_2"] = torch.randn(images, SECOND[0], SECOND[1], generator=other).to(dtype)
-            call[f"{prefix}prompt_attention_mask_2"] = torch.arange(SECOND[0]).lt(2).expand(images, SECOND[0])
+            call[f"{prefix}prompt_attention_mask_2"] = torch.arange(SECOND[0]).lt(2).expand(rows, -1)
         return call
 
     return FamilyBench(_finished(pipe, dtype), False, 4 * 5, inputs, text_seen=TEXT + SECOND[0])

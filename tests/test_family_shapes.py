@@ -23,7 +23,13 @@ OBLONG = {  # what a call says, and how many visual tokens that is
     "flux2": ({"height": 48, "width": 112}, 3 * 7),
     "z_image": ({"height": 80, "width": 112}, 64),  # 5 × 7, padded
 }
-SEVERAL = ["qwen", "aura_flow", "flux2", "z_image"]  # the others repeat no embeddings, or no masks that come with them
+SEVERAL = [
+    "qwen",
+    "aura_flow",
+    "hunyuan_dit",
+    "flux2",
+    "z_image",
+]  # the others repeat no embeddings, or no masks that come with them
 
 
 def compare(name, dtype, visual=None, **inputs):

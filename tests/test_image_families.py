@@ -3,12 +3,11 @@
 import pytest
 import torch
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
-from families import CHANNELS, flux2, z_image
+from families import CHANNELS, flux2, hunyuan_dit, lumina2, z_image
 from family_replay import random_cells, replaying
 from PIL import Image
 from replay import assert_identical, distance, trace
 from test_families import INNER, STEPS, plan_of
-from untouched import left_as_it_was
 
 import arrowhead as ah
 from arrowhead.errors import InputsInvalid, PlanMismatch
@@ -16,6 +15,18 @@ from arrowhead.methods import FULL
 from arrowhead.models import find
 from arrowhead.models.family import PADDED_TO
 from arrowhead.search.calibrate import Calibration
+
+
+@pytest.mark.parametrize(
+    ("make", "alone"),
+    [(hunyuan_dit, set()), (lumina2, {"context_refiner"}), (flux2, set()), (z_image, {"noise_refiner", "context_refiner"})],
+)
+def test_no_attention_is_missed_but_where_the_table_says_so(make, alone):
+    bench = make()
+    attends = {path for path, module in bench.pipe.transformer.named_modules() if hasattr(module, "processor")}
+    sites = {site.path for site in find(bench.pipe, {"self_attention", "cross_attention"}).sites}
+    assert {path.split(".")[0] for path in attends - sites} == alone
+    assert sites <= attends
 
 
 def test_distilled_klein_is_not_guided():
@@ -35,7 +46,7 @@ def test_pictures_to_go_by_are_looked_at_and_thrown_away(guidance):
     bench, guided = flux2(), guidance > 1
     bench.visual = 4 * 5 + 4 * 5 + 4 * 4
     pictures = [Image.effect_noise(size, 64).convert("RGB") for size in ((80, 64), (64, 64))]
-    inputs = {"images": 2, "guidance": guidance, "image": pictures}
+    inputs = {"guidance": guidance, "image": pictures}
     model = find(bench.pipe, INNER)
     cells = random_cells(3, model.sites, STEPS, guided)
     with ah.applied(bench.pipe, plan_of(bench, model, cells, guided)):
@@ -46,9 +57,8 @@ def test_pictures_to_go_by_are_looked_at_and_thrown_away(guidance):
     step = next(steps)
     assert step.full().shape[1] == 4 * 5
     steps.close()
-    for how in ({"threshold": 0.7}, {"strategy": "headwise", "threshold": 0.7}, {"budget": ah.Budget(module_flops=0.6)}):
-        with left_as_it_was(bench, **inputs):
-            plan = ah.search(bench.pipe, bench.inputs(**inputs), progress=False, **how)
+    for how in ({"threshold": 0.7}, {"budget": ah.Budget(module_flops=0.6)}):
+        plan = ah.search(bench.pipe, bench.inputs(**inputs), progress=False, **how)
         assert plan.tokens == bench.tokens
         with ah.applied(bench.pipe, plan) as run:
             bench.pipe(**bench.inputs(**inputs))

@@ -273,12 +273,18 @@ def bands(call: AttentionCall, heads: Sequence[int], methods: Sequence[Method], 
         mask = mask[rows]
     places = [passage.heads.index(head) for head in heads]
     if places != list(range(q.shape[1])):
-        q, k, v = q[:, places], k[:, places], v[:, places]
+        all_heads = q.shape[1]
+        q, k, v = (_of_heads(tensor, places, all_heads) for tensor in (q, k, v))
         if mask is not None and mask.ndim == 4 and mask.shape[1] > 1:
             mask = mask[:, places]
     radii = [method.radius if isinstance(method, Arrow) else None for method in methods]
     precisions, kernel = list(map(precision_of, methods)), kernel_of(call, passage, methods)
     return dispatch.arrow(q, k, v, passage.tokens, radii, precision=precisions, scale=call.scale, mask=mask, kernel=kernel)
+
+
+def _of_heads(tensor: Tensor, heads: Sequence[int], of: int) -> Tensor:
+    """What serves these of so many heads, (B, H, N, D), of a tensor that may have fewer."""
+    return tensor[:, [head * tensor.shape[1] // of for head in heads]]
 
 
 def kernel_of(call: AttentionCall, passage: Passage, methods: Sequence[Method]) -> str:

@@ -58,6 +58,8 @@ def arrow(
 ) -> Tensor:
     """Arrow attention of q, k, v, each (B, H, N, D) with N = `tokens.total`: (B, H, N, D).
 
+    k and v may have fewer heads, a divisor of H, each for as many heads of q in a row; they are repeated for the kernels.
+
     `radius` is one for all heads, or one for each, None where a head is full, and so is `precision`, of the product Q·Kᵀ.
     `scale` multiplies the scores; D^−½ when it is None. `mask`, the model's own, is boolean (True: seen) or added to the
     scores, and broadcasts to (B, H, N, N).
@@ -65,6 +67,8 @@ def arrow(
     radii = (radius,) * q.shape[1] if isinstance(radius, int) else tuple(radius)
     precisions = (precision,) * q.shape[1] if isinstance(precision, str) else tuple(precision)
     attend = KERNELS[resolve(kernel, q, scale, mask, precisions)]
+    if k.shape[1] < q.shape[1]:
+        k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], 1) for tensor in (k, v))
     return attend(q, k, v, tokens, radii, precisions, _scale(q, scale), _of_four(mask))
 
 

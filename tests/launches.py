@@ -11,6 +11,7 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("there is no device, and Triton was told not to interpret", allow_module_level=True)
 
 from arrowhead.kernels import fused_ops, reference
+from arrowhead.kernels.call import Call, Policy
 from arrowhead.kernels.fused_table import CACHED, FULL, Config
 
 CUDA = torch.cuda.is_available()
@@ -51,7 +52,7 @@ def attended(x, tokens, radii):
     """What the oracle gives for a policy's radii, (B, H, N, D)."""
     mask = None if x.seen is None else x.seen[:, None, None]
     radii = [None if radius in {FULL, CACHED} else radius for radius in radii]
-    return reference.attend(x.q.float(), x.k.float(), x.v.float(), tokens, radii, ["native"] * len(radii), x.scale, mask)
+    return reference.attend(Call(x.q.float(), x.k.float(), x.v.float(), tokens, tuple(map(Policy, radii)), x.scale, mask))
 
 
 def arrow(x, *, residual=True):

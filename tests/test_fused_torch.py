@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from arrowhead.errors import KernelUnavailable
 from arrowhead.kernels import dispatch, fused, fused_ops, fused_table
+from arrowhead.kernels.call import Policy
 from arrowhead.kernels.fused_table import CACHED, FULL
 from arrowhead.layout import Tokens
 
@@ -195,8 +196,8 @@ def test_tensors_of_inference_mode(mode):
 
 
 def test_every_policy_of_a_large_plan_is_copied_once():
-    radii = [(radius, None) for radius in range(57 * 50)]  # FLUX's sites in fifty steps
-    first, second = ([fused._policy(own, torch.device(DEVICE)) for own in radii] for _ in range(2))
+    plan = [(Policy(radius), Policy()) for radius in range(57 * 50)]  # FLUX's sites in fifty steps
+    first, second = ([fused._policy(own, torch.device(DEVICE)) for own in plan] for _ in range(2))
     assert all(a is b for a, b in zip(first, second, strict=True))
 
 
@@ -235,7 +236,7 @@ def test_auto_on_devices(monkeypatch, capability, picked):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert dispatch.resolve("auto", There()) == picked
     assert dispatch.resolve("auto", There(), None, torch.ones(25, 25)) == "chunked"
-    assert dispatch.resolve("auto", There(), precisions=["native", "int8"]) == "chunked"
+    assert dispatch.resolve("auto", There(), policies=[Policy(), Policy(precision="int8")]) == "chunked"
     assert dispatch.resolve("chunked", There()) == "chunked"
     There.dtype = torch.float32
     assert dispatch.resolve("auto", There()) == "chunked"

@@ -11,6 +11,7 @@ from arrowhead.cost import computed_heads
 from arrowhead.errors import PlanMismatch
 from arrowhead.intercept import SiteCall
 from arrowhead.kernels import dispatch
+from arrowhead.kernels.call import Policy
 from arrowhead.layout import Branches, Site, Tokens
 from arrowhead.lifetimes import HeadOutput, Residual, Writes
 from arrowhead.methods import Arrow, Attend, Cached, Cell, Full, Method, Reuse, grouped, precision_of
@@ -277,14 +278,17 @@ def bands(call: AttentionCall, heads: Sequence[int], methods: Sequence[Method], 
         q, k, v = q[:, places], k[:, places], v[:, places]
         if mask is not None and mask.ndim == 4 and mask.shape[1] > 1:
             mask = mask[:, places]
-    radii = [method.radius if isinstance(method, Arrow) else None for method in methods]
-    precisions, kernel = list(map(precision_of, methods)), kernel_of(call, passage, methods)
-    return dispatch.arrow(q, k, v, passage.tokens, radii, precision=precisions, scale=call.scale, mask=mask, kernel=kernel)
+    policies, kernel = list(map(_policy, methods)), kernel_of(call, passage, methods)
+    return dispatch.attend(q, k, v, passage.tokens, policies, scale=call.scale, mask=mask, kernel=kernel)
 
 
 def kernel_of(call: AttentionCall, passage: Passage, methods: Sequence[Method]) -> str:
     """The kernel that runs heads with these methods."""
-    return dispatch.resolve(passage.generation.kernel, call.q, call.scale, call.mask, list(map(precision_of, methods)))
+    return dispatch.resolve(passage.generation.kernel, call.q, call.scale, call.mask, list(map(_policy, methods)))
+
+
+def _policy(method: Method) -> Policy:
+    return Policy(method.radius if isinstance(method, Arrow) else None, precision_of(method))
 
 
 def count(passage: Passage, methods: Sequence[Method], rows: int, kernel: str) -> None:

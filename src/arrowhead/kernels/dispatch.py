@@ -1,15 +1,14 @@
 """The only door to the kernels. An explicit choice never falls back; `auto` picks, and says what it picked."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from arrowhead.errors import KernelUnavailable
 from arrowhead.kernels import chunked, flex, fused, reference
+from arrowhead.kernels.call import Call, Kernel, Policy
 from arrowhead.layout import Tokens
 from arrowhead.methods import Precision
-
-Kernel = Callable[[Tensor, Tensor, Tensor, Tokens, Sequence[int | None], Sequence[Precision], float, Tensor | None], Tensor]
 
 KERNELS: dict[str, Kernel] = {
     "chunked": chunked.attend,
@@ -31,7 +30,7 @@ def known(name: str) -> str:
 
 
 def resolve(
-    name: str, q: Tensor, scale: float | None = None, mask: Tensor | None = None, precisions: Sequence[Precision] = ()
+    name: str, q: Tensor, scale: float | None = None, mask: Tensor | None = None, policies: Sequence[Policy] = ()
 ) -> str:
     """The kernel that `arrow` runs for these arguments: `auto` is `fused` on a device that can, and else `chunked`.
 
@@ -40,7 +39,7 @@ def resolve(
     """
     if known(name) != "auto":
         return name
-    able = q.is_cuda and fused.obstacle(q, _scale(q, scale), _of_four(mask), precisions) is None
+    able = q.is_cuda and fused.obstacle(q, _scale(q, scale), _of_four(mask), policies) is None
     return "fused" if able else "chunked"
 
 
@@ -64,8 +63,24 @@ def arrow(
     """
     radii = (radius,) * q.shape[1] if isinstance(radius, int) else tuple(radius)
     precisions = (precision,) * q.shape[1] if isinstance(precision, str) else tuple(precision)
-    attend = KERNELS[resolve(kernel, q, scale, mask, precisions)]
-    return attend(q, k, v, tokens, radii, precisions, _scale(q, scale), _of_four(mask))
+    policies = tuple(map(Policy, radii, precisions))
+    return attend(q, k, v, tokens, policies, scale=scale, mask=mask, kernel=kernel)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tokens: Tokens,
+    policies: Sequence[Policy],
+    *,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    kernel: str = "auto",
+) -> Tensor:
+    """`arrow` for what each head does."""
+    own = KERNELS[resolve(kernel, q, scale, mask, policies)]
+    return own(Call(q, k, v, tokens, tuple(policies), _scale(q, scale), _of_four(mask)))
 
 
 def _scale(q: Tensor, scale: float | None) -> float:

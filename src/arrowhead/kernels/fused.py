@@ -12,52 +12,43 @@ import torch
 from torch import Tensor
 
 from arrowhead.errors import KernelUnavailable
+from arrowhead.kernels.call import Call, Policy
 from arrowhead.kernels.fused_table import FULL, HEAD_DIMS
-from arrowhead.layout import Tokens
-from arrowhead.methods import Precision
 
 OLDEST = (8, 0)
 """Compute capability that the kernel needs: Ampere's."""
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tokens: Tokens,
-    radii: Sequence[int | None],
-    precisions: Sequence[Precision],
-    scale: float,
-    mask: Tensor | None,
-) -> Tensor:
+def attend(call: Call) -> Tensor:
     """Arrow attention, (B, H, N, D) each; the dtype is kept, and so are the strides of `q` where they leave no gaps.
 
     Raises:
         KernelUnavailable: the device, the dtype, the precision, the head dim, the scale or the mask is none for this kernel.
     """
-    reason = obstacle(q, scale, mask, precisions, k, v)
+    reason = obstacle(call.q, call.scale, call.mask, call.policies, call.k, call.v)
     if reason is not None:
         raise KernelUnavailable(f'kernel="fused": {reason}, or use kernel="chunked" or "auto"')
     from arrowhead.kernels import fused_ops  # noqa: PLC0415 - it imports triton
 
-    q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
+    q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (call.q, call.k, call.v))
     out = torch.empty_like(q)
+    tokens, mask = call.tokens, call.mask
     seen = None if mask is None else mask.expand(q.shape[0], 1, 1, tokens.total)[:, 0, 0]  # (B, N)
-    policy = _policy(tuple(radii), q.device)
-    fused_ops.arrow(out, q, k, v, policy, None, seen, tokens.visual, tokens.visual_slice.start, scale)
+    policy = _policy(call.policies, q.device)
+    fused_ops.arrow(out, q, k, v, policy, None, seen, tokens.visual, tokens.visual_slice.start, call.scale)
     return out
 
 
-def obstacle(q: Tensor, scale: float, mask: Tensor | None, precisions: Sequence[Precision] = (), *others: Tensor) -> str | None:
+def obstacle(q: Tensor, scale: float, mask: Tensor | None, policies: Sequence[Policy] = (), *others: Tensor) -> str | None:
     """Why the kernel cannot run here, as got, wanted, remedy; None where it can.
 
     `mask`, the model's own, has four dimensions or is None; `others` are keys and values, where they are at hand.
     """
-    return next(_obstacles(q, scale, mask, precisions, others), None)
+    return next(_obstacles(q, scale, mask, policies, others), None)
 
 
 def _obstacles(
-    q: Tensor, scale: float, mask: Tensor | None, precisions: Sequence[Precision], others: Sequence[Tensor]
+    q: Tensor, scale: float, mask: Tensor | None, policies: Sequence[Policy], others: Sequence[Tensor]
 ) -> Iterator[str]:
     dtypes = [torch.bfloat16, torch.float16]
     if find_spec("triton") is None:
@@ -72,7 +63,7 @@ def _obstacles(
             yield f"got tensors on {q.device}, wanted a CUDA device; move the pipeline there"
     if q.dtype not in dtypes:
         yield f"got {q.dtype}, wanted {' or '.join(map(str, dtypes))}; cast the pipeline"
-    if "int8" in precisions:
+    if any(policy.precision == "int8" for policy in policies):
         yield "got heads in int8, wanted native precision; search again without precisions"
     if q.shape[-1] not in HEAD_DIMS:
         yield f"got head dim {q.shape[-1]}, wanted one of {', '.join(map(str, HEAD_DIMS))}; take another model"
@@ -88,12 +79,12 @@ def _obstacles(
 
 
 @lru_cache(maxsize=2**14)  # a plan head by head has another policy for every site and step
-def _policy(radii: tuple[int | None, ...], device: torch.device) -> Tensor:
+def _policy(policies: tuple[Policy, ...], device: torch.device) -> Tensor:
     """(H, 2) int32, without residuals; kept, since copying to a device costs more than the kernel's launch.
 
     From pinned memory, lest the copy wait for all that the device has queued.
     """
     with torch.inference_mode(False):
-        rows = [[FULL if radius is None else min(radius, 2**31 - 1), 0] for radius in radii]
+        rows = [[FULL if own.radius is None else min(own.radius, 2**31 - 1), 0] for own in policies]
         made = torch.tensor(rows, dtype=torch.int32, pin_memory=device.type == "cuda")
         return made.to(device, non_blocking=True)

@@ -7,6 +7,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arrowhead.heads import places
+
 QKV = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 
 
@@ -36,7 +38,7 @@ class SomeHeads:
     def __init__(self, module: Any, heads: Sequence[int]) -> None:
         self.heads = len(heads)
         self._module = module
-        self._rows = list(heads)
+        self._some = tuple(heads)
         self._all: int = module.heads
 
     @property
@@ -49,6 +51,7 @@ class SomeHeads:
         return partial(self._project, value) if name in QKV and value is not None else value
 
     def _project(self, linear: nn.Linear, x: Tensor) -> Tensor:
-        weight = linear.weight.view(self._all, -1, linear.in_features)[self._rows].flatten(0, 1)  # (H·D, C) -> (h·D, C)
-        bias = None if linear.bias is None else linear.bias.view(self._all, -1)[self._rows].flatten()
+        some = places(self._some, linear.weight.device)
+        weight = linear.weight.view(self._all, -1, linear.in_features)[some].flatten(0, 1)  # (H·D, C) -> (h·D, C)
+        bias = None if linear.bias is None else linear.bias.view(self._all, -1)[some].flatten()
         return F.linear(x, weight, bias)

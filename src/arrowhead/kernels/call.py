@@ -1,11 +1,11 @@
 """What a kernel is asked for: queries, keys and values, and what each head does with them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from arrowhead.heads import places
 from arrowhead.kernels import masks
 from arrowhead.layout import Tokens
 from arrowhead.methods import Precision
@@ -24,7 +24,8 @@ class Call:
     """Arrow attention of q, k, v, each (B, H, N, D) with N = `tokens.total`, under a policy for each head.
 
     `scale` multiplies the scores. `mask`, the model's own, is boolean (True: seen) or added to the scores; it has four
-    dimensions, and broadcasts to (B, H, N, N).
+    dimensions, and broadcasts to (B, H, N, N). `residual`, (B, H, V, D), is added to the visual rows of the heads in `adds`;
+    of others it is not read.
     """
 
     q: Tensor
@@ -34,14 +35,17 @@ class Call:
     policies: tuple[Policy, ...]
     scale: float
     mask: Tensor | None = None
+    residual: Tensor | None = None
+    adds: tuple[int, ...] = ()
 
     def of(self, heads: Sequence[int]) -> "Call":
-        """The same of some heads, copied together."""
-        where = torch.tensor(heads, device=self.q.device)
+        """The same of some heads, without residuals."""
+        where = places(tuple(heads), self.q.device)
         q, k, v = self.q[:, where], self.k[:, where], self.v[:, where]
         mask = None if self.mask is None else masks.part(self.mask, 1, where)
-        return replace(self, q=q, k=k, v=v, policies=tuple(self.policies[head] for head in heads), mask=mask)
+        policies = tuple(self.policies[head] for head in heads)
+        return Call(q, k, v, self.tokens, policies, self.scale, mask)
 
 
 Kernel = Callable[[Call], Tensor]
-"""Attention of a call, (B, H, N, D), in the dtype of its queries."""
+"""Attention of a call, (B, H, N, D), in the dtype of its queries. Whose name is in `dispatch.ADDING` adds residuals, too."""

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from arrowhead.heads import places
 from arrowhead.kernels import masks, quantise, windows
 from arrowhead.kernels.call import Call, Policy
 from arrowhead.layout import Tokens
@@ -26,7 +27,7 @@ def attend(call: Call) -> Tensor:
         return _alike(call, call.policies[0])
     out = torch.empty_like(call.q)
     for policy, heads in groups:
-        out[:, list(heads)] = _alike(call.of(heads), policy)
+        out[:, places(heads, out.device)] = _alike(call.of(heads), policy)
     return out
 
 

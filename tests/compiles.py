@@ -17,7 +17,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from arrowhead.kernels import quantise
 from arrowhead.kernels.fused_kernel import arrow_kernel
+from arrowhead.kernels.fused_rounding import rounding_kernel
 from arrowhead.kernels.fused_table import AMPERE, HEAD_DIMS, HOPPER, INT8_TAIL, SPECIALISED
 
 PROGRAMS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -84,6 +86,19 @@ def report(capability, dim, config, split, seen, int8):
     }
 
 
+def compile_rounding(capability, dim, dtype="bf16"):
+    """What makes whole numbers of queries, and of keys, which have a mean."""
+    width = HEAD_DIMS[dim][0] + (HEAD_DIMS[dim][1] and INT8_TAIL)
+    pointers = {"values": "*i8", "scales": "*fp32", "x": f"*{dtype}", "mean": "*fp32", "policy": "*i32"}
+    types = {**pointers, "x_strides": ("i32",) * 3, "n": "i32"}
+    for rows in (quantise.QUERIES, quantise.KEYS):
+        constants = {"DIM": dim, "WIDTH": width, "COLUMNS": triton.next_power_of_2(width), "ROWS": rows}
+        constants |= {"mean": None} if rows == quantise.QUERIES else {}
+        signature = {name: "constexpr" if name in constants else types[name] for name in rounding_kernel.arg_names}
+        own = ASTSource(rounding_kernel, signature, constants)
+        triton.compile(own, target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": False})
+
+
 if __name__ == "__main__":
     capability, dim, *flags = (int(argument) for argument in sys.argv[1:])
     split, seen, int8, fast = map(bool, flags)
@@ -93,4 +108,6 @@ if __name__ == "__main__":
         configs.append(SPECIALISED[dim])
     if fast:
         configs = configs[:1]
+    if int8:
+        compile_rounding(capability, dim)
     print(json.dumps([report(capability, dim, config, split, seen, int8) for config in dict.fromkeys(configs)]))

@@ -142,6 +142,7 @@ def _rounded(x: Tensor, mean: Tensor | None, policy: Tensor, block: int) -> tupl
         rounding_kernel[scales.shape[2], heads, batch](
             values, scales, x, mean, policy, x.stride()[:3], n,
             DIM=dim, WIDTH=values.shape[3], COLUMNS=triton.next_power_of_2(values.shape[3]), ROWS=block,
+            enable_fp_fusion=False,
         )  # fmt: skip
     return values, scales
 

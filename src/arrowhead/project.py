@@ -7,6 +7,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arrowhead.heads import places
+
 QKV = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 
 
@@ -41,7 +43,7 @@ class SomeHeads:
     def __init__(self, module: Any, heads: Sequence[int]) -> None:
         self.heads = len(heads)
         self._module = module
-        self._rows = list(heads)
+        self._some = tuple(heads)
         self._all: int = module.heads
         self._width: int = module.to_q.out_features
 
@@ -57,7 +59,9 @@ class SomeHeads:
     def _project(self, linear: nn.Linear, x: Tensor) -> Tensor:
         if linear.out_features < self._width:  # they serve several heads each
             shared = linear(x).unflatten(-1, (-1, self._width // self._all))  # (B, N, G, D)
-            return shared[:, :, [row * shared.shape[2] // self._all for row in self._rows]].flatten(2)
-        weight = linear.weight.view(self._all, -1, linear.in_features)[self._rows].flatten(0, 1)  # (H·D, C) -> (h·D, C)
-        bias = None if linear.bias is None else linear.bias.view(self._all, -1)[self._rows].flatten()
+            serving = tuple(row * shared.shape[2] // self._all for row in self._some)
+            return shared[:, :, places(serving, x.device)].flatten(2)
+        some = places(self._some, linear.weight.device)
+        weight = linear.weight.view(self._all, -1, linear.in_features)[some].flatten(0, 1)  # (H·D, C) -> (h·D, C)
+        bias = None if linear.bias is None else linear.bias.view(self._all, -1)[some].flatten()
         return F.linear(x, weight, bias)

@@ -1,6 +1,7 @@
 """Stand around every site's module of a model: its processor becomes one of a subclass, which asks before it runs.
 
-The subclass is made on the spot, with the original signature. What lies between Q, K, V and attention is in `route`.
+The subclass is made on the spot, with the original signature. A module without a processor has its forward replaced, on the
+instance. What lies between Q, K, V and attention is in `route`.
 """
 
 import copy
@@ -15,13 +16,16 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes  # torch does not offer it otherwise
 
 from arrowhead.cache import Output, along
 from arrowhead.errors import AlreadyApplied, NotIntercepted, ProcessorReplaced
 from arrowhead.layout import Site
+from arrowhead.models.adapter import Forward
 from arrowhead.project import SomeHeads
-from arrowhead.route import Answer, AttentionCall, answered_by, route, unroute
+from arrowhead.route import Answer, AttentionCall, Watched, answered_by, attention, route, unroute
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,10 @@ class SiteCall(ABC):
     def run(self, answer: Answer, rows: slice | None = None, heads: Sequence[int] | None = None) -> Output:
         """Run the module on `rows` of its input: (rows, N, C)."""
 
+    def native(self, rows: slice | None = None) -> Output:
+        """What the module gives by itself."""
+        return self.run(lambda attention: attention.native(), rows)
+
     def kept(self, out: Output, rows: slice | None = None) -> Output:  # noqa: ARG002
         """What of an output, run on `rows`, serves other steps, or the other branch: all of it, where it is no block's."""
         return out
@@ -53,7 +61,9 @@ class SiteCall(ABC):
 
     @property
     def _hidden_states(self) -> Tensor:
-        return self.kwargs["hidden_states"] if "hidden_states" in self.kwargs else self.args[self._first]
+        if "hidden_states" in self.kwargs:
+            return self.kwargs["hidden_states"]
+        return self.args[self._first] if len(self.args) > self._first else next(iter(self.kwargs.values()))
 
     _first: ClassVar[int] = 0
     """Where the input stands among the arguments."""
@@ -109,6 +119,7 @@ class AttentionSiteCall(SiteCall):
     """One call of an attention module's processor, whose first argument the module is."""
 
     _first: ClassVar[int] = 1
+    _wanted: ClassVar[str] = "a processor that does, such as diffusers' AttnProcessor2_0"
 
     def run(self, answer: Answer, rows: slice | None = None, heads: Sequence[int] | None = None) -> Output:
         """Run the module on `rows` of its input, its attention computed by `answer`: (rows, N, C).
@@ -138,39 +149,73 @@ class AttentionSiteCall(SiteCall):
             return attended
 
         with answered_by(once):
-            out = self.original(*args, **kwargs)
+            out = self._attend(args, kwargs)
         if not reached:
             raise NotIntercepted(
                 f"{self.site.path}: {self._processor} did not call F.scaled_dot_product_attention or "
-                "dispatch_attention_fn; "
-                "wanted a processor that does, such as diffusers' AttnProcessor2_0"
+                f"dispatch_attention_fn; wanted {self._wanted}"
             )
         return out
+
+    def _attend(self, args: Any, kwargs: Any) -> Output:
+        return self.original(*args, **kwargs)
 
     @property
     def _processor(self) -> str:
         return type(self.module.processor).__name__
 
 
+@dataclass(frozen=True)
+class ForwardSiteCall(AttentionSiteCall):
+    """One call of an attention module without a processor; `original` is its forward, `routed` that with attention routed."""
+
+    routed: Callable[..., Output]
+
+    _first: ClassVar[int] = 0
+    _wanted: ClassVar[str] = "a module that does; give arrowhead.Attention a forward that calls its `attend`"
+
+    def native(self, rows: slice | None = None) -> Output:
+        """Bit for bit, though `routed` may multiply in another order."""
+        args, kwargs = self._of_rows(rows)
+        return self.original(*args, **kwargs)
+
+    def _attend(self, args: Any, kwargs: Any) -> Output:
+        return self.routed(*args, **kwargs)
+
+    @property
+    def _processor(self) -> str:
+        return type(self.module).__name__
+
+
 Around = Callable[[SiteCall], Output]
+
+SAME = 2e-3
+"""By so much a forward that stands in for a module's own may be off, in float32."""
 
 
 class Interception:
     """The two places, held for the modules of one model until `remove`."""
 
-    def __init__(self, modules: Mapping[Site, nn.Module], around: Around) -> None:
+    def __init__(
+        self, modules: Mapping[Site, nn.Module], around: Around, forwards: Mapping[str, Forward] | None = None
+    ) -> None:
+        """`forwards`, by path, are those of attention modules that call no function of torch's."""
         self._modules = modules
+        self._places: dict[Site, str] = {}
         self._originals: dict[Site, Any] = {}
         self._wrapped: dict[Site, Any] = {}
         self._routes: list[str] = []
         try:
             for site, module in modules.items():
-                if site.kind != "self_attention":
-                    self._originals[site] = vars(module).get("forward")  # accelerate, too, sets it on the instance
-                    self._wrapped[site] = module.forward = _wrap_forward(module, site, around)
+                processed = site.kind == "self_attention" and hasattr(module, "processor")
+                self._places[site] = "processor" if processed else "forward"
+                if hasattr(getattr(module, self._places[site]), "arrowhead_around"):
+                    raise AlreadyApplied(f"{site.path} is intercepted already; call arrowhead.remove first")
+                if not processed:
+                    own = vars(module).get("forward")  # accelerate, too, sets it on the instance
+                    wrapped = _wrap_forward(module, site, around, (forwards or {}).get(site.path))
+                    self._originals[site], self._wrapped[site], module.forward = own, wrapped, wrapped
                     continue
-                if hasattr(module.processor, "arrowhead_around"):
-                    raise AlreadyApplied(f"{site.path} is intercepted already; call arrowhead.remove(pipe) first")
                 try:
                     self._routes += route(module.processor)
                 except NotIntercepted as error:
@@ -185,7 +230,7 @@ class Interception:
         """Put every processor, forward and name back. What somebody else has set since stays, with a warning."""
         replaced = []
         for site, original in self._originals.items():
-            module, name = self._modules[site], "processor" if site.kind == "self_attention" else "forward"
+            module, name = self._modules[site], self._places[site]
             current = vars(module).get(name, getattr(module, name))
             if current is not self._wrapped.get(site):
                 replaced.append(f"{site.path} by a {type(current).__name__}")
@@ -205,14 +250,59 @@ class Interception:
             )
 
 
-def _wrap_forward(module: nn.Module, site: Site, around: Around) -> Callable[..., Output]:
-    forward, call = module.forward, BlockCall if site.kind == "block" else ModuleCall
+def _wrap_forward(module: nn.Module, site: Site, around: Around, instead: Forward | None) -> Callable[..., Output]:
+    forward = module.forward
+    routed = _watched(forward) if instead is None else functools.partial(instead, module, attention)
+    unchecked = instead is not None
 
     @functools.wraps(forward)
     def wrapped(*args: Any, **kwargs: Any) -> Output:
-        return around(call(site, module, forward, args, kwargs))
+        nonlocal unchecked
+        if site.kind != "self_attention":
+            return around((BlockCall if site.kind == "block" else ModuleCall)(site, module, forward, args, kwargs))
+        call = ForwardSiteCall(site, module, forward, args, kwargs, routed)
+        if unchecked:
+            _require_alike(call)
+            unchecked = False
+        return around(call)
 
+    wrapped.arrowhead_around = around  # type: ignore[attr-defined]
     return wrapped
+
+
+def _watched(forward: Callable[..., Output]) -> Callable[..., Output]:
+    def watched(*args: Any, **kwargs: Any) -> Output:
+        with Watched():
+            return forward(*args, **kwargs)
+
+    return watched
+
+
+@torch.no_grad()
+def _require_alike(call: ForwardSiteCall) -> None:
+    """Check, on one row, that a forward in place of the module's own gives what that gives.
+
+    Raises:
+        NotIntercepted: it does not.
+    """
+    one = slice(0, 1)
+    with _disable_current_modes():  # no counter of FLOPs counts it
+        wanted, got = call.native(one), call.run(lambda attention: attention.native(), one)
+    if isinstance(wanted, Tensor) and isinstance(got, Tensor) and wanted.shape == got.shape:
+        off = float((got - wanted).float().norm() / wanted.float().norm().clamp_min(1e-12))
+        if off <= max(SAME, 8 * torch.finfo(wanted.dtype).eps) or not wanted.isfinite().all():
+            return
+        found = f"what is off by {off:.1%}"
+    else:
+        found = f"{_shape(got)} where the module gives {_shape(wanted)}"
+    raise NotIntercepted(
+        f"{call.site.path}: the forward given for a {type(call.module).__name__} gives {found}; wanted what the module itself "
+        "gives; look at the order of norms and rotary embeddings, at the scale, and at the order of heads in its projection"
+    )
+
+
+def _shape(out: Output) -> str:
+    return f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
 
 
 def _wrap(processor: Any, site: Site, around: Around) -> Any:
@@ -238,9 +328,25 @@ def _wrapper_class(base: type) -> type:
 
 
 @contextmanager
-def intercepted(modules: Mapping[Site, nn.Module], around: Around) -> Iterator[None]:
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Another forward on the instance, for the length of a `with` block."""
+    before = vars(module).get("forward")  # accelerate, too, sets it on the instance
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+@contextmanager
+def intercepted(
+    modules: Mapping[Site, nn.Module], around: Around, forwards: Mapping[str, Forward] | None = None
+) -> Iterator[None]:
     """Hold the two places for the length of a `with` block."""
-    interception = Interception(modules, around)
+    interception = Interception(modules, around, forwards)
     try:
         yield
     finally:

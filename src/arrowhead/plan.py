@@ -175,14 +175,16 @@ class Plan:
         if found := self.target.differences(target):
             raise PlanMismatch("plan does not fit this pipeline; search again on it. " + "; ".join(found))
 
-    def require_call(self, steps: int, tokens: Tokens, calls: int = 1) -> None:
+    def require_call(self, steps: int | None, tokens: Tokens, calls: int = 1) -> None:
         """Check that a generation has the plan's steps and tokens, and as many calls of the transformer in a step.
+
+        `steps` None: nobody knows yet.
 
         Raises:
             PlanMismatch: it has not; the message names every difference.
         """
         found = []
-        if steps != self.steps:
+        if steps not in (None, self.steps):
             found.append(f"plan is for {self.steps} steps, pipeline runs {steps}; search again with {steps} steps")
         if tokens != self.tokens:
             found.append(f"plan is for {self.tokens}, pipeline runs {tokens}; search again at this resolution")

@@ -3,6 +3,8 @@
 `F` becomes a stand-in for torch.nn.functional whose `scaled_dot_product_attention` asks whoever answers for the site that is
 running; `dispatch_attention_fn`, which newer models of diffusers call, becomes a function that does. Routed for the first
 model that needs a module, and put back with the last, so that an untouched process stays untouched.
+
+A module without a processor may call attention by any name and from anywhere: while its forward runs, torch itself is asked.
 """
 
 import sys
@@ -17,6 +19,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from arrowhead.errors import NotIntercepted
 
@@ -81,6 +84,18 @@ class _RoutedFunctional(types.ModuleType):
             )
 
         return _ask(AttentionCall(query, key, value, scale, attn_mask, is_causal or dropout_p > 0, native))
+
+
+attention = _RoutedFunctional.scaled_dot_product_attention
+"""What asks: to be called in place of torch's."""
+
+
+class Watched(TorchFunctionMode):
+    """Within a `with` block every call of torch's scaled_dot_product_attention is routed, whatever name it goes by."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        routed = attention if function is F.scaled_dot_product_attention else function
+        return routed(*args, **(kwargs or {}))
 
 
 def _routed_dispatch(dispatch: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -3,15 +3,16 @@
 import inspect
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from arrowhead.errors import InputsInvalid, UnsupportedPipeline
 from arrowhead.layout import Branches, BranchOrder, Kind, Site, Tokens, seen
+from arrowhead.models.adapter import Attention, Forward, Own
 from arrowhead.models.families import FAMILIES
-from arrowhead.models.family import Family
+from arrowhead.models.family import NONE, Family
 from arrowhead.models.refused import REFUSED
 from arrowhead.project import heads_apart
 
@@ -25,13 +26,18 @@ EVERYTHING: frozenset[Kind] = frozenset({"self_attention", "cross_attention", "f
 
 @dataclass(frozen=True)
 class Model:
-    """A pipeline's transformer, its family, and its sites with their modules in the order they run."""
+    """A pipeline's transformer, its family, and its sites with their modules in the order they run.
 
-    pipe: "DiffusionPipeline"
+    Or those of a module of one's own with its adapter, which take the places of pipeline and family. `forwards`, by path, are
+    those that have to take the place of attention modules' own.
+    """
+
+    pipe: "DiffusionPipeline | Own"
     transformer: nn.Module
     family: Family
     branch_order: BranchOrder
     modules: Mapping[Site, nn.Module]
+    forwards: Mapping[str, Forward] = field(default_factory=dict)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -39,15 +45,21 @@ class Model:
         return tuple(self.modules)
 
     @property
-    def steps(self) -> int:
-        """The denoising steps of the call that is running; one that starts from an image leaves the first ones out."""
+    def steps(self) -> int | None:
+        """The denoising steps of the call that is running; one that starts from an image leaves the first ones out.
+
+        None of a loop of one's own, which nobody knows before it ends.
+        """
+        if isinstance(self.pipe, Own):
+            return None
         return len(self.pipe.scheduler.timesteps) - (getattr(self.pipe.scheduler, "begin_index", None) or 0)
 
-    @property
-    def latent_channels(self) -> int:
-        """Channels of what the transformer takes as its input."""
+    def direction(self, output: Tensor) -> Tensor:
+        """What of the transformer's output (B, C, …) is a direction to go, rather than a variance."""
+        if isinstance(self.pipe, Own):
+            return output[:, : self.pipe.adapter.latent_channels]
         config: Any = self.transformer.config
-        return int(config.in_channels)
+        return output[:, : int(config.in_channels)] if output.ndim == 4 else output
 
     def only(self, wanted: Callable[[Site], bool]) -> "Model":
         """The same with fewer sites."""
@@ -75,6 +87,10 @@ class Model:
         known: Any = next(c for c in type(self.transformer).__mro__ if c.__name__ == self.family.transformer)
         return _by_name(inspect.signature(known.forward), (self.transformer, *args), kwargs, "the transformer")
 
+    def given(self, arguments: Mapping[str, Any]) -> Tensor:
+        """What the transformer works on, (B, …), of a call with these `transformer_arguments`."""
+        return arguments["hidden_states"] if "hidden_states" in arguments else [*arguments.values()][1]  # beside itself
+
     def tokens(self, arguments: Mapping[str, Any]) -> Tokens:
         """What a call of the transformer with these `transformer_arguments` brings that matters to the sites."""
         return seen(self.family.tokens(self.transformer, arguments), self.sites)
@@ -90,12 +106,14 @@ class Model:
         return Branches(self.branch_order, self.family.guided(call))
 
 
-def find(pipe: "DiffusionPipeline", kinds: Collection[Kind] = ATTENTION) -> Model:
+def find(pipe: "DiffusionPipeline | Own", kinds: Collection[Kind] = ATTENTION) -> Model:
     """Look a pipeline up in the families table and find its sites of these kinds, by default those of attention.
 
     Raises:
         UnsupportedPipeline: the pipeline or its transformer is not in the table, or no site was found.
     """
+    if isinstance(pipe, Own):
+        return _described(pipe, kinds)
     transformer = getattr(pipe, "transformer", None)
     name, supported = type(pipe).__name__, ", ".join(p for f in FAMILIES for p in f.branch_order)
     if not isinstance(transformer, nn.Module):
@@ -104,7 +122,10 @@ def find(pipe: "DiffusionPipeline", kinds: Collection[Kind] = ATTENTION) -> Mode
     family = next((f for f in FAMILIES if f.transformer in ancestry), None)
     if family is None:
         why = next((f", which has {REFUSED[cls]}" for cls in ancestry if cls in REFUSED), "")
-        raise UnsupportedPipeline(f"got {name} with a {type(transformer).__name__}{why}; wanted one of {supported}")
+        raise UnsupportedPipeline(
+            f"got {name} with a {type(transformer).__name__}{why}; wanted one of {supported}; or describe the transformer with "
+            "an arrowhead.Adapter, and give it in place of the pipeline"
+        )
     if getattr(pipe, "transformer_2", None) is not None:
         raise UnsupportedPipeline(
             f"got {name} with a second transformer, which takes over in the middle; wanted one transformer for all steps"
@@ -122,6 +143,62 @@ def find(pipe: "DiffusionPipeline", kinds: Collection[Kind] = ATTENTION) -> Mode
             f"got kinds {', '.join(sorted(kinds))} for a {type(transformer).__name__}, wanted some that it has: {there}"
         )
     return Model(pipe, transformer, family, order, modules)
+
+
+def _described(own: Own, kinds: Collection[Kind]) -> Model:
+    """A module of one's own, as its adapter has it.
+
+    Raises:
+        UnsupportedPipeline: the adapter's patterns match nothing, or a module's sizes do not follow from its layers.
+    """
+    adapter, root = own.adapter, own.transformer
+    family = Family(
+        name=type(root).__name__,
+        transformer=type(root).__name__,
+        site_pattern=NONE,
+        feed_forward_pattern=adapter.feed_forward,
+        block_pattern=NONE,
+        branch_order={},
+        tokens=adapter.tokens,
+        guided=lambda _: adapter.cfg is not None,
+        guidance_scale=lambda _: adapter.guidance_scale,
+    )
+    modules, forwards = dict(_sites(family, root, kinds)), dict[str, Forward]()
+    for pattern, attention in adapter.attention.items() if "self_attention" in kinds else ():
+        matching = [(path, module) for path, module in root.named_modules() if re.fullmatch(pattern, path)]
+        if not matching:
+            raise UnsupportedPipeline(
+                f"got an adapter with {pattern!r}, which no path in a {family.name} matches; wanted a regular expression for "
+                "whole paths, as model.named_modules() has them"
+            )
+        for path, module in matching:
+            modules[_own_site(family, path, module, attention)] = module
+            if (instead := attention.instead()) is not None:
+                forwards[path] = instead
+    if not modules:
+        raise UnsupportedPipeline(f"got kinds {', '.join(sorted(kinds))}, of which the adapter of a {family.name} names none")
+    order = {path: place for place, (path, _) in enumerate(root.named_modules())}
+    in_order = dict(sorted(modules.items(), key=lambda item: order[item[0].path]))
+    return Model(own, root, family, adapter.cfg or "cond_first", in_order, forwards)
+
+
+def _own_site(family: Family, path: str, module: nn.Module, attention: Attention) -> Site:
+    """Its sizes: all that its linear layers multiply is taken for four projections."""
+    if attention.instead() is None and hasattr(module, "processor") and hasattr(module, "to_q"):
+        return replace(_site(family, path, module), joint=attention.joint, over=attention.over)
+    linears = [linear for linear in module.modules() if isinstance(linear, nn.Linear)]
+    heads = attention.head_count(module)
+    channels = attention.channels or (linears[0].in_features if linears else 0)
+    head_dim = attention.head_dim
+    if head_dim is None and channels:
+        head_dim, rest = divmod(sum(map(_size, linears)), 4 * channels * heads)
+        head_dim = 0 if rest else head_dim
+    if not channels or not head_dim:
+        raise UnsupportedPipeline(
+            f"{path}: got linear layers of a {type(module).__name__} that are not those of Q, K, V and output for {heads} "
+            "heads; wanted them, or arrowhead.Attention(head_dim=..., channels=...)"
+        )
+    return Site(path, heads, head_dim, channels, joint=attention.joint, heads_apart=False, over=attention.over)
 
 
 def _sites(family: Family, root: nn.Module, kinds: Collection[Kind], prefix: str = "") -> Iterator[tuple[Site, nn.Module]]:

@@ -6,24 +6,23 @@ two calls, one for each CFG branch, the first is answered with a stand-in, so th
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import greenlet
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from arrowhead.attend import Generation, attend
 from arrowhead.cache import Output
 from arrowhead.cost import full_flops
 from arrowhead.errors import ArrowheadError, InputsInvalid, NotIntercepted
-from arrowhead.intercept import SiteCall, intercepted
+from arrowhead.intercept import SiteCall, forward_replaced, intercepted
 from arrowhead.layout import Branches, Site, Tokens, outermost
 from arrowhead.lifetimes import FOREVER, Residual, Writes
 from arrowhead.methods import FULL, Attend, Cell, refreshes_residual, residual_radius
-from arrowhead.models import Model
+from arrowhead.models import Model, Own
 from arrowhead.search.lockstep import blank, fill, meet, together
 from arrowhead.tally import Tally
 
@@ -78,8 +77,8 @@ class Calibration:
         return self._state.tokens
 
     @property
-    def step_count(self) -> int:
-        """The steps of the whole run."""
+    def step_count(self) -> int | None:
+        """The steps of the whole run, as far as anybody knows them."""
         return self._model.steps
 
     def steps(self) -> Generator["Step", None, None]:
@@ -102,14 +101,14 @@ class Calibration:
             if self.branches.calls == 2:  # the pipeline may change what it gave before the first call is looked at
                 kwargs = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
             arguments = self._model.transformer_arguments(args, kwargs)
-            tokens, rows = self._model.tokens(arguments), len(arguments["hidden_states"])
+            tokens, rows = self._model.tokens(arguments), len(self._model.given(arguments))
             scales = {value.get("scale") for value in kwargs.values() if isinstance(value, dict)} - {None, 1}
             return worker.parent.switch(_Call(tokens, rows, lambda: own_forward(*args, **kwargs), bool(scales)))
 
         with (
             quiet(pipe, self._inputs.get("generator")),
-            _forward_replaced(transformer, hand_over),
-            intercepted(self._model.modules, self._at),
+            forward_replaced(transformer, hand_over),
+            intercepted(self._model.modules, self._at, self._model.forwards),
         ):
             outer = torch.is_grad_enabled()  # the mode belongs to the thread, which the two greenlets share
             call = worker.switch()
@@ -145,7 +144,7 @@ class Calibration:
         tally, sites = self._state.tally, outermost(self._model.sites)
         samples = self._state.branches.samples
         raw = full_flops(sites, self.tokens, samples).attention
-        return tally.spent.attention / ((raw or 1) * self.step_count)
+        return tally.spent.attention / ((raw or 1) * (self.step_count or self._state.step + 1))
 
     def found(self, rows: Sequence[Sequence[Cell]]) -> Found:
         """The end of a search with these cells, steps × sites."""
@@ -230,7 +229,7 @@ class Calibration:
 
     def _at(self, call: SiteCall) -> Output:
         if self._around is None:
-            return call.run(lambda attention: attention.native())
+            return call.native()
         return self._around(call)
 
 
@@ -261,12 +260,14 @@ class Step:
         """Let the pipeline go on with the output that comes of `at_site`; gives each call's, for gradients to start from."""
         with self._calibration.traced(self._runs, at_site) as outputs:
             samples = _samples(outputs)
-            self.answers = [_with_sample(output, sample.detach()) for output, sample in zip(outputs, samples, strict=True)]
+            self.answers = [output_with(output, sample.detach()) for output, sample in zip(outputs, samples, strict=True)]
             yield samples
 
     def finish(self, cells: Sequence[Cell], candidates: Mapping[Site, Sequence[Cell]]) -> None:
         """Let the pipeline go on with the output under these cells, and remember all that `candidates` may read later."""
-        self.answers = self._calibration.forward(self._runs, self._by(cells, lambda site, cell: _writes(candidates[site], cell)))
+        self.answers = self._calibration.forward(
+            self._runs, self._by(cells, lambda site, cell: _writes(candidates[site], cell))
+        )
 
     def finish_by(self, at_site: AtSite) -> list[Tensor]:
         """Let the pipeline go on with the output that comes of `at_site`; gives each call's."""
@@ -283,15 +284,22 @@ class Step:
 
 
 def _samples(outputs: Sequence[Any]) -> list[Tensor]:
-    """The first of what each call gave, a tuple or a diffusers output."""
-    samples = [output[0] for output in outputs]
+    """The first of what each call gave, which may be a tensor, a tuple or a diffusers output."""
+    samples = [sample_of(output) for output in outputs]
     if not all(isinstance(sample, Tensor) for sample in samples):
         raise NotIntercepted(f"the transformer gave a {type(samples[0]).__name__}; wanted a tensor as its first output")
     return samples
 
 
-def _with_sample(output: Any, sample: Tensor) -> Any:
+def sample_of(output: Any) -> Any:
+    """The first of what a call gave."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def output_with(output: Any, sample: Tensor) -> Any:
     """A transformer's output with another first tensor."""
+    if isinstance(output, Tensor):
+        return sample
     if isinstance(output, tuple):
         return (sample, *output[1:])
     first, *_ = output
@@ -310,7 +318,9 @@ def _writes(candidates: Sequence[Cell], cell: Cell) -> Writes:
 @contextmanager
 def quiet(pipe: Any, generator: torch.Generator | Sequence[torch.Generator] | None) -> Iterator[None]:
     """No progress bar, and random states, the inputs' generators included, as they were afterwards."""
-    with _random_state_kept(generator, pipe._execution_device), _no_progress_bar(pipe):
+    own = isinstance(pipe, Own)
+    device = next(pipe.transformer.parameters()).device if own else pipe._execution_device
+    with _random_state_kept(generator, device), nullcontext() if own else _no_progress_bar(pipe):
         yield
 
 
@@ -337,16 +347,3 @@ def _no_progress_bar(pipe: Any) -> Iterator[None]:
             del pipe._progress_bar_config
         else:
             pipe._progress_bar_config = before
-
-
-@contextmanager
-def _forward_replaced(transformer: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    before = transformer.__dict__.get("forward")  # accelerate, too, sets it on the instance
-    transformer.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del transformer.forward
-        else:
-            transformer.forward = before

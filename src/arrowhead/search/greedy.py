@@ -16,10 +16,13 @@ if TYPE_CHECKING:  # diffusers takes seconds to import
 
 @dataclass(frozen=True)
 class Trial:
-    """One candidate at one site: the transformer's error with it, and the bound it had to stay below."""
+    """One candidate at one site: the transformer's error with it, and the bound it had to stay below.
+
+    `steps` is None where they are those of a loop of one's own.
+    """
 
     step: int
-    steps: int
+    steps: int | None
     site: str
     cell: Cell
     error: float

@@ -67,10 +67,10 @@ class Headwise:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen at one site in one step, and the sum of its heads' errors."""
+    """What was chosen at one site in one step, and the sum of its heads' errors; `steps` as a `Trial` has it."""
 
     step: int
-    steps: int
+    steps: int | None
     site: str
     cell: Attend
     error: float

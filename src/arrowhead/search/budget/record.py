@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from arrowhead.apply import target_of
 from arrowhead.errors import InputsInvalid, NotIntercepted
 from arrowhead.layout import Branches, Site
-from arrowhead.models import EVERYTHING, Model, find
+from arrowhead.models import EVERYTHING, Model, Own, find
 from arrowhead.search.about import about
 from arrowhead.search.budget.extent import Extent
 from arrowhead.search.budget.guidance import Guidance
+from arrowhead.search.budget.loops import Loop
 from arrowhead.search.budget.recorder import Recorder
 from arrowhead.search.budget.samplers import observed
 from arrowhead.search.budget.table import Table
@@ -46,7 +47,9 @@ def blocks_of(pipe: "DiffusionPipeline", extent: Extent, sites: Sequence[Site]) 
     return tuple(block for block in find(pipe, EVERYTHING).sites if block.made_of(sites))
 
 
-def record(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], extent: Extent) -> Generator[tuple[int, int], None, Recording]:
+def record(
+    pipe: "DiffusionPipeline", inputs: Mapping[str, Any], extent: Extent
+) -> Generator[tuple[int, int | None], None, Recording]:
     """Run the pipeline once with `inputs`, full attention everywhere; yield (step, steps) after each step.
 
     Every step is one pass forward and one back for each vector, with respect to activations alone; without gradients two passes
@@ -60,13 +63,15 @@ def record(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], extent: Extent)
             "got weights that were made under torch.inference_mode(), through which no gradient goes; wanted others; load the "
             "pipeline outside of it"
         )
-    target = target_of(model)
-    calibration = Calibration(model, inputs)
+    target, loop = target_of(model), Loop(model, inputs["generate"]) if isinstance(pipe, Own) else None
+    calibration = Calibration(model, inputs if loop is None else {"generate": loop})
     scale = model.family.guidance_scale(model.call_arguments((), inputs)) if calibration.branches.guided else 1.0
-    guidance = Guidance(calibration.seen, scale, model.latent_channels)
+    guidance = Guidance(calibration.seen, scale, model.direction)
+    if loop is not None:
+        loop.guidance = guidance
     recorder: Recorder | None = None
     with (
-        observed(pipe.scheduler) as sampling,
+        observed(pipe.scheduler) if loop is None else nullcontext(loop) as sampling,
         _parameters_frozen(model.transformer) if extent.gradients else nullcontext(),
         _checkpointed(model.transformer, extent.checkpoint, calibration.branches),
     ):
@@ -97,7 +102,12 @@ def _parameters_frozen(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _checkpointed(transformer: Any, wanted: bool, branches: Branches) -> Iterator[None]:
-    before = transformer.is_gradient_checkpointing
+    if wanted and not hasattr(transformer, "enable_gradient_checkpointing"):
+        raise InputsInvalid(
+            f"got checkpoint=True for a {type(transformer).__name__}, which has no enable_gradient_checkpointing; wanted a "
+            "model that has; leave it out, or have the model checkpoint its blocks itself"
+        )
+    before = getattr(transformer, "is_gradient_checkpointing", False)
     if (wanted or before) and branches.calls == 2:
         raise InputsInvalid(
             "got gradient checkpointing with a pipeline that calls its transformer twice a step, wanted none: the two calls "

@@ -24,6 +24,7 @@ from arrowhead.plan import Target
 from arrowhead.route import AttentionCall
 from arrowhead.search.budget.extent import Extent
 from arrowhead.search.budget.guidance import Guidance
+from arrowhead.search.budget.loops import Loop
 from arrowhead.search.budget.samplers import Sampling
 from arrowhead.search.budget.table import Table
 from arrowhead.search.budget.weights import LEAST, Weights
@@ -124,7 +125,7 @@ class Recorder:
         _tallied(call, state)
         images = [image for image, place in enumerate(which) if self._sites[place] == site]
         if not images or len(kept) < 2:
-            return call.run(lambda attention: attention.native())
+            return call.native()
         change = torch.zeros_like(kept[0].output)
         difference = kept[1].output - kept[0].output
         for rows, own in zip(self._guidance.halves(change), self._guidance.halves(difference), strict=True):
@@ -149,7 +150,7 @@ class Recorder:
         return cotangent.view_as(self._kept[site.path][0].output)
 
     def table(
-        self, sampling: Sampling, branches: Branches, target: Target, blocks: tuple[Site, ...], about: Mapping[str, Any]
+        self, sampling: Sampling | Loop, branches: Branches, target: Target, blocks: tuple[Site, ...], about: Mapping[str, Any]
     ) -> Table:
         """All steps together."""
         final, feedback = sampling.latents(), self._extent.feedback
@@ -211,7 +212,7 @@ class Recorder:
     def _of_module(self, call: SiteCall, state: Generation, probes: dict[str, Tensor] | None) -> Output:
         """As a site of one head, (B, 1, N, C), text and image one after the other where a block gives both."""
         site = call.site
-        out = call.run(lambda attention: attention.native())
+        out = call.native()
         with torch.no_grad():
             parts = [tensor.detach() for tensor in _tensors(call.kept(out), site)]
             kept = (parts[0] if len(parts) == 1 else torch.cat(parts, 1))[:, None]
@@ -225,7 +226,7 @@ class Recorder:
     def _again(self, call: SiteCall, probe: Tensor) -> Output:
         """The module once more, with this added: in a checkpointed block, which runs again on the way back, or as a trial."""
         if call.site.kind != "self_attention":
-            return _with_probe(call.run(lambda attention: attention.native()), probe)
+            return _with_probe(call.native(), probe)
         return call.run(lambda attention: attention.native() + probe)
 
     def _counted(self) -> AbstractContextManager[Any]:
@@ -317,13 +318,14 @@ class Recorder:
 def _of_samples(rows: Tensor, site: Site, tokens: Tokens) -> Tensor:
     """A sample's sequences one after the other: (B · sequences, H, N, D) -> (B, H, sequences · N, D)."""
     count = site.sequences(tokens)
-    return rows if count == 1 else rows.unflatten(0, (-1, count)).transpose(1, 2).flatten(2, 3)
+    return rows if count == 1 else rows.view(-1, count, *rows.shape[1:]).transpose(1, 2).flatten(2, 3)
 
 
 def _in_sequences(samples: Tensor, site: Site, tokens: Tokens) -> Tensor:
     """Back to the rows that the site has."""
     count = site.sequences(tokens)
-    return samples if count == 1 else samples.unflatten(2, (count, -1)).transpose(1, 2).flatten(0, 1)
+    batch, heads, _, width = samples.shape
+    return samples if count == 1 else samples.view(batch, heads, count, -1, width).transpose(1, 2).flatten(0, 1)
 
 
 def _tallied(call: SiteCall, state: Generation) -> Passage:

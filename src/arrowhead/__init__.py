@@ -7,7 +7,7 @@ pipeline, and takes it off again.
 from arrowhead import tiny
 from arrowhead.apply import Run, applied, apply, remove
 from arrowhead.layout import Tokens
-from arrowhead.models import Adapter, Attention, FusedQKV, supported
+from arrowhead.models import Adapter, Attention, FusedQKV, open_sora, supported
 from arrowhead.plan import Plan
 from arrowhead.search import Budget, Extent, Headwise, Table, calibrate, calibration_bytes, search, solve, sweep
 from arrowhead.tally import Summary
@@ -29,6 +29,7 @@ __all__ = [
     "apply",
     "calibrate",
     "calibration_bytes",
+    "open_sora",
     "remove",
     "search",
     "solve",

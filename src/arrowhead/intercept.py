@@ -12,7 +12,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, ClassVar
 
@@ -286,6 +286,8 @@ def _require_alike(call: ForwardSiteCall) -> None:
         NotIntercepted: it does not.
     """
     one = slice(0, 1)
+    args, kwargs = tuple(map(_detached, call.args)), {name: _detached(value) for name, value in call.kwargs.items()}
+    call = replace(call, args=args, kwargs=kwargs)
     with _disable_current_modes():  # no counter of FLOPs counts it
         wanted, got = call.native(one), call.run(lambda attention: attention.native(), one)
     if isinstance(wanted, Tensor) and isinstance(got, Tensor) and wanted.shape == got.shape:
@@ -299,6 +301,10 @@ def _require_alike(call: ForwardSiteCall) -> None:
         f"{call.site.path}: the forward given for a {type(call.module).__name__} gives {found}; wanted what the module itself "
         "gives; look at the order of norms and rotary embeddings, at the scale, and at the order of heads in its projection"
     )
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _shape(out: Output) -> str:

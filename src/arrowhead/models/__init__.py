@@ -2,6 +2,7 @@
 
 from arrowhead.models.adapter import Adapter, Attention, FusedQKV, Own, described, generating
 from arrowhead.models.find import ATTENTION, EVERYTHING, Model, find
+from arrowhead.models.open_sora import open_sora
 from arrowhead.models.supported import Supported, supported
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "described",
     "find",
     "generating",
+    "open_sora",
     "supported",
 ]

@@ -55,9 +55,9 @@ class FusedQKV(Attention):
 
     Args:
         qkv: the layer's name in the module, as the names that follow.
-        q_norm: the norm of each head's queries, if there is one.
+        q_norm: the norm of each head's queries, where a module has it.
         k_norm: that of its keys.
-        rotary: what turns queries and keys, called with each, (rows, H, N, D), if there is such a thing.
+        rotary: what turns queries and keys, called with each, (rows, H, N, D), where a module has it.
         rotary_first: whether that comes before the norms.
         proj: the output projection.
     """
@@ -79,8 +79,14 @@ class FusedQKV(Attention):
         q, k, v = _named(module, self.qkv)(x).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # (rows, H, N, D) each
         norms, turns = (self.q_norm, self.k_norm), (self.rotary, self.rotary)
         for names in (turns, norms) if self.rotary_first else (norms, turns):
-            q, k = (own if name is None else _named(module, name)(own) for name, own in zip(names, (q, k), strict=True))
+            q, k = (_part(module, name)(own) for name, own in zip(names, (q, k), strict=True))
         return _named(module, self.proj)(attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+def _part(module: nn.Module, name: str | None) -> Callable[[Tensor], Tensor]:
+    """A module without it does nothing in its place, for all that is known; that it does what it should is checked."""
+    part: Callable[[Tensor], Tensor] | None = None if name is None else getattr(module, name, None)
+    return (lambda own: own) if part is None else part
 
 
 def _named(module: nn.Module, name: str) -> Any:

@@ -164,7 +164,7 @@ class Run:
     def _around(self, call: SiteCall) -> Output:
         generation = self._generation
         if generation is None:
-            return call.run(lambda attention: attention.native())
+            return call.native()
         step, site = generation.step, call.site
         return attend(call, self.plan.cells[step][self._row[site.path]], self._writes[site.path][step], generation)
 
@@ -188,7 +188,9 @@ class OwnRun(Run):
             PlanMismatch: it is not the plan's next step.
         """
         if index == 0:
-            self._abandon()
+            unfinished = self._done if self._looping else None
+            self._end()
+            self._warn_of(unfinished)
         elif index != self._done or index >= self.plan.steps:
             raise PlanMismatch(
                 f"got step {index} after {self._done} whole steps of a plan of {self.plan.steps}; wanted its steps in turn, "
@@ -206,16 +208,17 @@ class OwnRun(Run):
 
     def close(self) -> None:
         """Take the plan off; the module is as it was before `apply`."""
-        self._abandon()
+        unfinished = self._done if self._looping else None
         super().close()
+        self._warn_of(unfinished)
 
     def _clocked(self) -> ExitStack:
         own, clock = self._model.transformer.forward, ExitStack()
 
         @functools.wraps(own)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            self._tick(self._model.transformer, args, kwargs)
             try:
+                self._tick(self._model.transformer, args, kwargs)
                 out = own(*args, **kwargs)
             except BaseException:
                 self._end()
@@ -247,15 +250,14 @@ class OwnRun(Run):
             raise PlanMismatch(f"plan is for {self.plan.steps} steps, the loop ran {self._done}; search again in this loop")
         super()._account_for_every_site()
 
-    def _abandon(self) -> None:
-        """End a loop's generation that is not at its end."""
-        if self._looping:
+    def _warn_of(self, unfinished: int | None) -> None:
+        """A loop's generation that ended after so many steps."""
+        if unfinished is not None:
             self._note(
-                f"a generation ended after {self._done} of the plan's {self.plan.steps} steps",
+                f"a generation ended after {unfinished} of the plan's {self.plan.steps} steps",
                 "search again with as many steps as the loop has",
                 GenerationUnfinished,
             )
-        self._end()
 
     def _end(self) -> None:
         super()._end()

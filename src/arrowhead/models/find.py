@@ -24,6 +24,10 @@ ATTENTION: frozenset[Kind] = frozenset({"self_attention"})
 EVERYTHING: frozenset[Kind] = frozenset({"self_attention", "cross_attention", "feed_forward", "block"})
 
 
+DESCRIBE = "; or describe its transformer with an arrowhead.Adapter, and give that with it in place of the pipeline"
+"""What is left where nothing is known."""
+
+
 @dataclass(frozen=True)
 class Model:
     """A pipeline's transformer, its family, and its sites with their modules in the order they run.
@@ -123,8 +127,7 @@ def find(pipe: "DiffusionPipeline | Own", kinds: Collection[Kind] = ATTENTION) -
     if family is None:
         why = next((f", which has {REFUSED[cls]}" for cls in ancestry if cls in REFUSED), "")
         raise UnsupportedPipeline(
-            f"got {name} with a {type(transformer).__name__}{why}; wanted one of {supported}; or describe the transformer with "
-            "an arrowhead.Adapter, and give it in place of the pipeline"
+            f"got {name} with a {type(transformer).__name__}{why}; wanted one of {supported}{'' if why else DESCRIBE}"
         )
     if getattr(pipe, "transformer_2", None) is not None:
         raise UnsupportedPipeline(
@@ -134,7 +137,7 @@ def find(pipe: "DiffusionPipeline | Own", kinds: Collection[Kind] = ATTENTION) -
     if order is None:
         raise UnsupportedPipeline(
             f"got {name}, whose order of CFG branches is not known; wanted one of {', '.join(family.branch_order)}, "
-            f"or a subclass of one"
+            f"or a subclass of one{DESCRIBE}"
         )
     modules = dict(_sites(family, transformer, kinds))
     if not modules:

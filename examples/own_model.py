@@ -96,7 +96,7 @@ adapter = ah.Adapter(
         r"blocks\.\d+\.attn": ah.FusedQKV(heads="num_heads", over="space"),  # parts qkv and proj, softmax of its own
         r"blocks\.\d+\.attn_temp": ah.FusedQKV(heads="num_heads", over="time"),
     },
-    tokens=lambda model, call: ah.Tokens(call["video"][0, 0].numel(), frames=call["video"].shape[2]),
+    tokens=lambda _, call: ah.Tokens(call["video"][0, 0].numel(), frames=call["video"].shape[2]),
     cfg="cond_first",
     guidance_scale=GUIDANCE,
 )

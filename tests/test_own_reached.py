@@ -15,7 +15,7 @@ from torch import nn
 
 import arrowhead as ah
 from arrowhead.errors import InputsInvalid, NotIntercepted, UnsupportedPipeline
-from arrowhead.methods import AST, ASC, FULL, wa_rs
+from arrowhead.methods import ASC, AST, FULL, wa_rs
 from arrowhead.models import ATTENTION
 
 PIXART = ah.Adapter(
@@ -193,9 +193,16 @@ def test_loops_that_budgets_cannot_go_by():
     def other_noise():
         return own.sample(int(torch.randint(1000, (), generator=generator)))
 
-    with pytest.raises(InputsInvalid, match="others by .* when the loop runs again"):
+    with pytest.raises(InputsInvalid, match=r"others by .* when the loop runs again"):
         ah.search(own.model, other_noise, adapter=own.adapter, budget=ah.Budget(module_flops=0.5), progress=False)
-    with pytest.raises(InputsInvalid, match="got a NoneType from the callable"):
-        ah.search(
-            own.model, lambda: [own.sample()] and None, adapter=own.adapter, budget=ah.Budget(module_flops=0.5), progress=False
-        )
+    with pytest.raises(InputsInvalid, match="got a tuple from the callable"):
+        ah.calibrate(own.model, lambda: (own.sample(),), adapter=own.adapter, progress=False)
+
+
+def test_a_loop_in_inference_mode():
+    """Nothing that a search needs is lost there, gradients neither."""
+    own, how = fused(), {"budget": ah.Budget(module_flops=0.5), "progress": False}
+    wanted = ah.search(own.model, own.sample, adapter=own.adapter, **how)
+    given = ah.search(own.model, torch.inference_mode()(own.sample), adapter=own.adapter, **how)
+    assert given.cells == wanted.cells
+    assert not torch.is_inference_mode_enabled()

@@ -103,14 +103,15 @@ class Calibration:
             arguments = self._model.transformer_arguments(args, kwargs)
             tokens, rows = self._model.tokens(arguments), len(self._model.given(arguments))
             scales = {value.get("scale") for value in kwargs.values() if isinstance(value, dict)} - {None, 1}
-            return worker.parent.switch(_Call(tokens, rows, lambda: own_forward(*args, **kwargs), bool(scales)))
+            return worker.parent.switch(_Call(tokens, rows, lambda: _run(own_forward, args, kwargs), bool(scales)))
 
         with (
             quiet(pipe, self._inputs.get("generator")),
             forward_replaced(transformer, hand_over),
             intercepted(self._model.modules, self._at, self._model.forwards),
         ):
-            outer = torch.is_grad_enabled()  # the mode belongs to the thread, which the two greenlets share
+            outer = torch.is_grad_enabled()  # the modes belong to the thread, which the two greenlets share
+            inference = torch.is_inference_mode_enabled()
             call = worker.switch()
             try:
                 while not worker.dead:
@@ -121,11 +122,12 @@ class Calibration:
                     self.rows = sum(call.rows for call in calls)
                     step = Step(self._begin(calls), self, [call.run for call in calls])
                     inner = torch.is_grad_enabled()
-                    torch.set_grad_enabled(outer)
-                    try:
-                        yield step
-                    finally:
-                        outer = torch.is_grad_enabled()
+                    with torch.inference_mode(inference):
+                        torch.set_grad_enabled(outer)
+                        try:
+                            yield step
+                        finally:
+                            outer = torch.is_grad_enabled()
                     torch.set_grad_enabled(inner)
                     if stand_in is not None:
                         fill(stand_in, step.answers[0])
@@ -281,6 +283,16 @@ class Step:
     def _by(self, cells: Sequence[Cell], writes: Callable[[Site, Cell], Writes]) -> AtSite:
         cell_of = dict(zip(self.sites, cells, strict=True))
         return lambda call, state: attend(call, cell_of[call.site], writes(call.site, cell_of[call.site]), state)
+
+
+def _run(forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """A call whose arguments may have been made in torch.inference_mode, which the loop runs in and the search does not."""
+
+    def own(value: Any) -> Any:
+        made_there = isinstance(value, Tensor) and value.is_inference() and not torch.is_inference_mode_enabled()
+        return value.clone() if made_there else value
+
+    return forward(*map(own, args), **{name: own(value) for name, value in kwargs.items()})
 
 
 def _samples(outputs: Sequence[Any]) -> list[Tensor]:

@@ -96,6 +96,10 @@ class Loop:
 
         def replay(*args: Any, **kwargs: Any) -> Any:
             call = len(given)
+            if call == len(self.outputs):
+                raise InputsInvalid(
+                    f"got more than {call} calls of the model when the loop runs again; wanted as many; see arrowhead.search"
+                )
             given.append(self._given(args, kwargs).clone())
             output = self.outputs[call]
             sample = sample_of(output).clone()

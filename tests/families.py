@@ -35,11 +35,15 @@ SHARP = (".attn1.", ".attn.")
 
 @dataclass
 class FamilyBench(Bench):
-    """`text_seen` are the text tokens that any site looks at, attending jointly or not."""
+    """`text_seen` are the text tokens that any site looks at, attending jointly or not.
+
+    `switch` is the step from which a second transformer is called, of five.
+    """
 
     text_first: bool = False
     text_seen: int = TEXT
     two_calls: bool = False
+    switch: int | None = None
 
     @property
     def attentions(self) -> list[Any]:
@@ -81,14 +85,27 @@ def flow() -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(shift=3.0)
 
 
-def wan(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
-    """Frames × height × width beside a text; two calls."""
+def wan_transformer(seed: int, **config: Any) -> WanTransformer3DModel:
     sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "num_layers": 2, "ffn_dim": 32, "freq_dim": 16}
-    model = WanTransformer3DModel(in_channels=4, out_channels=4, text_dim=CHANNELS, rope_max_seq_len=32, **sizes)
+    standard = {"in_channels": 4, "out_channels": 4, "text_dim": CHANNELS, "rope_max_seq_len": 32, **sizes}
+    model = WanTransformer3DModel(**standard | config)
     randomise(model, seed, SHARP)
-    pipe = WanPipeline(None, None, None, flow(), model)
+    return model
+
+
+def wan(dtype: torch.dtype = torch.float64, seed: int = 0, **parts: Any) -> FamilyBench:
+    """Frames × height × width beside a text; two calls."""
+    pipe = WanPipeline(None, None, None, flow(), **{"transformer": wan_transformer(seed), **parts})
     inputs = _inputs(dtype, "guidance_scale", None, height=64, width=48, num_frames=5)
     return FamilyBench(_finished(pipe, dtype), True, 2 * 4 * 3, inputs, two_calls=True)
+
+
+def wan22(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
+    """The same; at timesteps below 875, the third of five, a second transformer takes over, which is guided by less."""
+    bench = wan(dtype, seed, transformer_2=wan_transformer(seed + 1), boundary_ratio=0.875)
+    own, bench.switch = bench.inputs, 2
+    bench.inputs = lambda *args, **more: own(*args, **{"guidance_scale_2": 2.0, **more})
+    return bench
 
 
 def qwen(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
@@ -158,6 +175,7 @@ def aura_flow(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
 
 MORE: dict[str, Callable[..., FamilyBench]] = {
     "wan": wan,
+    "wan22": wan22,
     "qwen": qwen,
     "chroma": chroma,
     "hunyuan_video": hunyuan_video,

@@ -12,6 +12,7 @@ from arrowhead.models import find
 
 OBLONG = {  # what a call says, and how many visual tokens that is
     "wan": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
+    "wan22": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
     "qwen": ({"height": 48, "width": 112}, 3 * 7),
     "chroma": ({"height": 48, "width": 112}, 3 * 7),
     "hunyuan_video": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
@@ -27,7 +28,7 @@ def compare(name, dtype, visual=None, **inputs):
     bench, guided = MORE[name](dtype), inputs["guidance"] > 1
     bench.visual = visual or bench.visual
     model = find(bench.pipe, INNER)
-    cells = random_cells(7, model.sites, STEPS, guided)
+    cells = random_cells(7, model.sites, STEPS, guided, bench.switch)
     plan = plan_of(bench, model, cells, guided)
     with applied(bench.pipe, plan) as run:
         given = trace(bench, bench.inputs(**inputs))

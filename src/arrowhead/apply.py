@@ -16,7 +16,7 @@ from arrowhead.kernels import dispatch
 from arrowhead.layout import Branches
 from arrowhead.lifetimes import lifetimes
 from arrowhead.methods import Arrow, Attend
-from arrowhead.models import Model, find
+from arrowhead.models import Model, find, transformers_of
 from arrowhead.plan import Plan, Target
 from arrowhead.tally import Summary, Tally
 
@@ -47,8 +47,8 @@ class Run:
         self._generation: Generation | None = None  # set from the first call of the transformer on
         self._tally: Tally | None = None  # of the latest generation
         _warn_of_wide_bands(plan)
-        self._interception = Interception(model.modules, self._around)
-        self._clock = model.transformer.register_forward_pre_hook(self._tick, with_kwargs=True, prepend=True)
+        self._interception = Interception(model.placed, self._around)
+        self._clocks = [t.register_forward_pre_hook(self._tick, with_kwargs=True, prepend=True) for t in model.transformers]
         model.pipe.__class__ = _applied_class(self._pipeline_class, self)
 
     @property
@@ -69,7 +69,8 @@ class Run:
     def close(self) -> None:
         """Take the plan off; the pipeline is as it was before `apply`."""
         self._end()
-        self._clock.remove()
+        for clock in self._clocks:
+            clock.remove()
         self._model.pipe.__class__ = self._pipeline_class
         self._interception.remove()
 
@@ -77,7 +78,7 @@ class Run:
     def generating(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
         """Around one call of the pipeline: caches are empty when it starts and when it ends, however it ends."""
         self._end()
-        if self._model.pipe.transformer is not self._model.transformer:
+        if transformers_of(self._model.pipe) != self._model.transformers:
             raise PlanMismatch(
                 "the pipeline's transformer was exchanged after the plan was applied; wanted the same one; remove the plan "
                 "and apply it again"
@@ -121,13 +122,13 @@ class Run:
     def _end(self) -> None:
         self._branches = self._generation = None
 
-    def _tick(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _tick(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before each call of the transformer: the step clock. Calls from outside the pipeline run uncompressed."""
         if self._branches is None or self._tally is None:
             return
         tokens = self._model.tokens(self._model.transformer_arguments(args, kwargs))
         if self._generation is None:
-            self.plan.require_call(self._model.steps, tokens, self._branches.calls)
+            self.plan.require_call(self._model.steps, tokens, self._branches.calls, self._model.switch)
             self._generation = Generation.begin(self._branches, tokens, self.kernel, self._tally)
         else:
             self._generation.advance(tokens)
@@ -136,6 +137,11 @@ class Run:
             raise PlanMismatch(
                 f"plan is for {self.plan.steps} calls of the transformer, the pipeline makes more; search again with the "
                 "same arguments"
+            )
+        if transformer is not self._model.due(self._generation.step):
+            raise PlanMismatch(
+                f"got step {self._generation.step} with another transformer than the scheduler's timesteps and the pipeline's "
+                "boundary_ratio say; wanted diffusers' own loop; remove the plan"
             )
 
     def _around(self, call: SiteCall) -> Output:

@@ -9,7 +9,7 @@ import inspect
 import types
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -156,18 +156,19 @@ Around = Callable[[SiteCall], Output]
 
 
 class Interception:
-    """The two places, held for the modules of one model until `remove`."""
+    """The two places, held for the modules of one model until `remove`. A site has a module in every transformer."""
 
-    def __init__(self, modules: Mapping[Site, nn.Module], around: Around) -> None:
-        self._modules = modules
-        self._originals: dict[Site, Any] = {}
-        self._wrapped: dict[Site, Any] = {}
+    def __init__(self, modules: Iterable[tuple[Site, nn.Module]], around: Around) -> None:
+        self._sites: dict[nn.Module, Site] = {}
+        self._originals: dict[nn.Module, Any] = {}
+        self._wrapped: dict[nn.Module, Any] = {}
         self._routes: list[str] = []
         try:
-            for site, module in modules.items():
+            for site, module in modules:
+                self._sites[module] = site
                 if site.kind != "self_attention":
-                    self._originals[site] = vars(module).get("forward")  # accelerate, too, sets it on the instance
-                    self._wrapped[site] = module.forward = _wrap_forward(module, site, around)
+                    self._originals[module] = vars(module).get("forward")  # accelerate, too, sets it on the instance
+                    self._wrapped[module] = module.forward = _wrap_forward(module, site, around)
                     continue
                 if hasattr(module.processor, "arrowhead_around"):
                     raise AlreadyApplied(f"{site.path} is intercepted already; call arrowhead.remove(pipe) first")
@@ -175,8 +176,8 @@ class Interception:
                     self._routes += route(module.processor)
                 except NotIntercepted as error:
                     raise NotIntercepted(f"{site.path}: {error}") from None
-                self._originals[site] = module.processor
-                self._wrapped[site] = module.processor = _wrap(module.processor, site, around)
+                self._originals[module] = module.processor
+                self._wrapped[module] = module.processor = _wrap(module.processor, site, around)
         except BaseException:
             self.remove()
             raise
@@ -184,10 +185,11 @@ class Interception:
     def remove(self) -> None:
         """Put every processor, forward and name back. What somebody else has set since stays, with a warning."""
         replaced = []
-        for site, original in self._originals.items():
-            module, name = self._modules[site], "processor" if site.kind == "self_attention" else "forward"
+        for module, original in self._originals.items():
+            site = self._sites[module]
+            name = "processor" if site.kind == "self_attention" else "forward"
             current = vars(module).get(name, getattr(module, name))
-            if current is not self._wrapped.get(site):
+            if current is not self._wrapped.get(module):
                 replaced.append(f"{site.path} by a {type(current).__name__}")
             elif original is None:
                 delattr(module, name)
@@ -238,7 +240,7 @@ def _wrapper_class(base: type) -> type:
 
 
 @contextmanager
-def intercepted(modules: Mapping[Site, nn.Module], around: Around) -> Iterator[None]:
+def intercepted(modules: Iterable[tuple[Site, nn.Module]], around: Around) -> Iterator[None]:
     """Hold the two places for the length of a `with` block."""
     interception = Interception(modules, around)
     try:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from arrowhead.apply import plain
+from arrowhead.models import transformers_of
 from arrowhead.versions import versions
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
@@ -16,6 +17,7 @@ if TYPE_CHECKING:  # diffusers takes seconds to import
 def about(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """The pipeline, the search's settings, the inputs of its run, and versions, as JSON can hold them."""
     generator = inputs.get("generator")
+    transformer, *_ = transformers_of(pipe)
     seeds = [g.initial_seed() for g in ([generator] if isinstance(generator, torch.Generator) else generator or [])]
     return {
         "pipeline": type(pipe).__name__,
@@ -23,8 +25,8 @@ def about(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], settings: Mappin
         "search": {name: plain(value) for name, value in settings.items()},
         "inputs": {name: _said(value) for name, value in inputs.items() if name != "generator"},
         "seeds": seeds,
-        "device": str(pipe.transformer.device),
-        "dtype": str(pipe.transformer.dtype),
+        "device": str(transformer.device),
+        "dtype": str(transformer.dtype),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
     }

@@ -36,9 +36,9 @@ def greedy_trials(
 ) -> Generator[Trial, None, Found]:
     """Yield every trial of Algorithm 1 on one run of the pipeline with `inputs`; return what was found.
 
-    The first step is full. At each later one, on the latents of the compressed trajectory and with the caches frozen, the
-    reference is the output with full attention everywhere; at layer i of L, with the cells chosen for the layers before,
-    the first candidate of AST, WA-RS + ASC, WA-RS, ASC whose error is below (i / L)·threshold is taken, else full.
+    A transformer's first step is full. At each later one, on the latents of the compressed trajectory and with the caches
+    frozen, the reference is the output with full attention everywhere; at layer i of L, with the cells chosen for the layers
+    before, the first candidate of AST, WA-RS + ASC, WA-RS, ASC whose error is below (i / L)·threshold is taken, else full.
 
     Raises what `arrowhead.search` raises.
     """
@@ -49,7 +49,7 @@ def greedy_trials(
     for step in calibration.steps():
         candidates = dit_fast_attn_candidates(calibration.tokens.visual, calibration.branches.guided)
         chosen: list[Cell] = [FULL] * layers
-        if step.index > 0 and threshold > 0:
+        if not step.first and threshold > 0:
             reference = step.full()
             if not reference.isfinite().all():
                 raise InputsInvalid(

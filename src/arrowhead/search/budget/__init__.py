@@ -175,8 +175,8 @@ def calibration_bytes(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], *, e
     with closing(calibration.steps()) as steps:
         if next(steps, None) is None:
             raise NotIntercepted("the pipeline never called its transformer; wanted at least one denoising step")
-        dtype: torch.dtype = pipe.transformer.dtype
-        return extent.held(model.sites, calibration.tokens) * calibration.rows * dtype.itemsize
+        dtype: Any = model.transformer.dtype
+        return extent.held(model.sites, calibration.tokens) * calibration.rows * int(dtype.itemsize)
 
 
 def solve(table: Table, budget: Budget) -> Plan:
@@ -383,7 +383,7 @@ def _plan(problem: Problem, budget: Budget, found: Allocation) -> Plan:
     rows = tuple(zip(*columns.values(), strict=True))
     about = {**table.about, "search": search}
     target, tokens = replace(table.target, sites=tuple(columns)), seen(table.tokens, columns)
-    return Plan(rows, target, tokens, table.branches.guided, about, table.branches.calls)
+    return Plan(rows, target, tokens, table.branches.guided, about, table.branches.calls, table.switch)
 
 
 def _told(plan: Plan, **facts: Any) -> Plan:

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AllegroPipeline,
+    AllegroTransformer3DModel,
     AuraFlowPipeline,
     AuraFlowTransformer2DModel,
     ChromaPipeline,
@@ -13,6 +15,7 @@ from diffusers import (
     CogVideoXDDIMScheduler,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
+    EulerAncestralDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
@@ -162,6 +165,17 @@ def cogvideox(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     return FamilyBench(_finished(pipe, dtype), False, 2 * 4 * 3, inputs, TEXT, text_first=True)
 
 
+def allegro(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
+    """Frames × height × width beside a text whose padding is masked; one batch, [uncond, cond]; a sampler that draws noise."""
+    sizes = {"num_attention_heads": HEADS, "attention_head_dim": 12, "num_layers": 2, "cross_attention_dim": HEADS * 12}
+    model = AllegroTransformer3DModel(caption_channels=CHANNELS, sample_height=8, sample_width=6, sample_frames=2, **sizes)
+    randomise(model, seed, SHARP)
+    pipe = AllegroPipeline(None, None, None, model, EulerAncestralDiscreteScheduler(prediction_type="v_prediction"))
+    size = {"height": 64, "width": 48, "num_frames": 5, "negative_prompt": None}
+    inputs = _inputs(dtype, "guidance_scale", "{}prompt_attention_mask", **size)
+    return FamilyBench(_finished(pipe, dtype), False, 2 * 4 * 3, inputs)
+
+
 def aura_flow(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     """Registers and text before the image, in two streams and then in one; one batch, [uncond, cond]."""
     sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "num_mmdit_layers": 1, "num_single_dit_layers": 1}
@@ -181,5 +195,6 @@ MORE: dict[str, Callable[..., FamilyBench]] = {
     "hunyuan_video": hunyuan_video,
     "ltx": ltx,
     "cogvideox": cogvideox,
+    "allegro": allegro,
     "aura_flow": aura_flow,
 }

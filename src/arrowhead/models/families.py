@@ -157,6 +157,16 @@ FAMILIES: tuple[Family, ...] = (
         left_alone="whole blocks, embeddings, output layer",
     ),
     Family(
+        name="Allegro",
+        transformer="AllegroTransformer3DModel",
+        site_pattern=r"transformer_blocks\.\d+\.attn1",
+        cross_pattern=r"transformer_blocks\.\d+\.attn2",
+        branch_order={"AllegroPipeline": "uncond_first"},
+        tokens=frames_then_text,
+        guided=guidance_above_one,
+        left_alone="caption projection, step embeddings, output layer",
+    ),
+    Family(
         name="AuraFlow",
         transformer="AuraFlowTransformer2DModel",
         site_pattern=r"(joint|single)_transformer_blocks\.\d+\.attn",

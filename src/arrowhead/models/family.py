@@ -83,10 +83,11 @@ def video_patches(transformer: Any, call: Mapping[str, Any]) -> Tokens:
 
 
 def frames_then_text(transformer: Any, call: Mapping[str, Any]) -> Tokens:
-    """Video in patches, frame by frame, before the text."""
+    """Video in patches, frame by frame, before the text, or beside it."""
     frames, height, width = call["hidden_states"].shape[2:]  # (B, C, F, H, W)
     patch, in_time = transformer.config.patch_size, transformer.config.patch_size_t
-    return Tokens((frames // in_time) * (height // patch) * (width // patch), text=call["encoder_hidden_states"].shape[1])
+    text = call["encoder_hidden_states"].shape[-2]  # (B, T, C) or (B, 1, T, C)
+    return Tokens((frames // in_time) * (height // patch) * (width // patch), text)
 
 
 def packed_beside_text(_: Any, call: Mapping[str, Any]) -> Tokens:

@@ -209,17 +209,18 @@ def _applied_class(base: type, run: Run) -> type:
 
 
 def _warn_of_wide_bands(plan: Plan) -> None:
-    reach = plan.tokens.visual - 1
-    cells = (cell for row in plan.cells for cell in row if isinstance(cell, Attend))
-    methods = {method for cell in cells for method in cell.methods(1)}
-    wide = sorted(m.radius for m in methods if isinstance(m, Arrow) and m.radius >= reach)
-    if wide:
-        warnings.warn(
-            f"the plan has a band of radius {wide[0]} over {plan.tokens.visual} visual tokens; one below {reach} would save "
-            "work, this one is full attention",
-            BandCoversAll,
-            stacklevel=4,
-        )
+    for site, column in zip(plan.target.sites, plan.columns, strict=True):
+        visual = site.tokens(plan.tokens).visual
+        methods = {method for cell in column if isinstance(cell, Attend) for method in cell.methods(1)}
+        wide = sorted(m.radius for m in methods if isinstance(m, Arrow) and m.radius >= visual - 1)
+        if wide:
+            warnings.warn(
+                f"the plan has a band of radius {wide[0]} over {visual} visual tokens; one below {visual - 1} would save work, "
+                "this one is full attention",
+                BandCoversAll,
+                stacklevel=4,
+            )
+            return
 
 
 def plain(value: Any) -> Any:

@@ -41,7 +41,7 @@ def head_flops(site: Site, tokens: Tokens, method: Method) -> float:
     if site.kind != "self_attention":
         return sum(own.heads * head_flops(own, tokens, Full()) for own in site.within)
     of_scores = 1 if precision_of(method) == "int8" else 2
-    return (of_scores + 2) * site.head_dim * pairs(method, site.tokens(tokens))
+    return (of_scores + 2) * site.head_dim * pairs(method, site.tokens(tokens)) * site.sequences(tokens)
 
 
 def projection_flops(site: Site, tokens: Tokens, heads: int) -> float:
@@ -55,8 +55,9 @@ def projection_flops(site: Site, tokens: Tokens, heads: int) -> float:
         if site.kind == "cross_attention":
             own += 4 * site.head_dim * tokens.visual * tokens.text
         return own + sum(projection_flops(inner, tokens, inner.heads) for inner in site.within)
-    rows = {"all": site.tokens(tokens).total, "visual": tokens.visual, "none": 0}[site.projects_out]
-    return 2 * site.channels * site.head_dim * (3 * heads * site.tokens(tokens).total + site.heads * rows)
+    length = site.tokens(tokens).total * site.sequences(tokens)
+    rows = {"all": length, "visual": tokens.visual, "none": 0}[site.projects_out]
+    return 2 * site.channels * site.head_dim * (3 * heads * length + site.heads * rows)
 
 
 def computed_heads(site: Site, cell: Attend) -> tuple[int, ...]:
@@ -134,7 +135,7 @@ class _Stored:
 
 
 def _stored(site: Site, tokens: Tokens, column: Sequence[Cell], samples: int, calls: int) -> Iterator[_Stored]:
-    length = site.tokens(tokens).total
+    length = site.tokens(tokens).total * site.sequences(tokens)
     projected = {"all": length, "visual": tokens.visual, "none": 0}[site.projects_out]
     output = projected * site.channels + (length - projected) * site.heads * site.head_dim
     for step, (cell, writes) in enumerate(zip(column, lifetimes(column), strict=True)):

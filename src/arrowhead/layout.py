@@ -1,21 +1,24 @@
 """What is attended over: tokens, the module that attends, and how the two CFG branches share a batch."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """A sequence of visual tokens with, perhaps, text tokens before or after them."""
+    """A sequence of visual tokens with, perhaps, text tokens before or after them; `frames` where some site sees one frame."""
 
     visual: int
     text: int = 0
     text_first: bool = False
+    frames: int = 1
 
     def __post_init__(self) -> None:
         if self.visual < 1 or self.text < 0:
             raise ValueError(f"got {self.visual} visual and {self.text} text tokens, wanted at least 1 and 0")
+        if self.frames < 1 or self.visual % self.frames:
+            raise ValueError(f"got {self.frames} frames of {self.visual} visual tokens, wanted frames of one size")
 
     @property
     def total(self) -> int:
@@ -41,7 +44,8 @@ class Site:
     """One module that a plan speaks of: its path in the transformer and the sizes its cost follows from.
 
     `joint` sites attend over text and image tokens, others over the image's alone. `projects_out` says which tokens have an
-    output projection of the site's own. `heads_apart`: whether single heads' Q, K and V can be computed without the others'; it
+    output projection of the site's own. `over` says along what it attends: `space` sites have a sequence for each frame of a
+    sample, `time` sites one for each place. `heads_apart`: whether single heads' Q, K and V can be computed without the others'; it
     may change while a pipeline is used (LoRA), and is no part of what a plan is bound to.
 
     Other kinds are computed or not, and have one head as wide as what they give; tokens are multiplied with so many `weights`,
@@ -60,10 +64,17 @@ class Site:
     weights: int = 0
     text_weights: int = 0
     within: tuple["Site", ...] = ()
+    over: Literal["all", "space", "time"] = "all"
 
     def tokens(self, of_call: Tokens) -> Tokens:
-        """What the site attends over, in a call of the transformer with these tokens."""
-        return of_call if self.joint else Tokens(of_call.visual)
+        """What a sequence of the site's has, in a call of the transformer with these tokens."""
+        if self.over != "all":
+            return Tokens(of_call.visual // self.sequences(of_call))
+        return replace(of_call, frames=1) if self.joint else Tokens(of_call.visual)
+
+    def sequences(self, of_call: Tokens) -> int:
+        """Rows of the site's input for one sample."""
+        return {"all": 1, "space": of_call.frames, "time": of_call.visual // of_call.frames}[self.over]
 
     @property
     def sees_text(self) -> bool:
@@ -85,7 +96,7 @@ class Site:
 
 def seen(tokens: Tokens, sites: Iterable[Site]) -> Tokens:
     """What of a call's tokens matters to these sites."""
-    return tokens if any(site.sees_text for site in sites) else Tokens(tokens.visual)
+    return tokens if any(site.sees_text for site in sites) else replace(tokens, text=0, text_first=False)
 
 
 def outermost(sites: Iterable[Site]) -> tuple[Site, ...]:

@@ -272,7 +272,7 @@ class Step:
 
     def output(self, cells: Sequence[Cell]) -> Tensor:
         """The transformer's output with these cells, all branches; nothing is remembered."""
-        samples = _samples(self._calibration.forward(self._runs, self._by(cells, lambda _: Writes())))
+        samples = _samples(self._calibration.forward(self._runs, self._by(cells, lambda *_: Writes())))
         return samples[0] if len(samples) == 1 else torch.cat(samples)
 
     @contextmanager
@@ -283,9 +283,9 @@ class Step:
             self.answers = [_with_sample(output, sample.detach()) for output, sample in zip(outputs, samples, strict=True)]
             yield samples
 
-    def finish(self, cells: Sequence[Cell], candidates: Sequence[Cell]) -> None:
+    def finish(self, cells: Sequence[Cell], candidates: Mapping[Site, Sequence[Cell]]) -> None:
         """Let the pipeline go on with the output under these cells, and remember all that `candidates` may read later."""
-        self.answers = self._calibration.forward(self._runs, self._by(cells, partial(_writes, candidates)))
+        self.answers = self._calibration.forward(self._runs, self._by(cells, lambda site, cell: _writes(candidates[site], cell)))
 
     def finish_by(self, at_site: AtSite) -> list[Tensor]:
         """Let the pipeline go on with the output that comes of `at_site`; gives each call's."""
@@ -296,9 +296,9 @@ class Step:
         """The output that comes of `at_site`, each call's; the pipeline knows nothing of it."""
         return _samples(self._calibration.forward(self._runs, at_site))
 
-    def _by(self, cells: Sequence[Cell], writes: Callable[[Cell], Writes]) -> AtSite:
+    def _by(self, cells: Sequence[Cell], writes: Callable[[Site, Cell], Writes]) -> AtSite:
         cell_of = dict(zip(self.sites, cells, strict=True))
-        return lambda call, state: attend(call, cell_of[call.site], writes(cell_of[call.site]), state)
+        return lambda call, state: attend(call, cell_of[call.site], writes(call.site, cell_of[call.site]), state)
 
 
 def _samples(outputs: Sequence[Any]) -> list[Tensor]:

@@ -47,7 +47,10 @@ def greedy_trials(
     layers = len(model.sites)
     rows: list[tuple[Cell, ...]] = []
     for step in calibration.steps():
-        candidates = dit_fast_attn_candidates(calibration.tokens.visual, calibration.branches.guided)
+        candidates = {
+            site: dit_fast_attn_candidates(site.tokens(calibration.tokens).visual, calibration.branches.guided)
+            for site in model.sites
+        }
         chosen: list[Cell] = [FULL] * layers
         if not step.first and threshold > 0:
             reference = step.full()
@@ -58,7 +61,7 @@ def greedy_trials(
                 )
             for layer, site in enumerate(model.sites):
                 bound = (layer + 1) / layers * threshold
-                for cell in candidates:
+                for cell in candidates[site]:
                     output = step.output([*chosen[:layer], cell, *chosen[layer + 1 :]])
                     error = relative_error(reference, output, loss)
                     trial = Trial(step.index, calibration.step_count, site.path, cell, error, bound)

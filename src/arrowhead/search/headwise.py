@@ -244,7 +244,8 @@ def _savings(settings: Headwise, site: Site, tokens: Tokens, methods: Sequence[M
         ]
         return [round(1e9 * (1 - (1 - weight) / 2 if share else weight)) for weight in weights], 0
     rows = 1 if share else 2
-    projected = 6 * site.channels * site.head_dim * site.tokens(tokens).total if site.heads_apart else 0
+    length = site.tokens(tokens).total * site.sequences(tokens)
+    projected = 6 * site.channels * site.head_dim * length if site.heads_apart else 0
 
     def spent(method: Method, samples: int) -> int:
         return int(samples * (cost.head_flops(site, tokens, method) + (0 if isinstance(method, Cached) else projected)))

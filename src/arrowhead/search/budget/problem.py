@@ -227,6 +227,7 @@ class Problem:
         found = np.zeros((len(programme.givens), len(columns)))
         for c, (i, heads) in enumerate(columns):
             site, tokens = self.sites[i], self.sites[i].tokens(self.table.tokens)
+            heads *= site.sequences(self.table.tokens)
             for g, given in enumerate(programme.givens):
                 if given.lag:
                     held = (1 if given.share else self._samples) * heads * site.head_dim * tokens.total

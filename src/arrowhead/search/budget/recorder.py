@@ -44,6 +44,8 @@ APART = 0x51DE0F7E
 class _Kept:
     """One step of a site: its heads' output (B, H, N, D), its residuals (B, H, V, D), one for each radius, and its roundings.
 
+    Of a sample that comes in several sequences, as frame by frame, these follow one another in N.
+
     A rounding, one for each precision, is what that changes of the output, (B, H, N, D).
     """
 
@@ -58,7 +60,7 @@ class Recorder:
     def __init__(self, sites: Sequence[Site], tokens: Tokens, extent: Extent) -> None:
         self._sites, self._tokens, self._extent = tuple(sites), tokens, extent
         self._guidance: Guidance  # of the step
-        self._radii = extent.bands(tokens)
+        self._radii = extent.bands(sites, tokens)
         self._generator = torch.Generator()
         self._kept: dict[str, deque[_Kept]] = {site.path: deque(maxlen=extent.ages + 1) for site in sites}
         self._own: list[FlopCounterMode] = []  # of the arrows in the first step, which no pipeline computes
@@ -133,7 +135,7 @@ class Recorder:
         for rows, own in zip(self._guidance.halves(change), self._guidance.halves(difference), strict=True):
             if rows is not None and own is not None:
                 rows[images] = own[images]
-        return self._again(call, change)
+        return self._again(call, _in_sequences(change, site, self._tokens))
 
     def _of_image(self, place: int, image: int) -> tuple[Tensor, Tensor | None]:
         """What a site gave one image, both branches as guidance adds them up, and how that differs from the step before's."""
@@ -207,7 +209,10 @@ class Recorder:
             with torch.no_grad(), self._counted():
                 _require_finite(out, call, state)
                 residuals, roundings = self._residuals_of(asked, out, passage), self._roundings_of(asked, out, passage)
-                self._kept[site.path].appendleft(_Kept(out.detach(), tuple(residuals), tuple(roundings)))
+                whole = partial(_of_samples, site=site, tokens=self._tokens)
+                self._kept[site.path].appendleft(
+                    _Kept(whole(out.detach()), tuple(map(whole, residuals)), tuple(map(whole, roundings)))
+                )
             if probes is None:
                 return out
             probes[site.path] = torch.zeros_like(out, requires_grad=True)
@@ -267,7 +272,8 @@ class Recorder:
         vector = torch.randn(guided.shape, generator=self._generator).to(guided.device, guided.dtype)
         cotangents = self._guidance.cotangents(outputs, vector)
         gradients = torch.autograd.grad(outputs, list(probes.values()), cotangents, retain_graph=not last)
-        return self._joined(dict(zip(probes, gradients, strict=True)))
+        of_path = dict(zip(probes, gradients, strict=True))
+        return self._joined({site.path: _of_samples(of_path[site.path], site, self._tokens) for site in self._sites})
 
     def _joined(self, gradients: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """The products of all sites, by their paths."""
@@ -276,7 +282,9 @@ class Recorder:
 
     def _of_site(self, site: Site, gradient: Tensor) -> tuple[Tensor, ...]:
         """Products of the gradient (B, H, N, D), as in `_of_vector`, for the heads of one site."""
-        kept, visual = self._kept[site.path], site.tokens(self._tokens).visual_slice
+        kept, visual = self._kept[site.path], slice(None)
+        if site.sequences(self._tokens) == 1:
+            visual = site.tokens(self._tokens).visual_slice
         outputs = self._paired(gradient, [entry.output for entry in kept])  # (H, steps kept, pairs, B · regions)
         now = outputs[:, :1, [0, 1, 1]] if self._guidance.branches.batched else outputs[:, :1]  # of the gradient's own branch
         residuals = [self._paired(gradient, own, visual) for own in zip(*(entry.residuals for entry in kept), strict=True)]
@@ -316,6 +324,18 @@ class Recorder:
                 pairs += [product(other, from_other), product(other, from_conditional)]
             found.append(torch.stack(pairs, 1))
         return torch.stack(found, 1).double().cpu()
+
+
+def _of_samples(rows: Tensor, site: Site, tokens: Tokens) -> Tensor:
+    """A sample's sequences one after the other: (B · sequences, H, N, D) -> (B, H, sequences · N, D)."""
+    count = site.sequences(tokens)
+    return rows if count == 1 else rows.unflatten(0, (-1, count)).transpose(1, 2).flatten(2, 3)
+
+
+def _in_sequences(samples: Tensor, site: Site, tokens: Tokens) -> Tensor:
+    """Back to the rows that the site has."""
+    count = site.sequences(tokens)
+    return samples if count == 1 else samples.unflatten(2, (count, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def _tallied(call: SiteCall, state: Generation) -> Passage:

@@ -15,10 +15,13 @@ from diffusers import (
     CogVideoXDDIMScheduler,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
+    DDIMScheduler,
     EulerAncestralDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
+    LattePipeline,
+    LatteTransformer3DModel,
     LTXPipeline,
     LTXVideoTransformer3DModel,
     QwenImagePipeline,
@@ -40,13 +43,14 @@ SHARP = (".attn1.", ".attn.")
 class FamilyBench(Bench):
     """`text_seen` are the text tokens that any site looks at, attending jointly or not.
 
-    `switch` is the step from which a second transformer is called, of five.
+    `switch` is the step from which a second transformer is called, of five; `frames` are sequences of their own.
     """
 
     text_first: bool = False
     text_seen: int = TEXT
     two_calls: bool = False
     switch: int | None = None
+    frames: int = 1
 
     @property
     def attentions(self) -> list[Any]:
@@ -55,7 +59,7 @@ class FamilyBench(Bench):
 
     @property
     def tokens(self) -> Tokens:
-        return Tokens(self.visual, self.text, self.text_first)
+        return Tokens(self.visual, self.text, self.text_first, self.frames)
 
 
 def _finished(pipe: Any, dtype: torch.dtype) -> Any:
@@ -176,6 +180,19 @@ def allegro(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     return FamilyBench(_finished(pipe, dtype), False, 2 * 4 * 3, inputs)
 
 
+def latte(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
+    """Frame by frame, and then along time; one batch, [uncond, cond], each of videos × frames; a variance besides."""
+    sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "num_layers": 2, "cross_attention_dim": HEADS * DIM}
+    shape = {"sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 8, "video_length": 3}
+    how = {"norm_type": "ada_norm_single", "norm_elementwise_affine": False, "num_embeds_ada_norm": 1000}
+    model = LatteTransformer3DModel(caption_channels=CHANNELS, attention_bias=True, **sizes, **shape, **how)
+    randomise(model, seed, SHARP)
+    pipe = LattePipeline(None, None, None, model, DDIMScheduler(prediction_type="v_prediction"))
+    size = {"height": 64, "width": 48, "video_length": 3, "negative_prompt": None, "clean_caption": False}
+    inputs = _inputs(dtype, "guidance_scale", None, **size)
+    return FamilyBench(_finished(pipe, dtype), False, 3 * 4 * 3, inputs, frames=3)
+
+
 def aura_flow(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     """Registers and text before the image, in two streams and then in one; one batch, [uncond, cond]."""
     sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "num_mmdit_layers": 1, "num_single_dit_layers": 1}
@@ -196,5 +213,6 @@ MORE: dict[str, Callable[..., FamilyBench]] = {
     "ltx": ltx,
     "cogvideox": cogvideox,
     "allegro": allegro,
+    "latte": latte,
     "aura_flow": aura_flow,
 }

@@ -19,9 +19,10 @@ OBLONG = {  # what a call says, and how many visual tokens that is
     "ltx": ({"height": 160, "width": 96, "num_frames": 17}, 3 * 5 * 3),
     "cogvideox": ({"height": 48, "width": 80, "num_frames": 9}, 3 * 3 * 5),
     "allegro": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
+    "latte": ({"height": 80, "width": 48}, 3 * 5 * 3),
     "aura_flow": ({"height": 48, "width": 112}, 3 * 7),
 }
-SEVERAL = ["qwen", "aura_flow", "allegro"]  # the others repeat no embeddings, or no masks that come with them
+SEVERAL = ["qwen", "aura_flow", "allegro", "latte"]  # the others repeat no embeddings, or no masks that come with them
 
 PER_PROMPT = {"allegro": "num_videos_per_prompt"}
 
@@ -70,9 +71,7 @@ def test_frames_that_are_padding(guidance):
         def forward(hidden_states, **kwargs):
             shown = torch.ones(len(hidden_states), *hidden_states.shape[2:])
             shown[::2, 1, 4:] = 0  # of every other sample half of the second frame
-            return type(bench.pipe.transformer).forward(
-                bench.pipe.transformer, hidden_states, attention_mask=shown, **kwargs
-            )
+            return type(bench.pipe.transformer).forward(bench.pipe.transformer, hidden_states, attention_mask=shown, **kwargs)
 
         bench.pipe.transformer.forward = forward
         return bench

@@ -45,8 +45,8 @@ class Site:
 
     `joint` sites attend over text and image tokens, others over the image's alone. `projects_out` says which tokens have an
     output projection of the site's own. `over` says along what it attends: `space` sites have a sequence for each frame of a
-    sample, `time` sites one for each place. `heads_apart`: whether single heads' Q, K and V can be computed without the others'; it
-    may change while a pipeline is used (LoRA), and is no part of what a plan is bound to.
+    sample, `time` sites one for each place. `heads_apart`: whether single heads' Q, K and V can be computed without the
+    others'; it may change while a pipeline is used (LoRA), and is no part of what a plan is bound to.
 
     Other kinds are computed or not, and have one head as wide as what they give; tokens are multiplied with so many `weights`,
     those of the text with `text_weights`. A `cross_attention` looks from the image at the text. A `block` gives what it adds to

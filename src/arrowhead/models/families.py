@@ -4,6 +4,7 @@ from arrowhead.models.family import (
     NONE,
     Family,
     below_boundary,
+    frame_by_frame,
     frames_then_text,
     guidance_above_one,
     looks_at_an_image,
@@ -165,6 +166,18 @@ FAMILIES: tuple[Family, ...] = (
         tokens=frames_then_text,
         guided=guidance_above_one,
         left_alone="caption projection, step embeddings, output layer",
+    ),
+    Family(
+        name="Latte",  # sites are what DiTFastAttn compresses of OpenSora
+        transformer="LatteTransformer3DModel",
+        site_pattern=r"transformer_blocks\.\d+\.attn1",
+        feed_forward_pattern=NONE,
+        block_pattern=NONE,
+        over="space",
+        branch_order={"LattePipeline": "uncond_first"},
+        tokens=frame_by_frame,
+        guided=guidance_above_one,
+        left_alone="temporal blocks, cross-attention and feed-forwards, whole blocks, embeddings, output layer",
     ),
     Family(
         name="AuraFlow",

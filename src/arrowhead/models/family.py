@@ -22,9 +22,10 @@ class Family:
     arguments; `guided` tells from the pipeline call's arguments whether there are both branches, `guidance_scale` how far
     apart they are driven, and `refused` what of them cannot be compressed. `per_sample_pattern` names layers of a block that
     multiply once for a sample rather than its tokens, `text_pattern` those that multiply the text's. `left_alone` says what
-    of the transformer is computed in every step, and `tested` which of the tests it goes through. `unfit` tells what of a
-    transformer does not fit. Where a pipeline may have a second transformer, `takes_over` tells from a pipeline that is running
-    the step from which that one is called, and `later_guidance_scale` how far it drives the branches apart.
+    of the transformer is computed in every step, and `tested` which of the tests it goes through. `over` says along what sites
+    attend, see `Site`; `unfit` tells what of a transformer does not fit. Where a pipeline may have a second transformer,
+    `takes_over` tells from a pipeline that is running the step from which that one is called, and `later_guidance_scale` how
+    far it drives the branches apart.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Family:
     guidance_scale: Callable[[Mapping[str, Any]], float] = lambda call: float(call["guidance_scale"])
     per_sample_pattern: str = r"norm.*"
     text_pattern: str = r".*context.*"
+    over: Literal["all", "space"] = "all"
     refused: Callable[[Mapping[str, Any]], str | None] = lambda _: None
     unfit: Callable[[Any], str | None] = lambda _: None
     takes_over: Callable[[Any], int | None] | None = None
@@ -88,6 +90,13 @@ def frames_then_text(transformer: Any, call: Mapping[str, Any]) -> Tokens:
     patch, in_time = transformer.config.patch_size, transformer.config.patch_size_t
     text = call["encoder_hidden_states"].shape[-2]  # (B, T, C) or (B, 1, T, C)
     return Tokens((frames // in_time) * (height // patch) * (width // patch), text)
+
+
+def frame_by_frame(transformer: Any, call: Mapping[str, Any]) -> Tokens:
+    """A video in patches, each frame a sequence of its own."""
+    frames, height, width = call["hidden_states"].shape[2:]  # (B, C, F, H, W)
+    patch = transformer.config.patch_size
+    return Tokens(frames * (height // patch) * (width // patch), frames=frames)
 
 
 def packed_beside_text(_: Any, call: Mapping[str, Any]) -> Tokens:

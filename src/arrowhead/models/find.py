@@ -67,10 +67,11 @@ class Model:
         return len(self.pipe.scheduler.timesteps) - (getattr(self.pipe.scheduler, "begin_index", None) or 0)
 
     @property
-    def latent_channels(self) -> int:
-        """Channels of what the transformer takes as its input."""
+    def latent_channels(self) -> int | None:
+        """Channels that a sampler goes by, where the transformer gives a variance, too; None where it gives no more."""
         config: Any = self.transformer.config
-        return int(config.in_channels)
+        given = getattr(config, "out_channels", None)
+        return int(config.in_channels) if given == 2 * config.in_channels else None
 
     def only(self, wanted: Callable[[Site], bool]) -> "Model":
         """The same with fewer sites."""
@@ -199,6 +200,7 @@ def _site(family: Family, path: str, module: Any) -> Site:
         joint=joint,
         projects_out=_projected(module),
         heads_apart=heads_apart(module),
+        over=family.over,
     )
 
 

@@ -285,7 +285,9 @@ class Step:
 
     def finish(self, cells: Sequence[Cell], candidates: Mapping[Site, Sequence[Cell]]) -> None:
         """Let the pipeline go on with the output under these cells, and remember all that `candidates` may read later."""
-        self.answers = self._calibration.forward(self._runs, self._by(cells, lambda site, cell: _writes(candidates[site], cell)))
+        self.answers = self._calibration.forward(
+            self._runs, self._by(cells, lambda site, cell: _writes(candidates[site], cell))
+        )
 
     def finish_by(self, at_site: AtSite) -> list[Tensor]:
         """Let the pipeline go on with the output that comes of `at_site`; gives each call's."""

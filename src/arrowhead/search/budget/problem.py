@@ -227,13 +227,13 @@ class Problem:
         found = np.zeros((len(programme.givens), len(columns)))
         for c, (i, heads) in enumerate(columns):
             site, tokens = self.sites[i], self.sites[i].tokens(self.table.tokens)
-            heads *= site.sequences(self.table.tokens)
+            width = heads * site.head_dim * site.sequences(self.table.tokens)
             for g, given in enumerate(programme.givens):
                 if given.lag:
-                    held = (1 if given.share else self._samples) * heads * site.head_dim * tokens.total
+                    held = (1 if given.share else self._samples) * width * tokens.total
                     found[g, c] = held * (1 if given.earlier is None else 2)
                 elif given.residual_lag is not None:
-                    found[g, c] = (1 if given.residual_shared else self._samples) * heads * site.head_dim * tokens.visual
+                    found[g, c] = (1 if given.residual_shared else self._samples) * width * tokens.visual
         return found / self.table.elements
 
     @cached_property

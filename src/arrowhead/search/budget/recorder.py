@@ -329,13 +329,14 @@ class Recorder:
 def _of_samples(rows: Tensor, site: Site, tokens: Tokens) -> Tensor:
     """A sample's sequences one after the other: (B · sequences, H, N, D) -> (B, H, sequences · N, D)."""
     count = site.sequences(tokens)
-    return rows if count == 1 else rows.unflatten(0, (-1, count)).transpose(1, 2).flatten(2, 3)
+    return rows if count == 1 else rows.view(-1, count, *rows.shape[1:]).transpose(1, 2).flatten(2, 3)
 
 
 def _in_sequences(samples: Tensor, site: Site, tokens: Tokens) -> Tensor:
     """Back to the rows that the site has."""
     count = site.sequences(tokens)
-    return samples if count == 1 else samples.unflatten(2, (count, -1)).transpose(1, 2).flatten(0, 1)
+    batch, heads, _, width = samples.shape
+    return samples if count == 1 else samples.view(batch, heads, count, -1, width).transpose(1, 2).flatten(0, 1)
 
 
 def _tallied(call: SiteCall, state: Generation) -> Passage:

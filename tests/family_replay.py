@@ -23,8 +23,10 @@ from arrowhead.methods import AST, FULL, Arrow, Attend, Cached, Cell, Full
 RADII = (2, 5)
 
 
-def random_cells(seed: int, sites: Sequence[Site], steps: int, share: bool) -> list[list[Cell]]:
-    """Steps × sites: a full step, then anything that the kind of site may do."""
+def random_cells(seed: int, sites: Sequence[Site], steps: int, share: bool, switch: int | None = None) -> list[list[Cell]]:
+    """Steps × sites: a full step, then anything that the kind of site may do; so again from `switch` on."""
+    if switch:
+        return random_cells(seed, sites, switch, share) + random_cells(seed + 100, sites, steps - switch, share)
     draw = random.Random(seed)
     kinds = [Full(), Cached(), *(Arrow(radius, residual) for radius in RADII for residual in (False, True))]
 
@@ -47,14 +49,14 @@ def each(function: Callable[..., Tensor], *outputs: Any) -> Any:
 
 
 class Replayed:
-    """One site under its column of cells."""
+    """One site of one transformer under its column of cells."""
 
     def __init__(self, site: Site, column: Sequence[Cell], bench: FamilyBench, guided: bool) -> None:
         self.site, self.column = site, column
         self.calls = 2 if guided and bench.two_calls else 1
         self.batched = guided and not bench.two_calls
         self.conditional_first = bench.conditional_first
-        self.tokens = bench.tokens if site.joint else Tokens(bench.visual)
+        self.tokens = bench.tokens if site.joint else Tokens(bench.visual // bench.frames)
         self.passed = 0
         self.outputs: list[Any] = [None] * self.calls
         self.kept: list[dict[Any, Tensor]] = [{} for _ in range(self.calls)]
@@ -163,20 +165,25 @@ def forward_of(module: Any, replayed: Replayed) -> Callable[..., Any]:
 def replaying(
     bench: FamilyBench, modules: dict[Site, Any], cells: Sequence[Sequence[Cell]], guided: bool
 ) -> Iterator[list[Replayed]]:
-    """The modules under these cells, steps × sites."""
-    sites = [Replayed(site, column, bench, guided) for site, column in zip(modules, zip(*cells, strict=True), strict=True)]
+    """The modules under these cells, steps × sites; a second transformer's have what is left of the columns to themselves."""
+    split, placed = bench.switch if bench.switch is not None else len(cells), []
+    for site, column, module in zip(modules, zip(*cells, strict=True), modules.values(), strict=True):
+        placed.append((Replayed(site, column[:split], bench, guided), module))
+        if bench.switch is not None:
+            later = bench.pipe.transformer_2.get_submodule(site.path)
+            placed.append((Replayed(site, column[split:], bench, guided), later))
     before = {}
-    for replayed, (site, module) in zip(sites, modules.items(), strict=True):
-        if site.kind == "self_attention":
-            before[site] = module.processor
+    for replayed, module in placed:
+        if replayed.site.kind == "self_attention":
+            before[module] = module.processor
             module.processor = processor_of(module.processor, replayed)
         else:
             module.forward = forward_of(module, replayed)
     try:
-        yield sites
+        yield [replayed for replayed, _ in placed]
     finally:
-        for site, module in modules.items():
-            if site.kind == "self_attention":
-                module.processor = before[site]
+        for _, module in placed:
+            if module in before:
+                module.processor = before[module]
             else:
                 del module.forward

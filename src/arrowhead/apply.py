@@ -25,7 +25,7 @@ from arrowhead.kernels import dispatch
 from arrowhead.layout import Branches
 from arrowhead.lifetimes import lifetimes
 from arrowhead.methods import Arrow, Attend
-from arrowhead.models import Adapter, Model, Own, described, find
+from arrowhead.models import Adapter, Model, Own, described, find, transformers_of
 from arrowhead.plan import Plan, Target
 from arrowhead.tally import Summary, Tally
 
@@ -62,14 +62,15 @@ class Run:
         self._generation: Generation | None = None  # set from the first call of the transformer on
         self._tally: Tally | None = None  # of the latest generation
         _warn_of_wide_bands(plan)
-        self._interception = Interception(model.modules, self._around, model.forwards)
+        self._interception = Interception(model.placed, self._around, model.forwards)
         self._clock = self._clocked()
         model.pipe.__class__ = _applied_class(self._pipeline_class, self)
 
     def _clocked(self) -> ExitStack:
         """Start the clock, which stops when this is closed."""
         clock = ExitStack()
-        clock.callback(self._model.transformer.register_forward_pre_hook(self._tick, with_kwargs=True, prepend=True).remove)
+        for transformer in self._model.transformers:
+            clock.callback(transformer.register_forward_pre_hook(self._tick, with_kwargs=True, prepend=True).remove)
         return clock
 
     @property
@@ -106,7 +107,7 @@ class Run:
 
     def _begin(self, branches: Branches) -> None:
         self._end()
-        if self._model.pipe.transformer is not self._model.transformer:
+        if transformers_of(self._model.pipe) != self._model.transformers:
             raise PlanMismatch(
                 "the pipeline's transformer was exchanged after the plan was applied; wanted the same one; remove the plan "
                 "and apply it again"
@@ -144,13 +145,13 @@ class Run:
     def _end(self) -> None:
         self._branches = self._generation = None
 
-    def _tick(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _tick(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before each call of the transformer: the step clock. Calls from outside the pipeline run uncompressed."""
         if self._branches is None or self._tally is None:
             return
         tokens = self._model.tokens(self._model.transformer_arguments(args, kwargs))
         if self._generation is None:
-            self.plan.require_call(self._model.steps, tokens, self._branches.calls)
+            self.plan.require_call(self._model.steps, tokens, self._branches.calls, self._model.switch)
             self._generation = Generation.begin(self._branches, tokens, self.kernel, self._tally)
         else:
             self._generation.advance(tokens)
@@ -159,6 +160,11 @@ class Run:
             raise PlanMismatch(
                 f"plan is for {self.plan.steps} calls of the transformer, the pipeline makes more; search again with the "
                 "same arguments"
+            )
+        if transformer is not self._model.due(self._generation.step):
+            raise PlanMismatch(
+                f"got step {self._generation.step} with another transformer than the scheduler's timesteps and the pipeline's "
+                "boundary_ratio say; wanted diffusers' own loop; remove the plan"
             )
 
     def _around(self, call: SiteCall) -> Output:

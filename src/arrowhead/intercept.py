@@ -10,7 +10,7 @@ import inspect
 import types
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -194,34 +194,38 @@ SAME = 2e-3
 
 
 class Interception:
-    """The two places, held for the modules of one model until `remove`."""
+    """The two places, held for the modules of one model until `remove`. A site has a module in every transformer."""
 
     def __init__(
-        self, modules: Mapping[Site, nn.Module], around: Around, forwards: Mapping[str, Forward] | None = None
+        self,
+        modules: Iterable[tuple[Site, nn.Module]],
+        around: Around,
+        forwards: Mapping[str, Forward] | None = None,
     ) -> None:
         """`forwards`, by path, are those of attention modules that call no function of torch's."""
-        self._modules = modules
-        self._places: dict[Site, str] = {}
-        self._originals: dict[Site, Any] = {}
-        self._wrapped: dict[Site, Any] = {}
+        self._sites: dict[nn.Module, Site] = {}
+        self._places: dict[nn.Module, str] = {}
+        self._originals: dict[nn.Module, Any] = {}
+        self._wrapped: dict[nn.Module, Any] = {}
         self._routes: list[str] = []
         try:
-            for site, module in modules.items():
-                processed = site.kind == "self_attention" and hasattr(module, "processor")
-                self._places[site] = "processor" if processed else "forward"
-                if hasattr(getattr(module, self._places[site]), "arrowhead_around"):
+            for site, module in modules:
+                instead = (forwards or {}).get(site.path)
+                processed = site.kind == "self_attention" and instead is None and hasattr(module, "processor")
+                self._sites[module], self._places[module] = site, "processor" if processed else "forward"
+                if hasattr(getattr(module, self._places[module]), "arrowhead_around"):
                     raise AlreadyApplied(f"{site.path} is intercepted already; call arrowhead.remove first")
                 if not processed:
                     own = vars(module).get("forward")  # accelerate, too, sets it on the instance
-                    wrapped = _wrap_forward(module, site, around, (forwards or {}).get(site.path))
-                    self._originals[site], self._wrapped[site], module.forward = own, wrapped, wrapped
+                    wrapped = _wrap_forward(module, site, around, instead)
+                    self._originals[module], self._wrapped[module], module.forward = own, wrapped, wrapped
                     continue
                 try:
                     self._routes += route(module.processor)
                 except NotIntercepted as error:
                     raise NotIntercepted(f"{site.path}: {error}") from None
-                self._originals[site] = module.processor
-                self._wrapped[site] = module.processor = _wrap(module.processor, site, around)
+                self._originals[module] = module.processor
+                self._wrapped[module] = module.processor = _wrap(module.processor, site, around)
         except BaseException:
             self.remove()
             raise
@@ -229,10 +233,10 @@ class Interception:
     def remove(self) -> None:
         """Put every processor, forward and name back. What somebody else has set since stays, with a warning."""
         replaced = []
-        for site, original in self._originals.items():
-            module, name = self._modules[site], self._places[site]
+        for module, original in self._originals.items():
+            site, name = self._sites[module], self._places[module]
             current = vars(module).get(name, getattr(module, name))
-            if current is not self._wrapped.get(site):
+            if current is not self._wrapped.get(module):
                 replaced.append(f"{site.path} by a {type(current).__name__}")
             elif original is None:
                 delattr(module, name)
@@ -349,7 +353,7 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 @contextmanager
 def intercepted(
-    modules: Mapping[Site, nn.Module], around: Around, forwards: Mapping[str, Forward] | None = None
+    modules: Iterable[tuple[Site, nn.Module]], around: Around, forwards: Mapping[str, Forward] | None = None
 ) -> Iterator[None]:
     """Hold the two places for the length of a `with` block."""
     interception = Interception(modules, around, forwards)

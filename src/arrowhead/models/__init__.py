@@ -1,7 +1,7 @@
 """Where attention sits in each family of models. Says where, never what."""
 
 from arrowhead.models.adapter import Adapter, Attention, FusedQKV, Own, described, generating
-from arrowhead.models.find import ATTENTION, EVERYTHING, Model, find
+from arrowhead.models.find import ATTENTION, EVERYTHING, Model, find, transformers_of
 from arrowhead.models.open_sora import open_sora
 from arrowhead.models.supported import Supported, supported
 
@@ -19,4 +19,5 @@ __all__ = [
     "generating",
     "open_sora",
     "supported",
+    "transformers_of",
 ]

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,12 +32,13 @@ DESCRIBE = "; or describe its transformer with an arrowhead.Adapter, and give th
 class Model:
     """A pipeline's transformer, its family, and its sites with their modules in the order they run.
 
-    Or those of a module of one's own with its adapter, which take the places of pipeline and family. `forwards`, by path, are
-    those that have to take the place of attention modules' own.
+    Where a second transformer takes over in the middle, it has the same sites; `modules` are those of the first. A module of
+    one's own with its adapter takes the places of pipeline and family; `forwards`, by path, are those that have to take the
+    place of attention modules' own.
     """
 
     pipe: "DiffusionPipeline | Own"
-    transformer: nn.Module
+    transformers: tuple[nn.Module, ...]
     family: Family
     branch_order: BranchOrder
     modules: Mapping[Site, nn.Module]
@@ -49,6 +50,26 @@ class Model:
         return tuple(self.modules)
 
     @property
+    def transformer(self) -> nn.Module:
+        """The one that runs first."""
+        return self.transformers[0]
+
+    @property
+    def placed(self) -> list[tuple[Site, nn.Module]]:
+        """The sites with their modules in every transformer."""
+        return [(site, transformer.get_submodule(site.path)) for transformer in self.transformers for site in self.sites]
+
+    @property
+    def switch(self) -> int | None:
+        """The step of the call that is running from which the second transformer is called; None where it never is."""
+        takes_over = self.family.takes_over
+        return None if takes_over is None or len(self.transformers) == 1 else takes_over(self.pipe)
+
+    def due(self, step: int) -> nn.Module:
+        """The transformer that is called in a step of the call that is running."""
+        return self.transformers[self.switch is not None and step >= self.switch]
+
+    @property
     def steps(self) -> int | None:
         """The denoising steps of the call that is running; one that starts from an image leaves the first ones out.
 
@@ -58,12 +79,14 @@ class Model:
             return None
         return len(self.pipe.scheduler.timesteps) - (getattr(self.pipe.scheduler, "begin_index", None) or 0)
 
-    def direction(self, output: Tensor) -> Tensor:
-        """What of the transformer's output (B, C, …) is a direction to go, rather than a variance."""
+    @property
+    def latent_channels(self) -> int | None:
+        """Channels that a sampler goes by, where the transformer gives a variance, too; None where it gives no more."""
         if isinstance(self.pipe, Own):
-            return output[:, : self.pipe.adapter.latent_channels]
+            return self.pipe.adapter.latent_channels
         config: Any = self.transformer.config
-        return output[:, : int(config.in_channels)] if output.ndim == 4 else output
+        given = getattr(config, "out_channels", None)
+        return int(config.in_channels) if given == 2 * config.in_channels else None
 
     def only(self, wanted: Callable[[Site], bool]) -> "Model":
         """The same with fewer sites."""
@@ -99,6 +122,12 @@ class Model:
         """What a call of the transformer with these `transformer_arguments` brings that matters to the sites."""
         return seen(self.family.tokens(self.transformer, arguments), self.sites)
 
+    def guidance_scale(self, call: Mapping[str, Any], step: int) -> float:
+        """How far a pipeline call with these arguments, which is running, drives the branches apart in a step."""
+        later = self.family.later_guidance_scale
+        scale = self.family.guidance_scale if later is None or self.due(step) is self.pipe.transformer else later
+        return scale(call)
+
     def branches(self, call: Mapping[str, Any]) -> Branches:
         """How the CFG branches of a pipeline call with these arguments arrive.
 
@@ -118,10 +147,11 @@ def find(pipe: "DiffusionPipeline | Own", kinds: Collection[Kind] = ATTENTION) -
     """
     if isinstance(pipe, Own):
         return _described(pipe, kinds)
-    transformer = getattr(pipe, "transformer", None)
+    transformers = transformers_of(pipe)
     name, supported = type(pipe).__name__, ", ".join(p for f in FAMILIES for p in f.branch_order)
-    if not isinstance(transformer, nn.Module):
+    if not transformers:
         raise UnsupportedPipeline(f"got {name}, which has no transformer; wanted one of {supported}")
+    transformer = transformers[0]
     ancestry = {cls.__name__ for cls in type(transformer).__mro__}
     family = next((f for f in FAMILIES if f.transformer in ancestry), None)
     if family is None:
@@ -129,10 +159,7 @@ def find(pipe: "DiffusionPipeline | Own", kinds: Collection[Kind] = ATTENTION) -
         raise UnsupportedPipeline(
             f"got {name} with a {type(transformer).__name__}{why}; wanted one of {supported}{'' if why else DESCRIBE}"
         )
-    if getattr(pipe, "transformer_2", None) is not None:
-        raise UnsupportedPipeline(
-            f"got {name} with a second transformer, which takes over in the middle; wanted one transformer for all steps"
-        )
+    _require_alike(family, name, transformers)
     order = next((family.branch_order[c.__name__] for c in type(pipe).__mro__ if c.__name__ in family.branch_order), None)
     if order is None:
         raise UnsupportedPipeline(
@@ -145,7 +172,30 @@ def find(pipe: "DiffusionPipeline | Own", kinds: Collection[Kind] = ATTENTION) -
         raise UnsupportedPipeline(
             f"got kinds {', '.join(sorted(kinds))} for a {type(transformer).__name__}, wanted some that it has: {there}"
         )
-    return Model(pipe, transformer, family, order, modules)
+    return Model(pipe, transformers, family, order, modules)
+
+
+def transformers_of(pipe: "DiffusionPipeline") -> tuple[Any, ...]:
+    """A pipeline's transformers, in the order they are called."""
+    both = (getattr(pipe, name, None) for name in ("transformer", "transformer_2"))
+    return tuple(transformer for transformer in both if isinstance(transformer, nn.Module))
+
+
+def _require_alike(family: Family, name: str, transformers: Sequence[Any]) -> None:
+    """Check that transformers fit, and that a second one does what the first does, so that sites can be the same."""
+    if unfit := family.unfit(transformers[0]):
+        raise UnsupportedPipeline(f"got {name} with a {type(transformers[0]).__name__} that has {unfit}; wanted one without")
+    if len(transformers) == 1:
+        return
+    if family.takes_over is None:
+        raise UnsupportedPipeline(f"got {name} with a second transformer, wanted one for all steps")
+    first, second = ({"class": type(t), **t.config} for t in transformers)
+    differences = sorted(key for key in {*first, *second} if key[0] != "_" and first.get(key) != second.get(key))
+    if differences:
+        raise UnsupportedPipeline(
+            f"got {name} with two transformers that differ in {', '.join(differences)}; wanted them alike, so that a plan can "
+            "speak of both"
+        )
 
 
 def _described(own: Own, kinds: Collection[Kind]) -> Model:
@@ -182,7 +232,7 @@ def _described(own: Own, kinds: Collection[Kind]) -> Model:
         raise UnsupportedPipeline(f"got kinds {', '.join(sorted(kinds))}, of which the adapter of a {family.name} names none")
     order = {path: place for place, (path, _) in enumerate(root.named_modules())}
     in_order = dict(sorted(modules.items(), key=lambda item: order[item[0].path]))
-    return Model(own, root, family, adapter.cfg or "cond_first", in_order, forwards)
+    return Model(own, (root,), family, adapter.cfg or "cond_first", in_order, forwards)
 
 
 def _own_site(family: Family, path: str, module: nn.Module, attention: Attention) -> Site:
@@ -229,6 +279,7 @@ def _site(family: Family, path: str, module: Any) -> Site:
         joint=joint,
         projects_out=_projected(module),
         heads_apart=heads_apart(module),
+        over=family.over,
     )
 
 

@@ -8,6 +8,5 @@ REFUSED: dict[str, str] = {
     "ZImageTransformer2DModel": "inputs in lists, padded sample by sample, so that no call says how many tokens are seen",
     "Lumina2Transformer2DModel": "fewer heads of keys than of queries",
     "MochiTransformer3DModel": "attention that is called once for every sample, over its valid text alone",
-    "LatteTransformer3DModel": "attention over space and over time in turn, of other lengths in other blocks",
     "AnyFlowFARTransformer3DModel": "causal attention, frame by frame",
 }

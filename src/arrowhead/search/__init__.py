@@ -142,7 +142,8 @@ def _thresholded(
         settings = {"strategy": "headwise", **asdict(chosen_from), "threshold": delta}
     settings |= {"transformer_passes": found.passes, "attention_flops_by_raw": round(found.cost, 3)}
     target = before.common(target_of(find(pipe)))  # some schedulers change settings of their own while they run
-    return Plan(found.cells, target, found.tokens, found.branches.guided, about(pipe, inputs, settings), found.branches.calls)
+    told, branches = about(pipe, inputs, settings), found.branches
+    return Plan(found.cells, target, found.tokens, branches.guided, told, branches.calls, found.switch)
 
 
 def _threshold(value: float | str) -> float:

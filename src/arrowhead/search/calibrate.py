@@ -6,13 +6,14 @@ two calls, one for each CFG branch, the first is answered with a stand-in, so th
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import greenlet
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from arrowhead.attend import Generation, attend
 from arrowhead.cache import Output
@@ -36,6 +37,7 @@ class Found:
     branches: Branches
     passes: int
     cost: float
+    switch: int | None
 
 
 AtSite = Callable[[SiteCall, Generation], Output]
@@ -44,8 +46,9 @@ AtSite = Callable[[SiteCall, Generation], Output]
 
 @dataclass(frozen=True)
 class _Call:
-    """A call of the transformer by the pipeline: its tokens, rows, how to run it, and whether it scales a LoRA meanwhile."""
+    """A call of a transformer by the pipeline: its tokens, rows, how to run it, and whether it scales a LoRA meanwhile."""
 
+    transformer: nn.Module
     tokens: Tokens
     rows: int
     run: Callable[[], Any]
@@ -88,11 +91,10 @@ class Calibration:
         for the scheduler's timesteps, which every call of the pipeline sets anew. Between two steps the pipeline is in use:
         its transformer cannot be called, and what is drawn from the global random state meanwhile is drawn again afterwards.
         """
-        pipe, transformer = self._model.pipe, self._model.transformer
+        pipe = self._model.pipe
         worker = greenlet.greenlet(lambda: pipe(**self._inputs))
-        own_forward = transformer.forward
 
-        def hand_over(*args: Any, **kwargs: Any) -> Any:
+        def hand_over(transformer: nn.Module, own_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if greenlet.getcurrent() is not worker:
                 raise ArrowheadError(
                     f"{type(transformer).__name__} was called from outside while a search runs on it; wanted the pipeline's "
@@ -103,13 +105,16 @@ class Calibration:
             arguments = self._model.transformer_arguments(args, kwargs)
             tokens, rows = self._model.tokens(arguments), len(self._model.given(arguments))
             scales = {value.get("scale") for value in kwargs.values() if isinstance(value, dict)} - {None, 1}
-            return worker.parent.switch(_Call(tokens, rows, lambda: _run(own_forward, args, kwargs), bool(scales)))
+            run = partial(_run, own_forward, args, kwargs)
+            return worker.parent.switch(_Call(transformer, tokens, rows, run, bool(scales)))
 
         with (
             quiet(pipe, self._inputs.get("generator")),
-            forward_replaced(transformer, hand_over),
-            intercepted(self._model.modules, self._at, self._model.forwards),
+            ExitStack() as replaced,
+            intercepted(self._model.placed, self._at, self._model.forwards),
         ):
+            for transformer in self._model.transformers:
+                replaced.enter_context(forward_replaced(transformer, partial(hand_over, transformer, transformer.forward)))
             outer = torch.is_grad_enabled()  # the modes belong to the thread, which the two greenlets share
             inference = torch.is_inference_mode_enabled()
             call = worker.switch()
@@ -150,7 +155,12 @@ class Calibration:
 
     def found(self, rows: Sequence[Sequence[Cell]]) -> Found:
         """The end of a search with these cells, steps × sites."""
-        return Found(tuple(map(tuple, rows)), self.tokens, self.branches, self.passes, self.cost)
+        return Found(tuple(map(tuple, rows)), self.tokens, self.branches, self.passes, self.cost, self.switch)
+
+    @property
+    def switch(self) -> int | None:
+        """The step from which a second transformer is called."""
+        return self._model.switch
 
     @property
     def seen(self) -> Branches:
@@ -227,6 +237,11 @@ class Calibration:
             self._generation = Generation.begin(self.seen, tokens, "auto", Tally(self.seen.samples))
         else:
             self._generation.advance(tokens)
+        if any(call.transformer is not self._model.due(self._generation.step) for call in calls):
+            raise NotIntercepted(
+                f"got step {self._generation.step} with another transformer than the scheduler's timesteps and the pipeline's "
+                "boundary_ratio say; wanted diffusers' own loop"
+            )
         return self._generation.step
 
     def _at(self, call: SiteCall) -> Output:
@@ -247,6 +262,11 @@ class Step:
     def sites(self) -> tuple[Site, ...]:
         """The transformer's sites, in the order they run."""
         return self._calibration._model.sites
+
+    @property
+    def first(self) -> bool:
+        """Whether it is a transformer's first step: what was kept before is not to be read."""
+        return self.index in (0, self._calibration.switch)
 
     def full(self) -> Tensor:
         """The transformer's output with full attention everywhere."""

@@ -39,9 +39,9 @@ def greedy_trials(
 ) -> Generator[Trial, None, Found]:
     """Yield every trial of Algorithm 1 on one run of the pipeline with `inputs`; return what was found.
 
-    The first step is full. At each later one, on the latents of the compressed trajectory and with the caches frozen, the
-    reference is the output with full attention everywhere; at layer i of L, with the cells chosen for the layers before,
-    the first candidate of AST, WA-RS + ASC, WA-RS, ASC whose error is below (i / L)·threshold is taken, else full.
+    A transformer's first step is full. At each later one, on the latents of the compressed trajectory and with the caches
+    frozen, the reference is the output with full attention everywhere; at layer i of L, with the cells chosen for the layers
+    before, the first candidate of AST, WA-RS + ASC, WA-RS, ASC whose error is below (i / L)·threshold is taken, else full.
 
     Raises what `arrowhead.search` raises.
     """
@@ -55,7 +55,7 @@ def greedy_trials(
             for site in model.sites
         }
         chosen: list[Cell] = [FULL] * layers
-        if step.index > 0 and threshold > 0:
+        if not step.first and threshold > 0:
             reference = step.full()
             if not reference.isfinite().all():
                 raise InputsInvalid(

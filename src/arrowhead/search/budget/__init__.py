@@ -399,7 +399,7 @@ def _plan(problem: Problem, budget: Budget, found: Allocation) -> Plan:
     rows = tuple(zip(*columns.values(), strict=True))
     about = {**table.about, "search": search}
     target, tokens = replace(table.target, sites=tuple(columns)), seen(table.tokens, columns)
-    return Plan(rows, target, tokens, table.branches.guided, about, table.branches.calls)
+    return Plan(rows, target, tokens, table.branches.guided, about, table.branches.calls, table.switch)
 
 
 def _told(plan: Plan, **facts: Any) -> Plan:

@@ -104,7 +104,7 @@ class Loop:
             output = self.outputs[call]
             sample = sample_of(output).clone()
             if call in errors:
-                direction = self.model.direction(sample)  # a view
+                direction = sample[:, : self.model.latent_channels]  # a view
                 direction += errors[call].repeat(len(sample) // len(errors[call]), *[1] * (sample.ndim - 1)).to(sample.dtype)
             return output_with(output, sample)
 

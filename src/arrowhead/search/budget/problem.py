@@ -58,8 +58,8 @@ class Problem:
         other = max(costs.other + known - units, 0.0)  # blocks compute some of what is outside of the table's sites
         self._whole = table.steps * (other + units)
         self.fixed = table.steps * other / self._whole
-        self._programme = Programme(choices)
-        self._of_modules = Programme(replace(choices, radii=(), precisions=()))  # no pairs of tokens
+        self._programme = Programme(choices, table.switch)
+        self._of_modules = Programme(replace(choices, radii=(), precisions=()), table.switch)  # no pairs of tokens
         self._groups = () if granularity in ("step", "site") else tuple(self._grouped(granularity))
 
     def _spoken_of(self, table: Table) -> tuple[Site, ...]:
@@ -127,7 +127,7 @@ class Problem:
     @cached_property
     def _of_heads(self) -> Programme:
         """For groups of heads, which are not extrapolated."""
-        return Programme(replace(self.choices, extrapolate=False))
+        return Programme(replace(self.choices, extrapolate=False), self.table.switch)
 
     @property
     def dear(self) -> float:

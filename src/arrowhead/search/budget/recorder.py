@@ -58,8 +58,9 @@ class _Kept:
 class Recorder:
     """The buffers of the last steps, and the products so far."""
 
-    def __init__(self, sites: Sequence[Site], tokens: Tokens, guidance: Guidance, extent: Extent) -> None:
-        self._sites, self._tokens, self._guidance, self._extent = tuple(sites), tokens, guidance, extent
+    def __init__(self, sites: Sequence[Site], tokens: Tokens, extent: Extent) -> None:
+        self._sites, self._tokens, self._extent = tuple(sites), tokens, extent
+        self._guidance: Guidance  # of the step
         self._radii = extent.bands(sites, tokens)
         self._generator = torch.Generator()
         self._kept: dict[str, deque[_Kept]] = {site.path: deque(maxlen=extent.ages + 1) for site in sites}
@@ -69,8 +70,12 @@ class Recorder:
         self._weights = Weights(len(self._sites))  # in place of gradients
         self._products: list[tuple[Tensor, ...]] = []  # of each step, see `Table`: outputs, residuals, roundings
 
-    def follow(self, step: Step) -> None:
+    def follow(self, step: Step, guidance: Guidance) -> None:
         """One step: the pipeline's own, and the products of gradients, or of what stands for them, with what is kept."""
+        self._guidance = guidance
+        if step.first:  # what another transformer gave is of no use
+            for kept in self._kept.values():
+                kept.clear()
         self._generator.manual_seed(APART + self._extent.seed)  # the same vectors in every step: what steps do adds up
         found = list(self._by_gradients(step) if self._extent.gradients else self._by_weights(step))
         self._products.append(tuple(torch.cat(products, -1) for products in zip(*found, strict=True)))
@@ -93,7 +98,7 @@ class Recorder:
             outputs = step.finish_by(lambda call, state: self._at_site(call, state, None))
         self._note(outputs, whole)
         guided = self._guidance.guided(outputs).float()
-        for _ in range(math.ceil(LEAST / self._images) if step.index else 0):  # the first has none before it
+        for _ in range(0 if step.first else math.ceil(LEAST / self._images)):  # a first one has none before it
             which = self._weights.chosen(self._images)
             changed = self._guidance.guided(step.tried(partial(self._changed, which))).float()
             for image, place in enumerate(which):
@@ -150,7 +155,13 @@ class Recorder:
         return cotangent.view_as(self._kept[site.path][0].output)
 
     def table(
-        self, sampling: Sampling | Loop, branches: Branches, target: Target, blocks: tuple[Site, ...], about: Mapping[str, Any]
+        self,
+        sampling: Sampling | Loop,
+        branches: Branches,
+        target: Target,
+        blocks: tuple[Site, ...],
+        about: Mapping[str, Any],
+        switch: int | None,
     ) -> Table:
         """All steps together."""
         final, feedback = sampling.latents(), self._extent.feedback
@@ -180,6 +191,7 @@ class Recorder:
             regions=self._regions,
             itemsize=next(iter(self._kept.values()))[0].output.itemsize,
             about=about,
+            switch=switch,
             precisions=tuple(self._extent.precisions),
             roundings=roundings if self._extent.precisions else None,
         )

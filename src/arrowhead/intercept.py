@@ -207,13 +207,14 @@ class Interception:
         self._routes: list[str] = []
         try:
             for site, module in modules.items():
-                processed = site.kind == "self_attention" and hasattr(module, "processor")
+                instead = (forwards or {}).get(site.path)
+                processed = site.kind == "self_attention" and instead is None and hasattr(module, "processor")
                 self._places[site] = "processor" if processed else "forward"
                 if hasattr(getattr(module, self._places[site]), "arrowhead_around"):
                     raise AlreadyApplied(f"{site.path} is intercepted already; call arrowhead.remove first")
                 if not processed:
                     own = vars(module).get("forward")  # accelerate, too, sets it on the instance
-                    wrapped = _wrap_forward(module, site, around, (forwards or {}).get(site.path))
+                    wrapped = _wrap_forward(module, site, around, instead)
                     self._originals[site], self._wrapped[site], module.forward = own, wrapped, wrapped
                     continue
                 try:

@@ -147,7 +147,7 @@ class Run:
     def _around(self, call: SiteCall) -> Output:
         generation = self._generation
         if generation is None:
-            return call.run(lambda attention: attention.native())
+            return call.native()
         step, site = generation.step, call.site
         return attend(call, self.plan.cells[step][self._row[site.path]], self._writes[site.path][step], generation)
 

@@ -244,7 +244,7 @@ class Calibration:
 
     def _at(self, call: SiteCall) -> Output:
         if self._around is None:
-            return call.run(lambda attention: attention.native())
+            return call.native()
         return self._around(call)
 
 

@@ -24,6 +24,8 @@ from diffusers import (
     LatteTransformer3DModel,
     LTXPipeline,
     LTXVideoTransformer3DModel,
+    MochiPipeline,
+    MochiTransformer3DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     WanPipeline,
@@ -69,7 +71,7 @@ def _finished(pipe: Any, dtype: torch.dtype) -> Any:
 
 
 def _inputs(
-    dtype: torch.dtype, scale: str, mask: str | None, pooled: bool = False, **common: Any
+    dtype: torch.dtype, scale: str, mask: str | None, pooled: bool = False, channels: int = CHANNELS, **common: Any
 ) -> Callable[..., dict[str, Any]]:
     """Of a pipeline whose guidance is named `scale`, and prompts' masks `mask`: the prompt's last two tokens are padding."""
 
@@ -77,7 +79,7 @@ def _inputs(
         generator = torch.Generator().manual_seed(seed)
         call: dict[str, Any] = {}
         for prefix, shown in (("", TEXT - 2), ("negative_", TEXT)):
-            call[f"{prefix}prompt_embeds"] = torch.randn(images, TEXT, CHANNELS, generator=generator).to(dtype)
+            call[f"{prefix}prompt_embeds"] = torch.randn(images, TEXT, channels, generator=generator).to(dtype)
             if pooled:
                 call[f"{prefix}pooled_prompt_embeds"] = torch.randn(images, POOLED, generator=generator).to(dtype)
             if mask:
@@ -193,6 +195,18 @@ def latte(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     return FamilyBench(_finished(pipe, dtype), False, 3 * 4 * 3, inputs, frames=3)
 
 
+def mochi(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
+    """Video before text, of which each sample sees what is no padding, as wide as it likes; one batch, [uncond, cond]."""
+    sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "num_layers": 2, "pooled_projection_dim": 24}
+    shape = {"in_channels": 4, "text_embed_dim": 16, "time_embed_dim": 8, "max_sequence_length": TEXT}
+    model = MochiTransformer3DModel(**sizes, **shape)
+    randomise(model, seed, SHARP)
+    pipe = MochiPipeline(flow(), None, None, None, model)
+    size = {"height": 64, "width": 48, "num_frames": 7}
+    inputs = _inputs(dtype, "guidance_scale", "{}prompt_attention_mask", channels=16, **size)
+    return FamilyBench(_finished(pipe, dtype), False, 2 * 4 * 3, inputs, TEXT)
+
+
 def aura_flow(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     """Registers and text before the image, in two streams and then in one; one batch, [uncond, cond]."""
     sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "num_mmdit_layers": 1, "num_single_dit_layers": 1}
@@ -214,5 +228,6 @@ MORE: dict[str, Callable[..., FamilyBench]] = {
     "cogvideox": cogvideox,
     "allegro": allegro,
     "latte": latte,
+    "mochi": mochi,
     "aura_flow": aura_flow,
 }

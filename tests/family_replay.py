@@ -60,6 +60,9 @@ class Replayed:
         self.passed = 0
         self.outputs: list[Any] = [None] * self.calls
         self.kept: list[dict[Any, Tensor]] = [{} for _ in range(self.calls)]
+        self.made: dict[
+            Any, list[Tensor]
+        ] = {}  # in the running step, of one sample after another where these ask by themselves
 
     def for_both(self, value: Tensor) -> Tensor:
         """The conditional branch's rows in place of the other's."""
@@ -73,7 +76,11 @@ class Replayed:
         (step, self.call), self.passed = divmod(self.passed, self.calls), self.passed + 1
         self.cell = self.column[step]
         if self.cell != AST and not (self.cell.share_cfg and self.call):
+            self.made, self.asked = {}, 0
             out = run() if given is None else each(torch.sub, run(), given)
+            for what, parts in self.made.items():
+                for call in range(self.calls) if self.cell.share_cfg else [self.call]:
+                    self.kept[call][what] = self.for_both(torch.cat(parts)) if self.cell.share_cfg else torch.cat(parts)
             if self.cell.share_cfg:
                 out = each(self.for_both, out)
                 self.outputs = [out] * self.calls
@@ -83,8 +90,13 @@ class Replayed:
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, own: Tensor | None, scale: float | None) -> Tensor:
         """(B, H, N, D)."""
-        n = q.shape[2]
-        assert n == self.tokens.total
+        asks, n = q.shape[2], self.tokens.total
+        if self.site.by_sample:  # over its valid text, which the others' may be longer than
+            q, k, v = (F.pad(tensor, (0, 0, 0, n - asks)) for tensor in (q, k, v))
+            own = torch.arange(n) < asks
+        assert q.shape[2] == n
+        rows = slice(self.asked, self.asked + len(q))
+        self.asked += len(q)
         scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
         if own is not None:
             scores = scores.masked_fill(~own, -torch.inf) if own.dtype == torch.bool else scores + own
@@ -94,13 +106,10 @@ class Replayed:
             return weights @ v[:, h]
 
         def keep(what: Any, value: Tensor) -> None:
-            if self.cell.share_cfg:
-                value = self.for_both(value)
-            for call in range(self.calls) if self.cell.share_cfg else [self.call]:
-                self.kept[call][what] = value
+            self.made.setdefault(what, []).append(value)
 
         outs = []
-        kept = self.kept[self.call]
+        kept = {what: value[rows] for what, value in self.kept[self.call].items()}
         for h, method in enumerate(self.cell.methods(self.site.heads)):
             if isinstance(method, Cached):
                 outs.append(kept[h])
@@ -114,7 +123,7 @@ class Replayed:
                 out = out + kept[h, method.radius]
             keep(h, out)
             outs.append(out)
-        return torch.stack(outs, 1).to(v.dtype)
+        return torch.stack(outs, 1)[:, :, :asks].to(v.dtype)
 
 
 def processor_of(processor: Any, replayed: Replayed) -> Any:

@@ -20,6 +20,7 @@ OBLONG = {  # what a call says, and how many visual tokens that is
     "cogvideox": ({"height": 48, "width": 80, "num_frames": 9}, 3 * 3 * 5),
     "allegro": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
     "latte": ({"height": 80, "width": 48}, 3 * 5 * 3),
+    "mochi": ({"height": 80, "width": 48, "num_frames": 13}, 3 * 5 * 3),
     "aura_flow": ({"height": 48, "width": 112}, 3 * 7),
 }
 SEVERAL = ["qwen", "aura_flow", "allegro", "latte"]  # the others repeat no embeddings, or no masks that come with them
@@ -59,6 +60,17 @@ def test_oblong(name, guidance, images):
 def test_several_images_of_a_prompt(name, guidance, images):
     several = {PER_PROMPT.get(name, "num_images_per_prompt"): 2}
     apart, changed = compare(name, torch.float64, guidance=guidance, images=images, **several)
+    assert apart < 1e-5
+    assert changed > 1e-2
+
+
+@with_and_without
+def test_texts_of_other_lengths_in_one_batch(guidance):
+    """Mochi's attention sees of each sample's text what is no padding: here none, some and all of it."""
+    masks = {"prompt_attention_mask": torch.arange(7).lt(torch.tensor([[0], [4], [7]]))}
+    masks["negative_prompt_attention_mask"] = masks["prompt_attention_mask"].flip(0)
+    masks = masks if guidance > 1 else {"prompt_attention_mask": masks["prompt_attention_mask"]}
+    apart, changed = compare("mochi", torch.float64, guidance=guidance, images=3, **masks)
     assert apart < 1e-5
     assert changed > 1e-2
 

@@ -55,9 +55,15 @@ def projection_flops(site: Site, tokens: Tokens, heads: int) -> float:
         if site.kind == "cross_attention":
             own += 4 * site.head_dim * tokens.visual * tokens.text
         return own + sum(projection_flops(inner, tokens, inner.heads) for inner in site.within)
-    length = site.tokens(tokens).total * site.sequences(tokens)
-    rows = {"all": length, "visual": tokens.visual, "none": 0}[site.projects_out]
-    return 2 * site.channels * site.head_dim * (3 * heads * length + site.heads * rows)
+    visual, text = _inputs(site, tokens)
+    rows = {"all": visual + text, "visual": visual, "none": 0}[site.projects_out]
+    return 2 * site.head_dim * (3 * heads * (visual + text) + site.heads * rows)
+
+
+def _inputs(site: Site, tokens: Tokens) -> tuple[int, int]:
+    """Elements of one sample at the site's input: the image's, and the text's where it attends to that, too."""
+    own = site.tokens(tokens)
+    return own.visual * site.sequences(tokens) * site.channels, own.text * (site.text_channels or site.channels)
 
 
 def computed_heads(site: Site, cell: Attend) -> tuple[int, ...]:
@@ -136,8 +142,9 @@ class _Stored:
 
 def _stored(site: Site, tokens: Tokens, column: Sequence[Cell], samples: int, calls: int) -> Iterator[_Stored]:
     length = site.tokens(tokens).total * site.sequences(tokens)
-    projected = {"all": length, "visual": tokens.visual, "none": 0}[site.projects_out]
-    output = projected * site.channels + (length - projected) * site.heads * site.head_dim
+    (visual, text), width = _inputs(site, tokens), site.heads * site.head_dim
+    of_text = site.tokens(tokens).text * width  # as wide as the heads, unless it is projected
+    output = {"all": visual + text, "visual": visual + of_text, "none": length * width}[site.projects_out]
     for step, (cell, writes) in enumerate(zip(column, lifetimes(column), strict=True)):
         if isinstance(cell, Reuse):
             continue

@@ -13,9 +13,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, ClassVar
 
+import greenlet
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes  # torch does not offer it otherwise
@@ -25,7 +26,7 @@ from arrowhead.errors import AlreadyApplied, NotIntercepted, ProcessorReplaced
 from arrowhead.layout import Site
 from arrowhead.models.adapter import Forward
 from arrowhead.project import SomeHeads
-from arrowhead.route import Answer, AttentionCall, Watched, answered_by, attention, route, unroute
+from arrowhead.route import Answer, AttentionCall, Watched, answered_by, attention, batched, route, unroute
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class SiteCall(ABC):
 
 def _part(value: Any, rows: slice, batch: int) -> Any:
     """These rows of an argument that has all of the batch; so too in tuples, as of rotary embeddings, (B, N, C) each."""
-    if isinstance(value, tuple):  # those of (N, C) are for all samples
+    if isinstance(value, tuple):  # those of (N, C) are for all samples, and those of (N, H, C)
         return tuple(_part(item, rows, batch) if isinstance(item, Tensor) and item.ndim > 2 else item for item in value)
     return value[rows] if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch else value
 
@@ -124,11 +125,14 @@ class AttentionSiteCall(SiteCall):
     def run(self, answer: Answer, rows: slice | None = None, heads: Sequence[int] | None = None) -> Output:
         """Run the module on `rows` of its input, its attention computed by `answer`: (rows, N, C).
 
-        With `heads`, Q, K and V of these alone are projected; `answer` gives the output of all heads just the same.
+        With `heads`, Q, K and V of these alone are projected; `answer` gives the output of all heads just the same. It is asked
+        once for all rows, padded and masked, where the module calls attention for each sample by itself.
 
         Raises:
             NotIntercepted: the processor computed attention in a way that is not routed.
         """
+        if self.site.by_sample:
+            return self._by_sample(answer, range(self.batch)[rows or slice(None)])
         args, kwargs = self._of_rows(rows)
         some = None if heads is None else SomeHeads(args[0], heads)
         if some is not None:
@@ -159,6 +163,41 @@ class AttentionSiteCall(SiteCall):
 
     def _attend(self, args: Any, kwargs: Any) -> Output:
         return self.original(*args, **kwargs)
+
+    def native(self, rows: slice | None = None) -> Output:
+        """Bit for bit, in however many calls of attention."""
+        if not self.site.by_sample:
+            return super().native(rows)
+        args, kwargs = self._of_rows(rows)
+        with answered_by(lambda attention: attention.native()):
+            return self.original(*args, **kwargs)
+
+    def _by_sample(self, answer: Answer, rows: range) -> Output:
+        """Each row in a greenlet of its own, until all have asked: `answer` has them as one batch, padded to one length."""
+
+        def lane(row: int) -> Output:
+            args, kwargs = self._of_rows(slice(row, row + 1))
+            with answered_by(greenlet.getcurrent().parent.switch):
+                return self.original(*args, **kwargs)
+
+        lanes = [greenlet.greenlet(partial(lane, row)) for row in rows]
+        try:
+            asked = [lane.switch() for lane in lanes]
+            if not all(isinstance(call, AttentionCall) for call in asked):
+                raise NotIntercepted(
+                    f"{self.site.path}: {self._processor} did not call attention for a sample; wanted one call"
+                )
+            attended = answer(batched(asked, self._hidden_states.shape[1] + self.kwargs["encoder_hidden_states"].shape[1]))
+            parts = zip(lanes, attended.chunk(len(lanes)), asked, strict=True)
+            outs = [lane.switch(part[:, :, : call.q.shape[2]]) for lane, part, call in parts]
+            if not all(lane.dead for lane in lanes):
+                raise NotIntercepted(
+                    f"{self.site.path}: {self._processor} called attention twice for a sample; wanted one call"
+                )
+        finally:
+            for begun in filter(None, lanes):  # and not at their end
+                begun.throw(greenlet.GreenletExit)
+        return tuple(map(torch.cat, zip(*outs, strict=True))) if isinstance(outs[0], tuple) else torch.cat(outs)
 
     @property
     def _processor(self) -> str:

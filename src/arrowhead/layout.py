@@ -48,6 +48,9 @@ class Site:
     sample, `time` sites one for each place. `heads_apart`: whether single heads' Q, K and V can be computed without the
     others'; it may change while a pipeline is used (LoRA), and is no part of what a plan is bound to.
 
+    `text_channels` are the text's at joint sites, 0 where they are the image's. `by_sample`: attention is called once for each
+    sample, over that part of its text which is no padding; it counts as if none were.
+
     Other kinds are computed or not, and have one head as wide as what they give; tokens are multiplied with so many `weights`,
     those of the text with `text_weights`. A `cross_attention` looks from the image at the text. A `block` gives what it adds to
     its input, and computes the sites `within` it, besides what its own weights say.
@@ -65,6 +68,8 @@ class Site:
     text_weights: int = 0
     within: tuple["Site", ...] = ()
     over: Literal["all", "space", "time"] = "all"
+    text_channels: int = 0
+    by_sample: bool = False
 
     def tokens(self, of_call: Tokens) -> Tokens:
         """What a sequence of the site's has, in a call of the transformer with these tokens."""

@@ -10,13 +10,14 @@ A module without a processor may call attention by any name and from anywhere: w
 import sys
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -38,6 +39,25 @@ class AttentionCall:
     mask: Tensor | None
     causal: bool
     native: Callable[[], Tensor]
+
+
+def batched(calls: Sequence[AttentionCall], length: int) -> AttentionCall:
+    """Calls of one sample each, without masks, as one of all, padded at the end to `length` tokens: the mask tells which."""
+
+    def whole(parts: Iterable[Tensor]) -> Tensor:
+        return torch.cat([F.pad(part, (0, 0, 0, length - part.shape[2])) for part in parts])
+
+    lengths = torch.tensor([call.k.shape[2] for call in calls], device=calls[0].k.device)
+    seen = torch.arange(length, device=lengths.device) < lengths[:, None]  # (B, N)
+    return AttentionCall(
+        whole(call.q for call in calls),
+        whole(call.k for call in calls),
+        whole(call.v for call in calls),
+        calls[0].scale,
+        None if bool(seen.all()) else seen[:, None, None],
+        any(call.causal for call in calls),
+        lambda: whole(call.native() for call in calls),
+    )
 
 
 Answer = Callable[[AttentionCall], Tensor]  # (B, H, N, D)

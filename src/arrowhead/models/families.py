@@ -180,6 +180,19 @@ FAMILIES: tuple[Family, ...] = (
         left_alone="temporal blocks, cross-attention and feed-forwards, whole blocks, embeddings, output layer",
     ),
     Family(
+        name="Mochi",  # whose rotary embeddings turn every head by another angle
+        transformer="MochiTransformer3DModel",
+        site_pattern=r"transformer_blocks\.\d+\.attn1",
+        joint_pattern=r"transformer_blocks\.\d+\.attn1",
+        block_pattern=NONE,
+        by_sample=True,
+        heads_apart=False,
+        branch_order={"MochiPipeline": "uncond_first"},
+        tokens=frames_then_text,
+        guided=guidance_above_one,
+        left_alone="the text's feed-forwards, whole blocks, embeddings, output layer",
+    ),
+    Family(
         name="AuraFlow",
         transformer="AuraFlowTransformer2DModel",
         site_pattern=r"(joint|single)_transformer_blocks\.\d+\.attn",

@@ -23,9 +23,9 @@ class Family:
     apart they are driven, and `refused` what of them cannot be compressed. `per_sample_pattern` names layers of a block that
     multiply once for a sample rather than its tokens, `text_pattern` those that multiply the text's. `left_alone` says what
     of the transformer is computed in every step, and `tested` which of the tests it goes through. `over` says along what sites
-    attend, see `Site`; `unfit` tells what of a transformer does not fit. Where a pipeline may have a second transformer,
-    `takes_over` tells from a pipeline that is running the step from which that one is called, and `later_guidance_scale` how
-    far it drives the branches apart.
+    attend, and `by_sample` how, see `Site`; `heads_apart` is False where all have to be projected. `unfit` tells what of a
+    transformer does not fit. Where a pipeline may have a second transformer, `takes_over` tells from a pipeline that is running
+    the step from which that one is called, and `later_guidance_scale` how far it drives the branches apart.
     """
 
     name: str
@@ -42,6 +42,8 @@ class Family:
     per_sample_pattern: str = r"norm.*"
     text_pattern: str = r".*context.*"
     over: Literal["all", "space"] = "all"
+    by_sample: bool = False
+    heads_apart: bool = True
     refused: Callable[[Mapping[str, Any]], str | None] = lambda _: None
     unfit: Callable[[Any], str | None] = lambda _: None
     takes_over: Callable[[Any], int | None] | None = None
@@ -87,7 +89,7 @@ def video_patches(transformer: Any, call: Mapping[str, Any]) -> Tokens:
 def frames_then_text(transformer: Any, call: Mapping[str, Any]) -> Tokens:
     """Video in patches, frame by frame, before the text, or beside it."""
     frames, height, width = call["hidden_states"].shape[2:]  # (B, C, F, H, W)
-    patch, in_time = transformer.config.patch_size, transformer.config.patch_size_t
+    patch, in_time = transformer.config.patch_size, getattr(transformer.config, "patch_size_t", 1)
     text = call["encoder_hidden_states"].shape[-2]  # (B, T, C) or (B, 1, T, C)
     return Tokens((frames // in_time) * (height // patch) * (width // patch), text)
 

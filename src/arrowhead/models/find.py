@@ -278,8 +278,10 @@ def _site(family: Family, path: str, module: Any) -> Site:
         channels=module.to_q.in_features,
         joint=joint,
         projects_out=_projected(module),
-        heads_apart=heads_apart(module),
+        heads_apart=family.heads_apart and heads_apart(module),
         over=family.over,
+        text_channels=module.add_k_proj.in_features if joint and getattr(module, "add_k_proj", None) is not None else 0,
+        by_sample=family.by_sample,
     )
 
 

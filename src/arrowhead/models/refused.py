@@ -7,6 +7,5 @@ REFUSED: dict[str, str] = {
     "Flux2Transformer2DModel": "single-stream blocks in which one layer projects for attention and feed-forward together",
     "ZImageTransformer2DModel": "inputs in lists, padded sample by sample, so that no call says how many tokens are seen",
     "Lumina2Transformer2DModel": "fewer heads of keys than of queries",
-    "MochiTransformer3DModel": "attention that is called once for every sample, over its valid text alone",
     "AnyFlowFARTransformer3DModel": "causal attention, frame by frame",
 }

@@ -14,7 +14,7 @@ from test_refusals import SomebodysPipeline
 from torch import nn
 
 import arrowhead as ah
-from arrowhead.errors import InputsInvalid, NotIntercepted, UnsupportedPipeline
+from arrowhead.errors import ArrowheadError, InputsInvalid, NotIntercepted, UnsupportedPipeline
 from arrowhead.methods import ASC, AST, FULL, wa_rs
 from arrowhead.models import ATTENTION
 
@@ -68,7 +68,9 @@ def test_searches_find_what_they_find_through_the_pipeline(strategy):
     assert len({cell for row in given.cells for cell in row}) > 2
     with ah.applied(bench.pipe.transformer, given, PIXART):
         through_the_model = as_own(bench)()
-    with ah.applied(bench.pipe, wanted):
+    with ah.applied(bench.pipe, wanted) as run:
+        with pytest.raises(ArrowheadError, match="got step 0 in a pipeline's run"):
+            run.step(0)
         torch.testing.assert_close(through_the_model, as_own(bench)(), rtol=1e-8, atol=1e-8)
 
 

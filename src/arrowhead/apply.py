@@ -66,6 +66,14 @@ class Run:
         self._clock = self._clocked()
         model.pipe.__class__ = _applied_class(self._pipeline_class, self)
 
+    def step(self, index: int) -> None:
+        """In a loop of one's own, say that a step begins, see `OwnRun`.
+
+        Raises:
+            ArrowheadError: it is a pipeline's run.
+        """
+        raise ArrowheadError(f"got step {index} in a pipeline's run, which counts by itself; leave it out")
+
     def _clocked(self) -> ExitStack:
         """Start the clock, which stops when this is closed."""
         clock = ExitStack()

@@ -6,6 +6,7 @@ Nothing of the search is used here but its value types.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import wraps
 from itertools import product
 from typing import Any
 
@@ -70,6 +71,7 @@ def latents_of(bench: Bench) -> Iterator[list[Tensor]]:
     """What the scheduler gives in each step of a run within the block."""
     own, seen = type(bench.pipe.scheduler).step, []
 
+    @wraps(own)  # pipelines look whether it takes a generator
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         out = own(self, *args, **kwargs)
         seen.append(out[0].clone())

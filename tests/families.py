@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AllegroPipeline,
+    AllegroTransformer3DModel,
     AuraFlowPipeline,
     AuraFlowTransformer2DModel,
     AutoencoderKLFlux2,
@@ -14,6 +16,8 @@ from diffusers import (
     CogVideoXDDIMScheduler,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
+    DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
@@ -21,10 +25,14 @@ from diffusers import (
     HunyuanDiTPipeline,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
+    LattePipeline,
+    LatteTransformer3DModel,
     LTXPipeline,
     LTXVideoTransformer3DModel,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
+    MochiPipeline,
+    MochiTransformer3DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     WanPipeline,
@@ -52,11 +60,16 @@ SHARP = (".attn1.", ".attn.")
 
 @dataclass
 class FamilyBench(Bench):
-    """`text_seen` are the text tokens that any site looks at, attending jointly or not."""
+    """`text_seen` are the text tokens that any site looks at, attending jointly or not.
+
+    `switch` is the step from which a second transformer is called, of five; `frames` are sequences of their own.
+    """
 
     text_first: bool = False
     text_seen: int = TEXT
     two_calls: bool = False
+    switch: int | None = None
+    frames: int = 1
 
     @property
     def attentions(self) -> list[Any]:
@@ -65,7 +78,7 @@ class FamilyBench(Bench):
 
     @property
     def tokens(self) -> Tokens:
-        return Tokens(self.visual, self.text, self.text_first)
+        return Tokens(self.visual, self.text, self.text_first, self.frames)
 
 
 def _finished(pipe: Any, dtype: torch.dtype) -> Any:
@@ -75,7 +88,7 @@ def _finished(pipe: Any, dtype: torch.dtype) -> Any:
 
 
 def _inputs(
-    dtype: torch.dtype, scale: str, mask: str | None, pooled: bool = False, **common: Any
+    dtype: torch.dtype, scale: str, mask: str | None, pooled: bool = False, channels: int = CHANNELS, **common: Any
 ) -> Callable[..., dict[str, Any]]:
     """Of a pipeline whose guidance is named `scale`, and prompts' masks `mask`: the prompt's last two tokens are padding."""
 
@@ -83,7 +96,7 @@ def _inputs(
         generator = torch.Generator().manual_seed(seed)
         call: dict[str, Any] = {}
         for prefix, shown in (("", TEXT - 2), ("negative_", TEXT)):
-            call[f"{prefix}prompt_embeds"] = torch.randn(images, TEXT, CHANNELS, generator=generator).to(dtype)
+            call[f"{prefix}prompt_embeds"] = torch.randn(images, TEXT, channels, generator=generator).to(dtype)
             if pooled:
                 call[f"{prefix}pooled_prompt_embeds"] = torch.randn(images, POOLED, generator=generator).to(dtype)
             if mask:
@@ -98,14 +111,27 @@ def flow() -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(shift=3.0)
 
 
-def wan(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
-    """Frames × height × width beside a text; two calls."""
+def wan_transformer(seed: int, **config: Any) -> WanTransformer3DModel:
     sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "num_layers": 2, "ffn_dim": 32, "freq_dim": 16}
-    model = WanTransformer3DModel(in_channels=4, out_channels=4, text_dim=CHANNELS, rope_max_seq_len=32, **sizes)
+    standard = {"in_channels": 4, "out_channels": 4, "text_dim": CHANNELS, "rope_max_seq_len": 32, **sizes}
+    model = WanTransformer3DModel(**standard | config)
     randomise(model, seed, SHARP)
-    pipe = WanPipeline(None, None, None, flow(), model)
+    return model
+
+
+def wan(dtype: torch.dtype = torch.float64, seed: int = 0, **parts: Any) -> FamilyBench:
+    """Frames × height × width beside a text; two calls."""
+    pipe = WanPipeline(None, None, None, flow(), **{"transformer": wan_transformer(seed), **parts})
     inputs = _inputs(dtype, "guidance_scale", None, height=64, width=48, num_frames=5)
     return FamilyBench(_finished(pipe, dtype), True, 2 * 4 * 3, inputs, two_calls=True)
+
+
+def wan22(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
+    """The same; at timesteps below 875, the third of five, a second transformer takes over, which is guided by less."""
+    bench = wan(dtype, seed, transformer_2=wan_transformer(seed + 1), boundary_ratio=0.875)
+    own, bench.switch = bench.inputs, 2
+    bench.inputs = lambda *args, **more: own(*args, **{"guidance_scale_2": 2.0, **more})
+    return bench
 
 
 def qwen(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
@@ -160,6 +186,42 @@ def cogvideox(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     pipe = CogVideoXPipeline(None, None, None, model, CogVideoXDDIMScheduler(prediction_type="v_prediction"))
     inputs = _inputs(dtype, "guidance_scale", None, height=64, width=48, num_frames=5)
     return FamilyBench(_finished(pipe, dtype), False, 2 * 4 * 3, inputs, TEXT, text_first=True)
+
+
+def allegro(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
+    """Frames × height × width beside a text whose padding is masked; one batch, [uncond, cond]; a sampler that draws noise."""
+    sizes = {"num_attention_heads": HEADS, "attention_head_dim": 12, "num_layers": 2, "cross_attention_dim": HEADS * 12}
+    model = AllegroTransformer3DModel(caption_channels=CHANNELS, sample_height=8, sample_width=6, sample_frames=2, **sizes)
+    randomise(model, seed, SHARP)
+    pipe = AllegroPipeline(None, None, None, model, EulerAncestralDiscreteScheduler(prediction_type="v_prediction"))
+    size = {"height": 64, "width": 48, "num_frames": 5, "negative_prompt": None}
+    inputs = _inputs(dtype, "guidance_scale", "{}prompt_attention_mask", **size)
+    return FamilyBench(_finished(pipe, dtype), False, 2 * 4 * 3, inputs)
+
+
+def latte(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
+    """Frame by frame, and then along time; one batch, [uncond, cond], each of videos × frames; a variance besides."""
+    sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "num_layers": 2, "cross_attention_dim": HEADS * DIM}
+    shape = {"sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 8, "video_length": 3}
+    how = {"norm_type": "ada_norm_single", "norm_elementwise_affine": False, "num_embeds_ada_norm": 1000}
+    model = LatteTransformer3DModel(caption_channels=CHANNELS, attention_bias=True, **sizes, **shape, **how)
+    randomise(model, seed, SHARP)
+    pipe = LattePipeline(None, None, None, model, DDIMScheduler(prediction_type="v_prediction"))
+    size = {"height": 64, "width": 48, "video_length": 3, "negative_prompt": None, "clean_caption": False}
+    inputs = _inputs(dtype, "guidance_scale", None, **size)
+    return FamilyBench(_finished(pipe, dtype), False, 3 * 4 * 3, inputs, frames=3)
+
+
+def mochi(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
+    """Video before text, of which each sample sees what is no padding, as wide as it likes; one batch, [uncond, cond]."""
+    sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "num_layers": 2, "pooled_projection_dim": 24}
+    shape = {"in_channels": 4, "text_embed_dim": 16, "time_embed_dim": 8, "max_sequence_length": TEXT}
+    model = MochiTransformer3DModel(**sizes, **shape)
+    randomise(model, seed, SHARP)
+    pipe = MochiPipeline(flow(), None, None, None, model)
+    size = {"height": 64, "width": 48, "num_frames": 7}
+    inputs = _inputs(dtype, "guidance_scale", "{}prompt_attention_mask", channels=16, **size)
+    return FamilyBench(_finished(pipe, dtype), False, 2 * 4 * 3, inputs, TEXT)
 
 
 def aura_flow(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
@@ -244,11 +306,15 @@ def z_image(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
 
 MORE: dict[str, Callable[..., FamilyBench]] = {
     "wan": wan,
+    "wan22": wan22,
     "qwen": qwen,
     "chroma": chroma,
     "hunyuan_video": hunyuan_video,
     "ltx": ltx,
     "cogvideox": cogvideox,
+    "allegro": allegro,
+    "latte": latte,
+    "mochi": mochi,
     "aura_flow": aura_flow,
     "hunyuan_dit": hunyuan_dit,
     "lumina2": lumina2,

@@ -23,8 +23,10 @@ from arrowhead.methods import AST, FULL, Arrow, Attend, Cached, Cell, Full
 RADII = (2, 5)
 
 
-def random_cells(seed: int, sites: Sequence[Site], steps: int, share: bool) -> list[list[Cell]]:
-    """Steps × sites: a full step, then anything that the kind of site may do."""
+def random_cells(seed: int, sites: Sequence[Site], steps: int, share: bool, switch: int | None = None) -> list[list[Cell]]:
+    """Steps × sites: a full step, then anything that the kind of site may do; so again from `switch` on."""
+    if switch:
+        return random_cells(seed, sites, switch, share) + random_cells(seed + 100, sites, steps - switch, share)
     draw = random.Random(seed)
     kinds = [Full(), Cached(), *(Arrow(radius, residual) for radius in RADII for residual in (False, True))]
 
@@ -47,17 +49,20 @@ def each(function: Callable[..., Tensor], *outputs: Any) -> Any:
 
 
 class Replayed:
-    """One site under its column of cells."""
+    """One site of one transformer under its column of cells."""
 
     def __init__(self, site: Site, column: Sequence[Cell], bench: FamilyBench, guided: bool) -> None:
         self.site, self.column = site, column
         self.calls = 2 if guided and bench.two_calls else 1
         self.batched = guided and not bench.two_calls
         self.conditional_first = bench.conditional_first
-        self.tokens = bench.tokens if site.joint else Tokens(bench.visual)
+        self.tokens = bench.tokens if site.joint else Tokens(bench.visual // bench.frames)
         self.passed = 0
         self.outputs: list[Any] = [None] * self.calls
         self.kept: list[dict[Any, Tensor]] = [{} for _ in range(self.calls)]
+        self.made: dict[
+            Any, list[Tensor]
+        ] = {}  # in the running step, of one sample after another where these ask by themselves
 
     def for_both(self, value: Tensor) -> Tensor:
         """The conditional branch's rows in place of the other's."""
@@ -71,7 +76,11 @@ class Replayed:
         (step, self.call), self.passed = divmod(self.passed, self.calls), self.passed + 1
         self.cell = self.column[step]
         if self.cell != AST and not (self.cell.share_cfg and self.call):
+            self.made, self.asked = {}, 0
             out = run() if given is None else each(torch.sub, run(), given)
+            for what, parts in self.made.items():
+                for call in range(self.calls) if self.cell.share_cfg else [self.call]:
+                    self.kept[call][what] = self.for_both(torch.cat(parts)) if self.cell.share_cfg else torch.cat(parts)
             if self.cell.share_cfg:
                 out = each(self.for_both, out)
                 self.outputs = [out] * self.calls
@@ -81,8 +90,13 @@ class Replayed:
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, own: Tensor | None, scale: float | None) -> Tensor:
         """(B, H, N, D)."""
-        n = q.shape[2]
-        assert n == self.tokens.total
+        asks, n = q.shape[2], self.tokens.total
+        if self.site.by_sample:  # over its valid text, which the others' may be longer than
+            q, k, v = (F.pad(tensor, (0, 0, 0, n - asks)) for tensor in (q, k, v))
+            own = torch.arange(n) < asks
+        assert q.shape[2] == n
+        rows = slice(self.asked, self.asked + len(q))
+        self.asked += len(q)
         scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
         if own is not None:
             scores = scores.masked_fill(~own, -torch.inf) if own.dtype == torch.bool else scores + own
@@ -92,13 +106,10 @@ class Replayed:
             return weights @ v[:, h]
 
         def keep(what: Any, value: Tensor) -> None:
-            if self.cell.share_cfg:
-                value = self.for_both(value)
-            for call in range(self.calls) if self.cell.share_cfg else [self.call]:
-                self.kept[call][what] = value
+            self.made.setdefault(what, []).append(value)
 
         outs = []
-        kept = self.kept[self.call]
+        kept = {what: value[rows] for what, value in self.kept[self.call].items()}
         for h, method in enumerate(self.cell.methods(self.site.heads)):
             if isinstance(method, Cached):
                 outs.append(kept[h])
@@ -112,7 +123,7 @@ class Replayed:
                 out = out + kept[h, method.radius]
             keep(h, out)
             outs.append(out)
-        return torch.stack(outs, 1).to(v.dtype)
+        return torch.stack(outs, 1)[:, :, :asks].to(v.dtype)
 
 
 def processor_of(processor: Any, replayed: Replayed) -> Any:
@@ -163,20 +174,25 @@ def forward_of(module: Any, replayed: Replayed) -> Callable[..., Any]:
 def replaying(
     bench: FamilyBench, modules: dict[Site, Any], cells: Sequence[Sequence[Cell]], guided: bool
 ) -> Iterator[list[Replayed]]:
-    """The modules under these cells, steps × sites."""
-    sites = [Replayed(site, column, bench, guided) for site, column in zip(modules, zip(*cells, strict=True), strict=True)]
+    """The modules under these cells, steps × sites; a second transformer's have what is left of the columns to themselves."""
+    split, placed = bench.switch if bench.switch is not None else len(cells), []
+    for site, column, module in zip(modules, zip(*cells, strict=True), modules.values(), strict=True):
+        placed.append((Replayed(site, column[:split], bench, guided), module))
+        if bench.switch is not None:
+            later = bench.pipe.transformer_2.get_submodule(site.path)
+            placed.append((Replayed(site, column[split:], bench, guided), later))
     before = {}
-    for replayed, (site, module) in zip(sites, modules.items(), strict=True):
-        if site.kind == "self_attention":
-            before[site] = module.processor
+    for replayed, module in placed:
+        if replayed.site.kind == "self_attention":
+            before[module] = module.processor
             module.processor = processor_of(module.processor, replayed)
         else:
             module.forward = forward_of(module, replayed)
     try:
-        yield sites
+        yield [replayed for replayed, _ in placed]
     finally:
-        for site, module in modules.items():
-            if site.kind == "self_attention":
-                module.processor = before[site]
+        for _, module in placed:
+            if module in before:
+                module.processor = before[module]
             else:
                 del module.forward

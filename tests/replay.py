@@ -128,11 +128,13 @@ class Trace:
 def trace(bench: Bench, inputs: dict[str, Any]) -> Trace:
     """Generate, and write down each output of the transformer."""
     outputs: list[Tensor] = []
-    hook = bench.pipe.transformer.register_forward_hook(lambda _m, _a, out: outputs.append(_whole(out[0])))
+    both = (bench.pipe.transformer, getattr(bench.pipe, "transformer_2", None))
+    hooks = [t.register_forward_hook(lambda _m, _a, out: outputs.append(_whole(out[0]))) for t in both if t is not None]
     try:
         return Trace(bench.pipe(**inputs)[0].clone(), outputs)
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def _whole(output: Tensor | list[Tensor]) -> Tensor:

@@ -232,7 +232,9 @@ SENSELESS = {
     "a block of nothing": {"blocks": [BLOCK | {"within": []}]},
     "a block of something else": {"blocks": [BLOCK | {"within": [BLOCK | {"path": "blocks.0.ff", "kind": "feed_forward"}]}]},
     "a block that is none": {"blocks": [BLOCK | {"kind": "feed_forward"}]},
-    "a format to come": {"format": 6},
+    "a format to come": {"format": 7},
+    "a switch after its steps": {"switch": 100},
+    "a switch before its steps": {"switch": -1},
     "a precision that it has no products of": {"precisions": ["int8"]},
     "a precision that is native": {"precisions": ["native"]},
     "a precision that is none": {"precisions": ["int7"]},
@@ -287,7 +289,7 @@ def test_a_file_from_before_there_were_precisions(tmp_path):
     table = synthetic(0)
     table.save(tmp_path / "table")
     header, tensors = parts(tmp_path / "table")
-    del header["precisions"]
+    del header["precisions"], header["switch"]
     written(tmp_path / "table", header | {"format": 4}, tensors)
     read = ah.Table.load(tmp_path / "table")
     assert (read.precisions, read.roundings) == ((), None)

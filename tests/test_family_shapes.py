@@ -12,32 +12,33 @@ from arrowhead.models import find
 
 OBLONG = {  # what a call says, and how many visual tokens that is
     "wan": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
+    "wan22": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
     "qwen": ({"height": 48, "width": 112}, 3 * 7),
     "chroma": ({"height": 48, "width": 112}, 3 * 7),
     "hunyuan_video": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
     "ltx": ({"height": 160, "width": 96, "num_frames": 17}, 3 * 5 * 3),
     "cogvideox": ({"height": 48, "width": 80, "num_frames": 9}, 3 * 3 * 5),
+    "allegro": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
+    "latte": ({"height": 80, "width": 48}, 3 * 5 * 3),
+    "mochi": ({"height": 80, "width": 48, "num_frames": 13}, 3 * 5 * 3),
     "aura_flow": ({"height": 48, "width": 112}, 3 * 7),
     "hunyuan_dit": ({"height": 48, "width": 112}, 3 * 7),
     "lumina2": ({"height": 48, "width": 112}, 3 * 7),
     "flux2": ({"height": 48, "width": 112}, 3 * 7),
     "z_image": ({"height": 80, "width": 112}, 64),  # 5 × 7, padded
 }
-SEVERAL = [
-    "qwen",
-    "aura_flow",
-    "hunyuan_dit",
-    "flux2",
-    "z_image",
-]  # the others repeat no embeddings, or no masks that come with them
+SEVERAL = ["qwen", "aura_flow", "allegro", "latte", "hunyuan_dit", "flux2", "z_image"]
+"""The others repeat no embeddings, or no masks that come with them."""
+
+PER_PROMPT = {"allegro": "num_videos_per_prompt"}
 
 
-def compare(name, dtype, visual=None, **inputs):
+def compare(name, dtype, visual=None, made=lambda bench: bench, **inputs):
     """A plan at random against its replay: how far apart they are, and how far the replay is from the untouched run."""
-    bench, guided = MORE[name](dtype), inputs["guidance"] > 1
+    bench, guided = made(MORE[name](dtype)), inputs["guidance"] > 1
     bench.visual = visual or bench.visual
     model = find(bench.pipe, INNER)
-    cells = random_cells(7, model.sites, STEPS, guided)
+    cells = random_cells(7, model.sites, STEPS, guided, bench.switch)
     plan = plan_of(bench, model, cells, guided)
     with applied(bench.pipe, plan) as run:
         given = trace(bench, bench.inputs(**inputs))
@@ -62,7 +63,40 @@ def test_oblong(name, guidance, images):
 @with_and_without
 @pytest.mark.parametrize("images", [1, 2])
 def test_several_images_of_a_prompt(name, guidance, images):
-    apart, changed = compare(name, torch.float64, guidance=guidance, images=images, num_images_per_prompt=2)
+    several = {PER_PROMPT.get(name, "num_images_per_prompt"): 2}
+    apart, changed = compare(name, torch.float64, guidance=guidance, images=images, **several)
+    assert apart < 1e-5
+    assert changed > 1e-2
+
+
+@with_and_without
+def test_texts_of_other_lengths_in_one_batch(guidance):
+    """Mochi's attention sees of each sample's text what is no padding: here none, some and all of it."""
+    masks = {"prompt_attention_mask": torch.arange(7).lt(torch.tensor([[0], [4], [7]]))}
+    masks["negative_prompt_attention_mask"] = masks["prompt_attention_mask"].flip(0)
+    masks = masks if guidance > 1 else {"prompt_attention_mask": masks["prompt_attention_mask"]}
+    apart, changed = compare("mochi", torch.float64, guidance=guidance, images=3, **masks)
+    assert apart < 1e-5
+    assert changed > 1e-2
+
+
+@with_and_without
+def test_frames_that_are_padding(guidance):
+    """Allegro's transformer takes a mask of the video, which its pipeline does not give: the band is ANDed with it."""
+
+    def masked(bench):
+        def forward(hidden_states, **kwargs):
+            shown = torch.ones(len(hidden_states), *hidden_states.shape[2:])
+            shown[::2, 1, 4:] = 0  # of every other sample half of the second frame
+            return type(bench.pipe.transformer).forward(bench.pipe.transformer, hidden_states, attention_mask=shown, **kwargs)
+
+        bench.pipe.transformer.forward = forward
+        return bench
+
+    inputs = {"guidance": guidance, "images": 2}
+    plain, shown = (trace(bench, bench.inputs(**inputs)) for bench in (MORE["allegro"](), masked(MORE["allegro"]())))
+    assert distance(shown, plain) > 1e-2
+    apart, changed = compare("allegro", torch.float64, made=masked, **inputs)
     assert apart < 1e-5
     assert changed > 1e-2
 

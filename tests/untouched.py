@@ -15,7 +15,8 @@ from torch import Tensor
 def parts(pipe: Any) -> dict[str, Any]:
     """Everything that arrowhead might leave something on; processors and the like compare by identity."""
     hooks = ("_forward_pre_hooks", "_forward_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs")
-    modules = dict(pipe.transformer.named_modules())
+    both = {name: getattr(pipe, name, None) for name in ("transformer", "transformer_2")}
+    modules = {f"{name}.{path}": m for name, t in both.items() if t is not None for path, m in t.named_modules()}
     return {
         "class": type(pipe),
         "attributes": sorted(vars(pipe)),

@@ -6,24 +6,30 @@ pipeline, and takes it off again.
 
 from arrowhead import tiny
 from arrowhead.apply import Run, applied, apply, remove
-from arrowhead.models import supported
+from arrowhead.layout import Tokens
+from arrowhead.models import Adapter, Attention, FusedQKV, open_sora, supported
 from arrowhead.plan import Plan
 from arrowhead.search import Budget, Extent, Headwise, Table, calibrate, calibration_bytes, search, solve, sweep
 from arrowhead.tally import Summary
 
 __version__ = "0.1.0"
 __all__ = [
+    "Adapter",
+    "Attention",
     "Budget",
     "Extent",
+    "FusedQKV",
     "Headwise",
     "Plan",
     "Run",
     "Summary",
     "Table",
+    "Tokens",
     "applied",
     "apply",
     "calibrate",
     "calibration_bytes",
+    "open_sora",
     "remove",
     "search",
     "solve",

@@ -1,22 +1,31 @@
 """A plan meets a pipeline: put on, kept in step with the denoising loop, reset around every generation, taken off."""
 
+import functools
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from arrowhead.attend import Generation, attend
 from arrowhead.cache import Output
-from arrowhead.errors import AlreadyApplied, ArrowheadError, BandCoversAll, PlanMismatch, ShareCfgIgnored, SiteNotReached
-from arrowhead.intercept import Interception, SiteCall
+from arrowhead.errors import (
+    AlreadyApplied,
+    ArrowheadError,
+    BandCoversAll,
+    GenerationUnfinished,
+    PlanMismatch,
+    ShareCfgIgnored,
+    SiteNotReached,
+)
+from arrowhead.intercept import Interception, SiteCall, forward_replaced
 from arrowhead.kernels import dispatch
 from arrowhead.layout import Branches
 from arrowhead.lifetimes import lifetimes
 from arrowhead.methods import Arrow, Attend
-from arrowhead.models import Model, find
+from arrowhead.models import Adapter, Model, Own, described, find, transformers_of
 from arrowhead.plan import Plan, Target
 from arrowhead.tally import Summary, Tally
 
@@ -24,8 +33,14 @@ if TYPE_CHECKING:  # diffusers takes seconds to import
     from diffusers import DiffusionPipeline
 
 
+NO_SCHEDULER = "a loop of one's own"
+"""What a plan has in place of a scheduler's name."""
+
+
 def target_of(model: Model) -> Target:
     """What a plan for this pipeline is bound to: transformer class, scheduler with its settings, sites."""
+    if isinstance(model.pipe, Own):
+        return Target(model.family.transformer, NO_SCHEDULER, {}, model.sites)
     scheduler = model.pipe.scheduler
     # as JSON holds it, and without what diffusers adds of its own
     config = {name: plain(value) for name, value in scheduler.config.items() if not name.startswith("_")}
@@ -47,9 +62,24 @@ class Run:
         self._generation: Generation | None = None  # set from the first call of the transformer on
         self._tally: Tally | None = None  # of the latest generation
         _warn_of_wide_bands(plan)
-        self._interception = Interception(model.modules, self._around)
-        self._clock = model.transformer.register_forward_pre_hook(self._tick, with_kwargs=True, prepend=True)
+        self._interception = Interception(model.placed, self._around, model.forwards)
+        self._clock = self._clocked()
         model.pipe.__class__ = _applied_class(self._pipeline_class, self)
+
+    def step(self, index: int) -> None:
+        """In a loop of one's own, say that a step begins, see `OwnRun`.
+
+        Raises:
+            ArrowheadError: it is a pipeline's run.
+        """
+        raise ArrowheadError(f"got step {index} in a pipeline's run, which counts by itself; leave it out")
+
+    def _clocked(self) -> ExitStack:
+        """Start the clock, which stops when this is closed."""
+        clock = ExitStack()
+        for transformer in self._model.transformers:
+            clock.callback(transformer.register_forward_pre_hook(self._tick, with_kwargs=True, prepend=True).remove)
+        return clock
 
     @property
     def cache_bytes(self) -> int:
@@ -69,33 +99,35 @@ class Run:
     def close(self) -> None:
         """Take the plan off; the pipeline is as it was before `apply`."""
         self._end()
-        self._clock.remove()
+        self._clock.close()
         self._model.pipe.__class__ = self._pipeline_class
         self._interception.remove()
 
     @contextmanager
     def generating(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
         """Around one call of the pipeline: caches are empty when it starts and when it ends, however it ends."""
+        try:
+            self._begin(self._model.branches(self._model.call_arguments(args, kwargs)))
+            yield
+            self._account_for_every_site()
+        finally:
+            self._end()
+
+    def _begin(self, branches: Branches) -> None:
         self._end()
-        if self._model.pipe.transformer is not self._model.transformer:
+        if transformers_of(self._model.pipe) != self._model.transformers:
             raise PlanMismatch(
                 "the pipeline's transformer was exchanged after the plan was applied; wanted the same one; remove the plan "
                 "and apply it again"
             )
         self.plan.require(target_of(self._model))
-        branches = self._model.branches(self._model.call_arguments(args, kwargs))
         self._tally, self._branches = Tally(branches.samples, branches.calls), branches
-        try:
-            if not branches.guided and any(getattr(cell, "share_cfg", False) for row in self.plan.cells for cell in row):
-                self._note(
-                    "guidance is off, so there is one CFG branch and nothing to share",
-                    "search again without guidance for a plan of its own",
-                    ShareCfgIgnored,
-                )
-            yield
-            self._account_for_every_site()
-        finally:
-            self._end()
+        if not branches.guided and any(getattr(cell, "share_cfg", False) for row in self.plan.cells for cell in row):
+            self._note(
+                "guidance is off, so there is one CFG branch and nothing to share",
+                "search again without guidance for a plan of its own",
+                ShareCfgIgnored,
+            )
 
     def _account_for_every_site(self) -> None:
         """At the end of a generation: which sites ran without arrowhead, or not at all."""
@@ -121,13 +153,13 @@ class Run:
     def _end(self) -> None:
         self._branches = self._generation = None
 
-    def _tick(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _tick(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before each call of the transformer: the step clock. Calls from outside the pipeline run uncompressed."""
         if self._branches is None or self._tally is None:
             return
         tokens = self._model.tokens(self._model.transformer_arguments(args, kwargs))
         if self._generation is None:
-            self.plan.require_call(self._model.steps, tokens, self._branches.calls)
+            self.plan.require_call(self._model.steps, tokens, self._branches.calls, self._model.switch)
             self._generation = Generation.begin(self._branches, tokens, self.kernel, self._tally)
         else:
             self._generation.advance(tokens)
@@ -137,17 +169,117 @@ class Run:
                 f"plan is for {self.plan.steps} calls of the transformer, the pipeline makes more; search again with the "
                 "same arguments"
             )
+        if transformer is not self._model.due(self._generation.step):
+            raise PlanMismatch(
+                f"got step {self._generation.step} with another transformer than the scheduler's timesteps and the pipeline's "
+                "boundary_ratio say; wanted diffusers' own loop; remove the plan"
+            )
 
     def _around(self, call: SiteCall) -> Output:
         generation = self._generation
         if generation is None:
-            return call.run(lambda attention: attention.native())
+            return call.native()
         step, site = generation.step, call.site
         return attend(call, self.plan.cells[step][self._row[site.path]], self._writes[site.path][step], generation)
 
 
-def apply(pipe: "DiffusionPipeline", plan: Plan, *, kernel: str = "auto") -> Run:
-    """Put a plan on a pipeline. Generations that follow are compressed, until `remove`.
+class OwnRun(Run):
+    """A plan on a module of one's own, from `apply` to `remove`.
+
+    Every call of the module is a step, or half of one where the CFG branches come in two calls, whether it is called as such
+    or by its forward. After the plan's steps the next call begins another generation, as `step(0)` does at any time.
+    """
+
+    def __init__(self, model: Model, plan: Plan, kernel: str) -> None:
+        self._said: int | None = None  # the step that the loop says it is at
+        self._looping = False  # in a loop's generation, which no call of a pipeline surrounds
+        super().__init__(model, plan, kernel)
+
+    def step(self, index: int) -> None:
+        """Say that a step of the loop begins, so that one that was left in the middle is noticed. The first is 0.
+
+        Raises:
+            PlanMismatch: it is not the plan's next step.
+        """
+        if index == 0:
+            unfinished = self._done if self._looping else None
+            self._end()
+            self._warn_of(unfinished)
+        elif index != self._done or index >= self.plan.steps:
+            raise PlanMismatch(
+                f"got step {index} after {self._done} whole steps of a plan of {self.plan.steps}; wanted its steps in turn, "
+                f"each with every call of the {self._model.family.name} that belongs to it; begin again with step(0), or "
+                "search again in this loop"
+            )
+        self._said = index
+
+    @property
+    def _done(self) -> int:
+        """Whole steps of the generation that is going on."""
+        if self._generation is None:
+            return 0
+        return self._generation.step + (self._generation.call + 1 == self._generation.branches.calls)
+
+    def close(self) -> None:
+        """Take the plan off; the module is as it was before `apply`."""
+        unfinished = self._done if self._looping else None
+        super().close()
+        self._warn_of(unfinished)
+
+    def _clocked(self) -> ExitStack:
+        own, clock = self._model.transformer.forward, ExitStack()
+
+        @functools.wraps(own)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            try:
+                self._tick(self._model.transformer, args, kwargs)
+                out = own(*args, **kwargs)
+            except BaseException:
+                self._end()
+                raise
+            if self._looping and self._done == self.plan.steps:
+                self._account_for_every_site()
+                self._end()
+            return out
+
+        forward.arrowhead_run = self  # type: ignore[attr-defined]
+        clock.enter_context(forward_replaced(self._model.transformer, forward))
+        return clock
+
+    def _tick(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._branches is None:
+            if self._said:
+                raise PlanMismatch(f"got a call of the model after the last one of step {self._said}; say step(0) first")
+            self._begin(self._model.branches({}))
+            self._looping = True
+        super()._tick(module, args, kwargs)
+        if self._looping and self._said is not None and self._generation is not None and self._generation.step != self._said:
+            raise PlanMismatch(
+                f"got more than {self._generation.branches.calls} calls of the model in step {self._said}, wanted so many in "
+                "each; call run.step(i) where a step begins"
+            )
+
+    def _account_for_every_site(self) -> None:
+        if self._generation is not None and self._done != self.plan.steps:
+            raise PlanMismatch(f"plan is for {self.plan.steps} steps, the loop ran {self._done}; search again in this loop")
+        super()._account_for_every_site()
+
+    def _warn_of(self, unfinished: int | None) -> None:
+        """A loop's generation that ended after so many steps."""
+        if unfinished is not None:
+            self._note(
+                f"a generation ended after {unfinished} of the plan's {self.plan.steps} steps",
+                "search again with as many steps as the loop has",
+                GenerationUnfinished,
+            )
+
+    def _end(self) -> None:
+        super()._end()
+        self._looping = False
+
+
+def apply(pipe: "DiffusionPipeline | nn.Module", plan: Plan, adapter: Adapter | None = None, *, kernel: str = "auto") -> Run:
+    """Put a plan on a pipeline, or on a module with its adapter. Generations that follow are compressed, until `remove`.
 
     `kernel` is `auto`, or the name of the kernel that has to run the bands.
 
@@ -159,12 +291,13 @@ def apply(pipe: "DiffusionPipeline", plan: Plan, *, kernel: str = "auto") -> Run
     """
     if _run_on(pipe):
         raise AlreadyApplied("this pipeline carries a plan already; call arrowhead.remove(pipe) first")
-    sites = plan.target.sites
-    return Run(find(pipe, {site.kind for site in sites}).beside(sites), plan, kernel)
+    pipe, sites = described(pipe, adapter), plan.target.sites
+    model = find(pipe, {site.kind for site in sites}).beside(sites)
+    return (OwnRun if isinstance(pipe, Own) else Run)(model, plan, kernel)
 
 
-def remove(pipe: "DiffusionPipeline") -> None:
-    """Take the plan off a pipeline, which is then exactly as before.
+def remove(pipe: "DiffusionPipeline | nn.Module") -> None:
+    """Take the plan off a pipeline, or a module of one's own, which is then exactly as before.
 
     Raises:
         ArrowheadError: it carries none.
@@ -176,9 +309,11 @@ def remove(pipe: "DiffusionPipeline") -> None:
 
 
 @contextmanager
-def applied(pipe: "DiffusionPipeline", plan: Plan, *, kernel: str = "auto") -> Iterator[Run]:
+def applied(
+    pipe: "DiffusionPipeline | nn.Module", plan: Plan, adapter: Adapter | None = None, *, kernel: str = "auto"
+) -> Iterator[Run]:
     """`apply` for the length of a `with` block. Raises what `apply` raises."""
-    run = apply(pipe, plan, kernel=kernel)
+    run = apply(pipe, plan, adapter, kernel=kernel)
     try:
         yield run
     finally:
@@ -186,7 +321,9 @@ def applied(pipe: "DiffusionPipeline", plan: Plan, *, kernel: str = "auto") -> I
             run.close()
 
 
-def _run_on(pipe: "DiffusionPipeline") -> Run | None:
+def _run_on(pipe: Any) -> Run | None:
+    if isinstance(pipe, nn.Module):
+        return getattr(pipe.forward, "arrowhead_run", None)
     return getattr(type(pipe), "_arrowhead_run", None)
 
 
@@ -203,17 +340,18 @@ def _applied_class(base: type, run: Run) -> type:
 
 
 def _warn_of_wide_bands(plan: Plan) -> None:
-    reach = plan.tokens.visual - 1
-    cells = (cell for row in plan.cells for cell in row if isinstance(cell, Attend))
-    methods = {method for cell in cells for method in cell.methods(1)}
-    wide = sorted(m.radius for m in methods if isinstance(m, Arrow) and m.radius >= reach)
-    if wide:
-        warnings.warn(
-            f"the plan has a band of radius {wide[0]} over {plan.tokens.visual} visual tokens; one below {reach} would save "
-            "work, this one is full attention",
-            BandCoversAll,
-            stacklevel=4,
-        )
+    for site, column in zip(plan.target.sites, plan.columns, strict=True):
+        visual = site.tokens(plan.tokens).visual
+        methods = {method for cell in column if isinstance(cell, Attend) for method in cell.methods(1)}
+        wide = sorted(m.radius for m in methods if isinstance(m, Arrow) and m.radius >= visual - 1)
+        if wide:
+            warnings.warn(
+                f"the plan has a band of radius {wide[0]} over {visual} visual tokens; one below {visual - 1} would save work, "
+                "this one is full attention",
+                BandCoversAll,
+                stacklevel=4,
+            )
+            return
 
 
 def plain(value: Any) -> Any:

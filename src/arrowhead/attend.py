@@ -90,6 +90,11 @@ class Passage:
         return self.cell.share_cfg
 
     @property
+    def untouched(self) -> bool:
+        """Whether attention is the model's own, and nothing of single heads is kept."""
+        return self.cell.method == Full() and not (self.writes.residuals or self.writes.head_outputs)
+
+    @property
     def halved(self) -> bool:
         """Whether the module runs for half of its batch."""
         return self.shared and self.generation.branches.batched
@@ -145,7 +150,11 @@ def _run(passage: Passage) -> Output:
     call, generation, site = passage.call, passage.generation, passage.call.site
     rows = generation.branches.conditional(call.batch) if passage.halved else None
     some = passage.heads if len(passage.heads) < site.heads else None
-    out = call.run(lambda attention: _attention(attention, passage), rows, some)
+    if site.kind == "self_attention" and passage.untouched:
+        out = call.native(rows)
+        count(passage, passage.methods, call.batch // 2 if passage.halved else call.batch, "native")
+    else:
+        out = call.run(lambda attention: _attention(attention, passage), rows, some)
     samples = 1 if passage.shared else generation.branches.samples
     generation.tally.projected(site, generation.tokens, len(passage.heads), samples)
     if site.within:

@@ -279,7 +279,8 @@ def show_plan(plan: Plan) -> None:
         )
         console.print(said.replace("_", " "), highlight=False)
     console.print(
-        f"{plan.target.transformer}, {plan.steps} steps × {len(plan.target.sites)} sites, {plan.tokens.visual} visual tokens\n"
+        f"{plan.target.transformer}, {plan.steps} steps × {len(plan.target.sites)} sites, {plan.tokens.visual} visual tokens"
+        f"{'' if plan.switch is None else f', a second transformer from step {plan.switch} on'}\n"
         f"FLOPs left: {left.attention:.1%} of attention's matmuls, {left.module:.1%} with projections; caches of at most "
         f"{peak / 2**20:.1f} MiB an image in 16 bits",
         highlight=False,

@@ -41,7 +41,7 @@ def head_flops(site: Site, tokens: Tokens, method: Method) -> float:
     if site.kind != "self_attention":
         return sum(own.heads * head_flops(own, tokens, Full()) for own in site.within)
     of_scores = 1 if precision_of(method) == "int8" else 2
-    return (of_scores + 2) * site.head_dim * pairs(method, site.tokens(tokens))
+    return (of_scores + 2) * site.head_dim * pairs(method, site.tokens(tokens)) * site.sequences(tokens)
 
 
 def projection_flops(site: Site, tokens: Tokens, heads: int) -> float:
@@ -55,10 +55,17 @@ def projection_flops(site: Site, tokens: Tokens, heads: int) -> float:
         if site.kind == "cross_attention":
             own += 4 * site.head_dim * tokens.visual * tokens.text
         return own + sum(projection_flops(inner, tokens, inner.heads) for inner in site.within)
-    rows = {"all": site.tokens(tokens).total, "visual": tokens.visual, "none": 0}[site.projects_out]
+    visual, text = _inputs(site, tokens)
+    rows = {"all": visual + text, "visual": visual, "none": 0}[site.projects_out]
     keys = heads if site.kv_heads is None else site.kv_heads
-    of_heads = site.channels * site.head_dim * ((heads + 2 * keys) * site.tokens(tokens).total + site.heads * rows)
-    return 2 * (of_heads + site.weights * site.tokens(tokens).total)
+    of_heads = site.head_dim * ((heads + 2 * keys) * (visual + text) + site.heads * rows)
+    return 2 * (of_heads + site.weights * site.tokens(tokens).total * site.sequences(tokens))
+
+
+def _inputs(site: Site, tokens: Tokens) -> tuple[int, int]:
+    """Elements of one sample at the site's input: the image's, and the text's where it attends to that, too."""
+    own = site.tokens(tokens)
+    return own.visual * site.sequences(tokens) * site.channels, own.text * (site.text_channels or site.channels)
 
 
 def head_projection_flops(site: Site, tokens: Tokens) -> float:
@@ -141,9 +148,10 @@ class _Stored:
 
 
 def _stored(site: Site, tokens: Tokens, column: Sequence[Cell], samples: int, calls: int) -> Iterator[_Stored]:
-    length = site.tokens(tokens).total
-    projected = {"all": length, "visual": tokens.visual, "none": 0}[site.projects_out]
-    output = projected * site.channels + (length - projected) * site.heads * site.head_dim
+    length = site.tokens(tokens).total * site.sequences(tokens)
+    (visual, text), width = _inputs(site, tokens), site.heads * site.head_dim
+    of_text = site.tokens(tokens).text * width  # as wide as the heads, unless it is projected
+    output = {"all": visual + text, "visual": visual + of_text, "none": length * width}[site.projects_out]
     for step, (cell, writes) in enumerate(zip(column, lifetimes(column), strict=True)):
         if isinstance(cell, Reuse):
             continue

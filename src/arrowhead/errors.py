@@ -53,5 +53,9 @@ class SiteNotReached(ArrowheadWarning):
     """A site that the plan speaks of was passed over in a generation, or ran without arrowhead."""
 
 
+class GenerationUnfinished(ArrowheadWarning):
+    """A loop of one's own ended, or began anew, before the plan's last step."""
+
+
 class ProcessorReplaced(ArrowheadWarning):
     """Somebody replaced an attention processor while a plan was applied."""

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from arrowhead.apply import applied, plain
 from arrowhead.errors import InputsInvalid
 from arrowhead.metrics.images import psnr, ssim
+from arrowhead.models import transformers_of
 from arrowhead.plan import Plan
 from arrowhead.tally import Summary
 from arrowhead.versions import versions
@@ -110,11 +111,12 @@ def evaluate(
         made = torch.cat(images[name])
         values = {metric: measure(made, raw) for metric, measure in metrics.items()}
         scores.append(Score(name, plan, summaries[name], median(ratios), values, made))
+    transformer, *_ = transformers_of(pipe)
     setting = {
         "inputs": {name: plain(value) for name, value in inputs.items()},
         "seeds": list(seeds),
-        "device": str(pipe.transformer.device),
-        "dtype": str(pipe.transformer.dtype),
+        "device": str(transformer.device),
+        "dtype": str(transformer.dtype),
         "versions": versions(),
         "baseline": "the untouched pipeline, each seed in turn with the plans",
     }

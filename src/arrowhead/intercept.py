@@ -1,6 +1,7 @@
 """Stand around every site's module of a model: its processor becomes one of a subclass, which asks before it runs.
 
-The subclass is made on the spot, with the original signature. What lies between Q, K, V and attention is in `route`.
+The subclass is made on the spot, with the original signature. A module without a processor has its forward replaced, on the
+instance. What lies between Q, K, V and attention is in `route`.
 """
 
 import copy
@@ -9,19 +10,23 @@ import inspect
 import types
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any, ClassVar
 
+import greenlet
+import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes  # torch does not offer it otherwise
 
 from arrowhead.cache import Output, along
 from arrowhead.errors import AlreadyApplied, NotIntercepted, ProcessorReplaced
 from arrowhead.layout import Site
+from arrowhead.models.adapter import Forward
 from arrowhead.project import SomeHeads
-from arrowhead.route import Answer, AttentionCall, answered_by, route, unroute
+from arrowhead.route import Answer, AttentionCall, Watched, answered_by, attention, batched, route, unroute
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,10 @@ class SiteCall(ABC):
     def run(self, answer: Answer, rows: slice | None = None, heads: Sequence[int] | None = None) -> Output:
         """Run the module on `rows` of its input: (rows, N, C)."""
 
+    def native(self, rows: slice | None = None) -> Output:
+        """What the module gives by itself."""
+        return self.run(lambda attention: attention.native(), rows)
+
     def kept(self, out: Output, rows: slice | None = None) -> Output:  # noqa: ARG002
         """What of an output, run on `rows`, serves other steps, or the other branch: all of it, where it is no block's."""
         return out
@@ -53,7 +62,9 @@ class SiteCall(ABC):
 
     @property
     def _hidden_states(self) -> Tensor:
-        return self.kwargs["hidden_states"] if "hidden_states" in self.kwargs else self.args[self._first]
+        if "hidden_states" in self.kwargs:
+            return self.kwargs["hidden_states"]
+        return self.args[self._first] if len(self.args) > self._first else next(iter(self.kwargs.values()))
 
     _first: ClassVar[int] = 0
     """Where the input stands among the arguments."""
@@ -68,7 +79,7 @@ class SiteCall(ABC):
 
 def _part(value: Any, rows: slice, batch: int) -> Any:
     """These rows of an argument that has all of the batch; so too in tuples, as of rotary embeddings, (B, N, C) each."""
-    if isinstance(value, tuple):  # those of (N, C) are for all samples
+    if isinstance(value, tuple):  # those of (N, C) are for all samples, and those of (N, H, C)
         return tuple(_part(item, rows, batch) if isinstance(item, Tensor) and item.ndim > 2 else item for item in value)
     return value[rows] if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch else value
 
@@ -110,15 +121,19 @@ class AttentionSiteCall(SiteCall):
     """One call of an attention module's processor, whose first argument the module is."""
 
     _first: ClassVar[int] = 1
+    _wanted: ClassVar[str] = "a processor that does, such as diffusers' AttnProcessor2_0"
 
     def run(self, answer: Answer, rows: slice | None = None, heads: Sequence[int] | None = None) -> Output:
         """Run the module on `rows` of its input, its attention computed by `answer`: (rows, N, C).
 
-        With `heads`, Q, K and V of these alone are projected; `answer` gives the output of all heads just the same.
+        With `heads`, Q, K and V of these alone are projected; `answer` gives the output of all heads just the same. It is asked
+        once for all rows, padded and masked, where the module calls attention for each sample by itself.
 
         Raises:
             NotIntercepted: the processor computed attention in a way that is not routed.
         """
+        if self.site.by_sample:
+            return self._by_sample(answer, range(self.batch)[rows or slice(None)])
         args, kwargs = self._of_rows(rows)
         some = None if heads is None else SomeHeads(args[0], heads)
         if some is not None:
@@ -139,45 +154,118 @@ class AttentionSiteCall(SiteCall):
             return attended
 
         with answered_by(once):
-            out = self.original(*args, **kwargs)
+            out = self._attend(args, kwargs)
         if not reached:
             raise NotIntercepted(
                 f"{self.site.path}: {self._processor} did not call F.scaled_dot_product_attention or "
-                "dispatch_attention_fn; "
-                "wanted a processor that does, such as diffusers' AttnProcessor2_0"
+                f"dispatch_attention_fn; wanted {self._wanted}"
             )
         return out
+
+    def _attend(self, args: Any, kwargs: Any) -> Output:
+        return self.original(*args, **kwargs)
+
+    def native(self, rows: slice | None = None) -> Output:
+        """Bit for bit, in however many calls of attention."""
+        if not self.site.by_sample:
+            return super().native(rows)
+        args, kwargs = self._of_rows(rows)
+        with answered_by(lambda attention: attention.native()):
+            return self.original(*args, **kwargs)
+
+    def _by_sample(self, answer: Answer, rows: range) -> Output:
+        """Each row in a greenlet of its own, until all have asked: `answer` has them as one batch, padded to one length."""
+
+        def lane(row: int) -> Output:
+            args, kwargs = self._of_rows(slice(row, row + 1))
+            with answered_by(greenlet.getcurrent().parent.switch):
+                return self.original(*args, **kwargs)
+
+        lanes = [greenlet.greenlet(partial(lane, row)) for row in rows]
+        try:
+            asked = [lane.switch() for lane in lanes]
+            if not all(isinstance(call, AttentionCall) for call in asked):
+                raise NotIntercepted(
+                    f"{self.site.path}: {self._processor} did not call attention for a sample; wanted one call"
+                )
+            attended = answer(batched(asked, self._hidden_states.shape[1] + self.kwargs["encoder_hidden_states"].shape[1]))
+            parts = zip(lanes, attended.chunk(len(lanes)), asked, strict=True)
+            outs = [lane.switch(part[:, :, : call.q.shape[2]]) for lane, part, call in parts]
+            if not all(lane.dead for lane in lanes):
+                raise NotIntercepted(
+                    f"{self.site.path}: {self._processor} called attention twice for a sample; wanted one call"
+                )
+        finally:
+            for begun in filter(None, lanes):  # and not at their end
+                begun.throw(greenlet.GreenletExit)
+        return tuple(map(torch.cat, zip(*outs, strict=True))) if isinstance(outs[0], tuple) else torch.cat(outs)
 
     @property
     def _processor(self) -> str:
         return type(self.module.processor).__name__
 
 
+@dataclass(frozen=True)
+class ForwardSiteCall(AttentionSiteCall):
+    """One call of an attention module without a processor; `original` is its forward, `routed` that with attention routed."""
+
+    routed: Callable[..., Output]
+
+    _first: ClassVar[int] = 0
+    _wanted: ClassVar[str] = "a module that does; give arrowhead.Attention a forward that calls its `attend`"
+
+    def native(self, rows: slice | None = None) -> Output:
+        """Bit for bit, though `routed` may multiply in another order."""
+        args, kwargs = self._of_rows(rows)
+        return self.original(*args, **kwargs)
+
+    def _attend(self, args: Any, kwargs: Any) -> Output:
+        return self.routed(*args, **kwargs)
+
+    @property
+    def _processor(self) -> str:
+        return type(self.module).__name__
+
+
 Around = Callable[[SiteCall], Output]
+
+SAME = 2e-3
+"""By so much a forward that stands in for a module's own may be off, in float32."""
 
 
 class Interception:
-    """The two places, held for the modules of one model until `remove`."""
+    """The two places, held for the modules of one model until `remove`. A site has a module in every transformer."""
 
-    def __init__(self, modules: Mapping[Site, nn.Module], around: Around) -> None:
-        self._modules = modules
-        self._originals: dict[Site, Any] = {}
-        self._wrapped: dict[Site, Any] = {}
+    def __init__(
+        self,
+        modules: Iterable[tuple[Site, nn.Module]],
+        around: Around,
+        forwards: Mapping[str, Forward] | None = None,
+    ) -> None:
+        """`forwards`, by path, are those of attention modules that call no function of torch's."""
+        self._sites: dict[nn.Module, Site] = {}
+        self._places: dict[nn.Module, str] = {}
+        self._originals: dict[nn.Module, Any] = {}
+        self._wrapped: dict[nn.Module, Any] = {}
         self._routes: list[str] = []
         try:
-            for site, module in modules.items():
-                if site.kind != "self_attention":
-                    self._originals[site] = vars(module).get("forward")  # accelerate, too, sets it on the instance
-                    self._wrapped[site] = module.forward = _wrap_forward(module, site, around)
+            for site, module in modules:
+                instead = (forwards or {}).get(site.path)
+                processed = site.kind == "self_attention" and instead is None and hasattr(module, "processor")
+                self._sites[module], self._places[module] = site, "processor" if processed else "forward"
+                if hasattr(getattr(module, self._places[module]), "arrowhead_around"):
+                    raise AlreadyApplied(f"{site.path} is intercepted already; call arrowhead.remove first")
+                if not processed:
+                    own = vars(module).get("forward")  # accelerate, too, sets it on the instance
+                    wrapped = _wrap_forward(module, site, around, instead)
+                    self._originals[module], self._wrapped[module], module.forward = own, wrapped, wrapped
                     continue
-                if hasattr(module.processor, "arrowhead_around"):
-                    raise AlreadyApplied(f"{site.path} is intercepted already; call arrowhead.remove(pipe) first")
                 try:
                     self._routes += route(module.processor)
                 except NotIntercepted as error:
                     raise NotIntercepted(f"{site.path}: {error}") from None
-                self._originals[site] = module.processor
-                self._wrapped[site] = module.processor = _wrap(module.processor, site, around)
+                self._originals[module] = module.processor
+                self._wrapped[module] = module.processor = _wrap(module.processor, site, around)
         except BaseException:
             self.remove()
             raise
@@ -185,10 +273,10 @@ class Interception:
     def remove(self) -> None:
         """Put every processor, forward and name back. What somebody else has set since stays, with a warning."""
         replaced = []
-        for site, original in self._originals.items():
-            module, name = self._modules[site], "processor" if site.kind == "self_attention" else "forward"
+        for module, original in self._originals.items():
+            site, name = self._sites[module], self._places[module]
             current = vars(module).get(name, getattr(module, name))
-            if current is not self._wrapped.get(site):
+            if current is not self._wrapped.get(module):
                 replaced.append(f"{site.path} by a {type(current).__name__}")
             elif original is None:
                 delattr(module, name)
@@ -206,14 +294,65 @@ class Interception:
             )
 
 
-def _wrap_forward(module: nn.Module, site: Site, around: Around) -> Callable[..., Output]:
-    forward, call = module.forward, BlockCall if site.kind == "block" else ModuleCall
+def _wrap_forward(module: nn.Module, site: Site, around: Around, instead: Forward | None) -> Callable[..., Output]:
+    forward = module.forward
+    routed = _watched(forward) if instead is None else functools.partial(instead, module, attention)
+    unchecked = instead is not None
 
     @functools.wraps(forward)
     def wrapped(*args: Any, **kwargs: Any) -> Output:
-        return around(call(site, module, forward, args, kwargs))
+        nonlocal unchecked
+        if site.kind != "self_attention":
+            return around((BlockCall if site.kind == "block" else ModuleCall)(site, module, forward, args, kwargs))
+        call = ForwardSiteCall(site, module, forward, args, kwargs, routed)
+        if unchecked:
+            _require_alike(call)
+            unchecked = False
+        return around(call)
 
+    wrapped.arrowhead_around = around  # type: ignore[attr-defined]
     return wrapped
+
+
+def _watched(forward: Callable[..., Output]) -> Callable[..., Output]:
+    def watched(*args: Any, **kwargs: Any) -> Output:
+        with Watched():
+            return forward(*args, **kwargs)
+
+    return watched
+
+
+@torch.no_grad()
+def _require_alike(call: ForwardSiteCall) -> None:
+    """Check, on one row, that a forward in place of the module's own gives what that gives.
+
+    Raises:
+        NotIntercepted: it does not.
+    """
+    one = slice(0, 1)
+    args, kwargs = tuple(map(_detached, call.args)), {name: _detached(value) for name, value in call.kwargs.items()}
+    call = replace(call, args=args, kwargs=kwargs)
+    with _disable_current_modes():  # no counter of FLOPs counts it
+        wanted, got = call.native(one), call.run(lambda attention: attention.native(), one)
+    if isinstance(wanted, Tensor) and isinstance(got, Tensor) and wanted.shape == got.shape:
+        off = float((got - wanted).float().norm() / wanted.float().norm().clamp_min(1e-12))
+        if off <= max(SAME, 8 * torch.finfo(wanted.dtype).eps) or not wanted.isfinite().all():
+            return
+        found = f"what is off by {off:.1%}"
+    else:
+        found = f"{_shape(got)} where the module gives {_shape(wanted)}"
+    raise NotIntercepted(
+        f"{call.site.path}: the forward given for a {type(call.module).__name__} gives {found}; wanted what the module itself "
+        "gives; look at the order of norms and rotary embeddings, at the scale, and at the order of heads in its projection"
+    )
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _shape(out: Output) -> str:
+    return f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
 
 
 def _wrap(processor: Any, site: Site, around: Around) -> Any:
@@ -239,9 +378,25 @@ def _wrapper_class(base: type) -> type:
 
 
 @contextmanager
-def intercepted(modules: Mapping[Site, nn.Module], around: Around) -> Iterator[None]:
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Another forward on the instance, for the length of a `with` block."""
+    before = vars(module).get("forward")  # accelerate, too, sets it on the instance
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+@contextmanager
+def intercepted(
+    modules: Iterable[tuple[Site, nn.Module]], around: Around, forwards: Mapping[str, Forward] | None = None
+) -> Iterator[None]:
     """Hold the two places for the length of a `with` block."""
-    interception = Interception(modules, around)
+    interception = Interception(modules, around, forwards)
     try:
         yield
     finally:

@@ -1,21 +1,24 @@
 """What is attended over: tokens, the module that attends, and how the two CFG branches share a batch."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """A sequence of visual tokens with, perhaps, text tokens before or after them."""
+    """A sequence of visual tokens with, perhaps, text tokens before or after them; `frames` where some site sees one frame."""
 
     visual: int
     text: int = 0
     text_first: bool = False
+    frames: int = 1
 
     def __post_init__(self) -> None:
         if self.visual < 1 or self.text < 0:
             raise ValueError(f"got {self.visual} visual and {self.text} text tokens, wanted at least 1 and 0")
+        if self.frames < 1 or self.visual % self.frames:
+            raise ValueError(f"got {self.frames} frames of {self.visual} visual tokens, wanted frames of one size")
 
     @property
     def total(self) -> int:
@@ -41,12 +44,15 @@ class Site:
     """One module that a plan speaks of: its path in the transformer and the sizes its cost follows from.
 
     `joint` sites attend over text and image tokens, others over the image's alone. `projects_out` says which tokens have an
-    output projection of the site's own. `heads_apart`: whether single heads' Q, K and V can be computed without the others'; it
-    may change while a pipeline is used (LoRA), and is no part of what a plan is bound to. `kv_heads` heads of keys and values
-    serve as many heads of queries each; None where every head has its own.
+    output projection of the site's own. `over` says along what it attends: `space` sites have a sequence for each frame of a
+    sample, `time` sites one for each place. `heads_apart`: whether single heads' Q, K and V can be computed without the
+    others'; it may change while a pipeline is used (LoRA), and is no part of what a plan is bound to. `kv_heads` heads of keys
+    and values serve as many heads of queries each; None where every head has its own.
 
-    Where one layer projects for attention and for a feed-forward beside it, as in FLUX.2, the feed-forward is the site's, too:
-    tokens are multiplied with its `weights` whatever heads do.
+    `text_channels` are the text's at joint sites, 0 where they are the image's. `by_sample`: attention is called once for each
+    sample, over that part of its text which is no padding; it counts as if none were. Where one layer projects for attention
+    and for a feed-forward beside it, as in FLUX.2, the feed-forward is the site's, too: tokens are multiplied with its
+    `weights` whatever heads do.
 
     Other kinds are computed or not, and have one head as wide as what they give; tokens are multiplied with so many `weights`,
     those of the text with `text_weights`. A `cross_attention` looks from the image at the text. A `block` gives what it adds to
@@ -65,10 +71,19 @@ class Site:
     weights: int = 0
     text_weights: int = 0
     within: tuple["Site", ...] = ()
+    over: Literal["all", "space", "time"] = "all"
+    text_channels: int = 0
+    by_sample: bool = False
 
     def tokens(self, of_call: Tokens) -> Tokens:
-        """What the site attends over, in a call of the transformer with these tokens."""
-        return of_call if self.joint else Tokens(of_call.visual)
+        """What a sequence of the site's has, in a call of the transformer with these tokens."""
+        if self.over != "all":
+            return Tokens(of_call.visual // self.sequences(of_call))
+        return replace(of_call, frames=1) if self.joint else Tokens(of_call.visual)
+
+    def sequences(self, of_call: Tokens) -> int:
+        """Rows of the site's input for one sample."""
+        return {"all": 1, "space": of_call.frames, "time": of_call.visual // of_call.frames}[self.over]
 
     @property
     def sees_text(self) -> bool:
@@ -92,7 +107,7 @@ class Site:
 
 def seen(tokens: Tokens, sites: Iterable[Site]) -> Tokens:
     """What of a call's tokens matters to these sites."""
-    return tokens if any(site.sees_text for site in sites) else Tokens(tokens.visual)
+    return tokens if any(site.sees_text for site in sites) else replace(tokens, text=0, text_first=False)
 
 
 def outermost(sites: Iterable[Site]) -> tuple[Site, ...]:

@@ -148,11 +148,14 @@ def _head_outputs(column: Sequence[Cell], step: int) -> tuple[HeadOutput, ...]:
     return (HeadOutput(readers[-1], all(getattr(column[s], "share_cfg", False) for s in readers)),)
 
 
-def first_fault(column: Sequence[Cell]) -> str | None:
-    """Why the column cannot run: it reads what no earlier step wrote. None when it can."""
+def first_fault(column: Sequence[Cell], switch: int | None = None) -> str | None:
+    """Why the column cannot run: it reads what no earlier step wrote. None when it can.
+
+    Nothing that was written before the step `switch` may be read from there on.
+    """
     heads = head_count(column)
     views = [column] if heads is None else [of_head(column, head) for head in range(heads)]
-    faults = [(fault, head) for head, view in enumerate(views) if (fault := _fault(view)) is not None]
+    faults = [(fault, head) for head, view in enumerate(views) if (fault := _fault(view, switch)) is not None]
     if not faults:
         return None
     (step, what), head = min(faults)
@@ -160,10 +163,12 @@ def first_fault(column: Sequence[Cell]) -> str | None:
     return f"{whose}step {step} {what}"
 
 
-def _fault(column: Sequence[Cell]) -> tuple[int, str] | None:
+def _fault(column: Sequence[Cell], switch: int | None) -> tuple[int, str] | None:
     """The first fault of a column of one head."""
     computed, full, attended = 0, False, False
     for step, cell in enumerate(column):
+        if step == switch:
+            computed, full, attended = 0, False, False
         if isinstance(cell, Reuse) and not computed:
             return step, "reuses an output, but no earlier step computes one"
         if extrapolates(cell) and computed < 2:

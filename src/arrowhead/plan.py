@@ -18,7 +18,7 @@ from arrowhead.methods import Arrow, Attend, Cached, Cell, Full, Method, Precisi
 
 FORMAT = 4
 READABLE = (2, 3, FORMAT)
-"""Format 2 is without precisions, and means the same."""
+"""Format 3 is without slopes and a second transformer, format 2 without precisions besides; else they mean the same."""
 SYMBOLS = {
     "full": "F",
     "ASC": "C",
@@ -84,10 +84,11 @@ class Plan:
     """Steps × sites of cells, with what they were made for and how they were found.
 
     `guided` says whether there were both CFG branches, in one batch or in two `calls` of the transformer a step; `about` holds
-    the search's settings, the model's name and the versions of the libraries, for people to read.
+    the search's settings, the model's name and the versions of the libraries, for people to read. From the step `switch` on a
+    second transformer is called, whose sites are the same and remember nothing of the first one's; None where there is one.
 
     Raises:
-        PlanInvalid: rows of different length, or a cell that reads what no earlier step wrote.
+        PlanInvalid: rows of different length, or a cell that reads what no earlier step wrote, with the same transformer.
     """
 
     cells: tuple[tuple[Cell, ...], ...]
@@ -96,8 +97,11 @@ class Plan:
     guided: bool
     about: Mapping[str, Any] = field(default_factory=dict, compare=False)
     calls: int = 1
+    switch: int | None = None
 
     def __post_init__(self) -> None:
+        if self.switch is not None and not 0 <= self.switch < len(self.cells):
+            raise PlanInvalid(f"got switch={self.switch} with {len(self.cells)} steps, wanted one of them, or None")
         if self.calls not in (1, 2) or (self.calls == 2 and not self.guided):
             raise PlanInvalid(f"got {self.calls} calls a step, wanted 1, or 2 where there is guidance")
         if not self.cells or not self.target.sites:
@@ -114,8 +118,9 @@ class Plan:
                 raise PlanInvalid(f"site {site.path}: a {site.kind} has no heads; wanted it computed in full, or reused")
             if wrong := told_apart - {site.heads}:
                 raise PlanInvalid(f"site {site.path} has {site.heads} heads, got methods for {min(wrong)}; wanted one for each")
-            if fault := first_fault(column):
-                raise PlanInvalid(f"site {site.path}: {fault}; begin with full attention there")
+            if fault := first_fault(column, self.switch):
+                again = f", and again at step {self.switch}, where another transformer takes over" if self.switch else ""
+                raise PlanInvalid(f"site {site.path}: {fault}; begin with full attention there{again}")
 
     @property
     def steps(self) -> int:
@@ -169,17 +174,21 @@ class Plan:
         if found := self.target.differences(target):
             raise PlanMismatch("plan does not fit this pipeline; search again on it. " + "; ".join(found))
 
-    def require_call(self, steps: int, tokens: Tokens, calls: int = 1) -> None:
-        """Check that a generation has the plan's steps and tokens, and as many calls of the transformer in a step.
+    def require_call(self, steps: int | None, tokens: Tokens, calls: int = 1, switch: int | None = None) -> None:
+        """Check that a generation has the plan's steps, tokens and switch, and as many calls of the transformer in a step.
+
+        `steps` None: nobody knows yet.
 
         Raises:
             PlanMismatch: it has not; the message names every difference.
         """
         found = []
-        if steps != self.steps:
+        if steps not in (None, self.steps):
             found.append(f"plan is for {self.steps} steps, pipeline runs {steps}; search again with {steps} steps")
         if tokens != self.tokens:
             found.append(f"plan is for {self.tokens}, pipeline runs {tokens}; search again at this resolution")
+        if switch != self.switch:
+            found.append(f"plan has {_second(self.switch)}, pipeline {_second(switch)}; search again with this boundary_ratio")
         if calls != self.calls and self.guided:
             found.append(f"plan is for {self.calls} calls of the transformer a step, pipeline makes {calls}; search again")
         if found:
@@ -194,6 +203,7 @@ class Plan:
             "about": dict(self.about),
             "guided": self.guided,
             "calls": self.calls,
+            "switch": self.switch,
             "tokens": asdict(self.tokens),
             "target": asdict(self.target),
             "legend": {name: _CellModel.of(cell).model_dump(exclude_none=True) for name, cell in legend.items()},
@@ -221,6 +231,10 @@ class Plan:
             return _PlanModel.model_validate_json(text, strict=True).plan()
         except (pydantic.ValidationError, PlanInvalid) as error:
             raise PlanInvalid(f"{path} is no sound plan; wanted a file that Plan.save wrote. {error}") from error
+
+
+def _second(switch: int | None) -> str:
+    return "no second transformer" if switch is None else f"its second transformer from step {switch} on"
 
 
 def _legend(cells: Sequence[Sequence[Cell]]) -> dict[str, Cell]:
@@ -296,6 +310,7 @@ class _PlanModel(pydantic.BaseModel, extra="forbid"):
     about: dict[str, Any]
     guided: bool
     calls: Literal[1, 2]
+    switch: int | None = None
     tokens: Tokens
     target: Target
     legend: dict[str, _CellModel]
@@ -319,4 +334,4 @@ class _PlanModel(pydantic.BaseModel, extra="forbid"):
     def plan(self) -> Plan:
         legend = {symbol: model.cell() for symbol, model in self.legend.items()}
         cells = tuple(tuple(legend[symbol] for symbol in row.split()) for row in self.cells)
-        return Plan(cells, self.target, self.tokens, self.guided, self.about, self.calls)
+        return Plan(cells, self.target, self.tokens, self.guided, self.about, self.calls, self.switch)

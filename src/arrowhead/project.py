@@ -52,6 +52,10 @@ class SomeHeads:
         """The width of the heads that are projected, from which Qwen's processor takes a head's."""
         return self._module.inner_dim // self._all * self.heads
 
+    def prepare_attention_mask(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own, for so many heads."""
+        return type(self._module).prepare_attention_mask(self, *args, **kwargs)
+
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._module, name)
         return partial(self._project, value) if name in QKV and value is not None else value

@@ -3,20 +3,24 @@
 `F` becomes a stand-in for torch.nn.functional whose `scaled_dot_product_attention` asks whoever answers for the site that is
 running; `dispatch_attention_fn`, which newer models of diffusers call, becomes a function that does. Routed for the first
 model that needs a module, and put back with the last, so that an untouched process stays untouched.
+
+A module without a processor may call attention by any name and from anywhere: while its forward runs, torch itself is asked.
 """
 
 import sys
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from arrowhead.errors import NotIntercepted
 
@@ -36,6 +40,25 @@ class AttentionCall:
     mask: Tensor | None
     causal: bool
     native: Callable[[], Tensor]
+
+
+def batched(calls: Sequence[AttentionCall], length: int) -> AttentionCall:
+    """Calls of one sample each, without masks, as one of all, padded at the end to `length` tokens: the mask tells which."""
+
+    def whole(parts: Iterable[Tensor]) -> Tensor:
+        return torch.cat([F.pad(part, (0, 0, 0, length - part.shape[2])) for part in parts])
+
+    lengths = torch.tensor([call.k.shape[2] for call in calls], device=calls[0].k.device)
+    seen = torch.arange(length, device=lengths.device) < lengths[:, None]  # (B, N)
+    return AttentionCall(
+        whole(call.q for call in calls),
+        whole(call.k for call in calls),
+        whole(call.v for call in calls),
+        calls[0].scale,
+        None if bool(seen.all()) else seen[:, None, None],
+        any(call.causal for call in calls),
+        lambda: whole(call.native() for call in calls),
+    )
 
 
 Answer = Callable[[AttentionCall], Tensor]  # (B, H, N, D)
@@ -82,6 +105,18 @@ class _RoutedFunctional(types.ModuleType):
             )
 
         return _ask(AttentionCall(query, key, value, scale, attn_mask, is_causal or dropout_p > 0, native))
+
+
+attention = _RoutedFunctional.scaled_dot_product_attention
+"""What asks: to be called in place of torch's."""
+
+
+class Watched(TorchFunctionMode):
+    """Within a `with` block every call of torch's scaled_dot_product_attention is routed, whatever name it goes by."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        routed = attention if function is F.scaled_dot_product_attention else function
+        return routed(*args, **(kwargs or {}))
 
 
 def _routed_dispatch(dispatch: Callable[..., Tensor]) -> Callable[..., Tensor]:

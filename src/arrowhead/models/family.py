@@ -28,7 +28,10 @@ class Family:
     layers of a block that multiply once for a sample rather than its tokens, `text_pattern` those that multiply the text's.
     `samples` is the transformer's argument with a latent for each sample; `returned` are the tokens at the beginning of its
     output that a pipeline goes on with, None where that is all. `left_alone` says what of the transformer is computed in every
-    step, and `tested` which of the tests it goes through.
+    step, and `tested` which of the tests it goes through. `over` says along what sites attend, and `by_sample` how, see `Site`;
+    `heads_apart` is False where all have to be projected. `unfit` tells what of a transformer does not fit. Where a pipeline
+    may have a second transformer, `takes_over` tells from one that is running the step from which that one is called, and
+    `later_guidance_scale` how far it drives the branches apart.
     """
 
     name: str
@@ -44,9 +47,15 @@ class Family:
     guidance_scale: Callable[[Mapping[str, Any]], float] = lambda call: float(call["guidance_scale"])
     per_sample_pattern: str = r"norm.*"
     text_pattern: str = r".*context.*"
+    over: Literal["all", "space"] = "all"
+    by_sample: bool = False
+    heads_apart: bool = True
     refused: Callable[[Mapping[str, Any]], str | None] = lambda _: None
     samples: str = "hidden_states"
     returned: Callable[[Mapping[str, Any]], int | None] = lambda _: None
+    unfit: Callable[[Any], str | None] = lambda _: None
+    takes_over: Callable[[Any], int | None] | None = None
+    later_guidance_scale: Callable[[Mapping[str, Any]], float] | None = None
     left_alone: str = ""
     tested: Literal["all contracts", "essentials"] = "essentials"
 
@@ -92,10 +101,18 @@ def video_patches(transformer: Any, call: Mapping[str, Any]) -> Tokens:
 
 
 def frames_then_text(transformer: Any, call: Mapping[str, Any]) -> Tokens:
-    """Video in patches, frame by frame, before the text."""
+    """Video in patches, frame by frame, before the text, or beside it."""
     frames, height, width = call["hidden_states"].shape[2:]  # (B, C, F, H, W)
-    patch, in_time = transformer.config.patch_size, transformer.config.patch_size_t
-    return Tokens((frames // in_time) * (height // patch) * (width // patch), text=call["encoder_hidden_states"].shape[1])
+    patch, in_time = transformer.config.patch_size, getattr(transformer.config, "patch_size_t", 1)
+    text = call["encoder_hidden_states"].shape[-2]  # (B, T, C) or (B, 1, T, C)
+    return Tokens((frames // in_time) * (height // patch) * (width // patch), text)
+
+
+def frame_by_frame(transformer: Any, call: Mapping[str, Any]) -> Tokens:
+    """A video in patches, each frame a sequence of its own."""
+    frames, height, width = call["hidden_states"].shape[2:]  # (B, C, F, H, W)
+    patch = transformer.config.patch_size
+    return Tokens(frames * (height // patch) * (width // patch), frames=frames)
 
 
 def packed_beside_text(_: Any, call: Mapping[str, Any]) -> Tokens:
@@ -163,6 +180,25 @@ def truncated_cfg(call: Mapping[str, Any]) -> str | None:
 def guidance_above_zero(call: Mapping[str, Any]) -> bool:
     """Z-Image's scale is that of what is added."""
     return call["guidance_scale"] > 0
+
+
+def below_boundary(pipe: Any) -> int | None:
+    """Wan 2.2's second transformer is called at timesteps below a fraction of those of training."""
+    ratio = pipe.config.get("boundary_ratio")
+    boundary = -math.inf if ratio is None else ratio * pipe.scheduler.config.num_train_timesteps
+    return next((step for step, t in enumerate(pipe.scheduler.timesteps) if t < boundary), None)
+
+
+def second_or_only_scale(call: Mapping[str, Any]) -> float:
+    """Of Wan 2.2's second transformer: the first one's where none is named for it."""
+    scale, second = call["guidance_scale"], call["guidance_scale_2"]
+    return float(scale if second is None else second)
+
+
+def looks_at_an_image(transformer: Any) -> str | None:
+    """Wan 2.1's from images has a second attention, to the image, within the one to the text."""
+    image_dim = transformer.config.image_dim
+    return None if image_dim is None else f"image_dim={image_dim}: attention to an image beside the one to the text"
 
 
 def skipped_layers(call: Mapping[str, Any]) -> str | None:

@@ -2,16 +2,17 @@
 
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
 from arrowhead.errors import InputsInvalid, UnsupportedPipeline
 from arrowhead.layout import Branches, BranchOrder, Kind, Site, Tokens, seen
+from arrowhead.models.adapter import Attention, Forward, Own
 from arrowhead.models.families import FAMILIES
-from arrowhead.models.family import Family
+from arrowhead.models.family import NONE, Family
 from arrowhead.models.refused import REFUSED
 from arrowhead.project import heads_apart
 
@@ -23,15 +24,25 @@ ATTENTION: frozenset[Kind] = frozenset({"self_attention"})
 EVERYTHING: frozenset[Kind] = frozenset({"self_attention", "cross_attention", "feed_forward", "block"})
 
 
+DESCRIBE = "; or describe its transformer with an arrowhead.Adapter, and give that with it in place of the pipeline"
+"""What is left where nothing is known."""
+
+
 @dataclass(frozen=True)
 class Model:
-    """A pipeline's transformer, its family, and its sites with their modules in the order they run."""
+    """A pipeline's transformer, its family, and its sites with their modules in the order they run.
 
-    pipe: "DiffusionPipeline"
-    transformer: nn.Module
+    Where a second transformer takes over in the middle, it has the same sites; `modules` are those of the first. A module of
+    one's own with its adapter takes the places of pipeline and family; `forwards`, by path, are those that have to take the
+    place of attention modules' own.
+    """
+
+    pipe: "DiffusionPipeline | Own"
+    transformers: tuple[nn.Module, ...]
     family: Family
     branch_order: BranchOrder
     modules: Mapping[Site, nn.Module]
+    forwards: Mapping[str, Forward] = field(default_factory=dict)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -39,15 +50,43 @@ class Model:
         return tuple(self.modules)
 
     @property
-    def steps(self) -> int:
-        """The denoising steps of the call that is running; one that starts from an image leaves the first ones out."""
+    def transformer(self) -> nn.Module:
+        """The one that runs first."""
+        return self.transformers[0]
+
+    @property
+    def placed(self) -> list[tuple[Site, nn.Module]]:
+        """The sites with their modules in every transformer."""
+        return [(site, transformer.get_submodule(site.path)) for transformer in self.transformers for site in self.sites]
+
+    @property
+    def switch(self) -> int | None:
+        """The step of the call that is running from which the second transformer is called; None where it never is."""
+        takes_over = self.family.takes_over
+        return None if takes_over is None or len(self.transformers) == 1 else takes_over(self.pipe)
+
+    def due(self, step: int) -> nn.Module:
+        """The transformer that is called in a step of the call that is running."""
+        return self.transformers[self.switch is not None and step >= self.switch]
+
+    @property
+    def steps(self) -> int | None:
+        """The denoising steps of the call that is running; one that starts from an image leaves the first ones out.
+
+        None of a loop of one's own, which nobody knows before it ends.
+        """
+        if isinstance(self.pipe, Own):
+            return None
         return len(self.pipe.scheduler.timesteps) - (getattr(self.pipe.scheduler, "begin_index", None) or 0)
 
     @property
-    def latent_channels(self) -> int:
-        """Channels of what the transformer takes as its input."""
+    def latent_channels(self) -> int | None:
+        """Channels that a sampler goes by, where the transformer gives a variance, too; None where it gives no more."""
+        if isinstance(self.pipe, Own):
+            return self.pipe.adapter.latent_channels
         config: Any = self.transformer.config
-        return int(config.in_channels)
+        given = getattr(config, "out_channels", None)
+        return int(config.in_channels) if given == 2 * config.in_channels else None
 
     def only(self, wanted: Callable[[Site], bool]) -> "Model":
         """The same with fewer sites."""
@@ -75,13 +114,20 @@ class Model:
         known: Any = next(c for c in type(self.transformer).__mro__ if c.__name__ == self.family.transformer)
         return _by_name(inspect.signature(known.forward), (self.transformer, *args), kwargs, "the transformer")
 
+    def given(self, arguments: Mapping[str, Any]) -> Any:
+        """What the transformer works on, (B, …) or a list, of a call with these `transformer_arguments`."""
+        named = self.family.samples
+        return arguments[named] if named in arguments else [*arguments.values()][1]  # beside itself
+
     def tokens(self, arguments: Mapping[str, Any]) -> Tokens:
         """What a call of the transformer with these `transformer_arguments` brings that matters to the sites."""
         return seen(self.family.tokens(self.transformer, arguments), self.sites)
 
-    def samples(self, arguments: Mapping[str, Any]) -> int:
-        """How many samples such a call has."""
-        return len(arguments[self.family.samples])
+    def guidance_scale(self, call: Mapping[str, Any], step: int) -> float:
+        """How far a pipeline call with these arguments, which is running, drives the branches apart in a step."""
+        later = self.family.later_guidance_scale
+        scale = self.family.guidance_scale if later is None or self.due(step) is self.pipe.transformer else later
+        return scale(call)
 
     def branches(self, call: Mapping[str, Any]) -> Branches:
         """How the CFG branches of a pipeline call with these arguments arrive.
@@ -91,33 +137,35 @@ class Model:
         """
         if refused := self.family.refused(call):
             raise InputsInvalid(f"got {refused}; wanted a call without it; leave it out, or remove the plan")
-        return Branches(self.branch_order, self.family.guided(dict(self.pipe.config) | dict(call)))
+        return Branches(self.branch_order, self.family.guided(dict(getattr(self.pipe, "config", {})) | dict(call)))
 
 
-def find(pipe: "DiffusionPipeline", kinds: Collection[Kind] = ATTENTION) -> Model:
+def find(pipe: "DiffusionPipeline | Own", kinds: Collection[Kind] = ATTENTION) -> Model:
     """Look a pipeline up in the families table and find its sites of these kinds, by default those of attention.
 
     Raises:
         UnsupportedPipeline: the pipeline or its transformer is not in the table, or no site was found.
     """
-    transformer = getattr(pipe, "transformer", None)
+    if isinstance(pipe, Own):
+        return _described(pipe, kinds)
+    transformers = transformers_of(pipe)
     name, supported = type(pipe).__name__, ", ".join(p for f in FAMILIES for p in f.branch_order)
-    if not isinstance(transformer, nn.Module):
+    if not transformers:
         raise UnsupportedPipeline(f"got {name}, which has no transformer; wanted one of {supported}")
+    transformer = transformers[0]
     ancestry = {cls.__name__ for cls in type(transformer).__mro__}
     family = next((f for f in FAMILIES if f.transformer in ancestry), None)
     if family is None:
         why = next((f", which has {REFUSED[cls]}" for cls in ancestry if cls in REFUSED), "")
-        raise UnsupportedPipeline(f"got {name} with a {type(transformer).__name__}{why}; wanted one of {supported}")
-    if getattr(pipe, "transformer_2", None) is not None:
         raise UnsupportedPipeline(
-            f"got {name} with a second transformer, which takes over in the middle; wanted one transformer for all steps"
+            f"got {name} with a {type(transformer).__name__}{why}; wanted one of {supported}{'' if why else DESCRIBE}"
         )
+    _require_alike(family, name, transformers)
     order = next((family.branch_order[c.__name__] for c in type(pipe).__mro__ if c.__name__ in family.branch_order), None)
     if order is None:
         raise UnsupportedPipeline(
             f"got {name}, whose order of CFG branches is not known; wanted one of {', '.join(family.branch_order)}, "
-            f"or a subclass of one"
+            f"or a subclass of one{DESCRIBE}"
         )
     modules = dict(_sites(family, transformer, kinds))
     if not modules:
@@ -125,7 +173,86 @@ def find(pipe: "DiffusionPipeline", kinds: Collection[Kind] = ATTENTION) -> Mode
         raise UnsupportedPipeline(
             f"got kinds {', '.join(sorted(kinds))} for a {type(transformer).__name__}, wanted some that it has: {there}"
         )
-    return Model(pipe, transformer, family, order, modules)
+    return Model(pipe, transformers, family, order, modules)
+
+
+def transformers_of(pipe: "DiffusionPipeline") -> tuple[Any, ...]:
+    """A pipeline's transformers, in the order they are called."""
+    both = (getattr(pipe, name, None) for name in ("transformer", "transformer_2"))
+    return tuple(transformer for transformer in both if isinstance(transformer, nn.Module))
+
+
+def _require_alike(family: Family, name: str, transformers: Sequence[Any]) -> None:
+    """Check that transformers fit, and that a second one does what the first does, so that sites can be the same."""
+    if unfit := family.unfit(transformers[0]):
+        raise UnsupportedPipeline(f"got {name} with a {type(transformers[0]).__name__} that has {unfit}; wanted one without")
+    if len(transformers) == 1:
+        return
+    if family.takes_over is None:
+        raise UnsupportedPipeline(f"got {name} with a second transformer, wanted one for all steps")
+    first, second = ({"class": type(t), **t.config} for t in transformers)
+    differences = sorted(key for key in {*first, *second} if key[0] != "_" and first.get(key) != second.get(key))
+    if differences:
+        raise UnsupportedPipeline(
+            f"got {name} with two transformers that differ in {', '.join(differences)}; wanted them alike, so that a plan can "
+            "speak of both"
+        )
+
+
+def _described(own: Own, kinds: Collection[Kind]) -> Model:
+    """A module of one's own, as its adapter has it.
+
+    Raises:
+        UnsupportedPipeline: the adapter's patterns match nothing, or a module's sizes do not follow from its layers.
+    """
+    adapter, root = own.adapter, own.transformer
+    family = Family(
+        name=type(root).__name__,
+        transformer=type(root).__name__,
+        site_pattern=NONE,
+        feed_forward_pattern=adapter.feed_forward,
+        block_pattern=NONE,
+        branch_order={},
+        tokens=adapter.tokens,
+        guided=lambda _: adapter.cfg is not None,
+        guidance_scale=lambda _: adapter.guidance_scale,
+    )
+    modules, forwards = dict(_sites(family, root, kinds)), dict[str, Forward]()
+    for pattern, attention in adapter.attention.items() if "self_attention" in kinds else ():
+        matching = [(path, module) for path, module in root.named_modules() if re.fullmatch(pattern, path)]
+        if not matching:
+            raise UnsupportedPipeline(
+                f"got an adapter with {pattern!r}, which no path in a {family.name} matches; wanted a regular expression for "
+                "whole paths, as model.named_modules() has them"
+            )
+        for path, module in matching:
+            modules[_own_site(family, path, module, attention)] = module
+            if (instead := attention.instead()) is not None:
+                forwards[path] = instead
+    if not modules:
+        raise UnsupportedPipeline(f"got kinds {', '.join(sorted(kinds))}, of which the adapter of a {family.name} names none")
+    order = {path: place for place, (path, _) in enumerate(root.named_modules())}
+    in_order = dict(sorted(modules.items(), key=lambda item: order[item[0].path]))
+    return Model(own, (root,), family, adapter.cfg or "cond_first", in_order, forwards)
+
+
+def _own_site(family: Family, path: str, module: nn.Module, attention: Attention) -> Site:
+    """Its sizes: all that its linear layers multiply is taken for four projections."""
+    if attention.instead() is None and hasattr(module, "processor") and hasattr(module, "to_q"):
+        return replace(_site(family, path, module), joint=attention.joint, over=attention.over)
+    linears = [linear for linear in module.modules() if isinstance(linear, nn.Linear)]
+    heads = attention.head_count(module)
+    channels = attention.channels or (linears[0].in_features if linears else 0)
+    head_dim = attention.head_dim
+    if head_dim is None and channels:
+        head_dim, rest = divmod(sum(map(_size, linears)), 4 * channels * heads)
+        head_dim = 0 if rest else head_dim
+    if not channels or not head_dim:
+        raise UnsupportedPipeline(
+            f"{path}: got linear layers of a {type(module).__name__} that are not those of Q, K, V and output for {heads} "
+            "heads; wanted them, or arrowhead.Attention(head_dim=..., channels=...)"
+        )
+    return Site(path, heads, head_dim, channels, joint=attention.joint, heads_apart=False, over=attention.over)
 
 
 def _sites(family: Family, root: nn.Module, kinds: Collection[Kind], prefix: str = "") -> Iterator[tuple[Site, nn.Module]]:
@@ -158,8 +285,11 @@ def _site(family: Family, path: str, module: Any) -> Site:
         channels=module.to_q.in_features,
         joint=joint,
         projects_out=_projected(module),
-        heads_apart=heads_apart(module),
+        heads_apart=family.heads_apart and heads_apart(module),
         kv_heads=None if kv_heads == module.heads else kv_heads,
+        over=family.over,
+        text_channels=module.add_k_proj.in_features if joint and getattr(module, "add_k_proj", None) is not None else 0,
+        by_sample=family.by_sample,
     )
 
 

@@ -4,7 +4,5 @@ REFUSED: dict[str, str] = {
     "SanaTransformer2DModel": "linear attention: there is no softmax to look at through a band",
     "SanaVideoTransformer3DModel": "linear attention: there is no softmax to look at through a band",
     "SanaWMTransformer3DModel": "linear attention in most of its layers",
-    "MochiTransformer3DModel": "attention that is called once for every sample, over its valid text alone",
-    "LatteTransformer3DModel": "attention over space and over time in turn, of other lengths in other blocks",
     "AnyFlowFARTransformer3DModel": "causal attention, frame by frame",
 }

@@ -1,18 +1,19 @@
 """Find a plan for a pipeline: `search` is the door, `greedy`, `headwise` and `budget` the strategies, `calibrate` their run."""
 
 import warnings
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from torch import nn
 from tqdm.auto import tqdm
 
 from arrowhead.apply import target_of
 from arrowhead.errors import InputsInvalid, NothingCompressed
 from arrowhead.methods import dit_fast_attn_candidates, paper_name
 from arrowhead.metrics.error import LossForm
-from arrowhead.models import find
+from arrowhead.models import Adapter, described, find, generating
 from arrowhead.plan import Plan
 from arrowhead.search.about import about
 from arrowhead.search.budget import PRESETS, Budget, budgeted, calibrate, calibration_bytes, solve, sweep
@@ -29,9 +30,10 @@ THRESHOLDS = {"D1": 0.025, "D2": 0.05, "D3": 0.075, "D4": 0.1, "D5": 0.125, "D6"
 
 
 def search(
-    pipe: "DiffusionPipeline",
-    inputs: Mapping[str, Any],
+    pipe: "DiffusionPipeline | nn.Module",
+    inputs: Mapping[str, Any] | Callable[[], Any],
     *,
+    adapter: Adapter | None = None,
     strategy: Literal["greedy", "headwise", "budget"] | Headwise | None = None,
     budget: Budget | Literal["light", "balanced", "strong"] | None = None,
     threshold: float | str | None = None,
@@ -46,9 +48,13 @@ def search(
 
     Args:
         pipe: a diffusers pipeline of a supported family. It is left as it was, whatever happens, but for the scheduler's
-            timesteps, which every call sets anew.
+            timesteps, which every call sets anew. Or a `torch.nn.Module` of one's own.
         inputs: the keyword arguments of the pipeline's call: prompts or labels, steps, guidance. A `generator` among them
-            is left as it was found.
+            is left as it was found. For a module, a callable without arguments that generates once, by any loop over the
+            model, the same whenever it is called, and returns the final latents (of which budgets alone ask). What does
+            not depend on the model, such as encoding prompts, is better done before: for a budget it is called once more for
+            every step, with the model's outputs as they were.
+        adapter: what describes a module.
         strategy: `greedy` is DiTFastAttn's Algorithm 1, `headwise` DiTFastAttnV2's choice for single heads; a `Headwise` says
             what that one may choose from; `budget` spends a budget for the whole generation where it hurts least.
         budget: for `budget`, what may be spent or lost, or the name of an error: `light` 0.03, `balanced` 0.07, `strong` 0.15.
@@ -71,6 +77,8 @@ def search(
     """
     named = strategy or ("greedy" if threshold is not None and budget is None else "budget")
     _check_arguments(named, budget, threshold, loss, extent, table)
+    pipe = described(pipe, adapter)
+    inputs = generating(pipe, inputs)
     if named == "budget":
         wanted = Budget(error=PRESETS[budget or "balanced"]) if budget is None or isinstance(budget, str) else budget
         plan = budgeted(pipe, inputs, wanted, extent=extent, table=table, progress=progress)
@@ -134,7 +142,8 @@ def _thresholded(
         settings = {"strategy": "headwise", **asdict(chosen_from), "threshold": delta}
     settings |= {"transformer_passes": found.passes, "attention_flops_by_raw": round(found.cost, 3)}
     target = before.common(target_of(find(pipe)))  # some schedulers change settings of their own while they run
-    return Plan(found.cells, target, found.tokens, found.branches.guided, about(pipe, inputs, settings), found.branches.calls)
+    told, branches = about(pipe, inputs, settings), found.branches
+    return Plan(found.cells, target, found.tokens, branches.guided, told, branches.calls, found.switch)
 
 
 def _threshold(value: float | str) -> float:

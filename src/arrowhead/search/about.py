@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from arrowhead.apply import plain
+from arrowhead.models import Own, transformers_of
 from arrowhead.versions import versions
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
@@ -16,19 +17,23 @@ if TYPE_CHECKING:  # diffusers takes seconds to import
 def about(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """The pipeline, the search's settings, the inputs of its run, and versions, as JSON can hold them."""
     generator = inputs.get("generator")
+    transformer, *_ = transformers_of(pipe)
+    own, weight = isinstance(pipe, Own), next(transformer.parameters())
     seeds = [g.initial_seed() for g in ([generator] if isinstance(generator, torch.Generator) else generator or [])]
     return {
-        "pipeline": type(pipe).__name__,
-        "model": str(pipe.config.get("_name_or_path") or ""),
+        "pipeline": type(transformer if own else pipe).__name__,
+        "model": "" if own else str(pipe.config.get("_name_or_path") or ""),
         "search": {name: plain(value) for name, value in settings.items()},
         "inputs": {name: _said(value) for name, value in inputs.items() if name != "generator"},
         "seeds": seeds,
-        "device": str(pipe.transformer.device),
-        "dtype": str(pipe.transformer.dtype),
+        "device": str(weight.device if own else transformer.device),
+        "dtype": str(weight.dtype if own else transformer.dtype),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
     }
 
 
 def _said(value: Any) -> Any:
+    if callable(value):
+        return getattr(value, "__qualname__", type(value).__name__)
     return f"tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else plain(value)

@@ -6,7 +6,7 @@ two calls, one for each CFG branch, the first is answered with a stand-in, so th
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,11 +19,11 @@ from arrowhead.attend import Generation, attend
 from arrowhead.cache import Output
 from arrowhead.cost import full_flops
 from arrowhead.errors import ArrowheadError, InputsInvalid, NotIntercepted
-from arrowhead.intercept import SiteCall, intercepted
+from arrowhead.intercept import SiteCall, forward_replaced, intercepted
 from arrowhead.layout import Branches, Site, Tokens, outermost
 from arrowhead.lifetimes import FOREVER, Residual, Writes
 from arrowhead.methods import FULL, Attend, Cell, refreshes_residual, residual_radius
-from arrowhead.models import Model
+from arrowhead.models import Model, Own
 from arrowhead.search.lockstep import blank, fill, meet, together
 from arrowhead.tally import Tally
 
@@ -37,6 +37,7 @@ class Found:
     branches: Branches
     passes: int
     cost: float
+    switch: int | None
 
 
 AtSite = Callable[[SiteCall, Generation], Output]
@@ -45,11 +46,12 @@ AtSite = Callable[[SiteCall, Generation], Output]
 
 @dataclass(frozen=True)
 class _Call:
-    """A call of the transformer by the pipeline: its tokens, rows, how to run it, and whether it scales a LoRA meanwhile.
+    """A call of a transformer by the pipeline: its tokens, rows, how to run it, and whether it scales a LoRA meanwhile.
 
     The pipeline goes on with the first `returned` tokens of what it gives, or with all.
     """
 
+    transformer: nn.Module
     tokens: Tokens
     rows: int
     run: Callable[[], Any]
@@ -82,8 +84,8 @@ class Calibration:
         return self._state.tokens
 
     @property
-    def step_count(self) -> int:
-        """The steps of the whole run."""
+    def step_count(self) -> int | None:
+        """The steps of the whole run, as far as anybody knows them."""
         return self._model.steps
 
     def steps(self) -> Generator["Step", None, None]:
@@ -93,11 +95,10 @@ class Calibration:
         for the scheduler's timesteps, which every call of the pipeline sets anew. Between two steps the pipeline is in use:
         its transformer cannot be called, and what is drawn from the global random state meanwhile is drawn again afterwards.
         """
-        pipe, transformer = self._model.pipe, self._model.transformer
+        pipe = self._model.pipe
         worker = greenlet.greenlet(lambda: pipe(**self._inputs))
-        own_forward = transformer.forward
 
-        def hand_over(*args: Any, **kwargs: Any) -> Any:
+        def hand_over(transformer: nn.Module, own_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if greenlet.getcurrent() is not worker:
                 raise ArrowheadError(
                     f"{type(transformer).__name__} was called from outside while a search runs on it; wanted the pipeline's "
@@ -106,21 +107,20 @@ class Calibration:
             if self.branches.calls == 2:  # the pipeline may change what it gave before the first call is looked at
                 kwargs = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
             arguments = self._model.transformer_arguments(args, kwargs)
-            tokens, rows = self._model.tokens(arguments), self._model.samples(arguments)
+            tokens, rows = self._model.tokens(arguments), len(self._model.given(arguments))
             scales = {value.get("scale") for value in kwargs.values() if isinstance(value, dict)} - {None, 1}
-
-            def run() -> Any:  # HunyuanDiT empties the list of what a ControlNet gave
-                own = {name: [*value] if isinstance(value, list) else value for name, value in kwargs.items()}
-                return own_forward(*args, **own)
-
-            return worker.parent.switch(_Call(tokens, rows, run, bool(scales), self._model.family.returned(arguments)))
+            run, returned = partial(_run, own_forward, args, kwargs), self._model.family.returned(arguments)
+            return worker.parent.switch(_Call(transformer, tokens, rows, run, bool(scales), returned))
 
         with (
             quiet(pipe, self._inputs.get("generator")),
-            _forward_replaced(transformer, hand_over),
-            intercepted(self._model.modules, self._at),
+            ExitStack() as replaced,
+            intercepted(self._model.placed, self._at, self._model.forwards),
         ):
-            outer = torch.is_grad_enabled()  # the mode belongs to the thread, which the two greenlets share
+            for transformer in self._model.transformers:
+                replaced.enter_context(forward_replaced(transformer, partial(hand_over, transformer, transformer.forward)))
+            outer = torch.is_grad_enabled()  # the modes belong to the thread, which the two greenlets share
+            inference = torch.is_inference_mode_enabled()
             call = worker.switch()
             try:
                 while not worker.dead:
@@ -131,11 +131,12 @@ class Calibration:
                     self.rows = sum(call.rows for call in calls)
                     step = Step(self._begin(calls), self, [call.run for call in calls], call.returned)
                     inner = torch.is_grad_enabled()
-                    torch.set_grad_enabled(outer)
-                    try:
-                        yield step
-                    finally:
-                        outer = torch.is_grad_enabled()
+                    with torch.inference_mode(inference):
+                        torch.set_grad_enabled(outer)
+                        try:
+                            yield step
+                        finally:
+                            outer = torch.is_grad_enabled()
                     torch.set_grad_enabled(inner)
                     if stand_in is not None:
                         fill(stand_in, step.answers[0])
@@ -154,11 +155,16 @@ class Calibration:
         tally, sites = self._state.tally, outermost(self._model.sites)
         samples = self._state.branches.samples
         raw = full_flops(sites, self.tokens, samples).attention
-        return tally.spent.attention / ((raw or 1) * self.step_count)
+        return tally.spent.attention / ((raw or 1) * (self.step_count or self._state.step + 1))
 
     def found(self, rows: Sequence[Sequence[Cell]]) -> Found:
         """The end of a search with these cells, steps × sites."""
-        return Found(tuple(map(tuple, rows)), self.tokens, self.branches, self.passes, self.cost)
+        return Found(tuple(map(tuple, rows)), self.tokens, self.branches, self.passes, self.cost, self.switch)
+
+    @property
+    def switch(self) -> int | None:
+        """The step from which a second transformer is called."""
+        return self._model.switch
 
     @property
     def seen(self) -> Branches:
@@ -235,11 +241,16 @@ class Calibration:
             self._generation = Generation.begin(self.seen, tokens, "auto", Tally(self.seen.samples))
         else:
             self._generation.advance(tokens)
+        if any(call.transformer is not self._model.due(self._generation.step) for call in calls):
+            raise NotIntercepted(
+                f"got step {self._generation.step} with another transformer than the scheduler's timesteps and the pipeline's "
+                "boundary_ratio say; wanted diffusers' own loop"
+            )
         return self._generation.step
 
     def _at(self, call: SiteCall) -> Output:
         if self._around is None:
-            return call.run(lambda attention: attention.native())
+            return call.native()
         return self._around(call)
 
 
@@ -261,13 +272,18 @@ class Step:
         """The transformer's sites, in the order they run."""
         return self._calibration._model.sites
 
+    @property
+    def first(self) -> bool:
+        """Whether it is a transformer's first step: what was kept before is not to be read."""
+        return self.index in (0, self._calibration.switch)
+
     def full(self) -> Tensor:
         """The transformer's output with full attention everywhere."""
         return self.output([FULL] * len(self.sites))
 
     def output(self, cells: Sequence[Cell]) -> Tensor:
         """The transformer's output with these cells, all branches; nothing is remembered."""
-        samples = self._used(_samples(self._calibration.forward(self._runs, self._by(cells, lambda _: Writes()))))
+        samples = self._used(_samples(self._calibration.forward(self._runs, self._by(cells, lambda *_: Writes()))))
         return samples[0] if len(samples) == 1 else torch.cat(samples)
 
     @contextmanager
@@ -275,12 +291,14 @@ class Step:
         """Let the pipeline go on with the output that comes of `at_site`; gives each call's, for gradients to start from."""
         with self._calibration.traced(self._runs, at_site) as outputs:
             samples = _samples(outputs)
-            self.answers = [_with_sample(output, sample.detach()) for output, sample in zip(outputs, samples, strict=True)]
+            self.answers = [output_with(output, sample.detach()) for output, sample in zip(outputs, samples, strict=True)]
             yield self._used(samples)
 
-    def finish(self, cells: Sequence[Cell], candidates: Sequence[Cell]) -> None:
+    def finish(self, cells: Sequence[Cell], candidates: Mapping[Site, Sequence[Cell]]) -> None:
         """Let the pipeline go on with the output under these cells, and remember all that `candidates` may read later."""
-        self.answers = self._calibration.forward(self._runs, self._by(cells, partial(_writes, candidates)))
+        self.answers = self._calibration.forward(
+            self._runs, self._by(cells, lambda site, cell: _writes(candidates[site], cell))
+        )
 
     def finish_by(self, at_site: AtSite) -> list[Tensor]:
         """Let the pipeline go on with the output that comes of `at_site`; gives each call's."""
@@ -294,21 +312,41 @@ class Step:
     def _used(self, samples: Sequence[Tensor]) -> list[Tensor]:
         return [sample[:, : self._returned] for sample in samples]
 
-    def _by(self, cells: Sequence[Cell], writes: Callable[[Cell], Writes]) -> AtSite:
+    def _by(self, cells: Sequence[Cell], writes: Callable[[Site, Cell], Writes]) -> AtSite:
         cell_of = dict(zip(self.sites, cells, strict=True))
-        return lambda call, state: attend(call, cell_of[call.site], writes(cell_of[call.site]), state)
+        return lambda call, state: attend(call, cell_of[call.site], writes(call.site, cell_of[call.site]), state)
+
+
+def _run(forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """A call whose arguments may have been made in torch.inference_mode, which the loop runs in and the search does not."""
+
+    def own(value: Any) -> Any:
+        if isinstance(value, list):  # HunyuanDiT empties the one that a ControlNet gave
+            return [*value]
+        made_there = isinstance(value, Tensor) and value.is_inference() and not torch.is_inference_mode_enabled()
+        return value.clone() if made_there else value
+
+    return forward(*map(own, args), **{name: own(value) for name, value in kwargs.items()})
 
 
 def _samples(outputs: Sequence[Any]) -> list[Tensor]:
-    """The first of what each call gave, a tuple or a diffusers output; where that is a list, its latents as one batch."""
-    samples = [torch.stack(output[0]) if isinstance(output[0], list) else output[0] for output in outputs]
+    """The first of what each call gave, see `sample_of`."""
+    samples = [sample_of(output) for output in outputs]
     if not all(isinstance(sample, Tensor) for sample in samples):
         raise NotIntercepted(f"the transformer gave a {type(samples[0]).__name__}; wanted a tensor as its first output")
     return samples
 
 
-def _with_sample(output: Any, sample: Tensor) -> Any:
+def sample_of(output: Any) -> Any:
+    """The first of what a call gave, a tensor, a tuple or a diffusers output; of a list of latents, as one batch."""
+    first = output if isinstance(output, Tensor) else output[0]
+    return torch.stack(first) if isinstance(first, list) else first
+
+
+def output_with(output: Any, sample: Tensor) -> Any:
     """A transformer's output with another first tensor, or list of latents."""
+    if isinstance(output, Tensor):
+        return sample
     whole = list(sample) if isinstance(output[0], list) else sample
     if isinstance(output, tuple):
         return (whole, *output[1:])
@@ -328,7 +366,9 @@ def _writes(candidates: Sequence[Cell], cell: Cell) -> Writes:
 @contextmanager
 def quiet(pipe: Any, generator: torch.Generator | Sequence[torch.Generator] | None) -> Iterator[None]:
     """No progress bar, and random states, the inputs' generators included, as they were afterwards."""
-    with _random_state_kept(generator, pipe._execution_device), _no_progress_bar(pipe):
+    own = isinstance(pipe, Own)
+    device = next(pipe.transformer.parameters()).device if own else pipe._execution_device
+    with _random_state_kept(generator, device), nullcontext() if own else _no_progress_bar(pipe):
         yield
 
 
@@ -355,16 +395,3 @@ def _no_progress_bar(pipe: Any) -> Iterator[None]:
             del pipe._progress_bar_config
         else:
             pipe._progress_bar_config = before
-
-
-@contextmanager
-def _forward_replaced(transformer: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    before = transformer.__dict__.get("forward")  # accelerate, too, sets it on the instance
-    transformer.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del transformer.forward
-        else:
-            transformer.forward = before

@@ -16,10 +16,13 @@ if TYPE_CHECKING:  # diffusers takes seconds to import
 
 @dataclass(frozen=True)
 class Trial:
-    """One candidate at one site: the transformer's error with it, and the bound it had to stay below."""
+    """One candidate at one site: the transformer's error with it, and the bound it had to stay below.
+
+    `steps` is None where they are those of a loop of one's own.
+    """
 
     step: int
-    steps: int
+    steps: int | None
     site: str
     cell: Cell
     error: float
@@ -36,9 +39,9 @@ def greedy_trials(
 ) -> Generator[Trial, None, Found]:
     """Yield every trial of Algorithm 1 on one run of the pipeline with `inputs`; return what was found.
 
-    The first step is full. At each later one, on the latents of the compressed trajectory and with the caches frozen, the
-    reference is the output with full attention everywhere; at layer i of L, with the cells chosen for the layers before,
-    the first candidate of AST, WA-RS + ASC, WA-RS, ASC whose error is below (i / L)·threshold is taken, else full.
+    A transformer's first step is full. At each later one, on the latents of the compressed trajectory and with the caches
+    frozen, the reference is the output with full attention everywhere; at layer i of L, with the cells chosen for the layers
+    before, the first candidate of AST, WA-RS + ASC, WA-RS, ASC whose error is below (i / L)·threshold is taken, else full.
 
     Raises what `arrowhead.search` raises.
     """
@@ -47,9 +50,12 @@ def greedy_trials(
     layers = len(model.sites)
     rows: list[tuple[Cell, ...]] = []
     for step in calibration.steps():
-        candidates = dit_fast_attn_candidates(calibration.tokens.visual, calibration.branches.guided)
+        candidates = {
+            site: dit_fast_attn_candidates(site.tokens(calibration.tokens).visual, calibration.branches.guided)
+            for site in model.sites
+        }
         chosen: list[Cell] = [FULL] * layers
-        if step.index > 0 and threshold > 0:
+        if not step.first and threshold > 0:
             reference = step.full()
             if not reference.isfinite().all():
                 raise InputsInvalid(
@@ -58,7 +64,7 @@ def greedy_trials(
                 )
             for layer, site in enumerate(model.sites):
                 bound = (layer + 1) / layers * threshold
-                for cell in candidates:
+                for cell in candidates[site]:
                     output = step.output([*chosen[:layer], cell, *chosen[layer + 1 :]])
                     error = relative_error(reference, output, loss)
                     trial = Trial(step.index, calibration.step_count, site.path, cell, error, bound)

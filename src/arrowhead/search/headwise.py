@@ -67,10 +67,10 @@ class Headwise:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen at one site in one step, and the sum of its heads' errors."""
+    """What was chosen at one site in one step, and the sum of its heads' errors; `steps` as a `Trial` has it."""
 
     step: int
-    steps: int
+    steps: int | None
     site: str
     cell: Attend
     error: float
@@ -81,16 +81,16 @@ def headwise_choices(
 ) -> Generator[Choice, None, Found]:
     """Yield the choices of each step of one run of the pipeline with `inputs`; return what was found.
 
-    The first step is full. At every later one each site computes its full output on the input that it really gets, from it
-    the error of every candidate of every head, and chooses: the greatest saving with Σ errors ≤ threshold. What was chosen
-    is what the site gives to the next one. No projection runs twice.
+    A transformer's first step is full. At every later one each site computes its full output on the input that it really gets,
+    from it the error of every candidate of every head, and chooses: the greatest saving with Σ errors ≤ threshold. What was
+    chosen is what the site gives to the next one. No projection runs twice.
 
     Raises what `arrowhead.search` raises.
     """
     calibration = Calibration(find(pipe), inputs)
     rows: list[list[Cell]] = []
     for step in calibration.steps():
-        chooser = Chooser(settings, threshold if step.index else 0.0)
+        chooser = Chooser(settings, 0.0 if step.first else threshold)
         step.finish_by(chooser.at_site)
         rows.append([chooser.chosen[site][0] for site in step.sites])
         for site, (cell, error) in chooser.chosen.items():

@@ -80,7 +80,9 @@ def _alike(a: Any, b: Any) -> bool:
 
 
 def blank(output: Any) -> Any:
-    """A stand-in for a transformer's output, to be filled in later: a tuple, or a diffusers output."""
+    """A stand-in for a transformer's output, to be filled in later: a tensor, a tuple, or a diffusers output."""
+    if isinstance(output, Tensor):
+        return output.clone()
     if isinstance(output, tuple):
         return tuple(value.clone() if isinstance(value, Tensor) else value for value in output)
     return type(output)(**{name: value.clone() if isinstance(value, Tensor) else value for name, value in output.items()})
@@ -88,6 +90,8 @@ def blank(output: Any) -> Any:
 
 def fill(stand_in: Any, output: Any) -> None:
     """Make a stand-in what it stands for; the pipeline, which holds it, has not looked at it yet."""
+    if isinstance(output, Tensor):
+        stand_in, output = (stand_in,), (output,)
     places, values = (stand_in, output) if isinstance(output, tuple) else (stand_in.values(), output.values())
     for place, value in zip(places, values, strict=True):
         if isinstance(value, Tensor):

@@ -8,12 +8,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 
 from arrowhead.apply import target_of
 from arrowhead.errors import InputsInvalid, NotIntercepted, PlanMismatch
 from arrowhead.layout import seen
-from arrowhead.models import find
+from arrowhead.models import Adapter, described, find, generating
 from arrowhead.plan import Plan
 from arrowhead.search.budget.allocate import Allocation, Infeasible, within_cost, within_memory
 from arrowhead.search.budget.check import final_latents, measured_errors, measured_seconds
@@ -152,35 +153,50 @@ RANGES = {"speedup": (1, sys.float_info.max), "error": (0, sys.float_info.max)}
 
 
 def calibrate(
-    pipe: "DiffusionPipeline", inputs: Mapping[str, Any], *, extent: Extent | None = None, progress: bool = True
+    pipe: "DiffusionPipeline | nn.Module",
+    inputs: Mapping[str, Any] | Callable[[], Any],
+    *,
+    adapter: Adapter | None = None,
+    extent: Extent | None = None,
+    progress: bool = True,
 ) -> Table:
     """Run the pipeline once with `inputs`, and note what skipping anything would do; the table serves any budget.
 
     Args:
-        pipe: a diffusers pipeline of a supported family. It is left as it was.
-        inputs: the keyword arguments of the pipeline's call. A `generator` among them is left as it was found.
+        pipe: a diffusers pipeline of a supported family, or a module of one's own. It is left as it was.
+        inputs: the keyword arguments of the pipeline's call. A `generator` among them is left as it was found. For a module, a
+            callable that generates once, as `search` has it.
+        adapter: of a module.
         extent: how far to look: radii, ages, random vectors.
         progress: show a tqdm bar.
 
     Raises what `arrowhead.search` raises.
     """
-    return _recorded(pipe, inputs, extent or Extent(), progress).table
+    pipe = described(pipe, adapter)
+    return _recorded(pipe, generating(pipe, inputs), extent or Extent(), progress).table
 
 
-def calibration_bytes(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], *, extent: Extent | None = None) -> int:
+def calibration_bytes(
+    pipe: "DiffusionPipeline | nn.Module",
+    inputs: Mapping[str, Any] | Callable[[], Any],
+    *,
+    adapter: Adapter | None = None,
+    extent: Extent | None = None,
+) -> int:
     """What a calibration holds at most from one step to the next, beside the pipeline itself and what one pass needs.
 
     A pass with gradients keeps its activations for the way back; with `checkpoint` one block's and each block's input, without
     gradients none. The pipeline runs up to the first call of its transformer. Raises what `arrowhead.search` raises.
     """
     extent = extent or Extent()
+    pipe = described(pipe, adapter)
     model = sites_of(pipe, extent)
-    calibration = Calibration(model, inputs)
+    calibration = Calibration(model, generating(pipe, inputs))
     with closing(calibration.steps()) as steps:
         if next(steps, None) is None:
             raise NotIntercepted("the pipeline never called its transformer; wanted at least one denoising step")
-        dtype: torch.dtype = pipe.transformer.dtype
-        return extent.held(model.sites, calibration.tokens) * calibration.rows * dtype.itemsize
+        itemsize = next(model.transformer.parameters()).itemsize
+        return extent.held(model.sites, calibration.tokens) * calibration.rows * itemsize
 
 
 def solve(table: Table, budget: Budget) -> Plan:
@@ -389,7 +405,7 @@ def _plan(problem: Problem, budget: Budget, found: Allocation) -> Plan:
     rows = tuple(zip(*columns.values(), strict=True))
     about = {**table.about, "search": search}
     target, tokens = replace(table.target, sites=tuple(columns)), seen(table.tokens, columns)
-    return Plan(rows, target, tokens, table.branches.guided, about, table.branches.calls)
+    return Plan(rows, target, tokens, table.branches.guided, about, table.branches.calls, table.switch)
 
 
 def _told(plan: Plan, **facts: Any) -> Plan:

@@ -1,16 +1,20 @@
 """A plan checked against the calibration's own run: what it really does to the final latents."""
 
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from arrowhead.apply import applied
+from arrowhead.intercept import forward_replaced
+from arrowhead.models import Own, transformers_of
 from arrowhead.plan import Plan
+from arrowhead.search.budget.loops import final_of
 from arrowhead.search.budget.samplers import observed
 from arrowhead.search.calibrate import quiet
 
@@ -51,17 +55,19 @@ def _differences(latents: Tensor) -> Tensor:
 
 def final_latents(pipe: "DiffusionPipeline", inputs: Mapping[str, Any]) -> Tensor:
     """Of one generation, float32."""
+    if isinstance(pipe, Own):
+        with quiet(pipe, None):
+            return final_of(pipe(**inputs))
     with observed(pipe.scheduler) as sampling, quiet(pipe, inputs.get("generator")):
         pipe(**inputs)
     return sampling.latents()
 
 
 def measured_seconds(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], plan: Plan) -> tuple[float, float]:
-    """Seconds of the transformer's calls in an untouched generation and in one with the plan."""
+    """Seconds of the transformers' calls in an untouched generation and in one with the plan."""
     seconds: list[float] = []
-    transformer = pipe.transformer
 
-    def timing(*args: Any, **kwargs: Any) -> Any:
+    def timing(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         started = time.perf_counter()
         out = forward(*args, **kwargs)
         if torch.cuda.is_available():
@@ -71,14 +77,10 @@ def measured_seconds(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], plan:
 
     for chosen in (None, plan):
         seconds.append(0.0)
-        with nullcontext() if chosen is None else applied(pipe, chosen), quiet(pipe, inputs.get("generator")):
-            forward, before = transformer.forward, vars(transformer).get("forward")
-            transformer.forward = timing
-            try:
-                pipe(**inputs)
-            finally:
-                if before is None:
-                    del transformer.forward
-                else:
-                    transformer.forward = before
+        with ExitStack() as entered:
+            entered.enter_context(nullcontext() if chosen is None else applied(pipe, chosen))
+            entered.enter_context(quiet(pipe, inputs.get("generator")))
+            for transformer in transformers_of(pipe):
+                entered.enter_context(forward_replaced(transformer, partial(timing, transformer.forward)))
+            pipe(**inputs)
     return seconds[0], seconds[1]

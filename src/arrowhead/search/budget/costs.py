@@ -107,7 +107,7 @@ def timed(
             busy.append(call.site)
             _time_site(call, state, choices, seconds)
             busy.clear()
-        return call.run(lambda attention: attention.native())
+        return call.native()
 
     with closing(calibration.steps()) as steps:
         step = next(steps, None)

@@ -14,9 +14,10 @@ from arrowhead.models import EVERYTHING
 class Extent:
     """How far a calibration looks: arrows of which radii, outputs and residuals of how many steps ago, by how many vectors.
 
-    `radii` None: an eighth and a 32nd of the visual tokens. `kinds` of sites, None: all, but of blocks only those that
-    compute what no other site does, as FLUX's single-stream blocks. `checkpoint`: blocks run again on the way back rather than
-    keep what they need for it (diffusers' gradient checkpointing): half as long again, in a fraction of the memory.
+    `radii` None: an eighth and a 32nd of the visual tokens (of a frame's, where a site sees one frame). `kinds` of sites, None:
+    all, but of blocks only those that compute what no other site does, as FLUX's single-stream blocks. `checkpoint`: blocks run
+    again on the way back rather than keep what they need for it (diffusers' gradient checkpointing): half as long again, in a
+    fraction of the memory.
     `feedback`: from 0, where an error counts for what the sampler makes of it, to 1, where it counts for what the model makes
     of that in the steps that follow, too (the estimate's power). `regions`: parts of the sequence of tokens that are looked at
     on their own, None: as many as make 64 products of each kind. The vectors follow from `seed`.
@@ -62,14 +63,16 @@ class Extent:
 
     def held(self, sites: Iterable[Site], tokens: Tokens) -> int:
         """Elements of one sample that are held at most from step to step: of the last steps outputs, residuals, roundings."""
-        found = 0
+        found, sites = 0, tuple(sites)
+        bands = len(self.bands(sites, tokens))
         for site in sites:
             own, attends = site.tokens(tokens), site.kind == "self_attention"
-            of_attention = own.visual * len(self.bands(tokens)) + own.total * len(self.precisions)
-            found += site.heads * site.head_dim * (own.total + of_attention * attends)
+            of_attention = own.visual * bands + own.total * len(self.precisions)
+            found += site.heads * site.head_dim * (own.total + of_attention * attends) * site.sequences(tokens)
         return found * (self.ages + 1)
 
-    def bands(self, tokens: Tokens) -> tuple[int, ...]:
-        """The radii, widest first; bands that would cover everything are left out."""
-        wanted = (tokens.visual // 8, tokens.visual // 32) if self.radii is None else self.radii
-        return tuple(sorted({radius for radius in wanted if radius < tokens.visual - 1}, reverse=True))
+    def bands(self, sites: Iterable[Site], tokens: Tokens) -> tuple[int, ...]:
+        """The radii, widest first; bands that would cover everything that some site attends over are left out."""
+        visual = min((site.tokens(tokens).visual for site in sites if site.kind == "self_attention"), default=tokens.visual)
+        wanted = (visual // 8, visual // 32) if self.radii is None else self.radii
+        return tuple(sorted({radius for radius in wanted if radius < visual - 1}, reverse=True))

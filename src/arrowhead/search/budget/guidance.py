@@ -13,13 +13,13 @@ from arrowhead.layout import Branches
 class Guidance:
     """Guided output u + scale · (c − u) of a batch that holds the branches c and u as `branches` says.
 
-    Without guidance the output is c. Of (B, C, H, W) only the first `channels` count: what a transformer gives beyond them,
-    such as a variance, is no direction to go.
+    Without guidance the output is c. Of (B, C, …) only the first `channels` count, where they are given: what a transformer
+    gives beyond them, such as a variance, is no direction to go.
     """
 
     branches: Branches
     scale: float
-    channels: int
+    channels: int | None
 
     def halves(self, batch: Tensor) -> tuple[Tensor, Tensor | None]:
         """The conditional branch's rows of any batch, and the other's where there is one."""
@@ -44,4 +44,4 @@ class Guidance:
         return list(whole.chunk(len(outputs)))
 
     def _latent(self, whole: Tensor) -> Tensor:
-        return whole[:, : self.channels] if whole.ndim == 4 else whole
+        return whole if self.channels is None else whole[:, : self.channels]

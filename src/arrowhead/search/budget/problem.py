@@ -58,8 +58,8 @@ class Problem:
         other = max(costs.other + known - units, 0.0)  # blocks compute some of what is outside of the table's sites
         self._whole = table.steps * (other + units)
         self.fixed = table.steps * other / self._whole
-        self._programme = Programme(choices)
-        self._of_modules = Programme(replace(choices, radii=(), precisions=()))  # no pairs of tokens
+        self._programme = Programme(choices, table.switch)
+        self._of_modules = Programme(replace(choices, radii=(), precisions=()), table.switch)  # no pairs of tokens
         self._groups = () if granularity in ("step", "site") else tuple(self._grouped(granularity))
 
     def _spoken_of(self, table: Table) -> tuple[Site, ...]:
@@ -127,7 +127,7 @@ class Problem:
     @cached_property
     def _of_heads(self) -> Programme:
         """For groups of heads, which are not extrapolated."""
-        return Programme(replace(self.choices, extrapolate=False))
+        return Programme(replace(self.choices, extrapolate=False), self.table.switch)
 
     @property
     def dear(self) -> float:
@@ -227,12 +227,13 @@ class Problem:
         found = np.zeros((len(programme.givens), len(columns)))
         for c, (i, heads) in enumerate(columns):
             site, tokens = self.sites[i], self.sites[i].tokens(self.table.tokens)
+            width = heads * site.head_dim * site.sequences(self.table.tokens)
             for g, given in enumerate(programme.givens):
                 if given.lag:
-                    held = (1 if given.share else self._samples) * heads * site.head_dim * tokens.total
+                    held = (1 if given.share else self._samples) * width * tokens.total
                     found[g, c] = held * (1 if given.earlier is None else 2)
                 elif given.residual_lag is not None:
-                    found[g, c] = (1 if given.residual_shared else self._samples) * heads * site.head_dim * tokens.visual
+                    found[g, c] = (1 if given.residual_shared else self._samples) * width * tokens.visual
         return found / self.table.elements
 
     @cached_property

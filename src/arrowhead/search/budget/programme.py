@@ -27,10 +27,10 @@ class Solution:
 
 
 class Programme:
-    """All memories that a site can have, and the moves between them."""
+    """All memories that a site can have, and the moves between them; at the step `switch` all is forgotten."""
 
-    def __init__(self, choices: Choices) -> None:
-        self.choices = choices
+    def __init__(self, choices: Choices, switch: int | None = None) -> None:
+        self.choices, self._switch = choices, switch
         refreshing = tuple(choices.refreshing())
         number: dict[Memory, int] = {START: 0}
         others: list[tuple[int, Move]] = []
@@ -79,10 +79,14 @@ class Programme:
             if len(total) > always:
                 others = np.minimum.reduceat(total[always:], self._first[self._begun : -1] - always, axis=0)
                 np.minimum(ahead[step, self._begun :], others, out=ahead[step, self._begun :])
+            if step == self._switch:
+                ahead[step] = ahead[step, 0]  # START's
         chosen = np.zeros((steps, columns), dtype=np.int64)
         harmed, spent, memory = np.zeros(columns), np.zeros(columns), np.zeros(columns, dtype=np.int64)
         most = int(np.diff(self._first).max(initial=0))
         for step in range(steps):
+            if step == self._switch:
+                memory = np.zeros_like(memory)
             others = self._first[memory] + np.arange(most)[:, None]
             others = np.where(others < self._first[memory + 1], others, 0)
             moves = np.concatenate([np.broadcast_to(np.arange(always)[:, None], (always, columns)), others])  # (moves, C)

@@ -1,6 +1,6 @@
 """The calibration: one run of the pipeline with full attention, followed step by step."""
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from arrowhead.apply import target_of
 from arrowhead.errors import InputsInvalid, NotIntercepted
 from arrowhead.layout import Branches, Site
-from arrowhead.models import EVERYTHING, Model, find
+from arrowhead.models import EVERYTHING, Model, Own, find
 from arrowhead.search.about import about
 from arrowhead.search.budget.extent import Extent
 from arrowhead.search.budget.guidance import Guidance
+from arrowhead.search.budget.loops import Loop
 from arrowhead.search.budget.recorder import Recorder
 from arrowhead.search.budget.samplers import observed
 from arrowhead.search.budget.table import Table
@@ -46,7 +47,9 @@ def blocks_of(pipe: "DiffusionPipeline", extent: Extent, sites: Sequence[Site]) 
     return tuple(block for block in find(pipe, EVERYTHING).sites if block.made_of(sites))
 
 
-def record(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], extent: Extent) -> Generator[tuple[int, int], None, Recording]:
+def record(
+    pipe: "DiffusionPipeline", inputs: Mapping[str, Any], extent: Extent
+) -> Generator[tuple[int, int | None], None, Recording]:
     """Run the pipeline once with `inputs`, full attention everywhere; yield (step, steps) after each step.
 
     Every step is one pass forward and one back for each vector, with respect to activations alone; without gradients two passes
@@ -55,37 +58,42 @@ def record(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], extent: Extent)
     Raises what `arrowhead.search` raises.
     """
     model = sites_of(pipe, extent)
-    if extent.gradients and any(weight.is_inference() for weight in model.transformer.parameters()):
+    weights = [weight for transformer in model.transformers for weight in transformer.parameters()]
+    if extent.gradients and any(weight.is_inference() for weight in weights):
         raise InputsInvalid(
             "got weights that were made under torch.inference_mode(), through which no gradient goes; wanted others; load the "
             "pipeline outside of it"
         )
-    target = target_of(model)
-    calibration = Calibration(model, inputs)
-    scale = model.family.guidance_scale(model.call_arguments((), inputs)) if calibration.branches.guided else 1.0
-    guidance = Guidance(calibration.seen, scale, model.latent_channels)
+    target, loop = target_of(model), Loop(model, inputs["generate"]) if isinstance(pipe, Own) else None
+    calibration = Calibration(model, inputs if loop is None else {"generate": loop})
+    call, guided = model.call_arguments((), inputs), calibration.branches.guided
     recorder: Recorder | None = None
     with (
-        observed(pipe.scheduler) as sampling,
-        _parameters_frozen(model.transformer) if extent.gradients else nullcontext(),
-        _checkpointed(model.transformer, extent.checkpoint, calibration.branches),
+        observed(pipe.scheduler) if loop is None else nullcontext(loop) as sampling,
+        _parameters_frozen(weights) if extent.gradients else nullcontext(),
+        _checkpointed(model.transformers, extent.checkpoint, calibration.branches),
     ):
         for step in calibration.steps():
-            recorder = recorder or Recorder(step.sites, calibration.tokens, guidance, extent)
-            recorder.follow(step)
+            scale = model.guidance_scale(call, step.index) if guided else 1.0
+            recorder = recorder or Recorder(step.sites, calibration.tokens, extent)
+            guidance = Guidance(calibration.seen, scale, model.latent_channels)
+            if loop is not None:
+                loop.guidance = guidance
+            recorder.follow(step, guidance)
             yield step.index, calibration.step_count
     if recorder is None:
         raise NotIntercepted("the pipeline never called its transformer; wanted at least one denoising step")
     target = target.common(target_of(model))  # some schedulers change settings of their own while they run
     blocks = blocks_of(pipe, extent, target.sites)
-    table = recorder.table(sampling, calibration.branches, target, blocks, about(pipe, inputs, asdict(extent)))
+    told = about(pipe, inputs, asdict(extent))
+    table = recorder.table(sampling, calibration.branches, target, blocks, told, calibration.switch)
     return Recording(table, sampling.latents(), calibration.passes, calibration.cost)
 
 
 @contextmanager
-def _parameters_frozen(module: nn.Module) -> Iterator[None]:
+def _parameters_frozen(weights: Iterable[nn.Parameter]) -> Iterator[None]:
     """No gradients with respect to weights: what they would need is not kept."""
-    learnt = [p for p in module.parameters() if p.requires_grad]
+    learnt = [p for p in weights if p.requires_grad]
     for p in learnt:
         p.requires_grad_(False)
     try:
@@ -96,17 +104,22 @@ def _parameters_frozen(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _checkpointed(transformer: Any, wanted: bool, branches: Branches) -> Iterator[None]:
-    before = transformer.is_gradient_checkpointing
-    if (wanted or before) and branches.calls == 2:
+def _checkpointed(transformers: Sequence[Any], wanted: bool, branches: Branches) -> Iterator[None]:
+    if wanted and (unable := [t for t in transformers if not hasattr(t, "enable_gradient_checkpointing")]):
+        raise InputsInvalid(
+            f"got checkpoint=True for a {type(unable[0]).__name__}, which has no enable_gradient_checkpointing; wanted a "
+            "model that has; leave it out, or have the model checkpoint its blocks itself"
+        )
+    others = [transformer for transformer in transformers if not getattr(transformer, "is_gradient_checkpointing", False)]
+    if (wanted or len(others) < len(transformers)) and branches.calls == 2:
         raise InputsInvalid(
             "got gradient checkpointing with a pipeline that calls its transformer twice a step, wanted none: the two calls "
             "run side by side here, which cannot be done again; leave it out, or disable it"
         )
-    if wanted:
+    for transformer in others if wanted else ():
         transformer.enable_gradient_checkpointing()
     try:
         yield
     finally:
-        if wanted and not before:
+        for transformer in others if wanted else ():
             transformer.disable_gradient_checkpointing()

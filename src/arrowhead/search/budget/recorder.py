@@ -24,6 +24,7 @@ from arrowhead.plan import Target
 from arrowhead.route import AttentionCall
 from arrowhead.search.budget.extent import Extent
 from arrowhead.search.budget.guidance import Guidance
+from arrowhead.search.budget.loops import Loop
 from arrowhead.search.budget.samplers import Sampling
 from arrowhead.search.budget.table import Table
 from arrowhead.search.budget.weights import LEAST, Weights
@@ -44,6 +45,8 @@ APART = 0x51DE0F7E
 class _Kept:
     """One step of a site: its heads' output (B, H, N, D), its residuals (B, H, V, D), one for each radius, and its roundings.
 
+    Of a sample that comes in several sequences, as frame by frame, these follow one another in N.
+
     A rounding, one for each precision, is what that changes of the output, (B, H, N, D).
     """
 
@@ -55,9 +58,10 @@ class _Kept:
 class Recorder:
     """The buffers of the last steps, and the products so far."""
 
-    def __init__(self, sites: Sequence[Site], tokens: Tokens, guidance: Guidance, extent: Extent) -> None:
-        self._sites, self._tokens, self._guidance, self._extent = tuple(sites), tokens, guidance, extent
-        self._radii = extent.bands(tokens)
+    def __init__(self, sites: Sequence[Site], tokens: Tokens, extent: Extent) -> None:
+        self._sites, self._tokens, self._extent = tuple(sites), tokens, extent
+        self._guidance: Guidance  # of the step
+        self._radii = extent.bands(sites, tokens)
         self._generator = torch.Generator()
         self._kept: dict[str, deque[_Kept]] = {site.path: deque(maxlen=extent.ages + 1) for site in sites}
         self._own: list[FlopCounterMode] = []  # of the arrows in the first step, which no pipeline computes
@@ -66,8 +70,12 @@ class Recorder:
         self._weights = Weights(len(self._sites))  # in place of gradients
         self._products: list[tuple[Tensor, ...]] = []  # of each step, see `Table`: outputs, residuals, roundings
 
-    def follow(self, step: Step) -> None:
+    def follow(self, step: Step, guidance: Guidance) -> None:
         """One step: the pipeline's own, and the products of gradients, or of what stands for them, with what is kept."""
+        self._guidance = guidance
+        if step.first:  # what another transformer gave is of no use
+            for kept in self._kept.values():
+                kept.clear()
         self._generator.manual_seed(APART + self._extent.seed)  # the same vectors in every step: what steps do adds up
         found = list(self._by_gradients(step) if self._extent.gradients else self._by_weights(step))
         self._products.append(tuple(torch.cat(products, -1) for products in zip(*found, strict=True)))
@@ -90,7 +98,7 @@ class Recorder:
             outputs = step.finish_by(lambda call, state: self._at_site(call, state, None))
         self._note(outputs, whole)
         guided = self._guidance.guided(outputs).float()
-        for _ in range(math.ceil(LEAST / self._images) if step.index else 0):  # the first has none before it
+        for _ in range(0 if step.first else math.ceil(LEAST / self._images)):  # a first one has none before it
             which = self._weights.chosen(self._images)
             changed = self._guidance.guided(step.tried(partial(self._changed, which))).float()
             for image, place in enumerate(which):
@@ -122,13 +130,13 @@ class Recorder:
         _tallied(call, state)
         images = [image for image, place in enumerate(which) if self._sites[place] == site]
         if not images or len(kept) < 2:
-            return call.run(lambda attention: attention.native())
+            return call.native()
         change = torch.zeros_like(kept[0].output)
         difference = kept[1].output - kept[0].output
         for rows, own in zip(self._guidance.halves(change), self._guidance.halves(difference), strict=True):
             if rows is not None and own is not None:
                 rows[images] = own[images]
-        return self._again(call, change)
+        return self._again(call, _in_sequences(change, site, self._tokens))
 
     def _of_image(self, place: int, image: int) -> tuple[Tensor, Tensor | None]:
         """What a site gave one image, both branches as guidance adds them up, and how that differs from the step before's."""
@@ -147,7 +155,13 @@ class Recorder:
         return cotangent.view_as(self._kept[site.path][0].output)
 
     def table(
-        self, sampling: Sampling, branches: Branches, target: Target, blocks: tuple[Site, ...], about: Mapping[str, Any]
+        self,
+        sampling: Sampling | Loop,
+        branches: Branches,
+        target: Target,
+        blocks: tuple[Site, ...],
+        about: Mapping[str, Any],
+        switch: int | None,
     ) -> Table:
         """All steps together."""
         final, feedback = sampling.latents(), self._extent.feedback
@@ -177,6 +191,7 @@ class Recorder:
             regions=self._regions,
             itemsize=next(iter(self._kept.values()))[0].output.itemsize,
             about=about,
+            switch=switch,
             precisions=tuple(self._extent.precisions),
             roundings=roundings if self._extent.precisions else None,
         )
@@ -195,7 +210,10 @@ class Recorder:
             with torch.no_grad(), self._counted():
                 _require_finite(out, call, state)
                 residuals, roundings = self._residuals_of(asked, out, passage), self._roundings_of(asked, out, passage)
-                self._kept[site.path].appendleft(_Kept(out.detach(), tuple(residuals), tuple(roundings)))
+                whole = partial(_of_samples, site=site, tokens=self._tokens)
+                self._kept[site.path].appendleft(
+                    _Kept(whole(out.detach()), tuple(map(whole, residuals)), tuple(map(whole, roundings)))
+                )
             if probes is None:
                 return out
             probes[site.path] = torch.zeros_like(out, requires_grad=True)
@@ -206,7 +224,7 @@ class Recorder:
     def _of_module(self, call: SiteCall, state: Generation, probes: dict[str, Tensor] | None) -> Output:
         """As a site of one head, (B, 1, N, C), text and image one after the other where a block gives both."""
         site = call.site
-        out = call.run(lambda attention: attention.native())
+        out = call.native()
         with torch.no_grad():
             parts = [tensor.detach() for tensor in _tensors(call.kept(out), site)]
             kept = (parts[0] if len(parts) == 1 else torch.cat(parts, 1))[:, None]
@@ -220,7 +238,7 @@ class Recorder:
     def _again(self, call: SiteCall, probe: Tensor) -> Output:
         """The module once more, with this added: in a checkpointed block, which runs again on the way back, or as a trial."""
         if call.site.kind != "self_attention":
-            return _with_probe(call.run(lambda attention: attention.native()), probe)
+            return _with_probe(call.native(), probe)
         return call.run(lambda attention: attention.native() + probe)
 
     def _counted(self) -> AbstractContextManager[Any]:
@@ -250,7 +268,8 @@ class Recorder:
         vector = torch.randn(guided.shape, generator=self._generator).to(guided.device, guided.dtype)
         cotangents = self._guidance.cotangents(outputs, vector)
         gradients = torch.autograd.grad(outputs, list(probes.values()), cotangents, retain_graph=not last)
-        return self._joined(dict(zip(probes, gradients, strict=True)))
+        of_path = dict(zip(probes, gradients, strict=True))
+        return self._joined({site.path: _of_samples(of_path[site.path], site, self._tokens) for site in self._sites})
 
     def _joined(self, gradients: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """The products of all sites, by their paths."""
@@ -259,7 +278,9 @@ class Recorder:
 
     def _of_site(self, site: Site, gradient: Tensor) -> tuple[Tensor, ...]:
         """Products of the gradient (B, H, N, D), as in `_of_vector`, for the heads of one site."""
-        kept, visual = self._kept[site.path], site.tokens(self._tokens).visual_slice
+        kept, visual = self._kept[site.path], slice(None)
+        if site.sequences(self._tokens) == 1:
+            visual = site.tokens(self._tokens).visual_slice
         outputs = self._paired(gradient, [entry.output for entry in kept])  # (H, steps kept, pairs, B · regions)
         now = outputs[:, :1, [0, 1, 1]] if self._guidance.branches.batched else outputs[:, :1]  # of the gradient's own branch
         residuals = [self._paired(gradient, own, visual) for own in zip(*(entry.residuals for entry in kept), strict=True)]
@@ -299,6 +320,19 @@ class Recorder:
                 pairs += [product(other, from_other), product(other, from_conditional)]
             found.append(torch.stack(pairs, 1))
         return torch.stack(found, 1).double().cpu()
+
+
+def _of_samples(rows: Tensor, site: Site, tokens: Tokens) -> Tensor:
+    """A sample's sequences one after the other: (B · sequences, H, N, D) -> (B, H, sequences · N, D)."""
+    count = site.sequences(tokens)
+    return rows if count == 1 else rows.view(-1, count, *rows.shape[1:]).transpose(1, 2).flatten(2, 3)
+
+
+def _in_sequences(samples: Tensor, site: Site, tokens: Tokens) -> Tensor:
+    """Back to the rows that the site has."""
+    count = site.sequences(tokens)
+    batch, heads, _, width = samples.shape
+    return samples if count == 1 else samples.view(batch, heads, count, -1, width).transpose(1, 2).flatten(0, 1)
 
 
 def _tallied(call: SiteCall, state: Generation) -> Passage:

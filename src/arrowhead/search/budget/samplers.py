@@ -64,28 +64,19 @@ class Sampling:
             noise = torch.randn(output.shape, generator=generator).to(output.device)
             if step:  # an error in the sample that this step begins with
                 error = NUDGE * sample.square().mean().sqrt() * noise
-                fixed = _ratio(self._replay(step, sample + error, scheduler, None) - reference, error)
+                fixed = ratio(self._replay(step, sample + error, scheduler, None) - reference, error)
                 answered = self._answered(step, images)
                 answers.append(answered / fixed if answered > 0 and fixed > 0 else 1.0)
             error = NUDGE * output.float().square().mean().sqrt() * noise
-            alone.append(_ratio(self._replay(step, sample, scheduler, error) - reference, error))
+            alone.append(ratio(self._replay(step, sample, scheduler, error) - reference, error))
             sample = self._step(step, sample, scheduler, None)
         return tuple(alone), (*answers, 1.0)
 
     def _answered(self, step: int, images: int) -> float:
-        """s/√(a²s² + b²) for the latents before a step. Some pipelines step both branches' rows, which are alike."""
-        begun, sample, final = (t[:images].float() for t in (self.arguments[0][1], self.arguments[step][1], self.latents()))
-        both = torch.stack([final.flatten(), begun.flatten()], 1)
-        signal = max(float(torch.linalg.lstsq(both, sample.flatten()[:, None]).solution[0]), 1e-3)
-        noise = float((sample - signal * final).square().mean().sqrt())
-        change = (self.outputs[step - 1][:images].float() - self.outputs[step][:images].float()).flatten(1)
-        change = change / change.norm(dim=1, keepdim=True).clamp_min(1e-12)
-        flat = final.flatten(1)
-        along = (flat - flat.mean(0) if images > 1 else flat) @ change.T  # (B, B): images, directions
-        if images > 1:  # a direction says too much about the image that it comes from
-            along = along[~torch.eye(images, dtype=torch.bool, device=along.device)] * (images / (images - 1)) ** 0.5
-        spread = float(along.square().mean().sqrt())
-        return spread / max((signal**2 * spread**2 + noise**2) ** 0.5, 1e-12)
+        """The model's answer to an error in the latents before a step."""
+        change = self.outputs[step - 1][:images].float() - self.outputs[step][:images].float()
+        begun, sample = (self.arguments[each][1][:images].float() for each in (0, step))
+        return answered(begun, sample, self.latents()[:images], change, images)
 
     def _replay(self, start: int, sample: Tensor, scheduler: Any, error: Tensor | None) -> Tensor:
         scheduler = copy.deepcopy(scheduler)
@@ -106,7 +97,26 @@ class Sampling:
         return moved.float()
 
 
-def _ratio(change: Tensor, error: Tensor) -> float:
+def answered(begun: Tensor, sample: Tensor, final: Tensor, change: Tensor, images: int) -> float:
+    """s/√(a²s² + b²) for latents, as `Sampling.gains` has it; some pipelines step both branches' rows, which are alike.
+
+    `begun` and `final` are the first and the last latents, `change` that of the guided output from the step before, (B, …).
+    """
+    both = torch.stack([final.flatten(), begun.flatten()], 1)
+    signal = max(float(torch.linalg.lstsq(both, sample.flatten()[:, None]).solution[0]), 1e-3)
+    noise = float((sample - signal * final).square().mean().sqrt())
+    change = change.flatten(1)
+    change = change / change.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    flat = final.flatten(1)
+    along = (flat - flat.mean(0) if images > 1 else flat) @ change.T  # (B, B): images, directions
+    if images > 1:  # a direction says too much about the image that it comes from
+        along = along[~torch.eye(images, dtype=torch.bool, device=along.device)] * (images / (images - 1)) ** 0.5
+    spread = float(along.square().mean().sqrt())
+    return spread / max((signal**2 * spread**2 + noise**2) ** 0.5, 1e-12)
+
+
+def ratio(change: Tensor, error: Tensor) -> float:
+    """The norm of one over that of the other."""
     return float(change.norm() / error.norm().clamp_min(1e-12))
 
 

@@ -23,9 +23,9 @@ from arrowhead.methods import Cell, Precision
 from arrowhead.plan import Target
 from arrowhead.search.budget.given import Given, givens_of
 
-FORMAT = 5
-READABLE = (4, FORMAT)
-"""Format 4 is without precisions, and means the same."""
+FORMAT = 6
+READABLE = (4, 5, FORMAT)
+"""Format 5 is without a second transformer, format 4 without precisions besides; else they mean the same."""
 SAME, CROSSED = slice(0, 2), slice(0, 3, 2)
 """Of a guided table's three pairs (gradient's branch, source's branch): (c, c) and (u, u); (c, c) and (u, c)."""
 
@@ -51,7 +51,8 @@ class Table:
     `gains` are the sampler's, times the model's `answers` to the power `feedback`, see `Sampling.gains`; `final` is the mean
     square of an element of the final latents, of which an image has `elements`. `other_flops` are what the transformer
     multiplies outside of all sites, per image and step. `images` were generated at once, in a dtype of `itemsize` bytes;
-    `about` says how. `blocks` lie around sites that are all that they compute: a plan may speak of them instead.
+    `about` says how. `blocks` lie around sites that are all that they compute: a plan may speak of them instead. From the step
+    `switch` on there is a second transformer, and older is what the first one gave.
     """
 
     target: Target
@@ -72,6 +73,7 @@ class Table:
     feedback: float = 1.0
     blocks: tuple[Site, ...] = ()
     about: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    switch: int | None = None
     precisions: tuple[Precision, ...] = ()
     roundings: Tensor | None = None
 
@@ -257,6 +259,7 @@ class Table:
             answers=self.answers,
             feedback=self.feedback,
             blocks=self.blocks,
+            switch=self.switch,
             precisions=self.precisions,
             about=dict(self.about),
         )
@@ -321,6 +324,7 @@ class _Header(pydantic.BaseModel, extra="forbid"):
     answers: tuple[float, ...]
     feedback: float
     blocks: tuple[Site, ...]
+    switch: int | None = None
     precisions: tuple[Precision, ...] = ()
     about: dict[str, Any]
 
@@ -330,6 +334,7 @@ class _Header(pydantic.BaseModel, extra="forbid"):
             return f"got format {self.format}, wanted {' or '.join(map(str, READABLE))}"
         sizes = {"steps": len(self.gains), "ages": self.ages, "elements": self.elements, "images": self.images}
         sizes |= {"regions": self.regions, "itemsize": self.itemsize, "sites": len(self.target.sites)}
+        sizes |= {} if self.switch is None else {"switch + 1": self.switch + 1, "steps - switch": len(self.gains) - self.switch}
         if small := [f"{name} {value}" for name, value in sizes.items() if value < 1]:
             return f"got {', '.join(small)}, wanted at least 1"
         values, above = (*self.gains, self.other_flops, *self.radii), (*self.answers, self.final)

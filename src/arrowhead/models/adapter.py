@@ -1,0 +1,169 @@
+"""Describe a module of one's own: where its attention is, how it is reached, how its tokens and CFG branches come."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from arrowhead.errors import InputsInvalid, UnsupportedPipeline
+from arrowhead.layout import BranchOrder, Tokens
+from arrowhead.models.family import NONE
+
+Forward = Callable[..., Any]
+"""A forward in place of a module's own: its arguments are the module, `attend`, and what the module is called with."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One kind of attention module: how to reach its queries, keys and values, and what they look at.
+
+    A module with a processor of diffusers is reached there; else wherever its forward calls
+    `F.scaled_dot_product_attention`; a module that multiplies by itself needs a `forward`, or to be told as `FusedQKV`.
+
+    Args:
+        heads: how many, or the module's attribute that says it.
+        head_dim: None: what follows from the module's linear layers, taken for those of Q, K, V and output.
+        channels: of its input. None: those of its first linear layer.
+        over: what a row of its input (rows, N, C) is: `all` tokens of a sample, one frame (`space`), or one place (`time`);
+            rows of a sample follow one another.
+        joint: whether it attends over text and image together.
+        forward: `forward(module, attend, *args, **kwargs)` in place of the module's own: the same, but for
+            `attend(q, k, v, attn_mask=None, scale=None)` where its softmax was, (rows, H, N, D) each. It is compared with the
+            module's own on the first input.
+    """
+
+    heads: str | int = "num_heads"
+    head_dim: int | None = None
+    channels: int | None = None
+    over: Literal["all", "space", "time"] = "all"
+    joint: bool = False
+    forward: Forward | None = None
+
+    def head_count(self, module: nn.Module) -> int:
+        """The module's heads."""
+        return self.heads if isinstance(self.heads, int) else int(_named(module, self.heads))
+
+    def instead(self) -> Forward | None:
+        """What takes the place of a module's forward, if anything has to."""
+        return self.forward
+
+
+@dataclass(frozen=True)
+class FusedQKV(Attention):
+    """Attention by one linear layer for Q, K and V, whose columns are (3, H, D), and a softmax of its own, told by its parts.
+
+    Args:
+        qkv: the layer's name in the module, as the names that follow.
+        q_norm: the norm of each head's queries, where a module has it.
+        k_norm: that of its keys.
+        rotary: what turns queries and keys, called with each, (rows, H, N, D), where a module has it.
+        rotary_first: whether that comes before the norms.
+        proj: the output projection.
+    """
+
+    forward: None = field(default=None, init=False)
+    qkv: str = "qkv"
+    q_norm: str | None = None
+    k_norm: str | None = None
+    rotary: str | None = None
+    rotary_first: bool = False
+    proj: str = "proj"
+
+    def instead(self) -> Forward:
+        """The module put together from its parts."""
+        return self._put_together
+
+    def _put_together(self, module: nn.Module, attend: Callable[..., Tensor], x: Tensor, *_: Any, **__: Any) -> Tensor:
+        heads = self.head_count(module)
+        q, k, v = _named(module, self.qkv)(x).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # (rows, H, N, D) each
+        norms, turns = (self.q_norm, self.k_norm), (self.rotary, self.rotary)
+        for names in (turns, norms) if self.rotary_first else (norms, turns):
+            q, k = (_part(module, name)(own) for name, own in zip(names, (q, k), strict=True))
+        return _named(module, self.proj)(attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+def _part(module: nn.Module, name: str | None) -> Callable[[Tensor], Tensor]:
+    """A module without it does nothing in its place, for all that is known; that it does what it should is checked."""
+    part: Callable[[Tensor], Tensor] | None = None if name is None else getattr(module, name, None)
+    return (lambda own: own) if part is None else part
+
+
+def _named(module: nn.Module, name: str) -> Any:
+    if not hasattr(module, name):
+        raise UnsupportedPipeline(f"got a {type(module).__name__} without {name!r}; wanted what arrowhead.Attention names")
+    return getattr(module, name)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What has to be known about a `torch.nn.Module` of one's own, so that plans can be searched for and put on it.
+
+    The module's forward is a diffusion model's: one call for each denoising step, or two where the CFG branches come one after
+    the other. Its sampler may be any loop, and may call `model.forward` directly.
+
+    Args:
+        attention: regular expressions for the paths of attention modules, each with how that kind is reached. Whatever is not
+            named is left alone.
+        tokens: `tokens(model, call)`, of a call's arguments by name, the visual tokens of a sample, and its text tokens where
+            attention is joint.
+        cfg: how the branches of classifier-free guidance come: in one batch, the conditional one first (`cond_first`) or last
+            (`uncond_first`), or in `two_calls` of the model, the conditional one first. None without guidance.
+        feed_forward: a regular expression for the feed-forwards, (B, N, C) each, where a budget may skip them, too.
+        guidance_scale: how far apart the branches are driven, which budgets go by.
+        latent_channels: how many of the output's channels (the second dimension) are a direction to go, where the others are a
+            variance; None: all. Budgets go by these alone.
+    """
+
+    attention: Mapping[str, Attention]
+    tokens: Callable[[Any, Mapping[str, Any]], Tokens]
+    cfg: BranchOrder | None = None
+    feed_forward: str = NONE
+    guidance_scale: float = 1.0
+    latent_channels: int | None = None
+
+
+class Own:
+    """A module with its adapter, which stands where a pipeline does; its call generates by whatever callable it is given."""
+
+    def __init__(self, transformer: nn.Module, adapter: Adapter) -> None:
+        self.transformer, self.adapter = transformer, adapter
+
+    def __call__(self, generate: Callable[[], Any]) -> Any:
+        """Generate once."""
+        return generate()
+
+
+def described(pipe: Any, adapter: Adapter | None) -> Any:
+    """What stands for a pipeline: itself, or a module with its adapter.
+
+    Raises:
+        UnsupportedPipeline: a module comes without an adapter, or an adapter with what is no module.
+    """
+    name = type(pipe).__name__
+    if adapter is None:
+        if isinstance(pipe, nn.Module):
+            raise UnsupportedPipeline(
+                f"got a {name}, a module, without an adapter; wanted a pipeline, or adapter=arrowhead.Adapter(...), which "
+                "describes the module"
+            )
+        return pipe
+    if not isinstance(adapter, Adapter) or not isinstance(pipe, nn.Module):
+        raise UnsupportedPipeline(
+            f"got a {name} with a {type(adapter).__name__}; wanted a torch.nn.Module with an arrowhead.Adapter; of a pipeline "
+            "give its transformer"
+        )
+    return Own(pipe, adapter)
+
+
+def generating(pipe: Any, inputs: Any) -> Mapping[str, Any]:
+    """The arguments of a pipeline's call: keyword arguments, or, for a module of one's own, a callable that generates once.
+
+    Raises:
+        InputsInvalid: it is the one where the other was wanted.
+    """
+    if isinstance(pipe, Own) != callable(inputs):
+        wanted = "a callable that generates once, such as lambda: sample(model)"
+        wanted = wanted if isinstance(pipe, Own) else "a mapping of the pipeline call's keyword arguments"
+        raise InputsInvalid(f"got inputs of type {type(inputs).__name__}, wanted {wanted}")
+    return {"generate": inputs} if isinstance(pipe, Own) else inputs

@@ -191,17 +191,18 @@ def _sites(family: Family, root: nn.Module, kinds: Collection[Kind], prefix: str
 
 
 def _site(family: Family, path: str, module: Any) -> Site:
-    joint = bool(re.fullmatch(family.joint_pattern, path))
+    joint, channels = bool(re.fullmatch(family.joint_pattern, path)), module.to_q.in_features
+    of_text = getattr(module, "add_k_proj", None) if joint else None
     return Site(
         path,
         heads=module.heads,
         head_dim=module.to_q.out_features // module.heads,
-        channels=module.to_q.in_features,
+        channels=channels,
         joint=joint,
         projects_out=_projected(module),
         heads_apart=family.heads_apart and heads_apart(module),
         over=family.over,
-        text_channels=module.add_k_proj.in_features if joint and getattr(module, "add_k_proj", None) is not None else 0,
+        text_channels=0 if of_text is None or of_text.in_features == channels else of_text.in_features,
         by_sample=family.by_sample,
     )
 

@@ -276,19 +276,20 @@ def _site(family: Family, path: str, module: Any) -> Site:
         channels, width = inward.in_features, module.heads * module.head_dim
         weights = _size(inward) + _size(module.to_out) - 4 * channels * width
         return Site(path, module.heads, module.head_dim, channels, joint, heads_apart=False, weights=weights)
+    channels, of_text = module.to_q.in_features, getattr(module, "add_k_proj", None) if joint else None
     head_dim = module.to_q.out_features // module.heads
     kv_heads = module.to_k.out_features // head_dim
     return Site(
         path,
         heads=module.heads,
         head_dim=head_dim,
-        channels=module.to_q.in_features,
+        channels=channels,
         joint=joint,
         projects_out=_projected(module),
         heads_apart=family.heads_apart and heads_apart(module),
         kv_heads=None if kv_heads == module.heads else kv_heads,
         over=family.over,
-        text_channels=module.add_k_proj.in_features if joint and getattr(module, "add_k_proj", None) is not None else 0,
+        text_channels=0 if of_text is None or of_text.in_features == channels else of_text.in_features,
         by_sample=family.by_sample,
     )
 

@@ -12,10 +12,10 @@ from arrowhead.attend import Generation, attend
 from arrowhead.cache import Output
 from arrowhead.errors import AlreadyApplied, ArrowheadError, BandCoversAll, PlanMismatch, ShareCfgIgnored, SiteNotReached
 from arrowhead.intercept import Interception, SiteCall
-from arrowhead.kernels import dispatch
+from arrowhead.kernels import dispatch, masks
 from arrowhead.layout import Branches
 from arrowhead.lifetimes import lifetimes
-from arrowhead.methods import Arrow, Attend
+from arrowhead.methods import Arrow, Attend, breadth
 from arrowhead.models import Model, find
 from arrowhead.plan import Plan, Target
 from arrowhead.tally import Summary, Tally
@@ -203,14 +203,14 @@ def _applied_class(base: type, run: Run) -> type:
 
 
 def _warn_of_wide_bands(plan: Plan) -> None:
-    reach = plan.tokens.visual - 1
     cells = (cell for row in plan.cells for cell in row if isinstance(cell, Attend))
     methods = {method for cell in cells for method in cell.methods(1)}
-    wide = sorted(m.radius for m in methods if isinstance(m, Arrow) and m.radius >= reach)
+    radii = sorted({m.radius for m in methods if isinstance(m, Arrow)}, key=breadth)
+    wide = [radius for radius in radii if masks.covers(plan.tokens, radius)]
     if wide:
         warnings.warn(
-            f"the plan has a band of radius {wide[0]} over {plan.tokens.visual} visual tokens; one below {reach} would save "
-            "work, this one is full attention",
+            f"the plan has a band of radius {wide[0]} over {plan.tokens.visual} visual tokens; a narrower one would save work, "
+            "this one is full attention",
             BandCoversAll,
             stacklevel=4,
         )

@@ -1,21 +1,58 @@
 """What is attended over: tokens, the module that attends, and how the two CFG branches share a batch."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 
 @dataclass(frozen=True)
+class Grid:
+    """Where visual tokens come from: frame by frame, in each row by row. An image is one frame."""
+
+    frames: int
+    rows: int
+    columns: int
+
+    def __post_init__(self) -> None:
+        if min(self.frames, self.rows, self.columns) < 1:
+            raise ValueError(f"got {self}, wanted at least one of each")
+
+    @property
+    def size(self) -> int:
+        """How many tokens."""
+        return self.frames * self.rows * self.columns
+
+
+@dataclass(frozen=True)
 class Tokens:
-    """A sequence of visual tokens with, perhaps, text tokens before or after them."""
+    """A sequence of visual tokens with, perhaps, text tokens before or after them; `grid` is the visual ones', where known."""
 
     visual: int
     text: int = 0
     text_first: bool = False
+    grid: Grid | None = None
 
     def __post_init__(self) -> None:
         if self.visual < 1 or self.text < 0:
             raise ValueError(f"got {self.visual} visual and {self.text} text tokens, wanted at least 1 and 0")
+        if self.grid is not None and self.grid.size != self.visual:
+            raise ValueError(f"got {self.visual} visual tokens on a {self.grid}, wanted {self.grid.size}")
+
+    @classmethod
+    def of_grid(cls, frames: int, rows: int, columns: int, *, text: int = 0, text_first: bool = False) -> "Tokens":
+        """Visual tokens that fill a grid."""
+        grid = Grid(frames, rows, columns)
+        return cls(grid.size, text, text_first, grid)
+
+    @property
+    def image(self) -> "Tokens":
+        """The visual ones alone."""
+        return Tokens(self.visual, grid=self.grid)
+
+    @property
+    def flat(self) -> "Tokens":
+        """The same as a mere sequence."""
+        return replace(self, grid=None)
 
     @property
     def total(self) -> int:
@@ -63,7 +100,7 @@ class Site:
 
     def tokens(self, of_call: Tokens) -> Tokens:
         """What the site attends over, in a call of the transformer with these tokens."""
-        return of_call if self.joint else Tokens(of_call.visual)
+        return of_call if self.joint else of_call.image
 
     @property
     def sees_text(self) -> bool:
@@ -85,7 +122,7 @@ class Site:
 
 def seen(tokens: Tokens, sites: Iterable[Site]) -> Tokens:
     """What of a call's tokens matters to these sites."""
-    return tokens if any(site.sees_text for site in sites) else Tokens(tokens.visual)
+    return tokens if any(site.sees_text for site in sites) else tokens.image
 
 
 def outermost(sites: Iterable[Site]) -> tuple[Site, ...]:

@@ -14,11 +14,25 @@ from arrowhead import cost
 from arrowhead.errors import PlanInvalid, PlanMismatch
 from arrowhead.layout import Site, Tokens, outermost
 from arrowhead.lifetimes import first_fault
-from arrowhead.methods import Arrow, Attend, Cached, Cell, Full, Method, Precision, Reuse, extrapolates, method_name, paper_name
+from arrowhead.methods import (
+    Arrow,
+    Attend,
+    Box,
+    Cached,
+    Cell,
+    Full,
+    Method,
+    Precision,
+    Reuse,
+    extrapolates,
+    in_box,
+    method_name,
+    paper_name,
+)
 
-FORMAT = 3
-READABLE = (2, FORMAT)
-"""Format 2 is without precisions, and means the same."""
+FORMAT = 4
+READABLE = (2, 3, FORMAT)
+"""Format 2 is without precisions, both are without grids; they mean the same."""
 SYMBOLS = {
     "full": "F",
     "ASC": "C",
@@ -36,6 +50,14 @@ SYMBOLS = {
     "WA-int8+ASC": "b",
     "WA-RS-int8": "A",
     "WA-RS-int8+ASC": "B",
+    "box": "x",
+    "box+ASC": "y",
+    "box-RS": "X",
+    "box-RS+ASC": "Y",
+    "box-int8": "m",
+    "box-int8+ASC": "n",
+    "box-RS-int8": "M",
+    "box-RS-int8+ASC": "N",
     "head-wise": "H",
     "head-wise+ASC": "I",
 }
@@ -84,7 +106,8 @@ class Plan:
     """Steps × sites of cells, with what they were made for and how they were found.
 
     `guided` says whether there were both CFG branches, in one batch or in two `calls` of the transformer a step; `about` holds
-    the search's settings, the model's name and the versions of the libraries, for people to read.
+    the search's settings, the model's name and the versions of the libraries, for people to read. A plan without boxes is bound
+    to no grid: its `tokens` have none.
 
     Raises:
         PlanInvalid: rows of different length, or a cell that reads what no earlier step wrote.
@@ -98,6 +121,13 @@ class Plan:
     calls: int = 1
 
     def __post_init__(self) -> None:
+        cells = {cell for row in self.cells for cell in row if isinstance(cell, Attend)}
+        if not any(in_box(method) for cell in cells for method in cell.methods(1)):
+            object.__setattr__(self, "tokens", self.tokens.flat)
+        elif self.tokens.grid is None:
+            raise PlanInvalid(
+                f"got boxes for {self.tokens}, whose grid is not known; wanted tokens of a known grid; take radii in tokens"
+            )
         if self.calls not in (1, 2) or (self.calls == 2 and not self.guided):
             raise PlanInvalid(f"got {self.calls} calls a step, wanted 1, or 2 where there is guidance")
         if self.calls == 2 and self._extrapolates:
@@ -184,7 +214,7 @@ class Plan:
         found = []
         if steps != self.steps:
             found.append(f"plan is for {self.steps} steps, pipeline runs {steps}; search again with {steps} steps")
-        if tokens != self.tokens:
+        if (tokens if self.tokens.grid else tokens.flat) != self.tokens:
             found.append(f"plan is for {self.tokens}, pipeline runs {tokens}; search again at this resolution")
         if calls != self.calls and self.guided:
             found.append(f"plan is for {self.calls} calls of the transformer a step, pipeline makes {calls}; search again")
@@ -247,7 +277,8 @@ def _legend(cells: Sequence[Sequence[Cell]]) -> dict[str, Cell]:
 class _CellModel(pydantic.BaseModel, extra="forbid"):
     """A cell as the file spells it: `attend` with a method's word, or with one for each head, `reuse`, or `extrapolate`.
 
-    The words: full, cached, arrow:R, arrow:R+residual, where R is the radius in tokens; with +int8 where that is the precision.
+    The words: full, cached, arrow:R, arrow:R+residual, where R is the radius in tokens, or a box's in frames, rows and columns,
+    such as 1x4xall; with +int8 where that is the precision.
     """
 
     does: Literal["attend", "reuse", "extrapolate"]
@@ -283,16 +314,23 @@ def _word(method: Method) -> str:
     return word if method.precision == "native" else f"{word}+{method.precision}"
 
 
+REACH = "([0-9]+|all)"
+
+
 def _method(word: str) -> Method:
     if word == "cached":
         return Cached()
-    found = re.fullmatch(r"(?:full|arrow:([0-9]+)(\+residual)?)(\+int8)?", word)
+    found = re.fullmatch(rf"(?:full|arrow:(?:([0-9]+)|{REACH}x{REACH}x{REACH})(\+residual)?)(\+int8)?", word)
     if found is None:
         raise ValueError(
             f"got a head that does {word!r}, wanted cached, full, arrow:R or arrow:R+residual, these with +int8 or without"
         )
-    precision: Precision = "int8" if found[3] else "native"
-    return Full(precision) if found[1] is None else Arrow(int(found[1]), bool(found[2]), precision)
+    tokens, *box, residual, int8 = found.groups()
+    precision: Precision = "int8" if int8 else "native"
+    if tokens is None and box[0] is None:
+        return Full(precision)
+    radius = int(tokens) if tokens else Box(*(None if reach == "all" else int(reach) for reach in box))
+    return Arrow(radius, bool(residual), precision)
 
 
 class _PlanModel(pydantic.BaseModel, extra="forbid"):

@@ -8,7 +8,7 @@ from arrowhead.errors import KernelUnavailable
 from arrowhead.kernels import chunked, flex, fused, reference
 from arrowhead.kernels.call import Call, Kernel, Policy
 from arrowhead.layout import Tokens
-from arrowhead.methods import Precision
+from arrowhead.methods import Box, Precision, Radius
 
 KERNELS: dict[str, Kernel] = {
     "chunked": chunked.attend,
@@ -48,7 +48,7 @@ def arrow(
     k: Tensor,
     v: Tensor,
     tokens: Tokens,
-    radius: int | Sequence[int | None],
+    radius: Radius | Sequence[Radius | None],
     *,
     precision: Precision | Sequence[Precision] = "native",
     scale: float | None = None,
@@ -57,11 +57,12 @@ def arrow(
 ) -> Tensor:
     """Arrow attention of q, k, v, each (B, H, N, D) with N = `tokens.total`: (B, H, N, D).
 
-    `radius` is one for all heads, or one for each, None where a head is full, and so is `precision`, of the product Q·Kᵀ.
+    `radius`, in tokens or a box in their grid, is one for all heads, or one for each, None where a head is full, and so is
+    `precision`, of the product Q·Kᵀ.
     `scale` multiplies the scores; D^−½ when it is None. `mask`, the model's own, is boolean (True: seen) or added to the
     scores, and broadcasts to (B, H, N, N).
     """
-    radii = (radius,) * q.shape[1] if isinstance(radius, int) else tuple(radius)
+    radii = (radius,) * q.shape[1] if isinstance(radius, int | Box) else tuple(radius)
     precisions = (precision,) * q.shape[1] if isinstance(precision, str) else tuple(precision)
     policies = tuple(map(Policy, radii, precisions))
     return attend(q, k, v, tokens, policies, scale=scale, mask=mask, kernel=kernel)

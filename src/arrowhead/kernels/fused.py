@@ -14,6 +14,7 @@ from torch import Tensor
 from arrowhead.errors import KernelUnavailable
 from arrowhead.kernels.call import Call, Policy
 from arrowhead.kernels.fused_table import FULL, HEAD_DIMS
+from arrowhead.methods import Box
 
 OLDEST = (8, 0)
 """Compute capability that the kernel needs: Ampere's."""
@@ -63,6 +64,8 @@ def _obstacles(
             yield f"got tensors on {q.device}, wanted a CUDA device; move the pipeline there"
     if q.dtype not in dtypes:
         yield f"got {q.dtype}, wanted {' or '.join(map(str, dtypes))}; cast the pipeline"
+    if any(isinstance(policy.radius, Box) for policy in policies):
+        yield "got a Box, wanted radii in tokens; search again without boxes"
     if any(policy.precision == "int8" for policy in policies):
         yield "got heads in int8, wanted native precision; search again without precisions"
     if q.shape[-1] not in HEAD_DIMS:
@@ -85,6 +88,6 @@ def _policy(policies: tuple[Policy, ...], device: torch.device) -> Tensor:
     From pinned memory, lest the copy wait for all that the device has queued.
     """
     with torch.inference_mode(False):
-        rows = [[FULL if own.radius is None else min(own.radius, 2**31 - 1), 0] for own in policies]
+        rows = [[min(own.radius, 2**31 - 1) if isinstance(own.radius, int) else FULL, 0] for own in policies]
         made = torch.tensor(rows, dtype=torch.int32, pin_memory=device.type == "cuda")
         return made.to(device, non_blocking=True)

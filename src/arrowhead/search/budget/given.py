@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from arrowhead.lifetimes import FOREVER, Residual, Writes
-from arrowhead.methods import Arrow, Attend, Cached, Cell, Full, Precision, Reuse, refreshes_residual
+from arrowhead.methods import Arrow, Attend, Cached, Cell, Full, Precision, Radius, Reuse, refreshes_residual
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Given:
     """
 
     lag: int = 0
-    radius: int | None = None
+    radius: Radius | None = None
     residual_lag: int | None = None
     residual_shared: bool = False
     share: bool = False
@@ -65,7 +65,7 @@ class Kept:
     `shared`: the step that made it computed that branch alone, for both.
     """
 
-    radius: int
+    radius: Radius
     lag: int = 1
     shared: bool = False
     half: bool = False
@@ -104,7 +104,7 @@ class Choices:
     to arrows and to full attention, which then makes no residual, and leaves the one that there is.
     """
 
-    radii: tuple[int, ...]
+    radii: tuple[Radius, ...]
     ages: int
     share_cfg: bool
     residual: bool = True

@@ -2,7 +2,7 @@
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -78,7 +78,7 @@ def record(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], extent: Extent)
         raise NotIntercepted("the pipeline never called its transformer; wanted at least one denoising step")
     target = target.common(target_of(model))  # some schedulers change settings of their own while they run
     blocks = blocks_of(pipe, extent, target.sites)
-    table = recorder.table(sampling, calibration.branches, target, blocks, about(pipe, inputs, asdict(extent)))
+    table = recorder.table(sampling, calibration.branches, target, blocks, about(pipe, inputs, vars(extent)))
     return Recording(table, sampling.latents(), calibration.passes, calibration.cost)
 
 

@@ -19,13 +19,13 @@ from arrowhead import cost
 from arrowhead.errors import InputsInvalid
 from arrowhead.layout import Branches, Site, Tokens, outermost, seen
 from arrowhead.lifetimes import of_head
-from arrowhead.methods import Cell, Precision
+from arrowhead.methods import Cell, Precision, Radius
 from arrowhead.plan import Target
 from arrowhead.search.budget.given import Given, givens_of
 
-FORMAT = 5
-READABLE = (4, FORMAT)
-"""Format 4 is without precisions, and means the same."""
+FORMAT = 6
+READABLE = (4, 5, FORMAT)
+"""Format 4 is without precisions, both are without grids; they mean the same."""
 SAME, CROSSED = slice(0, 2), slice(0, 3, 2)
 """Of a guided table's three pairs (gradient's branch, source's branch): (c, c) and (u, u); (c, c) and (u, c)."""
 
@@ -57,7 +57,7 @@ class Table:
     target: Target
     tokens: Tokens
     branches: Branches
-    radii: tuple[int, ...]
+    radii: tuple[Radius, ...]
     ages: int
     outputs: Tensor
     residuals: Tensor
@@ -309,7 +309,7 @@ class _Header(pydantic.BaseModel, extra="forbid"):
     target: Target
     tokens: Tokens
     branches: Branches
-    radii: tuple[int, ...]
+    radii: tuple[Radius, ...]
     ages: int
     gains: tuple[float, ...]
     final: float
@@ -332,7 +332,10 @@ class _Header(pydantic.BaseModel, extra="forbid"):
         sizes |= {"regions": self.regions, "itemsize": self.itemsize, "sites": len(self.target.sites)}
         if small := [f"{name} {value}" for name, value in sizes.items() if value < 1]:
             return f"got {', '.join(small)}, wanted at least 1"
-        values, above = (*self.gains, self.other_flops, *self.radii), (*self.answers, self.final)
+        values, above = (
+            (*self.gains, self.other_flops, *(radius for radius in self.radii if isinstance(radius, int))),
+            (*self.answers, self.final),
+        )
         if not all(0 <= value < math.inf for value in values) or not all(0 < value < math.inf for value in above):
             return "got gains, answers, FLOPs, radii or a final square below 0 or not finite"
         if len(self.answers) not in (0, len(self.gains)) or not 0 <= self.feedback <= 1:

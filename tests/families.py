@@ -25,7 +25,7 @@ from diffusers import (
 )
 from pipelines import CAPTION, POOLED, Bench, randomise
 
-from arrowhead.layout import Tokens
+from arrowhead.layout import Grid, Tokens
 from arrowhead.models import find
 
 TEXT, CHANNELS = CAPTION
@@ -35,11 +35,12 @@ SHARP = (".attn1.", ".attn.")
 
 @dataclass
 class FamilyBench(Bench):
-    """`text_seen` are the text tokens that any site looks at, attending jointly or not."""
+    """`text_seen` are the text tokens that any site looks at, attending jointly or not; `grid` is what boxes are tested in."""
 
     text_first: bool = False
     text_seen: int = TEXT
     two_calls: bool = False
+    grid: Grid | None = None
 
     @property
     def attentions(self) -> list[Any]:

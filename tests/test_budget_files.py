@@ -232,7 +232,7 @@ SENSELESS = {
     "a block of nothing": {"blocks": [BLOCK | {"within": []}]},
     "a block of something else": {"blocks": [BLOCK | {"within": [BLOCK | {"path": "blocks.0.ff", "kind": "feed_forward"}]}]},
     "a block that is none": {"blocks": [BLOCK | {"kind": "feed_forward"}]},
-    "a format to come": {"format": 6},
+    "a format to come": {"format": 7},
     "a precision that it has no products of": {"precisions": ["int8"]},
     "a precision that is native": {"precisions": ["native"]},
     "a precision that is none": {"precisions": ["int7"]},

@@ -66,7 +66,7 @@ class TestRoundTrip:
         plan = Plan(((FULL, FULL), row, (Attend((Cached(), Full())), both), (AST, Attend(Cached()))), TARGET, TOKENS, True)
         plan.save(tmp_path / "plan.json")
         content = strict_json((tmp_path / "plan.json").read_text())
-        assert content["format"] == 3
+        assert content["format"] == 4
         assert content["cells"] == ["F F", "H I", "H2 L", "R K"]
         assert content["legend"] == {
             "F": {"does": "attend", "heads": "full", "share_cfg": False},
@@ -98,9 +98,11 @@ class TestRoundTrip:
         assert plan.count() == {"full": 2, "head-wise": 1, "WA-int8+ASC": 1, "full-int8": 1, "full-int8+ASC": 1}
         assert plan.count_heads() == {"full": 6, "full-int8": 1 + 2 + 4, "WA-RS-int8": 1, "WA-int8": 4}
 
-    def test_a_file_from_before_there_were_precisions(self, tmp_path):
+    @pytest.mark.parametrize("version", [2, 3])
+    def test_a_file_from_before_there_were_precisions_or_grids(self, tmp_path, version):
         PLAN.save(tmp_path / "plan.json")
-        content = strict_json((tmp_path / "plan.json").read_text()) | {"format": 2}
+        content = strict_json((tmp_path / "plan.json").read_text()) | {"format": version}
+        del content["tokens"]["grid"]
         (tmp_path / "plan.json").write_text(json.dumps(content))
         assert Plan.load(tmp_path / "plan.json") == PLAN
 

@@ -50,7 +50,7 @@ def head_map(plan: Plan, site: int, path: str | Path) -> None:
     """What every head of one site does over the steps: heads × steps, arrows the lighter the narrower they are."""
     at = plan.target.sites[site]
     rows = [[_word(cell, head) for cell in plan.columns[site]] for head in range(at.heads)]
-    words = sorted({word for row in rows for word in row}, key=lambda word: (word[0], breadth(word[1])), reverse=True)
+    words = sorted({word for row in rows for word in row}, key=lambda word: (word[0], [-reach for reach in breadth(word[1])]))
     colours = ListedColormap([_shade(word, words) for word in words])
     figure, axis = plt.subplots(figsize=(9, 1.3 + 0.22 * at.heads), layout="constrained")
     grid = [[words.index(word) for word in row] for row in rows]

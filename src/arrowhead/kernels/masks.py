@@ -10,12 +10,9 @@ from arrowhead.layout import Tokens
 from arrowhead.methods import Box, Radius
 
 
-def near(i: Tensor, j: Tensor, radius: int | Tensor, block: int | Tensor = 1) -> Tensor:
-    """Whether place i sees place j: |⌊i / block⌋ − ⌊j / block⌋| ≤ radius. Boolean, as they broadcast.
-
-    Places are those of visual tokens in their sequence or, in a box, along an axis of their grid.
-    """
-    return (i // block - j // block).abs() <= radius
+def near(i: Tensor, j: Tensor, radius: int | Tensor) -> Tensor:
+    """Whether visual query i sees visual key j, or a box's block i its block j: |i − j| ≤ radius. Boolean, as they broadcast."""
+    return (i - j).abs() <= radius
 
 
 def band(queries: range, keys: range, radius: int, device: torch.device | None = None) -> Tensor:
@@ -69,11 +66,11 @@ def axes(tokens: Tokens, box: Box) -> tuple[Axis, Axis, Axis]:
 
 def _boxes(tokens: Tokens, box: Box, device: torch.device | None) -> Tensor:
     """Whether each visual query sees each visual key, in a box. Boolean, (V, V)."""
-    own = axes(tokens, box)
-    place = torch.arange(tokens.visual, device=device)
+    own, visual = axes(tokens, box), torch.arange(tokens.visual, device=device)
     seen = torch.ones(tokens.visual, tokens.visual, dtype=torch.bool, device=device)
-    for axis, where in zip(own, torch.unravel_index(place, [axis.size for axis in own]), strict=True):
-        seen &= near(where[:, None], where[None, :], axis.reach, axis.block)
+    for axis, places in zip(own, torch.unravel_index(visual, [axis.size for axis in own]), strict=True):
+        block = places // axis.block
+        seen &= near(block[:, None], block[None, :], axis.reach)
     return seen
 
 

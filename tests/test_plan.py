@@ -9,7 +9,7 @@ import diffusers
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from independent import by_head, few, plans
+from independent import BOXES, by_head, few, plans
 
 from arrowhead.apply import target_of
 from arrowhead.errors import PlanInvalid, PlanMismatch
@@ -341,9 +341,10 @@ class TestConstructor:
                 reused = "forecast" if cell == FORECAST else "AST"
                 methods = [reused] * site.heads if isinstance(cell, Reuse) else by_head(cell, site.heads)
                 names = {"AST": "AST", "forecast": "forecast", Full(): "full", Full("int8"): "full-int8", Cached(): "cached"}
-                for radius in range(21):
-                    names |= {Arrow(radius): "WA", Arrow(radius, True): "WA-RS"}
-                    names |= {Arrow(radius, False, "int8"): "WA-int8", Arrow(radius, True, "int8"): "WA-RS-int8"}
+                for radius in (*range(21), *BOXES):
+                    band = "WA" if isinstance(radius, int) else "box"
+                    names |= {Arrow(radius): band, Arrow(radius, True): f"{band}-RS"}
+                    names |= {Arrow(radius, False, "int8"): f"{band}-int8", Arrow(radius, True, "int8"): f"{band}-RS-int8"}
                 count.update(names[method] for method in methods)
         assert plan.count_heads() == count
 

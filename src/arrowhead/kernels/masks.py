@@ -11,7 +11,7 @@ from arrowhead.methods import Box, Radius
 
 
 def near(i: Tensor, j: Tensor, radius: int | Tensor) -> Tensor:
-    """Whether visual query i sees visual key j, or a box's block i its block j: |i − j| ≤ radius. Boolean, as they broadcast."""
+    """Whether visual query i sees visual key j, or a box's block i its block j: |i − j| ≤ radius. Boolean, broadcast."""
     return (i - j).abs() <= radius
 
 

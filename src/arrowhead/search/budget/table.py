@@ -345,7 +345,9 @@ class _Header(pydantic.BaseModel, extra="forbid"):
         return self._faults_of(tensors)
 
     def _faults_of(self, tensors: Mapping[str, Tensor]) -> str | None:
-        """Where the tensors do not fit the rest."""
+        """Where the tensors do not fit the rest, or radii the tokens."""
+        if self.tokens.grid is None and not all(isinstance(radius, int) for radius in self.radii):
+            return "got boxes for tokens of no grid"
         if not all(t.dtype == torch.float32 and t.isfinite().all() for t in tensors.values()):
             return "got tensors that are not float32, or not finite"
         if "native" in self.precisions or len(set(self.precisions)) < len(self.precisions):

@@ -68,7 +68,7 @@ class Arrow:
 
     def __post_init__(self) -> None:
         _require_known(self.precision)
-        if isinstance(self.radius, int) and self.radius < 0:
+        if not isinstance(self.radius, Box) and self.radius < 0:
             raise ValueError(f"a band's radius is a number of tokens; got {self.radius}, wanted 0 or more")
 
 

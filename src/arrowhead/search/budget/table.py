@@ -332,10 +332,8 @@ class _Header(pydantic.BaseModel, extra="forbid"):
         sizes |= {"regions": self.regions, "itemsize": self.itemsize, "sites": len(self.target.sites)}
         if small := [f"{name} {value}" for name, value in sizes.items() if value < 1]:
             return f"got {', '.join(small)}, wanted at least 1"
-        values, above = (
-            (*self.gains, self.other_flops, *(radius for radius in self.radii if isinstance(radius, int))),
-            (*self.answers, self.final),
-        )
+        of_tokens = [radius for radius in self.radii if isinstance(radius, int)]
+        values, above = (*self.gains, self.other_flops, *of_tokens), (*self.answers, self.final)
         if not all(0 <= value < math.inf for value in values) or not all(0 < value < math.inf for value in above):
             return "got gains, answers, FLOPs, radii or a final square below 0 or not finite"
         if len(self.answers) not in (0, len(self.gains)) or not 0 <= self.feedback <= 1:

@@ -14,8 +14,9 @@ from arrowhead import Plan
 from arrowhead.cost import site_flops
 from arrowhead.layout import Site, Tokens
 from arrowhead.lifetimes import Writes
-from arrowhead.methods import FULL, Arrow, Attend, Cached, Cell, Full, Method, dit_fast_attn_candidates
+from arrowhead.methods import FULL, Arrow, Attend, Cached, Cell, Full, Method
 from arrowhead.plan import Target
+from arrowhead.search.greedy import Greedy
 
 NEAR = 0.005
 """How far from a level a plan may be."""
@@ -63,7 +64,7 @@ def plan(level: Level, target: Target, tokens: Tokens, steps: int, *, guided: bo
     """
     if level.of == "module":
         some = target.sites[0], tokens
-        cells = sorted(dit_fast_attn_candidates(tokens.visual, guided), key=lambda cell: _module_flops(*some, cell))
+        cells = sorted(Greedy().candidates(tokens, guided), key=lambda cell: _module_flops(*some, cell))
         moves = _moves(steps, [1] * len(target.sites), cells)
     else:
         moves = _moves(steps, [site.heads for site in target.sites], _ways_of_a_head(tokens.visual))

@@ -42,7 +42,7 @@ from diffusers import (
 )
 from pipelines import CAPTION, POOLED, Bench, randomise, scheduler, vae
 
-from arrowhead.layout import Tokens
+from arrowhead.layout import Grid, Tokens
 from arrowhead.models import find
 
 TEXT, CHANNELS = CAPTION
@@ -60,7 +60,7 @@ SHARP = (".attn1.", ".attn.")
 
 @dataclass
 class FamilyBench(Bench):
-    """`text_seen` are the text tokens that any site looks at, attending jointly or not.
+    """`text_seen` are the text tokens that any site looks at, attending jointly or not; `grid` is what boxes are tested in.
 
     `switch` is the step from which a second transformer is called, of five; `frames` are sequences of their own.
     """
@@ -70,6 +70,7 @@ class FamilyBench(Bench):
     two_calls: bool = False
     switch: int | None = None
     frames: int = 1
+    grid: Grid | None = None
 
     @property
     def attentions(self) -> list[Any]:

@@ -9,6 +9,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from independent import dense_mask
 from torch import Tensor
 
 from arrowhead.layout import Site, Tokens
-from arrowhead.methods import AST, FULL, Arrow, Attend, Cached, Cell, Full
+from arrowhead.methods import AST, FULL, Arrow, Attend, Cached, Cell, Full, Method
 
 RADII = (2, 5)
 
@@ -41,6 +42,13 @@ def random_cells(seed: int, sites: Sequence[Site], steps: int, share: bool, swit
     return [[FULL] * len(sites), *([some(site) for site in sites] for _ in range(steps - 1))]
 
 
+def methods_of(column: Sequence[Cell]) -> Iterator[Method]:
+    """What heads do somewhere."""
+    for cell in column:
+        if isinstance(cell, Attend):
+            yield from cell.method if isinstance(cell.method, tuple) else (cell.method,)
+
+
 def each(function: Callable[..., Tensor], *outputs: Any) -> Any:
     """Of tensors, or of tuples of them."""
     if isinstance(outputs[0], tuple):
@@ -53,10 +61,11 @@ class Replayed:
 
     def __init__(self, site: Site, column: Sequence[Cell], bench: FamilyBench, guided: bool) -> None:
         self.site, self.column = site, column
+        self.radii = {*RADII} if bench.grid is None else {m.radius for m in methods_of(column) if isinstance(m, Arrow)}
         self.calls = 2 if guided and bench.two_calls else 1
         self.batched = guided and not bench.two_calls
         self.conditional_first = bench.conditional_first
-        self.tokens = bench.tokens if site.joint else Tokens(bench.visual // bench.frames)
+        self.tokens = replace(bench.tokens if site.joint else Tokens(bench.visual // bench.frames), grid=bench.grid)
         self.passed = 0
         self.outputs: list[Any] = [None] * self.calls
         self.kept: list[dict[Any, Tensor]] = [{} for _ in range(self.calls)]
@@ -117,7 +126,7 @@ class Replayed:
             radius = method.radius if isinstance(method, Arrow) else n
             out = under(dense_mask(self.tokens, radius), h)
             if isinstance(method, Full):
-                for radius in RADII:
+                for radius in self.radii:
                     keep((h, radius), out - under(dense_mask(self.tokens, radius), h))
             elif method.residual:
                 out = out + kept[h, method.radius]

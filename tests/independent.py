@@ -8,18 +8,50 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from arrowhead.layout import Site, Tokens
-from arrowhead.methods import Arrow, Attend, Cached, Cell, Full, Method, Reuse
+from arrowhead.methods import Arrow, Attend, Box, Cached, Cell, Full, Method, Radius, Reuse
 from arrowhead.plan import Plan, Target
 
 few = settings(max_examples=80, deadline=None)
 RADII = (0, 1, 3, 20)
 WHOLE = (("output",), ("slope",))  # what is of the whole module, rather than of heads
 
+BOXES = (Box(1, 1, 2), Box(0, None, 1), Box(rows=2, columns=3))
+
 token_layouts = st.builds(Tokens, visual=st.integers(1, 14), text=st.sampled_from([0, 0, 1, 2, 5]), text_first=st.booleans())
 
 
-def dense_mask(tokens: Tokens, radius: int) -> torch.Tensor:
+reaches = st.none() | st.integers(0, 5)
+boxes = st.builds(Box, reaches, reaches, reaches)
+
+
+@st.composite
+def grid_layouts(draw: st.DrawFn) -> Tokens:
+    """Small grids, with text or without."""
+    sizes = draw(st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 6)))
+    return Tokens.of_grid(*sizes, text=draw(st.sampled_from([0, 0, 1, 5])), text_first=draw(st.booleans()))
+
+
+def in_box(tokens: Tokens, box: Box) -> list[list[bool]]:
+    """Which visual tokens see which, (V, V): frames so far away, rows and columns in blocks beside one another."""
+    grid = tokens.grid
+    assert grid is not None
+    places = [(f, r, c) for f in range(grid.frames) for r in range(grid.rows) for c in range(grid.columns)]
+
+    def near(a: int, b: int, reach: int | None, whole: bool) -> bool:
+        if reach is None or a == b:
+            return True
+        return abs(a - b) <= reach if whole else reach > 0 and abs(a // reach - b // reach) <= 1
+
+    reach = box.frames, box.rows, box.columns
+    return [[all(near(a[n], b[n], reach[n], n == 0) for n in range(3)) for b in places] for a in places]
+
+
+def dense_mask(tokens: Tokens, radius: Radius) -> torch.Tensor:
     """Boolean (N, N): |i − j| ≤ radius between visual tokens, everything where a text token is involved."""
+    if isinstance(radius, Box):
+        seen, first = torch.ones(tokens.total, tokens.total, dtype=torch.bool), tokens.text if tokens.text_first else 0
+        seen[first : first + tokens.visual, first : first + tokens.visual] = torch.tensor(in_box(tokens, radius))
+        return seen
     place = torch.arange(tokens.visual + tokens.text)  # (N,)
     first = tokens.text if tokens.text_first else 0
     text = (place < first) | (place >= first + tokens.visual)
@@ -99,10 +131,12 @@ def for_one_branch(what: tuple, who: list[Cell]) -> bool:
 
 
 @st.composite
-def columns(draw: st.DrawFn, steps: int, heads: int | None = None, lines: bool = True) -> tuple[Cell, ...]:
+def columns(
+    draw: st.DrawFn, steps: int, heads: int | None = None, lines: bool = True, radii: Sequence[Radius] = RADII
+) -> tuple[Cell, ...]:
     """One site's cells over the steps: any that has what it reads. With `heads`, these may each do something else.
 
-    `lines`: some are extrapolated.
+    `lines`: some are extrapolated. `radii` are those of the arrows.
     """
     column: list[Cell] = []
     for step in range(steps):
@@ -112,16 +146,16 @@ def columns(draw: st.DrawFn, steps: int, heads: int | None = None, lines: bool =
             continue
         before = [[by_head(c, heads or 1)[h] for c in column if isinstance(c, Attend)] for h in range(heads or 1)]
         if heads is not None and draw(st.booleans()):
-            method = tuple(draw(_methods([seen])) for seen in before)
+            method = tuple(draw(_methods([seen], radii)) for seen in before)
         else:
-            method = draw(_methods(before))
+            method = draw(_methods(before, radii))
         column.append(Attend(method, share_cfg=draw(st.booleans())))
     return tuple(column)
 
 
-def _methods(before: list[list[Method]]) -> st.SearchStrategy[Method]:
+def _methods(before: list[list[Method]], choice: Sequence[Radius]) -> st.SearchStrategy[Method]:
     """What a head can do that did these before, in steps that were not reused; or what all of several can."""
-    radii, precisions = st.sampled_from(RADII), st.sampled_from(["native", "native", "int8"])
+    radii, precisions = st.sampled_from(choice), st.sampled_from(["native", "native", "int8"])
     kinds = [st.builds(Full, precisions), st.builds(Arrow, radii, st.just(False), precisions)]
     kinds += [st.builds(Arrow, radii, st.just(True), precisions)] * all(Full() in seen for seen in before)
     kinds += [st.just(Cached())] * all(before)  # the first of them computed
@@ -146,7 +180,7 @@ sites = st.builds(
 
 def tokens_of(site: Site, tokens: Tokens) -> Tokens:
     """What a site attends over: everything where it is joint, else the image."""
-    return tokens if site.joint else Tokens(tokens.visual)
+    return tokens if site.joint else Tokens(tokens.visual, grid=tokens.grid)
 
 
 @st.composite
@@ -155,6 +189,8 @@ def plans(draw: st.DrawFn) -> Plan:
     steps, width = draw(st.integers(1, 7)), draw(st.integers(1, 3))
     chosen = tuple(Site(**vars(draw(sites)) | {"path": f"blocks.{i}.attn"}) for i in range(width))
     calls, guided = draw(st.sampled_from([(1, False), (1, True), (2, True)]))
-    cells = tuple(zip(*[draw(columns(steps, site.heads)) for site in chosen], strict=True))
+    tokens = draw(st.one_of(token_layouts, grid_layouts()))
+    radii = RADII if tokens.grid is None else (*RADII[1:3], *BOXES)
+    cells = tuple(zip(*[draw(columns(steps, site.heads, radii=radii)) for site in chosen], strict=True))
     target = Target("Transformer", "Scheduler", {"shift": draw(st.floats(0, 9)), "betas": None}, chosen)
-    return Plan(cells, target, draw(token_layouts), guided, calls=calls)
+    return Plan(cells, target, tokens, guided, calls=calls)

@@ -248,6 +248,8 @@ SENSELESS = {
     "more than there is": {"more": 1},
     "a radius below nothing": {"radii": [-4]},
     "a radius that is no number of tokens": {"radii": [4.5]},
+    "a box in no grid": {"radii": [{"frames": None, "rows": 1, "columns": 1}]},
+    "a box of less than nothing": {"radii": [{"frames": None, "rows": -1, "columns": 1}]},
     "another number of radii": {"radii": [4, 2]},
     "no steps": {"gains": []},
     "another number of steps": {"gains": [1.0]},
@@ -284,13 +286,14 @@ def test_a_header_with_a_block(tmp_path):
     assert ah.Table.load(tmp_path / "again").blocks == read.blocks
 
 
-def test_a_file_from_before_there_were_precisions(tmp_path):
+@pytest.mark.parametrize("version", [4, 5])
+def test_a_file_from_before_there_were_precisions_or_grids(version, tmp_path):
     """It has none, and is otherwise the same."""
     table = synthetic(0)
     table.save(tmp_path / "table")
     header, tensors = parts(tmp_path / "table")
-    del header["precisions"], header["switch"]
-    written(tmp_path / "table", header | {"format": 4}, tensors)
+    del header["precisions"], header["switch"], header["tokens"]["grid"]
+    written(tmp_path / "table", header | {"format": version}, tensors)
     read = ah.Table.load(tmp_path / "table")
     assert (read.precisions, read.roundings) == ((), None)
     assert ah.solve(read, ah.Budget(module_flops=0.5)) == ah.solve(table, ah.Budget(module_flops=0.5))

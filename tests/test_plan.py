@@ -10,7 +10,7 @@ import diffusers
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from independent import by_head, few, plans
+from independent import BOXES, by_head, few, plans
 
 from arrowhead.apply import target_of
 from arrowhead.errors import PlanInvalid, PlanMismatch
@@ -99,9 +99,11 @@ class TestRoundTrip:
         assert plan.count() == {"full": 2, "head-wise": 1, "WA-int8+ASC": 1, "full-int8": 1, "full-int8+ASC": 1}
         assert plan.count_heads() == {"full": 6, "full-int8": 1 + 2 + 4, "WA-RS-int8": 1, "WA-int8": 4}
 
-    def test_a_file_from_before_there_were_precisions(self, tmp_path):
+    @pytest.mark.parametrize("version", [2, 3])
+    def test_a_file_from_before_there_were_precisions_or_grids(self, tmp_path, version):
         PLAN.save(tmp_path / "plan.json")
-        content = strict_json((tmp_path / "plan.json").read_text()) | {"format": 2}
+        content = strict_json((tmp_path / "plan.json").read_text()) | {"format": version}
+        del content["tokens"]["grid"]
         (tmp_path / "plan.json").write_text(json.dumps(content))
         assert Plan.load(tmp_path / "plan.json") == PLAN
 
@@ -351,9 +353,10 @@ class TestConstructor:
                 reused = "forecast" if isinstance(cell, Reuse) and cell.extrapolate else "AST"
                 methods = [reused] * site.heads if isinstance(cell, Reuse) else by_head(cell, site.heads)
                 names = {"AST": "AST", "forecast": "forecast", Full(): "full", Full("int8"): "full-int8", Cached(): "cached"}
-                for radius in range(21):
-                    names |= {Arrow(radius): "WA", Arrow(radius, True): "WA-RS"}
-                    names |= {Arrow(radius, False, "int8"): "WA-int8", Arrow(radius, True, "int8"): "WA-RS-int8"}
+                for radius in (*range(21), *BOXES):
+                    band = "WA" if isinstance(radius, int) else "box"
+                    names |= {Arrow(radius): band, Arrow(radius, True): f"{band}-RS"}
+                    names |= {Arrow(radius, False, "int8"): f"{band}-int8", Arrow(radius, True, "int8"): f"{band}-RS-int8"}
                 count.update(names[method] for method in methods)
         assert plan.count_heads() == count
 

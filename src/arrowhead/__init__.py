@@ -7,18 +7,21 @@ pipeline, and takes it off again.
 from arrowhead import tiny
 from arrowhead.apply import Run, applied, apply, remove
 from arrowhead.layout import Tokens
+from arrowhead.methods import Box
 from arrowhead.models import Adapter, Attention, FusedQKV, open_sora, supported
 from arrowhead.plan import Plan
-from arrowhead.search import Budget, Extent, Headwise, Table, calibrate, calibration_bytes, search, solve, sweep
+from arrowhead.search import Budget, Extent, Greedy, Headwise, Table, calibrate, calibration_bytes, search, solve, sweep
 from arrowhead.tally import Summary
 
 __version__ = "0.1.0"
 __all__ = [
     "Adapter",
     "Attention",
+    "Box",
     "Budget",
     "Extent",
     "FusedQKV",
+    "Greedy",
     "Headwise",
     "Plan",
     "Run",

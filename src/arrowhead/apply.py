@@ -21,10 +21,10 @@ from arrowhead.errors import (
     SiteNotReached,
 )
 from arrowhead.intercept import Interception, SiteCall, forward_replaced
-from arrowhead.kernels import dispatch
+from arrowhead.kernels import dispatch, masks
 from arrowhead.layout import Branches
 from arrowhead.lifetimes import lifetimes
-from arrowhead.methods import Arrow, Attend
+from arrowhead.methods import Arrow, Attend, breadth
 from arrowhead.models import Adapter, Model, Own, described, find, transformers_of
 from arrowhead.plan import Plan, Target
 from arrowhead.tally import Summary, Tally
@@ -341,12 +341,12 @@ def _applied_class(base: type, run: Run) -> type:
 
 def _warn_of_wide_bands(plan: Plan) -> None:
     for site, column in zip(plan.target.sites, plan.columns, strict=True):
-        visual = site.tokens(plan.tokens).visual
+        own = site.tokens(plan.tokens)
         methods = {method for cell in column if isinstance(cell, Attend) for method in cell.methods(1)}
-        wide = sorted(m.radius for m in methods if isinstance(m, Arrow) and m.radius >= visual - 1)
-        if wide:
+        radii = sorted({m.radius for m in methods if isinstance(m, Arrow)}, key=breadth)
+        if wide := [radius for radius in radii if masks.covers(own, radius)]:
             warnings.warn(
-                f"the plan has a band of radius {wide[0]} over {visual} visual tokens; one below {visual - 1} would save work, "
+                f"the plan has a band of radius {wide[0]} over {own.visual} visual tokens; a narrower one would save work, "
                 "this one is full attention",
                 BandCoversAll,
                 stacklevel=4,

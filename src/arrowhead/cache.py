@@ -10,6 +10,7 @@ from torch import Tensor
 from arrowhead.errors import NotIntercepted
 from arrowhead.heads import places
 from arrowhead.layout import Branches
+from arrowhead.methods import Radius
 
 Output = Tensor | tuple[Tensor | None, ...]
 """What a site's module gives: (B, N, C), or such a tensor for the image and one for the text, None where it gives no text."""
@@ -24,7 +25,7 @@ class Key:
 
     site: str
     what: Literal["output", "slope", "heads", "residual", "handed over"] = "output"
-    radius: int | None = None
+    radius: Radius | None = None
 
 
 @dataclass(frozen=True)

@@ -6,19 +6,59 @@ from typing import Literal
 
 
 @dataclass(frozen=True)
+class Grid:
+    """Where visual tokens come from: frame by frame, in each row by row. An image is one frame."""
+
+    frames: int
+    rows: int
+    columns: int
+
+    def __post_init__(self) -> None:
+        if min(self.frames, self.rows, self.columns) < 1:
+            raise ValueError(f"got {self}, wanted at least one of each")
+
+    @property
+    def size(self) -> int:
+        """How many tokens."""
+        return self.frames * self.rows * self.columns
+
+
+@dataclass(frozen=True)
 class Tokens:
-    """A sequence of visual tokens with, perhaps, text tokens before or after them; `frames` where some site sees one frame."""
+    """A sequence of visual tokens with, perhaps, text tokens before or after them.
+
+    `grid` is the visual ones', where known; `frames` are how many sequences they make where some site sees one frame.
+    """
 
     visual: int
     text: int = 0
     text_first: bool = False
     frames: int = 1
+    grid: Grid | None = None
 
     def __post_init__(self) -> None:
         if self.visual < 1 or self.text < 0:
             raise ValueError(f"got {self.visual} visual and {self.text} text tokens, wanted at least 1 and 0")
         if self.frames < 1 or self.visual % self.frames:
             raise ValueError(f"got {self.frames} frames of {self.visual} visual tokens, wanted frames of one size")
+        if self.grid is not None and self.grid.size != self.visual:
+            raise ValueError(f"got {self.visual} visual tokens on a {self.grid}, wanted {self.grid.size}")
+
+    @classmethod
+    def of_grid(cls, frames: int, rows: int, columns: int, *, text: int = 0, text_first: bool = False) -> "Tokens":
+        """Visual tokens that fill a grid."""
+        grid = Grid(frames, rows, columns)
+        return cls(grid.size, text, text_first, grid=grid)
+
+    @property
+    def image(self) -> "Tokens":
+        """The visual ones alone."""
+        return replace(self, text=0, text_first=False)
+
+    @property
+    def flat(self) -> "Tokens":
+        """The same as a mere sequence."""
+        return replace(self, grid=None)
 
     @property
     def total(self) -> int:
@@ -77,9 +117,13 @@ class Site:
 
     def tokens(self, of_call: Tokens) -> Tokens:
         """What a sequence of the site's has, in a call of the transformer with these tokens."""
-        if self.over != "all":
-            return Tokens(of_call.visual // self.sequences(of_call))
-        return replace(of_call, frames=1) if self.joint else Tokens(of_call.visual)
+        if self.over == "time":
+            return Tokens(of_call.frames)
+        if self.over == "space":
+            grid = None if of_call.grid is None else replace(of_call.grid, frames=1)
+            return Tokens(of_call.visual // of_call.frames, grid=grid)
+        own = replace(of_call, frames=1)
+        return own if self.joint else own.image
 
     def sequences(self, of_call: Tokens) -> int:
         """Rows of the site's input for one sample."""
@@ -107,7 +151,7 @@ class Site:
 
 def seen(tokens: Tokens, sites: Iterable[Site]) -> Tokens:
     """What of a call's tokens matters to these sites."""
-    return tokens if any(site.sees_text for site in sites) else replace(tokens, text=0, text_first=False)
+    return tokens if any(site.sees_text for site in sites) else tokens.image
 
 
 def outermost(sites: Iterable[Site]) -> tuple[Site, ...]:

@@ -5,7 +5,17 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from arrowhead.methods import Attend, Cell, Reuse, extrapolates, reads_head_output, refreshes_residual, residual_radius
+from arrowhead.methods import (
+    Attend,
+    Cell,
+    Radius,
+    Reuse,
+    breadth,
+    extrapolates,
+    reads_head_output,
+    refreshes_residual,
+    residual_radius,
+)
 
 FOREVER = sys.maxsize
 """A last reader that never comes: kept until overwritten."""
@@ -15,7 +25,7 @@ FOREVER = sys.maxsize
 class Residual:
     """A residual to make in a step for some heads, or for all (None); `conditional_only` when every reader shares CFG."""
 
-    radius: int
+    radius: Radius
     last_reader: int
     conditional_only: bool
     heads: tuple[int, ...] | None = None
@@ -95,7 +105,7 @@ def _of_heads(
 
 
 def _order(stored: Residual | HeadOutput) -> Hashable:
-    return (getattr(stored, "radius", 0), stored.last_reader, stored.conditional_only)
+    return (breadth(getattr(stored, "radius", 0)), stored.last_reader, stored.conditional_only)
 
 
 def _output_until(column: Sequence[Cell], step: int) -> int | None:
@@ -121,7 +131,7 @@ def _reuse_chain_end(column: Sequence[Cell], step: int) -> int:
 def _residuals(column: Sequence[Cell], step: int) -> tuple[Residual, ...]:
     if not refreshes_residual(column[step]):
         return ()
-    readers: dict[int, list[int]] = {}
+    readers: dict[Radius, list[int]] = {}
     for later in range(step + 1, len(column)):
         if refreshes_residual(column[later]):
             break
@@ -130,7 +140,7 @@ def _residuals(column: Sequence[Cell], step: int) -> tuple[Residual, ...]:
             readers.setdefault(radius, []).append(later)
     return tuple(
         Residual(radius, steps[-1], all(getattr(column[s], "share_cfg", False) for s in steps))
-        for radius, steps in sorted(readers.items())
+        for radius, steps in sorted(readers.items(), key=lambda item: breadth(item[0]))
     )
 
 

@@ -4,6 +4,7 @@ A *method* says what a head does: which query–key pairs it looks at, or that i
 in a step: attend with a method for each head, perhaps for the conditional branch only, or reuse what it gave before.
 """
 
+import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args
@@ -23,20 +24,51 @@ class Full:
 
 
 @dataclass(frozen=True)
-class Arrow:
-    """Band of `radius` visual tokens on each side of a query; text rows and text columns stay dense.
+class Box:
+    """A radius in frames, rows and columns of the visual tokens' grid; None: all of them. An image has one frame.
 
-    Without text tokens this is the window attention of DiTFastAttn (WA). With `residual` the output of the last full
+    Frames are whole as they are: those at most `frames` away are seen. Rows are cut into blocks of `rows`, columns into blocks
+    of `columns`, and a query sees all of its own block and of those beside it: at least the radius, and less than twice as far
+    (the last block may be smaller). So whole blocks of queries see whole blocks of keys, as in Sliding Tile Attention
+    (arXiv:2502.04507), and nothing is computed to be masked away. With 0 a row, or column, sees itself alone.
+    """
+
+    frames: int | None = None
+    rows: int | None = None
+    columns: int | None = None
+
+    def __post_init__(self) -> None:
+        if any(reach is not None and (type(reach) is not int or reach < 0) for reach in self.reaches):
+            raise ValueError(f"got {self}, wanted numbers of frames, rows and columns of 0 or more, or None for all")
+
+    @property
+    def reaches(self) -> tuple[int | None, int | None, int | None]:
+        """Of frames, rows and columns."""
+        return self.frames, self.rows, self.columns
+
+    def __str__(self) -> str:
+        return "x".join("all" if reach is None else str(reach) for reach in self.reaches)
+
+
+Radius = int | Box
+"""How far a band reaches: in tokens of the flattened sequence, or in the grid that they come from."""
+
+
+@dataclass(frozen=True)
+class Arrow:
+    """Band of `radius` visual tokens on each side of a query, or a box around it; text rows and text columns stay dense.
+
+    Without text tokens the former is the window attention of DiTFastAttn (WA). With `residual` the output of the last full
     step minus its band, O_r − W_r, is added to it (WA-RS of DiTFastAttn).
     """
 
-    radius: int
+    radius: Radius
     residual: bool = False
     precision: Precision = "native"
 
     def __post_init__(self) -> None:
         _require_known(self.precision)
-        if self.radius < 0:
+        if not isinstance(self.radius, Box) and self.radius < 0:
             raise ValueError(f"a band's radius is a number of tokens; got {self.radius}, wanted 0 or more")
 
 
@@ -112,9 +144,14 @@ def precision_of(method: Method) -> Precision:
     return "native" if isinstance(method, Cached) else method.precision
 
 
-def wa_rs(radius: int, share_cfg: bool = False) -> Attend:
+def wa_rs(radius: Radius, share_cfg: bool = False) -> Attend:
     """Window attention with residual sharing, for both branches or for the conditional one."""
     return Attend(Arrow(radius, residual=True), share_cfg)
+
+
+def breadth(radius: Radius) -> tuple[float, ...]:
+    """By which bands are put in order: radii in tokens, and boxes."""
+    return (radius,) if isinstance(radius, int) else tuple(math.inf if own is None else own for own in radius.reaches)
 
 
 def refreshes_residual(cell: Cell) -> bool:
@@ -125,7 +162,7 @@ def refreshes_residual(cell: Cell) -> bool:
     return isinstance(cell, Attend) and cell.method == Full()
 
 
-def residual_radius(cell: Cell) -> int | None:
+def residual_radius(cell: Cell) -> Radius | None:
     """The radius of the residual that a cell of one method reads, or None."""
     if isinstance(cell, Attend) and isinstance(cell.method, Arrow) and cell.method.residual:
         return cell.method.radius
@@ -142,18 +179,26 @@ def extrapolates(cell: Cell) -> bool:
     return isinstance(cell, Reuse) and cell.extrapolate > 0
 
 
+def in_box(method: Method) -> bool:
+    """Whether a head has to know the grid."""
+    return isinstance(method, Arrow) and isinstance(method.radius, Box)
+
+
 def method_name(method: Method) -> str:
-    """The papers' name of what a head does: full, WA, WA-RS or cached, with -int8 where that is its precision."""
+    """The papers' name of what a head does: full, WA, WA-RS or cached, with -int8 where that is its precision.
+
+    In boxes, which the papers do not have: box and box-RS.
+    """
     if isinstance(method, Cached):
         return "cached"
-    name = "full" if isinstance(method, Full) else "WA-RS" if method.residual else "WA"
+    name = "full" if isinstance(method, Full) else ("box" if in_box(method) else "WA") + "-RS" * method.residual
     return name if method.precision == "native" else f"{name}-{method.precision}"
 
 
 def paper_name(cell: Cell) -> str:
     """The papers' name: full, ASC, WA, WA-RS, cached, head-wise where heads differ, with +ASC where shared; AST; forecast.
 
-    Of heads in int8: full-int8, WA-int8, WA-RS-int8, shared or not.
+    Of heads in int8: full-int8, WA-int8, WA-RS-int8, shared or not. In a box: box and box-RS in place of WA and WA-RS.
     """
     if isinstance(cell, Reuse):
         return "forecast" if cell.extrapolate else "AST"
@@ -169,12 +214,9 @@ def grouped(of_heads: Sequence[Each]) -> Iterator[tuple[Each, tuple[int, ...]]]:
         yield each, tuple(head for head, own in enumerate(of_heads) if own == each)
 
 
-def dit_fast_attn_candidates(visual_tokens: int, guided: bool) -> Sequence[Cell]:
-    """The cells that DiTFastAttn tries, in its order; without guidance there is no branch to share.
-
-    The band reaches an eighth of the visual tokens on each side, the only reading that gives the paper's Table 2.
-    """
-    radius = visual_tokens // 8
+def dit_fast_attn_candidates(radii: Sequence[Radius], guided: bool) -> Sequence[Cell]:
+    """The cells that DiTFastAttn tries, in its order, each with these radii; without guidance there is no branch to share."""
+    bands = [wa_rs(radius) for radius in radii]
     if guided:
-        return AST, wa_rs(radius, share_cfg=True), wa_rs(radius), ASC
-    return AST, wa_rs(radius)
+        return AST, *(wa_rs(radius, share_cfg=True) for radius in radii), *bands, ASC
+    return AST, *bands

@@ -14,11 +14,25 @@ from arrowhead import cost
 from arrowhead.errors import PlanInvalid, PlanMismatch
 from arrowhead.layout import Site, Tokens, outermost
 from arrowhead.lifetimes import first_fault
-from arrowhead.methods import Arrow, Attend, Cached, Cell, Full, Method, Precision, Reuse, extrapolates, method_name, paper_name
+from arrowhead.methods import (
+    Arrow,
+    Attend,
+    Box,
+    Cached,
+    Cell,
+    Full,
+    Method,
+    Precision,
+    Reuse,
+    extrapolates,
+    in_box,
+    method_name,
+    paper_name,
+)
 
 FORMAT = 4
 READABLE = (2, 3, FORMAT)
-"""Format 3 is without slopes and a second transformer, format 2 without precisions besides; else they mean the same."""
+"""Format 3 is without slopes, grids and a second transformer, format 2 without precisions besides; else they mean the same."""
 SYMBOLS = {
     "full": "F",
     "ASC": "C",
@@ -36,6 +50,14 @@ SYMBOLS = {
     "WA-int8+ASC": "b",
     "WA-RS-int8": "A",
     "WA-RS-int8+ASC": "B",
+    "box": "x",
+    "box+ASC": "y",
+    "box-RS": "X",
+    "box-RS+ASC": "Y",
+    "box-int8": "m",
+    "box-int8+ASC": "n",
+    "box-RS-int8": "M",
+    "box-RS-int8+ASC": "N",
     "head-wise": "H",
     "head-wise+ASC": "I",
 }
@@ -86,6 +108,7 @@ class Plan:
     `guided` says whether there were both CFG branches, in one batch or in two `calls` of the transformer a step; `about` holds
     the search's settings, the model's name and the versions of the libraries, for people to read. From the step `switch` on a
     second transformer is called, whose sites are the same and remember nothing of the first one's; None where there is one.
+    A plan without boxes is bound to no grid: its `tokens` have none.
 
     Raises:
         PlanInvalid: rows of different length, or a cell that reads what no earlier step wrote, with the same transformer.
@@ -100,6 +123,13 @@ class Plan:
     switch: int | None = None
 
     def __post_init__(self) -> None:
+        cells = {cell for row in self.cells for cell in row if isinstance(cell, Attend)}
+        if not any(in_box(method) for cell in cells for method in cell.methods(1)):
+            object.__setattr__(self, "tokens", self.tokens.flat)
+        elif self.tokens.grid is None:
+            raise PlanInvalid(
+                f"got boxes for {self.tokens}, whose grid is not known; wanted tokens of a known grid; take radii in tokens"
+            )
         if self.switch is not None and not 0 <= self.switch < len(self.cells):
             raise PlanInvalid(f"got switch={self.switch} with {len(self.cells)} steps, wanted one of them, or None")
         if self.calls not in (1, 2) or (self.calls == 2 and not self.guided):
@@ -185,7 +215,7 @@ class Plan:
         found = []
         if steps not in (None, self.steps):
             found.append(f"plan is for {self.steps} steps, pipeline runs {steps}; search again with {steps} steps")
-        if tokens != self.tokens:
+        if (tokens if self.tokens.grid else tokens.flat) != self.tokens:
             found.append(f"plan is for {self.tokens}, pipeline runs {tokens}; search again at this resolution")
         if switch != self.switch:
             found.append(f"plan has {_second(self.switch)}, pipeline {_second(switch)}; search again with this boundary_ratio")
@@ -251,7 +281,8 @@ def _legend(cells: Sequence[Sequence[Cell]]) -> dict[str, Cell]:
 class _CellModel(pydantic.BaseModel, extra="forbid"):
     """A cell as the file spells it: `attend` with a method's word, or with one for each head, `reuse`, or `extrapolate`.
 
-    The words: full, cached, arrow:R, arrow:R+residual, where R is the radius in tokens; with +int8 where that is the precision.
+    The words: full, cached, arrow:R, arrow:R+residual, where R is the radius in tokens, or a box's in frames, rows and columns,
+    such as 1x4xall; with +int8 where that is the precision.
     """
 
     does: Literal["attend", "reuse", "extrapolate"]
@@ -291,16 +322,23 @@ def _word(method: Method) -> str:
     return word if method.precision == "native" else f"{word}+{method.precision}"
 
 
+REACH = "([0-9]+|all)"
+
+
 def _method(word: str) -> Method:
     if word == "cached":
         return Cached()
-    found = re.fullmatch(r"(?:full|arrow:([0-9]+)(\+residual)?)(\+int8)?", word)
+    found = re.fullmatch(rf"(?:full|arrow:(?:([0-9]+)|{REACH}x{REACH}x{REACH})(\+residual)?)(\+int8)?", word)
     if found is None:
         raise ValueError(
             f"got a head that does {word!r}, wanted cached, full, arrow:R or arrow:R+residual, these with +int8 or without"
         )
-    precision: Precision = "int8" if found[3] else "native"
-    return Full(precision) if found[1] is None else Arrow(int(found[1]), bool(found[2]), precision)
+    tokens, *box, residual, int8 = found.groups()
+    precision: Precision = "int8" if int8 else "native"
+    if tokens is None and box[0] is None:
+        return Full(precision)
+    radius = int(tokens) if tokens else Box(*(None if reach == "all" else int(reach) for reach in box))
+    return Arrow(radius, bool(residual), precision)
 
 
 class _PlanModel(pydantic.BaseModel, extra="forbid"):

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from arrowhead.analysis.palette import COLOURS, MEANINGS
-from arrowhead.methods import Arrow, Attend, Cell, method_name, paper_name
+from arrowhead.methods import Arrow, Attend, Cell, Radius, breadth, method_name, paper_name
 from arrowhead.plan import Plan
 
 
@@ -50,7 +50,7 @@ def head_map(plan: Plan, site: int, path: str | Path) -> None:
     """What every head of one site does over the steps: heads × steps, arrows the lighter the narrower they are."""
     at = plan.target.sites[site]
     rows = [[_word(cell, head) for cell in plan.columns[site]] for head in range(at.heads)]
-    words = sorted({word for row in rows for word in row}, key=lambda word: (word[0], -word[1]))
+    words = sorted({word for row in rows for word in row}, key=lambda word: (word[0], [-reach for reach in breadth(word[1])]))
     colours = ListedColormap([_shade(word, words) for word in words])
     figure, axis = plt.subplots(figsize=(9, 1.3 + 0.22 * at.heads), layout="constrained")
     grid = [[words.index(word) for word in row] for row in rows]
@@ -69,13 +69,14 @@ def head_map(plan: Plan, site: int, path: str | Path) -> None:
     plt.close(figure)
 
 
-Word = tuple[str, int]  # a name of the palette, and an arrow's radius or 0
+Word = tuple[str, Radius]  # a name of the palette, and an arrow's radius or 0
 
 
 def _word(cell: Cell, head: int) -> Word:
     if isinstance(cell, Attend):
         method = cell.of_head(head).method
-        return method_name(method), method.radius if isinstance(method, Arrow) else 0  # type: ignore[arg-type]
+        assert not isinstance(method, tuple)
+        return method_name(method), method.radius if isinstance(method, Arrow) else 0
     return paper_name(cell), 0
 
 

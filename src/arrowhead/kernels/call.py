@@ -8,14 +8,14 @@ from torch import Tensor
 from arrowhead.heads import places
 from arrowhead.kernels import masks
 from arrowhead.layout import Tokens
-from arrowhead.methods import Precision
+from arrowhead.methods import Precision, Radius
 
 
 @dataclass(frozen=True)
 class Policy:
     """What one head does: the radius of its band, None where it is full, and the precision of its product Q·Kᵀ."""
 
-    radius: int | None = None
+    radius: Radius | None = None
     precision: Precision = "native"
 
 

@@ -2,7 +2,7 @@
 
 Exact on any device and without compilation: the edges of a slice are masked. With chunks of c queries and radius w a query
 meets c + 2w keys instead of N. Heads of one radius are taken together. On the CPU, without gradients or a mask of the model's
-own, `windows` does the same faster.
+own, `windows` does the same faster; boxes of the grid are for `boxes`.
 
 Heads in int8 attend by the queries and keys that quantising leaves, in float32: exact in effect, and slower than native ones.
 """
@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arrowhead.heads import places
-from arrowhead.kernels import masks, quantise, windows
+from arrowhead.kernels import boxes, masks, quantise, windows
 from arrowhead.kernels.call import Call, Policy
 from arrowhead.layout import Tokens
-from arrowhead.methods import grouped
+from arrowhead.methods import Box, Radius, grouped
 
 
 def attend(call: Call) -> Tensor:
@@ -40,15 +40,18 @@ def _alike(call: Call, policy: Policy) -> Tensor:
     return _one_radius(replace(call, q=q, k=k, v=v, mask=mask), policy.radius).to(call.q.dtype)
 
 
-def _one_radius(call: Call, radius: int | None) -> Tensor:
+def _one_radius(call: Call, radius: Radius | None) -> Tensor:
     q, k, v, tokens, scale, mask = call.q, call.k, call.v, call.tokens, call.scale, call.mask
-    if radius is None or radius >= tokens.visual - 1:
+    if radius is None or masks.covers(tokens, radius):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     out = torch.empty_like(q)
     text, visual = tokens.text_slice, tokens.visual_slice
     if tokens.text:
         rows = None if mask is None else masks.part(mask, 2, text)
         out[:, :, text] = F.scaled_dot_product_attention(q[:, :, text], k, v, attn_mask=rows, scale=scale)
+    if isinstance(radius, Box):
+        boxes.visual_rows(call, radius, out)
+        return out
     if mask is None and windows.serve(q, k, v):
         out[:, :, visual] = windows.visual_rows(q, k, v, tokens, radius, scale)
         return out

@@ -9,7 +9,7 @@ from arrowhead.heads import places
 from arrowhead.kernels import chunked, flex, fused, reference
 from arrowhead.kernels.call import Call, Kernel, Policy
 from arrowhead.layout import Tokens
-from arrowhead.methods import Precision
+from arrowhead.methods import Box, Precision, Radius
 
 KERNELS: dict[str, Kernel] = {
     "chunked": chunked.attend,
@@ -58,7 +58,7 @@ def arrow(
     k: Tensor,
     v: Tensor,
     tokens: Tokens,
-    radius: int | Sequence[int | None],
+    radius: Radius | Sequence[Radius | None],
     *,
     precision: Precision | Sequence[Precision] = "native",
     scale: float | None = None,
@@ -69,11 +69,12 @@ def arrow(
 
     k and v may have fewer heads, a divisor of H, each for as many heads of q in a row; they are repeated for the kernels.
 
-    `radius` is one for all heads, or one for each, None where a head is full, and so is `precision`, of the product Q·Kᵀ.
+    `radius`, in tokens or a box in their grid, is one for all heads, or one for each, None where a head is full, and so is
+    `precision`, of the product Q·Kᵀ.
     `scale` multiplies the scores; D^−½ when it is None. `mask`, the model's own, is boolean (True: seen) or added to the
     scores, and broadcasts to (B, H, N, N).
     """
-    radii = (radius,) * q.shape[1] if isinstance(radius, int) else tuple(radius)
+    radii = (radius,) * q.shape[1] if isinstance(radius, int | Box) else tuple(radius)
     precisions = (precision,) * q.shape[1] if isinstance(precision, str) else tuple(precision)
     if k.shape[1] < q.shape[1]:
         k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], 1) for tensor in (k, v))

@@ -16,6 +16,7 @@ from arrowhead.errors import KernelUnavailable
 from arrowhead.kernels import masks
 from arrowhead.kernels.call import Call, Policy
 from arrowhead.layout import Tokens
+from arrowhead.methods import Box
 
 BLOCK = 128  # tokens on a block's side
 LAYOUTS = 64  # so many are compiled; torch's own limit is 8, and past it FlexAttention would run uncompiled, with N² scores
@@ -28,7 +29,7 @@ def attend(call: Call) -> Tensor:
 
     Raises:
         KernelUnavailable: what FlexAttention cannot do here: other devices than CUDA and CPU, gradients or float64 on the CPU,
-            a head dimension that it refuses, heads in int8, no C++ compiler, more than 64 layouts.
+            a head dimension that it refuses, heads in int8, boxes, no C++ compiler, more than 64 layouts.
     """
     q, k, v, mask = call.q, call.k, call.v, call.mask
     _refuse(call)
@@ -60,6 +61,8 @@ def _refuse(call: Call) -> None:
         wrong = "tensors that require gradients on the CPU", "detached ones"
     elif any(policy.precision == "int8" for policy in call.policies):
         wrong = "heads in int8", "native precision"
+    elif any(isinstance(policy.radius, Box) for policy in call.policies):
+        wrong = "boxes", "radii in tokens"
     if wrong:
         raise KernelUnavailable(f"kernel='flex': got {wrong[0]}, wanted {wrong[1]}; or take kernel='chunked'")
 
@@ -86,7 +89,7 @@ def _block_mask(tokens: Tokens, policies: tuple[Policy, ...], device: torch.devi
 
     first, stop = tokens.visual_slice.start, tokens.visual_slice.stop
     with torch.inference_mode(False):  # it is kept, and is not always read in inference mode
-        radii = [tokens.visual if policy.radius is None else policy.radius for policy in policies]
+        radii = [policy.radius if isinstance(policy.radius, int) else tokens.visual for policy in policies]
         radius = torch.tensor(radii, device=device)
         some, every = block_kinds(tokens, radius)
 

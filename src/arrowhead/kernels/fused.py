@@ -14,6 +14,7 @@ from torch import Tensor
 from arrowhead.errors import KernelUnavailable
 from arrowhead.kernels.call import Call, Policy
 from arrowhead.kernels.fused_table import FULL, HEAD_DIMS
+from arrowhead.methods import Box
 
 OLDEST = (8, 0)
 """Compute capability that the kernel needs: Ampere's."""
@@ -65,6 +66,8 @@ def _obstacles(call: Call) -> Iterator[str]:
             yield f"got tensors on {q.device}, wanted a CUDA device; move the pipeline there"
     if q.dtype not in dtypes:
         yield f"got {q.dtype}, wanted {' or '.join(map(str, dtypes))}; cast the pipeline"
+    if any(isinstance(policy.radius, Box) for policy in call.policies):
+        yield "got a Box, wanted radii in tokens; search again without boxes"
     if q.shape[-1] not in HEAD_DIMS:
         yield f"got head dim {q.shape[-1]}, wanted one of {', '.join(map(str, HEAD_DIMS))}; take another model"
     if scale <= 0:
@@ -85,7 +88,10 @@ def _policy(policies: tuple[Policy, ...], adds: tuple[int, ...], device: torch.d
     From pinned memory, lest the copy wait for all that the device has queued.
     """
     with torch.inference_mode(False):
-        rows = [[FULL if own.radius is None else min(own.radius, 2**31 - 1), head in adds] for head, own in enumerate(policies)]
+        rows = [
+            [min(own.radius, 2**31 - 1) if isinstance(own.radius, int) else FULL, head in adds]
+            for head, own in enumerate(policies)
+        ]
         if any(own.precision == "int8" for own in policies):
             rows = [[*row, own.precision == "int8"] for row, own in zip(rows, policies, strict=True)]
         made = torch.tensor(rows, dtype=torch.int32, pin_memory=device.type == "cuda")

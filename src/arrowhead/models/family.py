@@ -1,12 +1,12 @@
 """What has to be known about a family of models, and the ways in which families lay their tokens out and call for guidance."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from arrowhead.errors import InputsInvalid
-from arrowhead.layout import BranchOrder, Kind, Tokens
+from arrowhead.layout import BranchOrder, Grid, Kind, Tokens
 
 PADDED_TO = 32
 """Of so many tokens Z-Image makes the lengths of image and text a multiple, as diffusers' SEQ_MULTI_OF has it."""
@@ -74,7 +74,7 @@ def patches(transformer: Any, call: Mapping[str, Any]) -> Tokens:
     """The image in square patches."""
     height, width = call["hidden_states"].shape[-2:]  # (B, C, H, W)
     patch = transformer.config.patch_size
-    return Tokens(visual=(height // patch) * (width // patch))
+    return Tokens.of_grid(1, height // patch, width // patch)
 
 
 def patches_then_text(transformer: Any, call: Mapping[str, Any]) -> Tokens:
@@ -89,15 +89,25 @@ def patches_beside_two_texts(transformer: Any, call: Mapping[str, Any]) -> Token
 
 
 def text_then_packed(_: Any, call: Mapping[str, Any]) -> Tokens:
-    """The text before an image that comes as tokens."""
+    """The text before an image that comes as tokens; where these belong, Qwen-Image is told by shapes, FLUX by positions."""
     visual, text = call["hidden_states"].shape[1], call["encoder_hidden_states"].shape[1]  # (B, V, C), (B, T, C)
-    return Tokens(visual, text, text_first=True)
+    grid = None
+    if call.get("img_shapes") is not None:  # of each sample's images, the first of which is drawn
+        grid = _filled(call["img_shapes"][0][0], visual)
+    elif call.get("img_ids") is not None:  # (V, 3): frame, row and column
+        grid = _filled([int(place) + 1 for place in call["img_ids"].flatten(0, -2)[-1].tolist()], visual)
+    return Tokens(visual, text, text_first=True, grid=grid)
+
+
+def _filled(sizes: Sequence[Any], visual: int) -> Grid | None:
+    """Frames, rows and columns as a grid, if these are known and so many tokens fill it."""
+    return Grid(*sizes) if None not in sizes and math.prod(sizes) == visual else None
 
 
 def video_patches(transformer: Any, call: Mapping[str, Any]) -> Tokens:
     """A video in patches, frame by frame, beside a text that is looked at."""
     sizes = zip(call["hidden_states"].shape[2:], transformer.config.patch_size, strict=True)  # (B, C, F, H, W)
-    return Tokens(math.prod(size // patch for size, patch in sizes), text=call["encoder_hidden_states"].shape[1])
+    return Tokens.of_grid(*(size // patch for size, patch in sizes), text=call["encoder_hidden_states"].shape[1])
 
 
 def frames_then_text(transformer: Any, call: Mapping[str, Any]) -> Tokens:
@@ -105,27 +115,28 @@ def frames_then_text(transformer: Any, call: Mapping[str, Any]) -> Tokens:
     frames, height, width = call["hidden_states"].shape[2:]  # (B, C, F, H, W)
     patch, in_time = transformer.config.patch_size, getattr(transformer.config, "patch_size_t", 1)
     text = call["encoder_hidden_states"].shape[-2]  # (B, T, C) or (B, 1, T, C)
-    return Tokens((frames // in_time) * (height // patch) * (width // patch), text)
+    return Tokens.of_grid(frames // in_time, height // patch, width // patch, text=text)
 
 
 def frame_by_frame(transformer: Any, call: Mapping[str, Any]) -> Tokens:
     """A video in patches, each frame a sequence of its own."""
     frames, height, width = call["hidden_states"].shape[2:]  # (B, C, F, H, W)
     patch = transformer.config.patch_size
-    return Tokens(frames * (height // patch) * (width // patch), frames=frames)
+    return replace(Tokens.of_grid(frames, height // patch, width // patch), frames=frames)
 
 
 def packed_beside_text(_: Any, call: Mapping[str, Any]) -> Tokens:
-    """Visual tokens that come as such, beside a text that is looked at."""
-    return Tokens(call["hidden_states"].shape[1], text=call["encoder_hidden_states"].shape[1])  # (B, V, C), (B, T, C)
+    """Visual tokens that come as such, with their grid's sizes, beside a text that is looked at."""
+    visual, text = call["hidden_states"].shape[1], call["encoder_hidden_states"].shape[1]  # (B, V, C), (B, T, C)
+    return Tokens(visual, text, grid=_filled([call.get(name) for name in ("num_frames", "height", "width")], visual))
 
 
 def text_then_frames(transformer: Any, call: Mapping[str, Any]) -> Tokens:
     """The text before a video in patches, frame by frame."""
     frames, _, height, width = call["hidden_states"].shape[1:]  # (B, F, C, H, W)
     patch, in_time = transformer.config.patch_size, transformer.config.patch_size_t or 1
-    visual = -(-frames // in_time) * (height // patch) * (width // patch)
-    return Tokens(visual, text=call["encoder_hidden_states"].shape[1], text_first=True)
+    sizes = -(-frames // in_time), height // patch, width // patch
+    return Tokens.of_grid(*sizes, text=call["encoder_hidden_states"].shape[1], text_first=True)
 
 
 def registers_then_patches(transformer: Any, call: Mapping[str, Any]) -> Tokens:

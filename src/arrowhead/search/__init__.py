@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from torch import nn
@@ -11,7 +10,7 @@ from tqdm.auto import tqdm
 
 from arrowhead.apply import target_of
 from arrowhead.errors import InputsInvalid, NothingCompressed
-from arrowhead.methods import dit_fast_attn_candidates, paper_name
+from arrowhead.methods import paper_name
 from arrowhead.metrics.error import LossForm
 from arrowhead.models import Adapter, described, find, generating
 from arrowhead.plan import Plan
@@ -20,7 +19,7 @@ from arrowhead.search.budget import PRESETS, Budget, budgeted, calibrate, calibr
 from arrowhead.search.budget.extent import Extent
 from arrowhead.search.budget.table import Table
 from arrowhead.search.calibrate import Found
-from arrowhead.search.greedy import Trial, greedy_trials
+from arrowhead.search.greedy import Greedy, Trial, greedy_trials
 from arrowhead.search.headwise import Choice, Headwise, headwise_choices
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
@@ -34,7 +33,7 @@ def search(
     inputs: Mapping[str, Any] | Callable[[], Any],
     *,
     adapter: Adapter | None = None,
-    strategy: Literal["greedy", "headwise", "budget"] | Headwise | None = None,
+    strategy: Literal["greedy", "headwise", "budget"] | Greedy | Headwise | None = None,
     budget: Budget | Literal["light", "balanced", "strong"] | None = None,
     threshold: float | str | None = None,
     loss: LossForm = "paper",
@@ -55,8 +54,8 @@ def search(
             not depend on the model, such as encoding prompts, is better done before: for a budget it is called once more for
             every step, with the model's outputs as they were.
         adapter: what describes a module.
-        strategy: `greedy` is DiTFastAttn's Algorithm 1, `headwise` DiTFastAttnV2's choice for single heads; a `Headwise` says
-            what that one may choose from; `budget` spends a budget for the whole generation where it hurts least.
+        strategy: `greedy` is DiTFastAttn's Algorithm 1, `headwise` DiTFastAttnV2's choice for single heads; a `Greedy` or a
+            `Headwise` says what these may choose from; `budget` spends a budget for the whole generation where it hurts least.
         budget: for `budget`, what may be spent or lost, or the name of an error: `light` 0.03, `balanced` 0.07, `strong` 0.15.
             None: `balanced`.
         threshold: for `greedy`, the error allowed at the last layer of a step, or one of D1 … D6 (0.025 … 0.15); for
@@ -84,8 +83,9 @@ def search(
         plan = budgeted(pipe, inputs, wanted, extent=extent, table=table, progress=progress)
         (asked, value), may_lose = wanted.asked, wanted.error is not None or wanted.asked[1] < 1
     else:
-        delta = _threshold(threshold if threshold is not None else 0.1 if named == "greedy" else 0.6)
-        plan = _thresholded(pipe, inputs, named, delta, loss, progress)
+        settings = Greedy() if named == "greedy" else Headwise() if isinstance(named, str) else named
+        delta = _threshold(threshold if threshold is not None else 0.1 if isinstance(settings, Greedy) else 0.6)
+        plan = _thresholded(pipe, inputs, settings, delta, loss, progress)
         asked, value, may_lose = "threshold", delta, delta > 0
     if may_lose and set(plan.count()) == {"full"}:
         warnings.warn(
@@ -97,18 +97,18 @@ def search(
 
 
 def _check_arguments(
-    named: str | Headwise,
+    named: str | Greedy | Headwise,
     budget: Budget | str | None,
     threshold: float | str | None,
     loss: str,
     extent: Extent | None,
     table: Table | None,
 ) -> None:
-    if not isinstance(named, Headwise) and named not in ("greedy", "headwise", "budget"):
-        raise InputsInvalid(f"got strategy={named!r}, wanted 'greedy', 'headwise', a Headwise, or 'budget'")
+    if not isinstance(named, Greedy | Headwise) and named not in ("greedy", "headwise", "budget"):
+        raise InputsInvalid(f"got strategy={named!r}, wanted 'greedy', 'headwise', a Greedy or a Headwise, or 'budget'")
     if loss not in ("paper", "signed"):
         raise InputsInvalid(f"got loss={loss!r}, wanted 'paper' or 'signed'")
-    if named != "greedy" and (loss != "paper" or isinstance(threshold, str)):
+    if not (isinstance(named, Greedy) or named == "greedy") and (loss != "paper" or isinstance(threshold, str)):
         raise InputsInvalid(
             f"got loss={loss!r} and threshold={threshold!r} with strategy={named!r}; the signed loss and D1 … D6 are "
             "greedy's; leave out the loss, and give the threshold as a number, such as 0.6"
@@ -128,18 +128,23 @@ def _check_arguments(
 
 
 def _thresholded(
-    pipe: "DiffusionPipeline", inputs: Mapping[str, Any], named: str | Headwise, delta: float, loss: LossForm, progress: bool
+    pipe: "DiffusionPipeline",
+    inputs: Mapping[str, Any],
+    chosen: Greedy | Headwise,
+    delta: float,
+    loss: LossForm,
+    progress: bool,
 ) -> Plan:
     """The papers' searches."""
     before = target_of(find(pipe))
-    if named == "greedy":
-        found = _shown(greedy_trials(pipe, inputs, threshold=delta, loss=loss), progress)
-        candidates = [paper_name(cell) for cell in dit_fast_attn_candidates(found.tokens.visual, found.branches.guided)]
-        settings: dict[str, Any] = {"strategy": "greedy", "candidates": candidates, "threshold": delta, "loss": loss}
+    if isinstance(chosen, Greedy):
+        found = _shown(greedy_trials(pipe, inputs, threshold=delta, loss=loss, settings=chosen), progress)
+        candidates = [paper_name(cell) for cell in chosen.candidates(found.tokens, found.branches.guided)]
+        settings: dict[str, Any] = {"strategy": "greedy", "candidates": candidates, **vars(chosen)}
+        settings |= {"threshold": delta, "loss": loss}
     else:
-        chosen_from = named if isinstance(named, Headwise) else Headwise()
-        found = _shown(headwise_choices(pipe, inputs, threshold=delta, settings=chosen_from), progress)
-        settings = {"strategy": "headwise", **asdict(chosen_from), "threshold": delta}
+        found = _shown(headwise_choices(pipe, inputs, threshold=delta, settings=chosen), progress)
+        settings = {"strategy": "headwise", **vars(chosen), "threshold": delta}
     settings |= {"transformer_passes": found.passes, "attention_flops_by_raw": round(found.cost, 3)}
     target = before.common(target_of(find(pipe)))  # some schedulers change settings of their own while they run
     told, branches = about(pipe, inputs, settings), found.branches
@@ -179,6 +184,7 @@ __all__ = [
     "Budget",
     "Choice",
     "Extent",
+    "Greedy",
     "Headwise",
     "Table",
     "Trial",

@@ -1,17 +1,38 @@
 """DiTFastAttn's search (Algorithm 1): step by step and layer by layer, the first candidate that stays under the threshold."""
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from arrowhead.errors import InputsInvalid
-from arrowhead.methods import FULL, Cell, dit_fast_attn_candidates
+from arrowhead.layout import Tokens
+from arrowhead.methods import FULL, Cell, Radius, dit_fast_attn_candidates
 from arrowhead.metrics.error import LossForm, relative_error
 from arrowhead.models import find
 from arrowhead.search.calibrate import Calibration, Found
+from arrowhead.search.radii import narrower, require_radii
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
     from diffusers import DiffusionPipeline
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """What DiTFastAttn's search may choose from.
+
+    `radii` of the arrows are in tokens on each side, or boxes in the grid. None: an eighth of the visual tokens, the only
+    reading that gives the paper's Table 2.
+    """
+
+    radii: tuple[Radius, ...] | None = None
+
+    def __post_init__(self) -> None:
+        require_radii(self.radii)
+
+    def candidates(self, tokens: Tokens, guided: bool) -> Sequence[Cell]:
+        """The cells that are tried, in their order; of several radii the narrower ones first."""
+        radii = (tokens.visual // 8,) if self.radii is None else narrower(self.radii, tokens)[::-1]
+        return dit_fast_attn_candidates(radii, guided)
 
 
 @dataclass(frozen=True)
@@ -35,7 +56,12 @@ class Trial:
 
 
 def greedy_trials(
-    pipe: "DiffusionPipeline", inputs: Mapping[str, Any], *, threshold: float, loss: LossForm = "paper"
+    pipe: "DiffusionPipeline",
+    inputs: Mapping[str, Any],
+    *,
+    threshold: float,
+    loss: LossForm = "paper",
+    settings: Greedy = Greedy(),
 ) -> Generator[Trial, None, Found]:
     """Yield every trial of Algorithm 1 on one run of the pipeline with `inputs`; return what was found.
 
@@ -51,8 +77,7 @@ def greedy_trials(
     rows: list[tuple[Cell, ...]] = []
     for step in calibration.steps():
         candidates = {
-            site: dit_fast_attn_candidates(site.tokens(calibration.tokens).visual, calibration.branches.guided)
-            for site in model.sites
+            site: settings.candidates(site.tokens(calibration.tokens), calibration.branches.guided) for site in model.sites
         }
         chosen: list[Cell] = [FULL] * layers
         if not step.first and threshold > 0:

@@ -14,12 +14,13 @@ from arrowhead.errors import InputsInvalid
 from arrowhead.intercept import SiteCall
 from arrowhead.layout import Site, Tokens
 from arrowhead.lifetimes import FOREVER, Writes
-from arrowhead.methods import FULL, Arrow, Attend, Cached, Cell, Full, Method, grouped
+from arrowhead.methods import FULL, Arrow, Attend, Box, Cached, Cell, Full, Method, Radius, grouped
 from arrowhead.metrics.error import relative_squared_error
 from arrowhead.models import find
 from arrowhead.route import AttentionCall
 from arrowhead.search.calibrate import Calibration, Found
 from arrowhead.search.choose import choose
+from arrowhead.search.radii import narrower, require_radii
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
     from diffusers import DiffusionPipeline
@@ -33,7 +34,8 @@ class Headwise:
     """What DiTFastAttnV2's search may choose from, and how.
 
     Args:
-        radii: of the arrows, in tokens on each side; None for a sixteenth, a 32nd and a 64th of the visual tokens.
+        radii: of the arrows, in tokens on each side, or boxes in the grid; None for a sixteenth, a 32nd and a 64th of the
+            visual tokens.
         caching: whether heads may repeat their output of the step before.
         share_cfg: whether a site may compute the conditional branch alone.
         residual: whether arrows add O − W of their head's last full step.
@@ -42,7 +44,7 @@ class Headwise:
         savings: what a candidate is worth: the FLOPs that it really saves, projections included, or the paper's weights.
     """
 
-    radii: tuple[int, ...] | None = None
+    radii: tuple[Radius, ...] | None = None
     caching: bool = True
     share_cfg: bool = False
     residual: bool = False
@@ -50,18 +52,18 @@ class Headwise:
     savings: Literal["flops", "paper"] = "flops"
 
     def __post_init__(self) -> None:
-        if self.radii is not None and (not all(isinstance(r, int) and r >= 0 for r in self.radii)):
-            raise InputsInvalid(f"got radii={self.radii!r}, wanted numbers of tokens, 0 or more")
+        require_radii(self.radii)
         if self.prefilter is not None and not self.prefilter > 0:
             raise InputsInvalid(f"got prefilter={self.prefilter!r}, wanted a number above 0, or None")
         if self.savings not in ("flops", "paper"):
             raise InputsInvalid(f"got savings={self.savings!r}, wanted 'flops' or 'paper'")
+        if self.savings == "paper" and any(isinstance(radius, Box) for radius in self.radii or ()):
+            raise InputsInvalid(f"got savings='paper' with radii={self.radii!r}, wanted radii in tokens; or savings='flops'")
 
     def methods(self, tokens: Tokens) -> tuple[Method, ...]:
         """What a head may do, full attention first. Bands that would cover everything are left out."""
         radii = (tokens.visual // 16, tokens.visual // 32, tokens.visual // 64) if self.radii is None else self.radii
-        narrower = sorted({radius for radius in radii if radius < tokens.visual - 1}, reverse=True)
-        arrows = [Arrow(radius, self.residual) for radius in narrower]
+        arrows = [Arrow(radius, self.residual) for radius in narrower(radii, tokens)]
         return (Full(), *arrows, *([Cached()] if self.caching else []))
 
 
@@ -226,6 +228,11 @@ def _runs(heads: int, length: int) -> Iterator[list[int]]:
         yield list(range(start, min(start + length, heads)))
 
 
+def _radius(arrow: Arrow) -> int:
+    assert isinstance(arrow.radius, int)  # `Headwise` takes no boxes with the paper's weights
+    return arrow.radius
+
+
 def _savings(settings: Headwise, site: Site, tokens: Tokens, methods: Sequence[Method], share: bool) -> tuple[list[int], int]:
     """What each method saves per head, and what the site saves besides, as whole numbers.
 
@@ -235,7 +242,7 @@ def _savings(settings: Headwise, site: Site, tokens: Tokens, methods: Sequence[M
     if settings.savings == "paper":
         visual, total = site.tokens(tokens).visual, site.tokens(tokens).total
         weights = [
-            1.0 if isinstance(m, Cached) else ((visual - m.radius) / total) ** 2 if isinstance(m, Arrow) else 0.0
+            1.0 if isinstance(m, Cached) else ((visual - _radius(m)) / total) ** 2 if isinstance(m, Arrow) else 0.0
             for m in methods
         ]
         return [round(1e9 * (1 - (1 - weight) / 2 if share else weight)) for weight in weights], 0

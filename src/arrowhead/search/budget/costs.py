@@ -17,7 +17,7 @@ from arrowhead.errors import NotIntercepted
 from arrowhead.intercept import SiteCall
 from arrowhead.layout import Site, Tokens, outermost
 from arrowhead.lifetimes import FOREVER, Residual, Writes
-from arrowhead.methods import AST, FORECAST, FULL, Arrow, Attend, Cell, Full, extrapolates
+from arrowhead.methods import AST, FORECAST, FULL, Arrow, Attend, Cell, Full, Radius, extrapolates
 from arrowhead.models import find
 from arrowhead.search.budget.given import Choices
 from arrowhead.search.calibrate import Calibration
@@ -73,7 +73,7 @@ class SecondCosts:
     """
 
     cells: Mapping[tuple[Shape, Cell], float]
-    residuals: Mapping[tuple[Shape, int, bool], float]
+    residuals: Mapping[tuple[Shape, Radius, bool], float]
     other: float
 
     def of(self, site: Site, cell: Cell, writes: Writes) -> float:

@@ -6,21 +6,22 @@ from typing import get_args
 
 from arrowhead.errors import InputsInvalid
 from arrowhead.layout import Kind, Site, Tokens
-from arrowhead.methods import Precision
+from arrowhead.methods import Precision, Radius
 from arrowhead.models import EVERYTHING
+from arrowhead.search.radii import narrower, require_radii
 
 
 @dataclass(frozen=True)
 class Extent:
     """How far a calibration looks: arrows of which radii, outputs and residuals of how many steps ago, by how many vectors.
 
-    `radii` None: an eighth and a 32nd of the visual tokens (of a frame's, where a site sees one frame). `kinds` of sites, None:
-    all, but of blocks only those that compute what no other site does, as FLUX's single-stream blocks. `checkpoint`: blocks run
-    again on the way back rather than keep what they need for it (diffusers' gradient checkpointing): half as long again, in a
-    fraction of the memory.
-    `feedback`: from 0, where an error counts for what the sampler makes of it, to 1, where it counts for what the model makes
-    of that in the steps that follow, too (the estimate's power). `regions`: parts of the sequence of tokens that are looked at
-    on their own, None: as many as make 64 products of each kind. The vectors follow from `seed`.
+    `radii` are in tokens, or boxes in the grid; None: an eighth and a 32nd of the visual tokens (of a frame's, where a site
+    sees one frame). `kinds` of sites, None: all, but of blocks only those that compute what no other site does, as FLUX's
+    single-stream blocks. `checkpoint`: blocks run again on the way back rather than keep what they need for it (diffusers'
+    gradient checkpointing): half as long again, in a fraction of the memory. `feedback`: from 0, where an error counts for
+    what the sampler makes of it, to 1, where it counts for what the model makes of that in the steps that follow, too (the
+    estimate's power). `regions`: parts of the sequence of tokens that are looked at on their own, None: as many as make 64
+    products of each kind. The vectors follow from `seed`.
 
     `gradients`: False for none, where a model or its memory does not allow them. What a change of a site does to the output is
     then one number for each step and site, from passes in which each image has a site changed, see `weights`.
@@ -29,7 +30,7 @@ class Extent:
     step, and memory for its difference to native attention.
     """
 
-    radii: tuple[int, ...] | None = None
+    radii: tuple[Radius, ...] | None = None
     ages: int = 8
     vectors: int = 1
     kinds: tuple[Kind, ...] | None = None
@@ -41,10 +42,7 @@ class Extent:
     precisions: tuple[Precision, ...] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.radii, tuple | list | None):
-            raise InputsInvalid(f"got radii={self.radii!r}, wanted a tuple of numbers of tokens, or None")
-        if self.radii is not None and not all(type(radius) is int and radius >= 0 for radius in self.radii):
-            raise InputsInvalid(f"got radii={self.radii!r}, wanted numbers of tokens, 0 or more")
+        require_radii(self.radii)
         if self.kinds is not None and (not isinstance(self.kinds, tuple | list) or not set() < set(self.kinds) <= EVERYTHING):
             raise InputsInvalid(f"got kinds={self.kinds!r}, wanted a tuple of some of {', '.join(sorted(EVERYTHING))}, or None")
         others = [precision for precision in get_args(Precision) if precision != "native"]
@@ -71,8 +69,9 @@ class Extent:
             found += site.heads * site.head_dim * (own.total + of_attention * attends) * site.sequences(tokens)
         return found * (self.ages + 1)
 
-    def bands(self, sites: Iterable[Site], tokens: Tokens) -> tuple[int, ...]:
+    def bands(self, sites: Iterable[Site], tokens: Tokens) -> tuple[Radius, ...]:
         """The radii, widest first; bands that would cover everything that some site attends over are left out."""
-        visual = min((site.tokens(tokens).visual for site in sites if site.kind == "self_attention"), default=tokens.visual)
-        wanted = (visual // 8, visual // 32) if self.radii is None else self.radii
-        return tuple(sorted({radius for radius in wanted if radius < visual - 1}, reverse=True))
+        of_sites = [site.tokens(tokens) for site in sites if site.kind == "self_attention"]
+        least = min(of_sites, key=lambda own: own.visual, default=tokens)
+        wanted = (least.visual // 8, least.visual // 32) if self.radii is None else self.radii
+        return narrower(wanted, least)

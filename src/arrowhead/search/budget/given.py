@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from arrowhead.lifetimes import FOREVER, Residual, Writes
-from arrowhead.methods import Arrow, Attend, Cached, Cell, Full, Precision, Reuse, refreshes_residual
+from arrowhead.methods import Arrow, Attend, Cached, Cell, Full, Precision, Radius, Reuse, refreshes_residual
 
 SLOPES = (0.5, 0.75, 1.0)
 """What of a line's slope may be taken. Less than all of it is better where outputs are noisy, as in a run's first steps."""
@@ -22,7 +22,7 @@ class Given:
     """
 
     lag: int = 0
-    radius: int | None = None
+    radius: Radius | None = None
     residual_lag: int | None = None
     residual_shared: bool = False
     share: bool = False
@@ -70,7 +70,7 @@ class Kept:
     `shared`: the step that made it computed that branch alone, for both.
     """
 
-    radius: int
+    radius: Radius
     lag: int = 1
     shared: bool = False
     half: bool = False
@@ -114,7 +114,7 @@ class Choices:
     that): so are a run's damages known, which where kinds alternate would look smaller than they are.
     """
 
-    radii: tuple[int, ...]
+    radii: tuple[Radius, ...]
     ages: int
     share_cfg: bool
     residual: bool = True

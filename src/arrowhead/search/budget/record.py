@@ -2,7 +2,7 @@
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -85,7 +85,7 @@ def record(
         raise NotIntercepted("the pipeline never called its transformer; wanted at least one denoising step")
     target = target.common(target_of(model))  # some schedulers change settings of their own while they run
     blocks = blocks_of(pipe, extent, target.sites)
-    told = about(pipe, inputs, asdict(extent))
+    told = about(pipe, inputs, vars(extent))
     table = recorder.table(sampling, calibration.branches, target, blocks, told, calibration.switch)
     return Recording(table, sampling.latents(), calibration.passes, calibration.cost)
 

@@ -19,13 +19,13 @@ from arrowhead import cost
 from arrowhead.errors import InputsInvalid
 from arrowhead.layout import Branches, Site, Tokens, outermost, seen
 from arrowhead.lifetimes import of_head
-from arrowhead.methods import Cell, Precision
+from arrowhead.methods import Cell, Precision, Radius
 from arrowhead.plan import Target
 from arrowhead.search.budget.given import Given, givens_of
 
 FORMAT = 6
 READABLE = (4, 5, FORMAT)
-"""Format 5 is without a second transformer, format 4 without precisions besides; else they mean the same."""
+"""Format 5 is without grids and a second transformer, format 4 without precisions besides; else they mean the same."""
 SAME, CROSSED = slice(0, 2), slice(0, 3, 2)
 """Of a guided table's three pairs (gradient's branch, source's branch): (c, c) and (u, u); (c, c) and (u, c)."""
 
@@ -58,7 +58,7 @@ class Table:
     target: Target
     tokens: Tokens
     branches: Branches
-    radii: tuple[int, ...]
+    radii: tuple[Radius, ...]
     ages: int
     outputs: Tensor
     residuals: Tensor
@@ -312,7 +312,7 @@ class _Header(pydantic.BaseModel, extra="forbid"):
     target: Target
     tokens: Tokens
     branches: Branches
-    radii: tuple[int, ...]
+    radii: tuple[Radius, ...]
     ages: int
     gains: tuple[float, ...]
     final: float
@@ -337,7 +337,8 @@ class _Header(pydantic.BaseModel, extra="forbid"):
         sizes |= {} if self.switch is None else {"switch + 1": self.switch + 1, "steps - switch": len(self.gains) - self.switch}
         if small := [f"{name} {value}" for name, value in sizes.items() if value < 1]:
             return f"got {', '.join(small)}, wanted at least 1"
-        values, above = (*self.gains, self.other_flops, *self.radii), (*self.answers, self.final)
+        of_tokens = [radius for radius in self.radii if isinstance(radius, int)]
+        values, above = (*self.gains, self.other_flops, *of_tokens), (*self.answers, self.final)
         if not all(0 <= value < math.inf for value in values) or not all(0 < value < math.inf for value in above):
             return "got gains, answers, FLOPs, radii or a final square below 0 or not finite"
         if len(self.answers) not in (0, len(self.gains)) or not 0 <= self.feedback <= 1:
@@ -347,7 +348,9 @@ class _Header(pydantic.BaseModel, extra="forbid"):
         return self._faults_of(tensors)
 
     def _faults_of(self, tensors: Mapping[str, Tensor]) -> str | None:
-        """Where the tensors do not fit the rest."""
+        """Where the tensors do not fit the rest, or radii the tokens."""
+        if self.tokens.grid is None and not all(isinstance(radius, int) for radius in self.radii):
+            return "got boxes for tokens of no grid"
         if not all(t.dtype == torch.float32 and t.isfinite().all() for t in tensors.values()):
             return "got tensors that are not float32, or not finite"
         if "native" in self.precisions or len(set(self.precisions)) < len(self.precisions):

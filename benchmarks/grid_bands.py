@@ -26,7 +26,7 @@ BUDGETS = (0.7, 0.5, 0.35)
 BANDS = (32, 8)
 BOXES = (ah.Box(rows=2, columns=4), ah.Box(rows=1, columns=2))
 CHOICES: dict[str, tuple[Radius, ...]] = {"bands": BANDS, "boxes": BOXES, "both": (*BANDS, *BOXES)}
-MAY: dict[str, dict[str, bool]] = {"arrows alone": {"reuse": False, "share_cfg": False}, "all": {}}
+MAY: dict[str, dict[str, Any]] = {"arrows alone": {"reuse": False, "share_cfg": False}, "all": {}}
 COMMON = {"num_inference_steps": 10, "guidance_scale": 3.0, "output_type": "pt"}
 CALIBRATION = {"class_labels": [0, 3, 5, 8], "seed": 10_000}
 HELD_OUT = {"class_labels": [1, 2, 6, 9], "seed": 1}

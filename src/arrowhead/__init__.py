@@ -5,6 +5,8 @@ pipeline, and takes it off again.
 """
 
 from arrowhead import tiny
+from arrowhead.analysis.arrays import Analysis
+from arrowhead.analysis.measure import analyze
 from arrowhead.apply import Run, applied, apply, remove
 from arrowhead.models import supported
 from arrowhead.plan import Plan
@@ -13,6 +15,7 @@ from arrowhead.tally import Summary
 
 __version__ = "0.1.0"
 __all__ = [
+    "Analysis",
     "Budget",
     "Extent",
     "Headwise",
@@ -20,6 +23,7 @@ __all__ = [
     "Run",
     "Summary",
     "Table",
+    "analyze",
     "applied",
     "apply",
     "calibrate",

@@ -86,9 +86,9 @@ def findings(found: ah.Analysis) -> list[str]:
             f"{residual:.2g}, without any residual {none:.2g}"
         )
     if found.band_mass is not None and found.text_mass is not None:
-        kept = found.band_mass + found.text_mass
+        kept, on_text = found.band_mass + found.text_mass, ", or on text" if found.tokens.text else ""
         lines.append(
-            f"the image's attention within {found.radius} tokens on each side, or on text: {np.median(kept):.0%}, by head and "
+            f"the image's attention within {found.radius} tokens on each side{on_text}: {np.median(kept):.0%}, by head and "
             f"step from {kept.min():.0%} to {kept.max():.0%}"
         )
     if lines:

@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from arrowhead.analysis.arrays import REUSED, Analysis, Floats
 from arrowhead.analysis.palette import COLOURS
+from arrowhead.kernels import masks
 from arrowhead.layout import Tokens
 
 BAND = "#35c9ff"
@@ -54,7 +55,8 @@ def attention_map(analysis: Analysis) -> Figure:
         edges.append(Line2D([], [], color=BAND, linestyle="--", label=text))
     figure.legend(handles=edges, loc="outside lower left", frameon=False, fontsize=9)
     branch = ", conditional branch" if analysis.guided else ""
-    figure.suptitle(f"Where heads look: {analysis.sites[at.site]}, step {at.step} of 0 to {analysis.steps - 1}{branch}")
+    where = f"site {at.site} ({analysis.sites[at.site]}), step {at.step} of 0 to {analysis.steps - 1}{branch}"
+    figure.suptitle(f"Where heads look: {where}", fontsize=11)
     return figure
 
 
@@ -74,10 +76,8 @@ def _edges(axis: Axes, tokens: Tokens, radius: int) -> None:
 
 def _kept(weights: Floats, tokens: Tokens, radius: int) -> float:
     """How much of the image's attention in a map lies within the band or on the text."""
-    rows = weights[tokens.visual_slice]
-    places = np.arange(tokens.visual)
-    near = np.abs(places[:, None] - places[None, :]) <= radius
-    return float(((rows[:, tokens.visual_slice] * near).sum() + rows[:, tokens.text_slice].sum()) / tokens.visual)
+    seen = weights * masks.arrow(tokens, radius).numpy()
+    return float(seen[tokens.visual_slice].sum() / tokens.visual)
 
 
 def reuse_errors(analysis: Analysis) -> Figure:
@@ -112,7 +112,7 @@ def similarity(analysis: Analysis) -> Figure:
         panels.append(("to the output of the step before", analysis.to_step_before))
     if analysis.branch_similarity is not None:
         panels.append(("of the two CFG branches", analysis.branch_similarity))
-    size = (1.2 + 5 * len(panels), 1.9 + 0.17 * len(analysis.sites))
+    size = (1.2 + 5 * len(panels), max(3, 1.9 + 0.17 * len(analysis.sites)))
     figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
     least = min(float(np.nanmin(values)) for _, values in panels)
     for axis, (title, values) in zip(axes[0], panels, strict=True):
@@ -123,8 +123,8 @@ def similarity(analysis: Analysis) -> Figure:
         for ticks in (axis.xaxis, axis.yaxis):
             ticks.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, ax=axes).set_label("cosine similarity")
-    alone = "" if analysis.guided else "; there is no guidance, and so one branch alone"
-    figure.suptitle(f"How alike a site's outputs are{alone}", x=0.01, ha="left")
+    alone = "" if analysis.guided else "\n(there is no guidance, and so one branch alone)"
+    figure.suptitle(f"How alike a site's outputs are{alone}", x=0.01, ha="left", fontsize=11)
     return figure
 
 
@@ -163,11 +163,11 @@ def locality(analysis: Analysis) -> Figure:
     axis.set_yticks(((ends + ends - analysis.heads - 1) / 2)[::every], [str(i) for i in range(0, len(ends), every)])
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set(xlabel="step", ylabel="site, a row for each head")
-    visual, radius = analysis.tokens.visual, analysis.radius
-    pairs = (visual * (2 * radius + 1) - radius * (radius + 1)) / visual**2
-    on_text = f", or on text ({np.median(analysis.text_mass):.0%})" if analysis.tokens.text else ""
+    tokens, radius = analysis.tokens, analysis.radius
+    even = (masks.pairs(tokens, radius) - tokens.text * tokens.total) / (tokens.visual * tokens.total)
+    on_text = f" or on text ({np.median(analysis.text_mass):.0%})" if tokens.text else ""
     title = (
-        f"Attention within {radius} tokens on each side{on_text}: median {np.median(kept):.0%} (the band: {pairs:.0%} of pairs)"
+        f"Attention within {radius} tokens on each side{on_text}: median {np.median(kept):.0%} (if it were uniform: {even:.0%})"
     )
     axis.set_title(f"How local heads are\n{title}", loc="left", fontsize=10)
     figure.colorbar(image, ax=axis).set_label("share of the image's attention")
@@ -196,7 +196,7 @@ def draw(analysis: Analysis, folder: str | Path) -> list[Path]:
 
 def _panels(count: int, size: float, extra: float) -> tuple[Figure, list[Axes]]:
     """A figure of so many square panels, wider than high."""
-    columns = min(count, max(2, round((1.7 * count) ** 0.5)))
+    columns = count if count <= 4 else round((1.7 * count) ** 0.5)
     rows = -(-count // columns)
     figure, axes = plt.subplots(
         rows, columns, figsize=(size * columns + 1.2, size * rows + extra), squeeze=False, layout="compressed"

@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # diffusers takes seconds to import
 Part = Literal["map", "reuse", "steps", "branches", "locality"]
 PARTS: tuple[Part, ...] = get_args(Part)
 WEIGHTS_AT_ONCE = 2**24
-"""Attention weights in memory together, if those of one query are no more: 64 MiB in float32, and as much again for a mask."""
+"""Attention weights in memory together, if those of one query are no more: 64 MiB in float32, and as much for their scores."""
 
 
 @dataclass(frozen=True)
@@ -215,12 +215,12 @@ def _weights(call: AttentionCall, queries: slice, rows: slice = slice(None), hea
     some = some.to(call.q.device)
     wide = torch.promote_types(call.q.dtype, torch.float32)
     q, k = call.q[rows][:, some][:, :, queries].to(wide), call.k[rows][:, some].to(wide)
-    scores = q @ k.mT * (q.shape[-1] ** -0.5 if call.scale is None else call.scale)
+    scores = (q * (q.shape[-1] ** -0.5 if call.scale is None else call.scale)) @ k.mT
     if call.mask is not None:
         mask = call.mask[(None,) * (4 - call.mask.ndim)]
         mask = masks.part(masks.part(masks.part(mask, 0, rows), 1, some), 2, queries)
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(wide)
-    return scores.softmax(-1).nan_to_num()  # a query that may look at nothing looks at nothing
+        scores = scores.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else scores.add_(mask)
+    return scores.softmax(-1).nan_to_num_()  # a query that may look at nothing looks at nothing
 
 
 def _chunks(where: slice, weights: int) -> Iterator[slice]:
@@ -238,9 +238,9 @@ def _masses(call: AttentionCall, tokens: Tokens, radius: int) -> Tensor:
     for queries in _chunks(visual, batch * heads * total):
         weights = _weights(call, queries)  # (B, H, q, N)
         places = range(queries.start - visual.start, queries.stop - visual.start)
-        near = masks.band(places, range(tokens.visual), radius, weights.device)
-        parts = (weights[..., visual] * near).sum((0, 2, 3)), weights[..., text].sum((0, 2, 3))
-        found += torch.stack(parts).cpu()
+        far = ~masks.band(places, range(tokens.visual), radius, weights.device)
+        near = weights[..., visual].masked_fill_(far, 0)
+        found += torch.stack([part.sum((0, 2, 3)) for part in (near, weights[..., text])]).cpu()
     return found / (batch * tokens.visual)
 
 

@@ -230,6 +230,7 @@ def passes_of(bench):
         ({"site": "transformer_blocks.7.attn1"}, "or a path such as", False),
         ({"heads": (0, 3)}, "from 0 to 2", False),
         ({"heads": ()}, "heads=", False),
+        ({"heads": 1}, "heads=1, wanted some", False),
         ({"step": 5}, "step=5 in a run of 5", True),
         ({"step": -1}, "step=-1", False),
         ({"radius": 15}, "covers all of 16", True),

@@ -71,6 +71,7 @@ def test_every_figure_is_drawn_and_says_what_it_shows(name, guided, tmp_path):
     bench = BENCHES[name]()
     inputs = bench.inputs(guidance=3.0 if guided else 1.0)
     found = ah.analyze(bench.pipe, inputs, heads=(2, 0), step=1, radius=4, progress=False)
+    tmp_path = tmp_path / "new"
     check(draw(found, tmp_path), tmp_path, FIGURES)
     said = {figure: text_of(tmp_path / f"{figure}.svg") for figure in FIGURES}
     for words in (found.sites[found.attention_map.site], "step 1", "head 2", "head 0", "4 before or after"):

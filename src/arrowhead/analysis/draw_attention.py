@@ -183,6 +183,7 @@ def draw(analysis: Analysis, folder: str | Path) -> list[Path]:
         "steps": (analysis.step_similarity is not None, steps),
         "locality": (analysis.band_mass is not None, locality),
     }
+    Path(folder).mkdir(parents=True, exist_ok=True)
     files = []
     for name in [name for name, (there, _) in figures.items() if there]:
         figure = figures[name][1](analysis)

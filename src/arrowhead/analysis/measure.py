@@ -204,7 +204,7 @@ def _image(out: Output, tokens: Tokens) -> Tensor:
 
 
 def _between(outputs: Sequence[Tensor]) -> Tensor:
-    """Mean cosine similarity of one sample's outputs (B, n, C) in all pairs of steps: (S, S)."""
+    """Mean over samples of the cosine similarity of a site's outputs (B, n, C) in all pairs of steps: (S, S)."""
     rows = F.normalize(torch.stack([out.float().flatten(1) for out in outputs]), dim=-1)  # (S, B, n·C)
     return torch.einsum("sbx,tbx->st", rows, rows) / rows.shape[1]
 
@@ -278,8 +278,8 @@ def _place(sites: Sequence[Site], wanted: int | str | None) -> int:
 
 def _check(site: Site, heads: Sequence[int], step: int | None, radius: int | None, sampled: int) -> None:
     """What can be known before the pipeline is called."""
-    if not heads or not all(_whole(head) and head < site.heads for head in heads):
-        raise InputsInvalid(f"got heads={list(heads)}, wanted some from 0 to {site.heads - 1}, those of {site.path}")
+    if not isinstance(heads, Sequence) or not heads or not all(_whole(head) and head < site.heads for head in heads):
+        raise InputsInvalid(f"got heads={heads!r}, wanted some from 0 to {site.heads - 1}, those of {site.path}")
     for name, value, least in (("step", step, 0), ("radius", radius, 0), ("sampled", sampled, 1)):
         if value is not None and not (_whole(value) and value >= least):
             raise InputsInvalid(f"got {name}={value!r}, wanted a whole number, {least} or more")

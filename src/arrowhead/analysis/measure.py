@@ -214,7 +214,8 @@ def _weights(call: AttentionCall, queries: slice, rows: slice = slice(None), hea
     some = torch.arange(call.q.shape[1]) if heads is None else torch.tensor(heads)
     some = some.to(call.q.device)
     wide = torch.promote_types(call.q.dtype, torch.float32)
-    q, k = call.q[rows][:, some][:, :, queries].to(wide), call.k[rows][:, some].to(wide)
+    own = some // (call.q.shape[1] // call.k.shape[1])  # several heads of queries may share one of keys
+    q, k = call.q[rows][:, some][:, :, queries].to(wide), call.k[rows][:, own].to(wide)
     scores = (q * (q.shape[-1] ** -0.5 if call.scale is None else call.scale)) @ k.mT
     if call.mask is not None:
         mask = call.mask[(None,) * (4 - call.mask.ndim)]

@@ -24,7 +24,7 @@ gives, and R the residual."""
 class AttentionMap:
     """Where some heads of a site look in one step, in one image's conditional branch.
 
-    `tokens` are the site's. `weights` (h, N, N) float32: queries × keys, each row sums to 1.
+    `tokens` are the site's. `weights` (h, N, N) float32: queries × keys; rows sum to 1, or to 0 where all is masked.
     """
 
     site: int

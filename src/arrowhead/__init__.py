@@ -5,6 +5,8 @@ pipeline, and takes it off again.
 """
 
 from arrowhead import tiny
+from arrowhead.analysis.arrays import Analysis
+from arrowhead.analysis.measure import analyze
 from arrowhead.apply import Run, applied, apply, remove
 from arrowhead.layout import Tokens
 from arrowhead.methods import Box
@@ -16,6 +18,7 @@ from arrowhead.tally import Summary
 __version__ = "0.1.0"
 __all__ = [
     "Adapter",
+    "Analysis",
     "Attention",
     "Box",
     "Budget",
@@ -28,6 +31,7 @@ __all__ = [
     "Summary",
     "Table",
     "Tokens",
+    "analyze",
     "applied",
     "apply",
     "calibrate",

@@ -13,6 +13,8 @@ from rich.text import Text
 
 import arrowhead as ah
 from arrowhead.analysis.palette import COLOURS, MEANINGS
+from arrowhead.cli_analyze import analyze
+from arrowhead.cli_inputs import Device, Dtype, Inputs, ModelName, Seed, load, parse
 from arrowhead.errors import ArrowheadError, InputsInvalid
 from arrowhead.methods import paper_name
 from arrowhead.models import find
@@ -21,18 +23,9 @@ from arrowhead.search import THRESHOLDS
 from arrowhead.search.budget import ASKED
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Diffusion transformers that generate faster.")
+app.command()(analyze)
 console = Console()
 
-ModelName = Annotated[str, typer.Argument(help="a Hub id, a local folder, tiny:dit or tiny:mmdit")]
-Inputs = Annotated[
-    list[str],
-    typer.Option(
-        "--input", "-i", metavar="NAME=VALUE", help="an argument of the pipeline's call, e.g. num_inference_steps=50; repeat"
-    ),
-]
-Seed = Annotated[int, typer.Option(help="seed of the initial noise")]
-Device = Annotated[str, typer.Option(help="torch device")]
-Dtype = Annotated[str, typer.Option(help="torch dtype of the weights")]
 Plans = Annotated[list[Path], typer.Option("--plan", exists=True, dir_okay=False, help="a plan that search wrote; repeat")]
 
 
@@ -285,42 +278,6 @@ def show_plan(plan: Plan) -> None:
         f"{peak / 2**20:.1f} MiB an image in 16 bits",
         highlight=False,
     )
-
-
-def load(name: str, device: str, dtype: str) -> Any:
-    """A pipeline: bundled, from a local folder, or from the Hub."""
-    wanted = getattr(torch, dtype, None)
-    if not isinstance(wanted, torch.dtype):
-        raise InputsInvalid(f"got dtype {dtype!r}, wanted the name of a torch dtype, such as bfloat16")
-    if name.startswith("tiny:"):
-        pipe = ah.tiny.load(name.removeprefix("tiny:"), dtype=wanted)
-    else:
-        from diffusers import DiffusionPipeline  # noqa: PLC0415  # takes seconds to import
-
-        try:
-            pipe = DiffusionPipeline.from_pretrained(name, dtype=wanted)
-        except (OSError, ValueError) as error:
-            raise InputsInvalid(
-                f"cannot load {name!r}; wanted a Hub id or a pipeline's folder, or tiny:dit. {error}"
-            ) from error
-    try:
-        return pipe.to(device)
-    except (RuntimeError, AssertionError) as error:  # torch raises either, by device
-        raise InputsInvalid(f"got device {device!r}, wanted one that torch has here, such as cpu. {error}") from error
-
-
-def parse(inputs: list[str]) -> dict[str, Any]:
-    """`NAME=VALUE` pairs as arguments; a value that is JSON is read as such, any other is text."""
-    parsed: dict[str, Any] = {}
-    for pair in inputs:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise InputsInvalid(f"got --input {pair!r}, wanted NAME=VALUE, such as num_inference_steps=50")
-        try:
-            parsed[name] = json.loads(value)
-        except json.JSONDecodeError:
-            parsed[name] = value
-    return parsed
 
 
 def _style(name: str) -> str:

@@ -14,8 +14,10 @@ if TYPE_CHECKING:  # diffusers takes seconds to import
     from diffusers import DiffusionPipeline
 
 
-def about(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The pipeline, the search's settings, the inputs of its run, and versions, as JSON can hold them."""
+def about(
+    pipe: "DiffusionPipeline", inputs: Mapping[str, Any], settings: Mapping[str, Any], what: str = "search"
+) -> dict[str, Any]:
+    """The pipeline, the settings of the search, or of `what` else it is, the inputs of its run, and versions, for JSON."""
     generator = inputs.get("generator")
     transformer, *_ = transformers_of(pipe)
     own, weight = isinstance(pipe, Own), next(transformer.parameters())
@@ -23,7 +25,7 @@ def about(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], settings: Mappin
     return {
         "pipeline": type(transformer if own else pipe).__name__,
         "model": "" if own else str(pipe.config.get("_name_or_path") or ""),
-        "search": {name: plain(value) for name, value in settings.items()},
+        what: {name: plain(value) for name, value in settings.items()},
         "inputs": {name: _said(value) for name, value in inputs.items() if name != "generator"},
         "seeds": seeds,
         "device": str(weight.device if own else transformer.device),

@@ -363,6 +363,15 @@ def _writes(candidates: Sequence[Cell], cell: Cell) -> Writes:
     return Writes(FOREVER, tuple(residuals))
 
 
+def require_finite(out: Tensor, call: SiteCall, state: Generation) -> None:
+    """Raises InputsInvalid for what a site gave with full attention, unless it is finite."""
+    if not out.detach().sum(dtype=torch.float64).isfinite():  # one pass, and nothing allocated
+        raise InputsInvalid(
+            f"at step {state.step} {call.site.path} gave values that are not finite, with full attention; wanted finite ones; "
+            "use bfloat16 or float32"
+        )
+
+
 @contextmanager
 def quiet(pipe: Any, generator: torch.Generator | Sequence[torch.Generator] | None) -> Iterator[None]:
     """No progress bar, and random states, the inputs' generators included, as they were afterwards."""

@@ -18,7 +18,7 @@ from arrowhead.methods import FULL, Arrow, Attend, Box, Cached, Cell, Full, Meth
 from arrowhead.metrics.error import relative_squared_error
 from arrowhead.models import find
 from arrowhead.route import AttentionCall
-from arrowhead.search.calibrate import Calibration, Found
+from arrowhead.search.calibrate import Calibration, Found, require_finite
 from arrowhead.search.choose import choose
 from arrowhead.search.radii import narrower, require_radii
 
@@ -118,11 +118,7 @@ class Chooser:
     def _attention(self, attention: AttentionCall, call: SiteCall, state: Generation) -> Tensor:
         passage = Passage(call, FULL, Writes(), state, tuple(range(call.site.heads)))
         full = attention.native()  # (B, H, N, D)
-        if not full.isfinite().all():
-            raise InputsInvalid(
-                f"at step {state.step} {call.site.path} gave values that are not finite, with full attention; wanted finite "
-                "ones; use bfloat16 or float32"
-            )
+        require_finite(full, call, state)
         count(passage, passage.methods, len(full), "native")
         site = _AtSite(self._settings, attention, passage, full)
         cell, error = site.choose(self._threshold) if self._threshold > 0 else (FULL, 0.0)

@@ -15,7 +15,7 @@ from torch import Tensor
 from arrowhead.attend import Generation, Passage, bands, count
 from arrowhead.cache import Output, each
 from arrowhead.cost import full_flops
-from arrowhead.errors import InputsInvalid, NotIntercepted
+from arrowhead.errors import NotIntercepted
 from arrowhead.intercept import SiteCall
 from arrowhead.layout import Branches, Site, Tokens, outermost
 from arrowhead.lifetimes import Writes
@@ -28,7 +28,7 @@ from arrowhead.search.budget.loops import Loop
 from arrowhead.search.budget.samplers import Sampling
 from arrowhead.search.budget.table import Table
 from arrowhead.search.budget.weights import LEAST, Weights
-from arrowhead.search.calibrate import Step
+from arrowhead.search.calibrate import Step, require_finite
 
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
@@ -208,7 +208,7 @@ class Recorder:
         def attention(asked: AttentionCall) -> Tensor:
             out = asked.native()  # (B, H, N, D)
             with torch.no_grad(), self._counted():
-                _require_finite(out, call, state)
+                require_finite(out, call, state)
                 residuals, roundings = self._residuals_of(asked, out, passage), self._roundings_of(asked, out, passage)
                 whole = partial(_of_samples, site=site, tokens=self._tokens)
                 self._kept[site.path].appendleft(
@@ -228,7 +228,7 @@ class Recorder:
         with torch.no_grad():
             parts = [tensor.detach() for tensor in _tensors(call.kept(out), site)]
             kept = (parts[0] if len(parts) == 1 else torch.cat(parts, 1))[:, None]
-        _require_finite(kept, call, state)
+        require_finite(kept, call, state)
         self._kept[site.path].appendleft(_Kept(kept))
         if probes is None:
             return out
@@ -375,11 +375,3 @@ def flop_counter() -> "FlopCounterMode":
 
     mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
     return FlopCounterMode(display=False, custom_mapping=mapping)
-
-
-def _require_finite(out: Tensor, call: SiteCall, state: Generation) -> None:
-    if not out.detach().sum(dtype=torch.float64).isfinite():  # one pass, and nothing allocated
-        raise InputsInvalid(
-            f"at step {state.step} {call.site.path} gave values that are not finite, with full attention; wanted finite ones; "
-            "use bfloat16 or float32"
-        )

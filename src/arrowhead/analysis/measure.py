@@ -1,0 +1,306 @@
+"""Where a pipeline's attention repeats itself, and how local it is: one run with full attention, looked at site by site."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from arrowhead.analysis.arrays import REUSED, Analysis, AttentionMap, Floats
+from arrowhead.attend import Generation, Passage, bands
+from arrowhead.cache import Output, compact
+from arrowhead.errors import InputsInvalid, NotIntercepted
+from arrowhead.intercept import SiteCall
+from arrowhead.kernels import masks
+from arrowhead.layout import Site, Tokens
+from arrowhead.lifetimes import Writes
+from arrowhead.methods import FULL, Arrow
+from arrowhead.metrics.error import relative_squared_error
+from arrowhead.models import find
+from arrowhead.route import AttentionCall
+from arrowhead.search.about import about
+from arrowhead.search.calibrate import Calibration, require_finite
+
+if TYPE_CHECKING:  # diffusers takes seconds to import
+    from diffusers import DiffusionPipeline
+
+Part = Literal["map", "reuse", "steps", "branches", "locality"]
+PARTS: tuple[Part, ...] = get_args(Part)
+WEIGHTS_AT_ONCE = 2**24
+"""Attention weights in memory together, if those of one query are no more: 64 MiB in float32, and as much for their scores."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is looked at, in a run whose tokens and steps are known."""
+
+    parts: frozenset[Part]
+    site: Site
+    heads: tuple[int, ...]
+    step: int
+    radius: int
+    sampled: int
+
+
+def analyze(
+    pipe: "DiffusionPipeline",
+    inputs: Mapping[str, Any],
+    *,
+    only: Collection[Part] | None = None,
+    site: int | str | None = None,
+    heads: Sequence[int] = (0,),
+    step: int | None = None,
+    radius: int | None = None,
+    sampled: int = 512,
+    progress: bool = True,
+) -> Analysis:
+    """Look at every attention site of a pipeline in every step of one run with `inputs`.
+
+    Nothing is compressed. Attention weights, which no kernel gives, are computed again in float32 and in pieces; of all sites
+    the last step's outputs and windows (B, H, V, D) are held, and, on the CPU, what they gave `sampled` tokens in every step.
+
+    Args:
+        pipe: a diffusers pipeline of a supported family. It is left as it was, as `search` leaves it.
+        inputs: the keyword arguments of the pipeline's call.
+        only: parts of the analysis, see `PARTS`; None for all that there are: without guidance there are no `branches`.
+        site: whose attention map is kept: a path or a number; None for the one in the middle.
+        heads: of that site.
+        step: likewise, counted from 0; None for the one in the middle.
+        radius: of the window, in tokens on each side; None for an eighth of the visual tokens, DiTFastAttn's.
+        sampled: tokens of the image, evenly spaced, at which outputs of all steps are compared; all, if there are no more.
+        progress: show a tqdm bar.
+
+    Raises:
+        UnsupportedPipeline: no attention sites are known for this pipeline.
+        InputsInvalid: the pipeline's call does not take the inputs; there is no such site, head or step, the radius covers
+            everything, or branches are asked for without guidance. All before the first step is looked at.
+        AlreadyApplied: the pipeline carries a plan.
+        NotIntercepted: attention was computed where it could not be seen.
+    """
+    model = find(pipe)
+    calibration = Calibration(model, inputs)
+    parts = _parts(only, calibration.branches.guided)
+    place = _place(model.sites, site)
+    _check(model.sites[place], heads, step, radius, sampled)
+    observer: _Observer | None = None
+    with closing(calibration.steps()) as steps, tqdm(desc="analyze", unit="step", disable=not progress) as bar:
+        for current in steps:
+            if observer is None:
+                at = _step(step, calibration.step_count or 0, parts), _radius(radius, calibration.tokens)
+                observer = _Observer(_Asked(parts, model.sites[place], tuple(heads), *at, sampled))
+                bar.total = calibration.step_count
+            current.finish_by(observer.at_site)
+            bar.update()
+    if observer is None:
+        raise NotIntercepted("the pipeline never called its transformer; wanted at least one denoising step")
+    settings = {"parts": [part for part in PARTS if part in parts], "radius": observer.asked.radius, "sampled": sampled}
+    return Analysis(
+        sites=tuple(s.path for s in model.sites),
+        heads=tuple(s.heads for s in model.sites),
+        steps=calibration.step_count or 0,  # None is for loops of one's own
+        tokens=calibration.tokens,
+        guided=calibration.branches.guided,
+        radius=observer.asked.radius,
+        about=about(pipe, inputs, settings, "analysis"),
+        **observer.arrays(model.sites),
+    )
+
+
+class _Observer:
+    """What has been seen of each site so far, step by step."""
+
+    def __init__(self, asked: _Asked) -> None:
+        self.asked = asked
+        self._before: dict[Site, tuple[Tensor, Tensor]] = {}  # outputs and windows of the last step, (B, H, V, D)
+        self._errors: dict[Site, list[Tensor]] = {}  # (4, H)
+        self._masses: dict[Site, list[Tensor]] = {}  # band and text, (2, H)
+        self._outputs: dict[Site, list[Tensor]] = {}  # (B, sampled, C)
+        self._branches: dict[Site, list[float]] = {}
+        self._map: tuple[Tokens, Floats] | None = None
+
+    def at_site(self, call: SiteCall, state: Generation) -> Output:
+        """Run the site's module, untouched."""
+        site, parts = call.site, self.asked.parts
+        state.tally.passed(site, FULL, state.tokens)
+        out = call.run(lambda attention: self._attention(attention, call, state))
+        image = _image(out, site.tokens(state.tokens))  # (B, V, C)
+        if "branches" in parts:
+            one, other = image.float().flatten(1).chunk(2)
+            self._branches.setdefault(site, []).append(float(F.cosine_similarity(one, other).mean()))
+        if "steps" in parts:
+            count = min(self.asked.sampled, image.shape[1])
+            places = torch.arange(count, device=image.device) * image.shape[1] // count
+            self._outputs.setdefault(site, []).append(image[:, places].cpu())
+        return out
+
+    def _attention(self, attention: AttentionCall, call: SiteCall, state: Generation) -> Tensor:
+        site, parts = call.site, self.asked.parts
+        out = attention.native()  # (B, H, N, D)
+        require_finite(out, call, state)
+        if attention.causal and parts & {"map", "reuse", "locality"}:
+            raise InputsInvalid(
+                f"{site.path}: got attention that is causal or drops weights, wanted a mask at most; ask for steps and "
+                "branches only"
+            )
+        if "reuse" in parts:
+            passage = Passage(call, FULL, Writes(), state, tuple(range(site.heads)))
+            self._errors.setdefault(site, []).append(self._reused(attention, out, passage))
+        if "locality" in parts:
+            masses = _masses(attention, site.tokens(state.tokens), self.asked.radius)
+            self._masses.setdefault(site, []).append(masses)
+        if "map" in parts and (site, state.step) == (self.asked.site, self.asked.step):
+            row = state.branches.conditional(len(out)).start
+            self._map = site.tokens(state.tokens), _map(attention, row, self.asked.heads)
+        return out
+
+    def _reused(self, attention: AttentionCall, out: Tensor, passage: Passage) -> Tensor:
+        """Errors of each head, in the order of `REUSED`: (4, H)."""
+        site, visual, heads = passage.call.site, passage.tokens.visual_slice, passage.heads
+        band = bands(attention, heads, [Arrow(self.asked.radius)] * len(heads), slice(None), passage)
+        kept = compact(out[:, :, visual]), compact(band[:, :, visual])
+        before, self._before[site] = self._before.get(site), kept  # type: ignore[assignment]
+        full, window = (tensor.float() for tensor in self._before[site])
+        errors = full.new_full((len(REUSED), len(heads)), torch.nan)
+        errors[3] = relative_squared_error(full, window)
+        if before is not None:
+            old_full, old_window = (tensor.float() for tensor in before)
+            given = old_full, old_window + (full - window), window + (old_full - old_window)
+            for place, other in enumerate(given):
+                errors[place] = relative_squared_error(full, other)
+        return errors.cpu()
+
+    def arrays(self, sites: Sequence[Site]) -> dict[str, Any]:
+        """The arrays that were asked for, as `Analysis` has them."""
+        asked, found = self.asked, dict[str, Any]()
+        if self._map is not None:
+            tokens, weights = self._map
+            found["attention_map"] = AttentionMap(sites.index(asked.site), asked.step, asked.heads, tokens, weights)
+        if "reuse" in asked.parts:
+            found["reuse_errors"] = _numpy(torch.cat([torch.stack(self._errors[site], -1) for site in sites], 1))
+        if "locality" in asked.parts:
+            masses = torch.cat([torch.stack(self._masses[site], -1) for site in sites], 1)
+            found["band_mass"], found["text_mass"] = _numpy(masses)
+        if "branches" in asked.parts:
+            found["branch_similarity"] = np.array([self._branches[site] for site in sites], np.float32)
+        if "steps" in asked.parts:
+            found["step_similarity"] = _numpy(torch.stack([_between(self._outputs[site]) for site in sites]))
+        return found
+
+
+def _numpy(tensor: Tensor) -> Floats:
+    return tensor.float().numpy()
+
+
+def _image(out: Output, tokens: Tokens) -> Tensor:
+    """What a site gives the image's tokens, (B, V, C)."""
+    image = out[0] if isinstance(out, tuple) else out
+    assert image is not None
+    return image[:, tokens.visual_slice] if image.shape[1] > tokens.visual else image
+
+
+def _between(outputs: Sequence[Tensor]) -> Tensor:
+    """Mean over samples of the cosine similarity of a site's outputs (B, n, C) in all pairs of steps: (S, S)."""
+    rows = F.normalize(torch.stack([out.float().flatten(1) for out in outputs]), dim=-1)  # (S, B, n·C)
+    return torch.einsum("sbx,tbx->st", rows, rows) / rows.shape[1]
+
+
+def _weights(call: AttentionCall, queries: slice, rows: slice = slice(None), heads: Sequence[int] | None = None) -> Tensor:
+    """How these queries spread their attention over all keys, (rows, h, q, N): in float32 at least."""
+    some = torch.arange(call.q.shape[1]) if heads is None else torch.tensor(heads)
+    some = some.to(call.q.device)
+    wide = torch.promote_types(call.q.dtype, torch.float32)
+    own = some // (call.q.shape[1] // call.k.shape[1])  # several heads of queries may share one of keys
+    q, k = call.q[rows][:, some][:, :, queries].to(wide), call.k[rows][:, own].to(wide)
+    scores = (q * (q.shape[-1] ** -0.5 if call.scale is None else call.scale)) @ k.mT
+    if call.mask is not None:
+        mask = call.mask[(None,) * (4 - call.mask.ndim)]
+        mask = masks.part(masks.part(masks.part(mask, 0, rows), 1, some), 2, queries)
+        scores = scores.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else scores.add_(mask)
+    return scores.softmax(-1).nan_to_num_()  # a query that may look at nothing looks at nothing
+
+
+def _chunks(where: slice, weights: int) -> Iterator[slice]:
+    """Stretches of queries, of which each has so many weights."""
+    length = max(1, WEIGHTS_AT_ONCE // weights)
+    for start in range(where.start, where.stop, length):
+        yield slice(start, min(start + length, where.stop))
+
+
+def _masses(call: AttentionCall, tokens: Tokens, radius: int) -> Tensor:
+    """Of the image's attention, means over images, branches and queries: within the band, and on the text, (2, H)."""
+    batch, heads, total, _ = call.q.shape
+    visual, text = tokens.visual_slice, tokens.text_slice
+    found = torch.zeros(2, heads, dtype=torch.float64)
+    for queries in _chunks(visual, batch * heads * total):
+        weights = _weights(call, queries)  # (B, H, q, N)
+        places = range(queries.start - visual.start, queries.stop - visual.start)
+        far = ~masks.band(places, range(tokens.visual), radius, weights.device)
+        near = weights[..., visual].masked_fill_(far, 0)
+        found += torch.stack([part.sum((0, 2, 3)) for part in (near, weights[..., text])]).cpu()
+    return found / (batch * tokens.visual)
+
+
+def _map(call: AttentionCall, row: int, heads: Sequence[int]) -> Floats:
+    """All weights of some heads for one sample: (h, N, N)."""
+    total = call.q.shape[2]
+    rows = slice(row, row + 1)
+    found = [_weights(call, queries, rows, heads)[0].float().cpu() for queries in _chunks(slice(0, total), len(heads) * total)]
+    return torch.cat(found, 1).numpy()
+
+
+def _parts(only: Collection[Part] | None, guided: bool) -> frozenset[Part]:
+    if only is None:
+        return frozenset(PARTS) if guided else frozenset(PARTS) - {"branches"}
+    if isinstance(only, str) or not only or not {*only} <= {*PARTS}:
+        raise InputsInvalid(f"got only={only!r}, wanted some of {', '.join(PARTS)}")
+    if "branches" in only and not guided:
+        raise InputsInvalid(
+            "got branches to compare in a generation without guidance, which has the conditional one alone; wanted a guidance "
+            "scale above 1, with a negative prompt where the pipeline asks for one; or leave branches out"
+        )
+    return frozenset(only)
+
+
+def _place(sites: Sequence[Site], wanted: int | str | None) -> int:
+    paths = [site.path for site in sites]
+    if wanted is None:
+        return len(paths) // 2
+    if wanted in paths:
+        return paths.index(wanted)
+    if isinstance(wanted, int) and not isinstance(wanted, bool) and 0 <= wanted < len(paths):
+        return wanted
+    raise InputsInvalid(f"got site={wanted!r}, wanted a number from 0 to {len(paths) - 1}, or a path such as {paths[0]}")
+
+
+def _check(site: Site, heads: Sequence[int], step: int | None, radius: int | None, sampled: int) -> None:
+    """What can be known before the pipeline is called."""
+    if not isinstance(heads, Sequence) or not heads or not all(_whole(head) and head < site.heads for head in heads):
+        raise InputsInvalid(f"got heads={heads!r}, wanted some from 0 to {site.heads - 1}, those of {site.path}")
+    for name, value, least in (("step", step, 0), ("radius", radius, 0), ("sampled", sampled, 1)):
+        if value is not None and not (_whole(value) and value >= least):
+            raise InputsInvalid(f"got {name}={value!r}, wanted a whole number, {least} or more")
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _step(wanted: int | None, steps: int, parts: Collection[Part]) -> int:
+    if wanted is not None and wanted >= steps:
+        raise InputsInvalid(f"got step={wanted} in a run of {steps}, wanted one from 0 to {steps - 1}")
+    if steps < 2 and {*parts} & {"reuse", "steps"}:
+        raise InputsInvalid(f"got a run of {steps} step, wanted two or more to compare; or ask for other parts only")
+    return steps // 2 if wanted is None else wanted
+
+
+def _radius(wanted: int | None, tokens: Tokens) -> int:
+    if wanted is not None and wanted >= tokens.visual - 1:
+        raise InputsInvalid(
+            f"got radius={wanted}, which covers all of {tokens.visual} visual tokens; wanted less than {tokens.visual - 1}"
+        )
+    return tokens.visual // 8 if wanted is None else wanted

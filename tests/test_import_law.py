@@ -19,7 +19,7 @@ LAYERS = [  # lowest first: a room imports from the layers below its own, and fr
     {"apply"},
     {"search", "analysis", "evaluate"},
     {"__init__"},  # the public API, which only the outermost rooms use
-    {"demo"},
+    {"compare", "demo"},
     {"cli"},
     {"__main__"},
 ]

@@ -213,7 +213,7 @@ def compare(
     plans: Plans,
     out: Annotated[Path, typer.Option(help="the page's file", dir_okay=False)] = Path("compare.html"),
     seeds: Seeds = 3,
-    pictures: Annotated[int, typer.Option(help="how many pictures to show, without loss; figures are of all", min=1)] = 24,
+    room: Annotated[int, typer.Option(help="MiB for pictures, which are stored without loss; figures are of all", min=1)] = 32,
     device: Device = "cpu",
     dtype: Dtype = "float32",
 ) -> None:
@@ -224,11 +224,9 @@ def compare(
     loaded = _by_name(plans)
     require_writable(out)
     result = measure(load(model, device, dtype), loaded, parse(inputs), seeds=range(seeds))
-    text = page(result, title=model, command=shlex.join(["arrowhead", *sys.argv[1:]]), count=pictures)
+    text = page(result, title=model, command=shlex.join(["arrowhead", *sys.argv[1:]]), room=room * 2**20)
     out.write_text(text, encoding="utf-8")
-    console.print(
-        f"{min(pictures, len(result.raw))} of {len(result.raw)} pictures, {out.stat().st_size / 2**20:.1f} MiB: {out}"
-    )
+    console.print(f"{len(result.raw)} pictures compared; {out.stat().st_size / 2**20:.1f} MiB written to {out}")
 
 
 @app.command()

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -19,47 +20,52 @@ from arrowhead.evaluate import Evaluation, Score
 from arrowhead.plan import SYMBOLS
 
 HERE = Path(__file__).parent
-METRICS = {"psnr": "PSNR in dB", "ssim": "SSIM", "lpips": "LPIPS"}
-"""How people write a metric, where that is not its name."""
+METRICS = {"psnr": ("PSNR", " dB"), "ssim": ("SSIM", ""), "lpips": ("LPIPS", "")}
+"""How people write a metric and its unit, where that is not its name alone."""
 
 
-def page(evaluation: Evaluation, *, title: str, command: str | None = None, count: int = 24) -> str:
+def page(evaluation: Evaluation, *, title: str, command: str | None = None, room: int = 32 * 2**20) -> str:
     """The page's text, to be written as UTF-8.
 
-    `title` names the model, `command` is what made the evaluation, as one would type it. The first `count` pictures are shown,
-    without loss: a page is about as large as they are, and a third (base64). All figures are those of all pictures.
-
-    Raises:
-        ValueError: `count` is below 1.
+    `title` names the model, `command` is what made the evaluation, as one would type it. Pictures are stored without loss, the
+    first ones, as many as fit into `room` bytes, but one at least; all figures are those of all pictures.
     """
-    if count < 1:
-        raise ValueError(f"got {count} pictures to show, wanted at least 1")
     scores = evaluation.scores
     style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    policy = f"default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}"
+    own = f"style-src {_hash(style)}; script-src {_hash(script)}"
+    policy = f"default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; {own}"
+    return (
+        _environment()
+        .get_template("page.html")
+        .render(
+            title=title,
+            command=command,
+            evaluation=evaluation,
+            setting=evaluation.setting,
+            scores=scores,
+            metrics={name: METRICS.get(name, (name, "")) for name in scores[0].metrics},
+            pictures=pictures(evaluation, room),
+            charts=_charts(scores),
+            comparable=_comparable(scores),
+            maps=[(score, site_map(score.plan), head_maps(score.plan)) for score in scores],
+            cell=CELL,
+            colours=COLOURS,
+            meanings=MEANINGS,
+            symbols=SYMBOLS,
+            policy=policy,
+            style=Markup(style),
+            script=Markup(script),
+        )
+    )
+
+
+@cache
+def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"percent": "{:.1%}".format, "figure": _figure, "data_uri": _data_uri, "spelt": _spelt, "ink": ink}
-    return environment.get_template("page.html").render(
-        title=title,
-        command=command,
-        evaluation=evaluation,
-        setting=evaluation.setting,
-        scores=scores,
-        metrics={name: METRICS.get(name, name) for name in scores[0].metrics},
-        pictures=pictures(evaluation, count),
-        charts=_charts(scores),
-        comparable=_comparable(scores),
-        maps=[(score, site_map(score.plan), head_maps(score.plan)) for score in scores],
-        cell=CELL,
-        colours=COLOURS,
-        meanings=MEANINGS,
-        symbols=SYMBOLS,
-        policy=policy,
-        style=Markup(style),
-        script=Markup(script),
-    )
+    environment.filters |= {"percent": _percent, "figure": _figure, "data_uri": _data_uri, "spelt": _spelt, "ink": ink}
+    return environment
 
 
 def require_writable(path: Path) -> None:
@@ -85,12 +91,12 @@ def _comparable(scores: tuple[Score, ...]) -> bool:
 
 def _charts(scores: tuple[Score, ...]) -> list[Chart]:
     """Each metric over what is left of the FLOPs, and of the time."""
-    of_modules, of_attention = ("modules’ FLOPs left", _module_flops), ("attention’s FLOPs left", _attention_flops)
+    modules, attention = ("modules’ FLOPs left", _module_flops), ("attention’s FLOPs left", _attention_flops)
     costs: Mapping[str, Callable[[Score], float]] = dict(
-        [of_modules if _comparable(scores) else of_attention, ("time, by raw’s", lambda score: score.time_ratio)]
+        [modules if _comparable(scores) else attention, ("share of raw’s time", lambda score: score.time_ratio)]
     )
     return [
-        chart(cost, METRICS.get(metric, metric), {score.name: (of(score), score.metrics[metric]) for score in scores})
+        chart(cost, METRICS.get(metric, (metric, "")), {score.name: (of(score), score.metrics[metric]) for score in scores})
         for metric in scores[0].metrics
         for cost, of in costs.items()
     ]
@@ -102,6 +108,10 @@ def _module_flops(score: Score) -> float:
 
 def _attention_flops(score: Score) -> float:
     return score.summary.flops.attention
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}".replace("%", "\N{NO-BREAK SPACE}%")
 
 
 def _figure(value: float) -> str:

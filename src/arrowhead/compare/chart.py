@@ -28,6 +28,7 @@ class Chart:
 
     x_title: str
     y_title: str
+    y_unit: str
     points: tuple[Point, ...]
     x_ticks: tuple[tuple[float, str], ...]
     y_ticks: tuple[tuple[float, str], ...]
@@ -36,8 +37,8 @@ class Chart:
     width, height, left, right, top, bottom = WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM
 
 
-def chart(x_title: str, y_title: str, values: Mapping[str, tuple[float, float]]) -> Chart:
-    """A chart of (x, y) by name, x a fraction. Infinite and NaN are left out, by name."""
+def chart(x_title: str, y: tuple[str, str], values: Mapping[str, tuple[float, float]]) -> Chart:
+    """A chart of (x, y) by name, x a fraction, `y` the other's title and unit. Infinite and NaN are left out, by name."""
     drawn = {name: value for name, value in values.items() if all(map(math.isfinite, value))}
     xs, ys = zip(*drawn.values(), strict=True) if drawn else ((), ())
     x_ticks, y_ticks = ticks([0, 1, *xs]), ticks(ys or [0, 1])
@@ -49,15 +50,15 @@ def chart(x_title: str, y_title: str, values: Mapping[str, tuple[float, float]])
         return round(BOTTOM - (BOTTOM - TOP) * (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]), 1)
 
     points: list[Point] = []
-    for name, (x, y) in sorted(drawn.items(), key=lambda item: -item[1][1]):  # from the top downwards
-        said = f"{name}: {y:.4g} at {x:.1%}"
-        points.append(_labelled(name, across(x), up(y), said, points))
+    for name, (left, value) in sorted(drawn.items(), key=lambda item: -item[1][1]):  # from the top downwards
+        said = f"{name}: {value:.4g}{y[1]} at {left:.1%}"
+        points.append(_labelled(name, across(left), up(value), said, points))
     return Chart(
         x_title,
-        y_title,
+        *y,
         tuple(points),
-        tuple((across(x), f"{x:.0%}") for x in x_ticks),
-        tuple((up(y), f"{y:.4g}") for y in y_ticks),
+        tuple((across(left), f"{left:.0%}") for left in x_ticks),
+        tuple((up(value), f"{value:.6g}") for value in y_ticks),
         tuple(name for name in values if name not in drawn),
     )
 
@@ -77,8 +78,9 @@ def _labelled(name: str, x: float, y: float, said: str, above: Sequence[Point]) 
 def ticks(values: Sequence[float], about: int = 5) -> list[float]:
     """Round numbers, evenly spaced, from below the least to above the largest value."""
     low, high = min(values), max(values)
-    rough = (high - low or abs(high) or 1) / about
+    size = max(abs(low), abs(high))
+    rough = (high - low if high - low > 1e-4 * size else size or 1) / about  # of what is closer, labels would be the same
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(unit * times for times in (1, 2, 2.5, 5, 10) if unit * times >= rough * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
+    return [i * step for i in range(first, max(last, first + 1) + 1)]

@@ -42,7 +42,10 @@
   const resize = () => gallery.style.setProperty("--size", `${size.value}px`);
   size.addEventListener("input", resize);
   const difference = document.getElementById("difference");
-  difference.addEventListener("change", () => gallery.classList.toggle("difference", difference.checked));
+  difference.addEventListener("change", () => {
+    gallery.classList.toggle("difference", difference.checked);
+    split.disabled = difference.checked;
+  });
 
   divide(50);
   resize();
@@ -60,8 +63,7 @@
       if (!area) return;
       [step, row] = [x, y];
       map.querySelector("output").value = `${rows[row]}, step ${step}: ${area.querySelector("title").textContent}`;
-      cursor.setAttribute("x", x);
-      cursor.setAttribute("y", y);
+      cursor.setAttribute("transform", `translate(${x} ${y})`);
       cursor.setAttribute("visibility", "visible");
     };
     const under = (event) => {

@@ -23,18 +23,17 @@ class Picture:
     psnr: tuple[float, ...]
 
 
-def pictures(evaluation: Evaluation, count: int) -> tuple[Picture, ...]:
-    """The first `count` pictures of an evaluation."""
-    said = captions(evaluation.setting, len(evaluation.raw))[:count]
-    return tuple(
-        Picture(
-            caption,
-            data_uri(evaluation.raw[i]),
-            tuple(data_uri(score.images[i]) for score in evaluation.scores),
-            tuple(psnr(score.images[i, None], evaluation.raw[i, None]) for score in evaluation.scores),
-        )
-        for i, caption in enumerate(said)
-    )
+def pictures(evaluation: Evaluation, room: int) -> tuple[Picture, ...]:
+    """The first pictures of an evaluation, as many as fit into so many bytes, but one at least."""
+    shown: list[Picture] = []
+    for i, caption in enumerate(captions(evaluation.setting, len(evaluation.raw))):
+        raw, *plans = (data_uri(images[i]) for images in (evaluation.raw, *(score.images for score in evaluation.scores)))
+        room -= len(raw) + sum(map(len, plans))
+        if shown and room < 0:
+            break
+        distances = tuple(psnr(score.images[i, None], evaluation.raw[i, None]) for score in evaluation.scores)
+        shown.append(Picture(caption, raw, tuple(plans), distances))
+    return tuple(shown)
 
 
 def data_uri(image: Tensor) -> str:

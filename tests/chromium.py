@@ -38,11 +38,12 @@ class Tab:
         self._process.stdin.write(json.dumps(message).encode() + b"\0")
         self._process.stdin.flush()
         while (answer := self._receive()).get("id") != self._count:
-            self.events.append((answer["method"], answer["params"]))
+            pass
         assert "error" not in answer, f"{method}: {answer['error']}"
         return answer["result"]
 
     def _receive(self) -> Any:
+        """The next message, noted if it is an event."""
         assert self._process.stdout
         while b"\0" not in self._received:
             ready, _, _ = select.select([self._process.stdout], [], [], PATIENCE)
@@ -51,12 +52,16 @@ class Tab:
             assert more, "Chromium is gone"
             self._received += more
         message, _, self._received = self._received.partition(b"\0")
-        return json.loads(message)
+        found = json.loads(message)
+        if "method" in found:
+            self.events.append((found["method"], found["params"]))
+        return found
 
     def open(self, path: Path) -> None:
         """Load a file, and wait until all of it is there."""
         self.send("Page.navigate", url=path.resolve().as_uri())
-        self.run("new Promise(done => document.readyState === 'complete' ? done() : addEventListener('load', () => done()))")
+        while self._receive().get("method") != "Page.loadEventFired":
+            pass
 
     def run(self, script: str) -> Any:
         """The value of an expression, or of its promise."""
@@ -75,10 +80,10 @@ class Tab:
         for kind in ("rawKeyDown", "keyUp"):
             self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=codes[key])
 
-    def mouse(self, kind: str, x: float, y: float) -> None:
-        """mouseMoved, mousePressed or mouseReleased, with the left button."""
-        button = {"button": "left", "buttons": 1, "clickCount": 1} if kind != "mouseMoved" else {}
-        self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, **button)
+    def mouse(self, kind: str, x: float, y: float, *, held: bool = False) -> None:
+        """mouseMoved, mousePressed or mouseReleased; with the left button `held` or concerned."""
+        button = {"button": "left", "clickCount": 1} if kind != "mouseMoved" else {}
+        self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, buttons=int(held), **button)
 
     def screenshot(self, path: Path, *, whole: bool = False) -> None:
         """What is seen, or the whole page, as PNG."""

@@ -13,17 +13,18 @@
     gallery.style.setProperty("--split", `${split.value}%`);
   };
   split.addEventListener("input", () => divide(split.value));
+  let held = null; // the picture that is dragged on
   const drag = (event) => {
-    const box = event.currentTarget.getBoundingClientRect();
+    if (!held) return;
+    const box = held.getBoundingClientRect();
     divide((100 * (event.clientX - box.left)) / box.width);
   };
-  for (const pair of gallery.querySelectorAll(".pair")) {
-    pair.addEventListener("pointerdown", (event) => {
-      pair.setPointerCapture(event.pointerId);
-      drag(event);
-    });
-    pair.addEventListener("pointermove", (event) => pair.hasPointerCapture(event.pointerId) && drag(event));
-  }
+  gallery.addEventListener("pointerdown", (event) => {
+    held = event.target.closest(".pair");
+    drag(event);
+  });
+  addEventListener("pointermove", drag);
+  for (const end of ["pointerup", "pointercancel"]) addEventListener(end, () => (held = null));
 
   const chosen = () => plans.find((plan) => plan.checked);
   const arrange = () => {

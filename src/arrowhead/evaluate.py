@@ -88,14 +88,14 @@ def evaluate(
             f"got {len(seeds)} seeds, plans {sorted(plans)} and inputs {sorted(inputs)}; wanted at least one seed, one plan, "
             "none of them named raw, and no generator among the inputs"
         )
-    for plan in plans.values():
-        require_fit(pipe, plan, inputs, seeds[0])
+    for fitting in plans.values():
+        require_fit(pipe, fitting, inputs, seeds[0])
     settings: dict[str, Plan | None] = {"raw": None, **plans}
     images: dict[str, list[Tensor]] = {name: [] for name in settings}
     seconds: dict[str, list[float]] = {name: [] for name in settings}
     summaries: dict[str, Summary] = {}
-    for first in (None, next(iter(plans.values()))):
-        with nullcontext() if first is None else applied(pipe, first):
+    for plan in (None, next(iter(plans.values()))):
+        with nullcontext() if plan is None else applied(pipe, plan):
             generate(pipe, inputs, seeds[0])
     for seed in tqdm(seeds, desc="evaluate", unit="seed", disable=not progress):
         for name, plan in settings.items():

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from arrowhead.layout import Branches, Site, Tokens
 from arrowhead.lifetimes import FOREVER, Residual, Writes
-from arrowhead.methods import AST, FORECAST, Arrow, Attend, Cached, Cell, Full, Precision, Reuse
+from arrowhead.methods import AST, Arrow, Attend, Cached, Cell, Full, Precision, Reuse
 from arrowhead.plan import Target
 from arrowhead.search.budget.given import Choices, Given
 from arrowhead.search.budget.table import Table
@@ -153,7 +153,7 @@ class Past:
     `output` is (step, radius, step of the residual added or None, whether that was shared, share, precision) of what was
     computed last; `full` is (step, whether it was shared, the residual's radius or None, whether for one branch) of the last
     step that was full and native.
-    `before` is the output before that, where a line may go through both.
+    `before` is the output before that, where a line may go through both; `slope` is of the line that goes on, 0 where none does.
     """
 
     spent: tuple[tuple[Cell, Writes], ...] = ()
@@ -161,6 +161,7 @@ class Past:
     output: tuple | None = None
     full: tuple | None = None
     before: tuple | None = None
+    slope: float = 0.0
 
 
 def described(output: tuple, step: int) -> Given:
@@ -181,12 +182,13 @@ def continued(past: Past, choices: Choices) -> Iterator[Past]:
         full: tuple | None,
         writes: Writes = Writes(),  # noqa: B008, frozen
         before: tuple | None = None,
-        line: bool = False,
+        slope: float = 0.0,
     ) -> Past:
         given = described(output, step)
-        if line:
-            given = replace(given, earlier=described(before, step), since=step - output[0], gap=output[0] - before[0])
-        return Past((*past.spent, (cell, writes)), (*past.gave, given), output, full, before)
+        if slope:
+            since, gap = step - output[0], output[0] - before[0]
+            given = replace(given, earlier=described(before, step), since=since, gap=gap, slope=slope)
+        return Past((*past.spent, (cell, writes)), (*past.gave, given), output, full, before, slope)
 
     for share in shares:
         for other in choices.precisions:
@@ -213,9 +215,12 @@ def continued(past: Past, choices: Choices) -> Iterator[Past]:
             output = (step, radius, made, full_shared, share, precision)
             yield after(Attend(Arrow(radius, True, precision), share), output, past.full)
     if choices.reuse and output_there:
-        yield after(AST, past.output, past.full, before=past.before)
-        if past.before is not None and step - past.before[0] <= choices.ages:
-            yield after(FORECAST, past.output, past.full, before=past.before, line=True)
+        line = past.before is not None and step - past.before[0] <= choices.ages
+        if not (line and past.slope):
+            yield after(AST, past.output, past.full)
+        if line:
+            for slope in (past.slope,) if past.slope else (0.5, 0.75, 1.0):
+                yield after(Reuse(slope), past.output, past.full, before=past.before, slope=slope)
 
 
 def every_column(choices: Choices, steps: int) -> list[Past]:
@@ -263,13 +268,13 @@ def damages_of(table: Table, heads: Sequence[int], column: Sequence[Cell]) -> li
                     found += residuals[step, radius, step - made.added[0], source]
         return found
 
-    def summed(first: int, last: int, made: Made, before: Made | None) -> Tensor:
+    def summed(first: int, last: int, made: Made, before: Made | None, slope: float) -> Tensor:
         found = torch.zeros(outputs.shape[-1], dtype=torch.float64)
         for step in range(first, last + 1):
             own = change(step, made)
             if before is not None and step > made.step:
                 before = replace(before, shared=made.shared or before.shared)
-                own += (step - made.step) / (made.step - before.step) * (own - change(step, before))
+                own += slope * (step - made.step) / (made.step - before.step) * (own - change(step, before))
             found += table.gains[step] * own
         per_image = found.view(-1, table.regions).square().sum(1)
         return per_image.mean() / (table.final * table.elements)
@@ -279,9 +284,9 @@ def damages_of(table: Table, heads: Sequence[int], column: Sequence[Cell]) -> li
     before: Made | None = None
     full = (0, False)
     for step, cell in enumerate(column):
-        line = None
+        slope = 0.0
         if isinstance(cell, Reuse):
-            line = before if cell.extrapolate else None
+            slope = cell.extrapolate
         else:
             before = whole
             if isinstance(cell.method, Cached):
@@ -291,8 +296,9 @@ def damages_of(table: Table, heads: Sequence[int], column: Sequence[Cell]) -> li
                     full = (step, cell.share_cfg)
                 radius, residual = getattr(cell.method, "radius", None), getattr(cell.method, "residual", False)
                 made = whole = Made(step, radius, cell.share_cfg, full if residual else None, cell.method.precision)
-        so_far = summed(whole.step, step - 1, whole, line)
-        found.append(max((summed(whole.step, step, whole, line) - so_far).item(), 0.0))
+        line = before if slope else None
+        so_far = summed(whole.step, step - 1, whole, line, slope)
+        found.append(max((summed(whole.step, step, whole, line, slope) - so_far).item(), 0.0))
     return found
 
 

@@ -32,7 +32,8 @@ Output = Tensor | tuple[Tensor, Tensor]
 NEAR, FAR = 2, 5
 RADII = {"w": NEAR, "W": NEAR, "x": FAR, "X": FAR}
 NAMES = {"F": "full", "K": "cached", "w": "WA", "x": "WA", "W": "WA-RS", "X": "WA-RS"}
-REUSED = {"R": "AST", "E": "forecast"}
+REUSED = {"R": "AST", "E": "forecast", "D": "forecast"}
+SLOPES = {"R": 0.0, "D": 0.3, "E": 1.0}
 UNIFORM = {"C": "F+", "v": "w+", "V": "W+", "y": "x+", "Y": "X+"}  # V1's letters, see replay.py
 FAULTS = {  # what may go wrong, and a grid that shows it
     "another head's output": ["F F F", "KFw FKw wFK", "xKF KxF FxK"],
@@ -66,7 +67,7 @@ def methods(word: str, heads: int) -> str:
 def cell(word: str, heads: int, radii: dict[str, int]) -> Cell:
     """The word as arrowhead spells it."""
     if word in REUSED:
-        return Reuse(extrapolate=word == "E")
+        return Reuse(SLOPES[word])
     spelt = {"F": Full(), "K": Cached()} | {a: Arrow(radius, residual=a in "WX") for a, radius in radii.items()}
     return Attend(tuple(spelt[letter] for letter in methods(word, heads)), share_cfg=word.endswith("+"))
 
@@ -97,7 +98,7 @@ def random_grid(seed: int, steps: int, bench: Bench, kinds: str = "FKwxWX", line
         for _ in range(steps):
             possible = [[a for a in kinds if can_follow(a, column, head)] for head in range(heads)]
             if lines and sum(word not in REUSED for word in column) > 1 and draw.random() < 0.25:
-                column.append("E")
+                column.append(draw.choice("DE"))
             elif column and draw.random() < 0.2:
                 column.append("R")
             elif draw.random() < 0.2:
@@ -158,7 +159,7 @@ class Memory:
         """What a site gives for image (B, V, C) and text (B, T, C): both, or the image where it sees no text."""
         word, past = self.row[place], self.past.setdefault(place, Past())
         if word in REUSED:
-            streams = past.outputs[-1][-1] if word == "R" else self._line(past)
+            streams = past.outputs[-1][-1] if word == "R" else self._line(past, SLOPES[word])
             if self.fault == "reused text stale" and text is not None:
                 return streams[0], past.first_text
             return streams[0] if text is None else streams
@@ -181,9 +182,9 @@ class Memory:
         past.first_text = streams[-1] if past.first_text is None else past.first_text
         return streams[0] if text is None else (streams[0], streams[1])
 
-    def _line(self, past: Past) -> tuple[Tensor, ...]:
+    def _line(self, past: Past, slope: float) -> tuple[Tensor, ...]:
         (b, _, before), (a, shared, after) = past.outputs[-2:]
-        weight = (self.step - a) / (a - b)
+        weight = slope * (self.step - a) / (a - b)
         streams = [now + weight * (now - then) for now, then in zip(after, before, strict=True)]
         if self.fault == "text off the line":
             streams[-1] = after[-1]

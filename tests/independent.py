@@ -108,7 +108,7 @@ def columns(draw: st.DrawFn, steps: int, heads: int | None = None, lines: bool =
     for step in range(steps):
         if step and draw(st.integers(0, 3)) == 0:
             two = sum(isinstance(cell, Attend) for cell in column) > 1
-            column.append(Reuse(extrapolate=lines and two and draw(st.booleans())))
+            column.append(Reuse(draw(st.sampled_from([0.0, 0.25, 0.5, 1.0])) if lines and two else 0.0))
             continue
         before = [[by_head(c, heads or 1)[h] for c in column if isinstance(c, Attend)] for h in range(heads or 1)]
         if heads is not None and draw(st.booleans()):

@@ -191,7 +191,7 @@ class Seen:
                 a, alone, now = computed[-1]
                 if cell.extrapolate:
                     b, _, then = computed[-2]
-                    now = now + (step - a) / (a - b) * (now - then)
+                    now = now + cell.extrapolate * (step - a) / (a - b) * (now - then)
                     now = self.conditional(now) if alone else now
                 given.append(now)
                 continue

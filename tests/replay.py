@@ -24,7 +24,7 @@ from arrowhead.methods import Arrow, Attend, Cell, Full, Reuse
 from arrowhead.models import find
 
 Grid = Sequence[str]
-HALVES, FULLS, RESIDUAL, REUSED = "CvVyY", "FC", "WVXY", "RE"
+HALVES, FULLS, RESIDUAL, REUSED = "CvVyY", "FC", "WVXY", "RDE"
 GRIDS = {
     "AST": ["FFF", "RRR", "FFF", "RRR", "FFF"],
     "ASC": ["FFF", "CCC", "FCF", "CCC", "CFC"],
@@ -65,8 +65,10 @@ FAULTS = {  # what may go wrong, and a grid that shows it
     "as if computed in a row": ["FFF", "RRR", "FFF", "EEE"],
     "a line for each branch": ["FFF", "CvV", "EEE", "EEE"],
     "the unconditional line": ["FFF", "CvV", "EEE", "EEE"],
+    "all of the slope": ["FFF", "FFF", "DDD", "FFF", "RRR"],
 }
-NAMES = {"F": "full", "C": "ASC", "R": "AST", "E": "forecast"} | dict(
+SLOPES = {"R": 0.0, "D": 0.3, "E": 1.0}
+NAMES = {"F": "full", "C": "ASC", "R": "AST", "D": "forecast", "E": "forecast"} | dict(
     zip("wvWVxyXY", ["WA", "WA+ASC", "WA-RS", "WA-RS+ASC"] * 2, strict=True)
 )
 
@@ -79,7 +81,7 @@ def random_grid(seed: int, steps: int, layers: int) -> list[str]:
         column = ""
         for _ in range(steps):
             full, computed = any(letter in FULLS for letter in column), sum(letter not in REUSED for letter in column)
-            earlier = ("RR" if column else "") + ("RWVXYWVXY" if full else "") + ("EEE" if computed > 1 else "")
+            earlier = ("RR" if column else "") + ("RWVXYWVXY" if full else "") + ("DEE" if computed > 1 else "")
             column += draw.choice("FCwvxy" + earlier)
         columns.append(column)
     return ["".join(row) for row in zip(*columns, strict=True)]
@@ -91,15 +93,20 @@ def rows_held(column: Sequence[str], step: int, halves: Container[str]) -> int:
     computed = [i for i in steps if column[i] not in REUSED]
     last, following = (max(i for i in computed if i <= step), min((i for i in computed if i > step), default=len(steps)))
     behind = column[following + 1 : min((i for i in computed if i > following), default=len(steps))]
-    output = step + 1 < following or "E" in behind  # repeated, or the beginning of the next line
-    slope = "E" in column[step + 1 : following]
+    output = step + 1 < following or on_line(behind)  # repeated, or the beginning of the next line
+    slope = on_line(column[step + 1 : following])
     return (output + slope) * (1 if column[last] in halves else 2)
+
+
+def on_line(letters: Sequence[str]) -> bool:
+    """Whether one of them continues a line."""
+    return any(SLOPES.get(letter) for letter in letters)
 
 
 def cell(letter: str, near: int, far: int) -> Cell:
     """The letter as arrowhead spells it."""
     if letter in REUSED:
-        return Reuse(extrapolate=letter == "E")
+        return Reuse(SLOPES[letter])
     if letter in FULLS:
         return Attend(Full(), share_cfg=letter == "C")
     return Attend(Arrow(near if letter in "wvWV" else far, residual=letter in RESIDUAL), share_cfg=letter in HALVES)
@@ -168,8 +175,8 @@ class Memory:
         letter = self.row[layer]
         if letter == "R":
             return self.outputs[layer][-1].out
-        if letter == "E":
-            return self.line(self.outputs[layer])
+        if letter in REUSED:
+            return self.line(self.outputs[layer], SLOPES[letter])
         shared = letter in HALVES and self.guided
         rows = self.half(len(x), self.fault != "unconditional computed") if shared else slice(None)
         q, k, v = (
@@ -195,8 +202,8 @@ class Memory:
             self.outputs.setdefault(layer, []).append(Computed(self.step, out, shared))
         return out
 
-    def line(self, computed: Sequence["Computed"]) -> Tensor:
-        """What the line through the last two outputs is at this step."""
+    def line(self, computed: Sequence["Computed"], slope: float) -> Tensor:
+        """What the line through the last two outputs is at this step, with so much of its slope."""
         b, a = computed[-2:]
         change, steps, lag = a.out - b.out, a.step - b.step, self.step - a.step
         if self.fault == "slope stale":
@@ -205,7 +212,9 @@ class Memory:
             lag = 1
         if self.fault == "as if computed in a row":
             steps = 1
-        out = a.out + change * lag / steps
+        if self.fault == "all of the slope":
+            slope = 1.0
+        out = a.out + slope * change * lag / steps
         if a.shared and self.fault != "a line for each branch":
             out = torch.cat([out[self.half(len(out), self.fault != "the unconditional line")]] * 2)
         return out

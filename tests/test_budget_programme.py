@@ -8,7 +8,7 @@ from budget import Past, continued, described, every_column
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arrowhead.methods import AST, FORECAST, Attend
+from arrowhead.methods import AST, Attend, Reuse
 from arrowhead.search.budget.given import START, Choices, Given
 from arrowhead.search.budget.programme import Programme
 
@@ -122,15 +122,17 @@ def test_at_no_price_full_attention_and_at_a_high_one_the_cheapest_column():
     assert bold.count(Attend()) == 1, "an arrow costs less, while something is remembered"
 
 
+@pytest.mark.parametrize("slope", [0.5, 0.75, 1.0])
 @pytest.mark.parametrize("share", [False, True])
-def test_lines_are_chosen_where_they_alone_do_no_damage(share):
+def test_lines_are_chosen_where_they_alone_do_no_damage(share, slope):
     """Through two outputs of full attention, both shared or both not, the second of which may be some steps old."""
     programme = Programme(Choices((4,), 4, share_cfg=True, extrapolate=True))
-    on_line = [g.earlier is not None and g.earlier.share == g.share == share for g in programme.givens]
+    line = [g.earlier is not None and g.earlier.share == g.share for g in programme.givens]
+    on_line = np.array(line) & [g.share == share and g.slope == slope for g in programme.givens]
     damage = np.tile(np.where(on_line, 0.0, 1.0)[:, None], (6, 1, 1))
     solution = programme.solve(damage, np.zeros((len(programme.spendings), 1)), 1.0)
     cells = programme.cells(solution.moves[:, 0])
-    assert (cells.count(FORECAST), solution.damage[0]) == (3, 3.0)
+    assert (cells.count(Reuse(slope)), solution.damage[0]) == (3, 3.0)
     for step, gives in enumerate(programme.givens_of(solution.moves[:, 0])):
         if gives.earlier is not None:
             assert cells[step - gives.lag] == cells[step - gives.earlier.lag] == Attend(share_cfg=share)

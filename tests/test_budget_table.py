@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import arrowhead as ah
 from arrowhead.errors import InputsInvalid
-from arrowhead.methods import AST, FORECAST, FULL, Arrow, Attend, Cached, Full
+from arrowhead.methods import AST, FULL, Arrow, Attend, Cached, Full, Reuse
 from arrowhead.search.budget.guidance import Guidance
 
 STEPS, FAR, NEAR = 4, 5, 2
@@ -72,8 +72,8 @@ def runs(seen, path, column, heads):
         if isinstance(does, Attend) and by_head(does, full[0].shape[1])[heads[0]] != Cached():
             begun = step
         values = [given[step]] * (step + 1 - begun)
-        if does == FORECAST:
-            line = given[step] - given[begun]
+        if isinstance(does, Reuse) and does.extrapolate:
+            line = given[step] - given[begun]  # by as much of its slope as is taken
             values = [given[begun] + line * (i / (step - begun)) for i in range(step + 1 - begun)]
         changes = [value - own for value, own in zip(values, full[begun : step + 1], strict=True)]
         yield {begun + i: at_heads(change, heads) for i, change in enumerate(changes) if change.any()}
@@ -120,6 +120,8 @@ CELLS = {
     "a line": "FFEE",
     "a line after a while": "FRFE",
     "a line of ASC": "CCEE",
+    "part of a slope": "FFDE",
+    "part of a slope, of ASC": "FCDD",
     "a line from both to ASC": "FCEE",
     "a line from ASC to both": "CFEE",
     "a line over arrows": "FWEE",

@@ -1,6 +1,7 @@
 """Plans on disk and in the hand: nothing is lost, nothing unsound gets in, and every difference is named."""
 
 import json
+import math
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -66,7 +67,7 @@ class TestRoundTrip:
         plan = Plan(((FULL, FULL), row, (Attend((Cached(), Full())), both), (AST, Attend(Cached()))), TARGET, TOKENS, True)
         plan.save(tmp_path / "plan.json")
         content = strict_json((tmp_path / "plan.json").read_text())
-        assert content["format"] == 3
+        assert content["format"] == 4
         assert content["cells"] == ["F F", "H I", "H2 L", "R K"]
         assert content["legend"] == {
             "F": {"does": "attend", "heads": "full", "share_cfg": False},
@@ -105,14 +106,25 @@ class TestRoundTrip:
         assert Plan.load(tmp_path / "plan.json") == PLAN
 
     def test_lines_are_spelt(self, tmp_path):
-        plan = replace(PLAN, cells=((FULL, FULL), (ASC, FULL), (FORECAST, AST), (FORECAST, FORECAST)))
+        plan = replace(PLAN, cells=((FULL, FULL), (ASC, FULL), (FORECAST, AST), (FORECAST, Reuse(0.5))))
         plan.save(tmp_path / "plan.json")
         content = strict_json((tmp_path / "plan.json").read_text())
-        assert content["cells"] == ["F F", "C F", "E R", "E E"]
+        assert content["cells"] == ["F F", "C F", "E R", "E E2"]
         assert content["legend"]["E"] == {"does": "extrapolate"}
+        assert content["legend"]["E2"] == {"does": "extrapolate", "slope": 0.5}
         assert Plan.load(tmp_path / "plan.json") == plan
         assert plan.count() == {"full": 3, "ASC": 1, "forecast": 3, "AST": 1}
         assert plan.count_heads() == {"full": 2 + 4 + 2 + 4, "forecast": 2 + 2 + 4, "AST": 4}
+
+    @pytest.mark.parametrize("slope", [0.0, 1.0, 1.5, -0.5, "0.5"])
+    def test_of_a_slope_there_is_part_or_nothing_is_said(self, tmp_path, slope):
+        replace(PLAN, cells=((FULL, FULL), (FULL, FULL), (Reuse(0.5), AST))).save(tmp_path / "plan.json")
+        content = strict_json((tmp_path / "plan.json").read_text())
+        (line,) = [cell for cell in content["legend"].values() if "slope" in cell]
+        line["slope"] = slope
+        (tmp_path / "plan.json").write_text(json.dumps(content))
+        with pytest.raises(PlanInvalid, match="slope"):
+            Plan.load(tmp_path / "plan.json")
 
     def test_what_people_read_comes_back_too(self, tmp_path):
         about = {"model": "tiny:dit", "search": {"threshold": 0.1, "loss": "paper"}, "seeds": [3, 4]}
@@ -208,6 +220,7 @@ UNSOUND = {
     "equal words for more heads than there are": broken(lambda c: c["legend"]["F"].update(heads="full full full")),
     "a line with heads": broken(lambda c: c["legend"]["R"].update(does="extrapolate", heads="full")),
     "a line through one output": broken(lambda c: c["legend"]["R"].update(does="extrapolate")),
+    "a slope of nothing": broken(lambda c: c["legend"]["R"].update(slope=0.5)),
     "a line that shares": broken(lambda c: c["legend"]["R"].update(does="extrapolate", share_cfg=True)),
     "reuse that shares": broken(lambda c: c["legend"]["R"].update(share_cfg=True)),
     "an unknown deed": broken(lambda c: c["legend"]["W"].update(does="dance")),
@@ -299,6 +312,11 @@ class TestConstructor:
         with pytest.raises(PlanInvalid, match=f"{SITES[0].path}: step 1 extrapolates"):
             Plan((cells[0], *cells[2:]), TARGET, TOKENS, guided=True)
 
+    @pytest.mark.parametrize("slope", [-0.1, 1.01, math.nan, math.inf])
+    def test_a_slope_is_taken_in_part_or_whole(self, slope):
+        with pytest.raises(ValueError, match="wanted the part of a slope"):
+            Reuse(slope)
+
     def test_a_negative_radius_is_no_band(self):
         with pytest.raises(ValueError, match="-1"):
             Arrow(-1)
@@ -330,7 +348,7 @@ class TestConstructor:
         count = Counter()
         for row in plan.cells:
             for cell, site in zip(row, plan.target.sites, strict=True):
-                reused = "forecast" if cell == FORECAST else "AST"
+                reused = "forecast" if isinstance(cell, Reuse) and cell.extrapolate else "AST"
                 methods = [reused] * site.heads if isinstance(cell, Reuse) else by_head(cell, site.heads)
                 names = {"AST": "AST", "forecast": "forecast", Full(): "full", Full("int8"): "full-int8", Cached(): "cached"}
                 for radius in range(21):

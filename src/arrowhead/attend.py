@@ -134,8 +134,8 @@ def _reused(call: SiteCall, cell: Reuse, generation: Generation) -> Output:
     key, slope, cache, step = Key(call.site.path), Key(call.site.path, "slope"), generation.cache, generation.step
     if not cell.extrapolate:
         return call.restored(cache.read(key, step))
-    age = cache.age(key, step)
-    return call.restored(along(cache.read(key, step), cache.read(slope, step), age))
+    ahead = cell.extrapolate * cache.age(key, step)
+    return call.restored(along(cache.read(key, step), cache.read(slope, step), ahead))
 
 
 def _run(passage: Passage) -> Output:

@@ -87,10 +87,16 @@ class Reuse:
     """Return the module's last computed output, after the output projection (attention sharing across timesteps, AST).
 
     With `extrapolate` it is the line through the last two computed outputs, at this step, counted in steps (the first order of
-    TaylorSeer's forecasts); where the later of the two served both branches, through the conditional branch's.
+    TaylorSeer's forecasts); where the later of the two served both branches, through the conditional branch's. A fraction takes
+    so much of the line's slope: outputs hold noise, too, which a line carries on and multiplies.
     """
 
-    extrapolate: bool = False
+    extrapolate: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.extrapolate <= 1:
+            raise ValueError(f"got extrapolate={self.extrapolate!r}, wanted the part of a slope: 0 (repeat) to 1")
+        object.__setattr__(self, "extrapolate", float(self.extrapolate))
 
 
 Cell = Attend | Reuse
@@ -98,7 +104,7 @@ Cell = Attend | Reuse
 FULL = Attend()
 ASC = Attend(share_cfg=True)
 AST = Reuse()
-FORECAST = Reuse(extrapolate=True)
+FORECAST = Reuse(extrapolate=1.0)
 
 
 def precision_of(method: Method) -> Precision:
@@ -133,7 +139,7 @@ def reads_head_output(cell: Cell) -> bool:
 
 def extrapolates(cell: Cell) -> bool:
     """Whether a cell continues the line through two outputs."""
-    return isinstance(cell, Reuse) and cell.extrapolate
+    return isinstance(cell, Reuse) and cell.extrapolate > 0
 
 
 def method_name(method: Method) -> str:

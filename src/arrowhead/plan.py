@@ -14,10 +14,10 @@ from arrowhead import cost
 from arrowhead.errors import PlanInvalid, PlanMismatch
 from arrowhead.layout import Site, Tokens, outermost
 from arrowhead.lifetimes import first_fault
-from arrowhead.methods import Arrow, Attend, Cached, Cell, Full, Method, Precision, Reuse, method_name, paper_name
+from arrowhead.methods import Arrow, Attend, Cached, Cell, Full, Method, Precision, Reuse, extrapolates, method_name, paper_name
 
-FORMAT = 3
-READABLE = (2, FORMAT)
+FORMAT = 4
+READABLE = (2, 3, FORMAT)
 """Format 2 is without precisions, and means the same."""
 SYMBOLS = {
     "full": "F",
@@ -247,11 +247,13 @@ class _CellModel(pydantic.BaseModel, extra="forbid"):
     does: Literal["attend", "reuse", "extrapolate"]
     heads: str | None = None
     share_cfg: bool | None = None
+    slope: float | None = None
 
     @classmethod
     def of(cls, cell: Cell) -> "_CellModel":
         if isinstance(cell, Reuse):
-            return cls(does="extrapolate" if cell.extrapolate else "reuse")
+            does, whole = "extrapolate" if extrapolates(cell) else "reuse", cell.extrapolate in (0, 1)
+            return cls(does=does, slope=None if whole else cell.extrapolate)
         methods = cell.method if isinstance(cell.method, tuple) else (cell.method,)
         return cls(does="attend", heads=" ".join(map(_word, methods)), share_cfg=cell.share_cfg)
 
@@ -261,12 +263,14 @@ class _CellModel(pydantic.BaseModel, extra="forbid"):
             raise ValueError("a site that attends says how its heads do, and only such a site")
         if self.share_cfg and self.does != "attend":
             raise ValueError("what is reused is not computed, so there is nothing to share")
+        if self.slope is not None and (self.does != "extrapolate" or not 0 < self.slope < 1):
+            raise ValueError("of a line there may be a part of the slope, between 0 and 1; none of anything else")
         self.cell()  # refuses words that mean nothing
         return self
 
     def cell(self) -> Cell:
         if self.heads is None:
-            return Reuse(extrapolate=self.does == "extrapolate")
+            return Reuse((self.slope or 1.0) if self.does == "extrapolate" else 0.0)
         return Attend(tuple(map(_method, self.heads.split())), bool(self.share_cfg))
 
 

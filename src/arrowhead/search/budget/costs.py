@@ -17,7 +17,7 @@ from arrowhead.errors import NotIntercepted
 from arrowhead.intercept import SiteCall
 from arrowhead.layout import Site, Tokens, outermost
 from arrowhead.lifetimes import FOREVER, Residual, Writes
-from arrowhead.methods import FULL, Arrow, Attend, Cell, Full, Reuse
+from arrowhead.methods import AST, FORECAST, FULL, Arrow, Attend, Cell, Full, extrapolates
 from arrowhead.models import find
 from arrowhead.search.budget.given import Choices
 from arrowhead.search.calibrate import Calibration
@@ -79,6 +79,7 @@ class SecondCosts:
     def of(self, site: Site, cell: Cell, writes: Writes) -> float:
         """As measured at the first site of its shape."""
         shape, shared = _shape(site), isinstance(cell, Attend) and cell.share_cfg
+        cell = FORECAST if extrapolates(cell) else cell  # the slope's size makes no difference
         made = sum(self.residuals[shape, r.radius, r.conditional_only or shared] for r in writes.residuals)
         return self.cells[shape, cell] + made
 
@@ -151,8 +152,8 @@ def _time_site(
 
 def _tried(choices: Choices) -> Iterator[tuple[Cell | Residual, Cell, Writes]]:
     """What is timed: cells, and full attention that makes one residual, which is kept as those before were."""
-    for line in (False, True) if choices.extrapolate else (False,):
-        yield Reuse(line), Reuse(line), Writes()
+    for cell in (AST, FORECAST) if choices.extrapolate else (AST,):
+        yield cell, cell, Writes()
     for share in (False, True) if choices.share_cfg else (False,):
         for precision in ("native", *choices.precisions):
             arrows = [Arrow(radius, residual, precision) for radius in choices.radii for residual in (False, True)]

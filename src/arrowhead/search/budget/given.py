@@ -4,7 +4,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from arrowhead.lifetimes import FOREVER, Residual, Writes
-from arrowhead.methods import Arrow, Attend, Cached, Cell, Full, Precision, Reuse, refreshes_residual
+from arrowhead.methods import Arrow, Attend, Cached, Cell, Full, Precision, Reuse, extrapolates, refreshes_residual
+
+SLOPES = (0.5, 0.75, 1.0)
+"""What of a line's slope may be taken. Less than all of it is better where outputs are noisy, as in a run's first steps."""
 
 
 @dataclass(frozen=True)
@@ -13,7 +16,8 @@ class Given:
 
     `residual_lag`: steps since the residual that the arrow added was made; None where it added none. `residual_shared`: that
     step computed the conditional branch alone. `share`: so did the step that made the output. `earlier`: what the site gave
-    before that, where the line through both is given, `since` steps after the later and `gap` after the earlier of the two.
+    before that, where the line through both is given, with this `slope` of its own, `since` steps after the later of the two,
+    which is `gap` steps after the earlier.
     `precision` is that of the output.
     """
 
@@ -25,6 +29,7 @@ class Given:
     earlier: "Given | None" = None
     since: int = 0
     gap: int = 1
+    slope: float = 1.0
     precision: Precision = "native"
 
     @property
@@ -40,11 +45,11 @@ class Given:
 
     def as_it_was(self) -> "Given":
         """The later output by itself."""
-        return replace(self, earlier=None, since=0, gap=1)
+        return replace(self, earlier=None, since=0, gap=1, slope=1.0)
 
-    def continued(self, earlier: "Given", since: int, gap: int) -> "Given":
+    def continued(self, earlier: "Given", since: int, gap: int, slope: float) -> "Given":
         """The line through this output and an earlier one."""
-        return replace(self, earlier=earlier, since=since, gap=gap)
+        return replace(self, earlier=earlier, since=since, gap=gap, slope=slope)
 
     def aged(self) -> "Given":
         """The same output, one step later."""
@@ -76,11 +81,13 @@ class Memory:
     """What the coming step can build on: the output that was computed last, and a residual; None for what there is not.
 
     `earlier`: the output that was computed before the last, where both are of native full attention: a line goes through them.
+    `slope`: what of the line's slope was taken in the step before, and has to be in the coming one.
     """
 
     output: Given | None = None
     residual: Kept | None = None
     earlier: Given | None = None
+    slope: float | None = None
 
 
 START = Memory()
@@ -102,6 +109,9 @@ class Choices:
 
     Between two steps of full attention arrows add the residual of one radius, or none. `precisions` other than native are open
     to arrows and to full attention, which then makes no residual, and leaves the one that there is.
+
+    Until the next step that computes, an output is repeated, or continued by one slope (and repeated when it is too old for
+    that): so are a run's damages known, which where kinds alternate would look smaller than they are.
     """
 
     radii: tuple[int, ...]
@@ -123,11 +133,12 @@ class Choices:
         output, earlier = memory.output, memory.earlier
         if not self.reuse or output is None:
             return
-        after = self._after(output, memory.residual, earlier)
-        yield Move(Reuse(), output, Writes(), after)
+        if memory.slope is None:
+            yield Move(Reuse(), output, Writes(), self._after(output, memory.residual))
         if earlier is not None:
-            line = output.continued(earlier, output.lag, earlier.lag - output.lag)
-            yield Move(Reuse(extrapolate=True), line, Writes(), after)
+            for slope in SLOPES if memory.slope is None else (memory.slope,):
+                line = output.continued(earlier, output.lag, earlier.lag - output.lag, slope)
+                yield Move(Reuse(slope), line, Writes(), self._after(output, memory.residual, earlier, slope))
         plain = output.radius is None and output.precision == "native"
         if self.extrapolate and plain and output.lag < self.ages:
             given = Given(share=output.share)
@@ -166,12 +177,12 @@ class Choices:
                 cell = Attend(Arrow(kept.radius, residual=True, precision=precision), share)
                 yield Move(cell, given, Writes(), self._after(given, kept))
 
-    def _after(self, given: Given, kept: Kept | None, earlier: Given | None = None) -> Memory:
+    def _after(self, given: Given, kept: Kept | None, earlier: Given | None = None, slope: float | None = None) -> Memory:
         """A step later; what is too old then is forgotten."""
         output = given.aged() if given.oldest < self.ages else None
         older = None if kept is None or kept.lag >= self.ages else replace(kept, lag=kept.lag + 1)
         before = earlier.aged() if earlier is not None and earlier.lag < self.ages else None
-        return Memory(output, older, before)
+        return Memory(output, older, before, slope if before else None)
 
 
 def givens_of(column: Sequence[Cell]) -> list[Given]:
@@ -187,7 +198,8 @@ def givens_of(column: Sequence[Cell]) -> list[Given]:
     for step, cell in enumerate(column):
         if isinstance(cell, Reuse):
             made, whole, earlier = made.aged(), whole.aged(), None if earlier is None else earlier.aged()
-            found.append(whole.continued(earlier, step - computed, gap) if earlier and cell.extrapolate else whole)
+            line = earlier and extrapolates(cell)
+            found.append(whole.continued(earlier, step - computed, gap, cell.extrapolate) if line else whole)
             continue
         computed, gap = step, step - computed
         before = whole.aged()

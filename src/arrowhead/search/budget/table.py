@@ -217,7 +217,7 @@ class Table:
     def _change(self, columns: "_Products", given: Given) -> Tensor:
         """Change of r·(guided output), if columns give this instead of full attention's output: (S, C, M)."""
         if given.earlier is not None:  # the line through both, at this step
-            weight = given.since / given.gap
+            weight = given.slope * given.since / given.gap
             later = self._change(columns, given.as_it_was())
             return (1 + weight) * later - weight * self._change(columns, given.earlier)
         pairs = self._pairs(given.share)

@@ -24,7 +24,7 @@ from arrowhead.compare.chart import LETTER, LINE, chart
 from arrowhead.compare.maps import ink
 from arrowhead.compare.pictures import captions, data_uri
 from arrowhead.evaluate import Evaluation
-from arrowhead.methods import Arrow, Attend, method_name, paper_name
+from arrowhead.methods import Arrow, Attend, Reuse, method_name, paper_name
 from arrowhead.plan import SYMBOLS, Plan
 
 HOSTILE = """<script>alert(1)</script><img src=x onerror="alert(2)"> & 'it' \\u003c "quoted" {{ 7 * 7 }} </title>"""
@@ -93,8 +93,8 @@ class TestMaps:
         assert sites.symbols() == {at: SYMBOLS[paper_name(cell)] for at, cell in cells.items()}
         assert sites.rows == [site.path for site in plan.target.sites]
         for at, (_, said) in sites.cells().items():
-            for radius in self.radii(cells[at], plan.target.sites[at[0]].heads):
-                assert re.search(rf"\b{radius}\b", said)
+            for number in self.numbers(cells[at], plan.target.sites[at[0]].heads):
+                assert re.search(rf" {number:g}\b", said)
         for i, of_site in zip(apart, heads, strict=True):
             site, column = plan.target.sites[i], plan.columns[i]
             assert of_site.rows == [f"{site.path}, head {head}" for head in range(site.heads)]
@@ -104,8 +104,11 @@ class TestMaps:
                 for head in range(site.heads)
             }
 
-    def radii(self, cell, heads):
-        return {m.radius for m in by_head(cell, heads) if isinstance(m, Arrow)} if isinstance(cell, Attend) else set()
+    def numbers(self, cell, heads):
+        """What a cell's name does not say: how far its bands reach, and a part of a slope."""
+        if isinstance(cell, Reuse):
+            return {cell.extrapolate} - {0, 1}
+        return {method.radius for method in by_head(cell, heads) if isinstance(method, Arrow)}
 
     def of_head(self, cell, head, heads):
         if not isinstance(cell, Attend):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from arrowhead.analysis.palette import COLOURS, MEANINGS
 from arrowhead.layout import Site
-from arrowhead.methods import Arrow, Attend, Cell, Method, method_name, paper_name
+from arrowhead.methods import Arrow, Attend, Cell, Method, Reuse, method_name, paper_name
 from arrowhead.plan import Plan
 
 Place = tuple[int, int]  # step, row
@@ -122,9 +122,11 @@ def _map(rows: Sequence[str], labels: Sequence[str], cells: Sequence[Sequence[Ce
 
 
 def _said(cell: Cell) -> str:
-    """A cell in words: its name, what that means, and how far its bands reach."""
+    """A cell in words: its name, what that means, how far its bands reach, and what part of a slope it takes."""
     name = paper_name(cell)
-    if isinstance(cell, Attend) and isinstance(cell.method, tuple):
+    if isinstance(cell, Reuse):
+        return f"{name}: {MEANINGS[name]}" + (f", {cell.extrapolate:g} of the slope" if 0 < cell.extrapolate < 1 else "")
+    if isinstance(cell.method, tuple):
         count = Counter(map(_word, cell.method))
         return f"{name}: " + ", ".join(f"{n} × {word}" for word, n in count.most_common())
     radius = _radius(cell)

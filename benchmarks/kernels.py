@@ -32,7 +32,7 @@ from arrowhead.cost import pairs
 from arrowhead.errors import KernelUnavailable
 from arrowhead.kernels import dispatch
 from arrowhead.layout import Tokens
-from arrowhead.methods import Arrow, Full
+from arrowhead.methods import Arrow, Full, Precision
 from arrowhead.versions import versions
 
 HERE = Path(__file__).parent
@@ -40,7 +40,7 @@ TEXT = 333  # tokens of Stable Diffusion 3's prompts
 SIZES = {"cpu": (1024, 4096, 16384), "cuda": (1024, 2048, 4096, 8192, 16384, 32768)}
 HEAD_DIMS = {"cpu": (64, 72), "cuda": (64, 72, 80, 96, 128)}
 BATCH_AND_HEADS = {"cpu": (1, 4), "cuda": (2, 16)}
-COLOURS = {"chunked": "#c8553d", "flex": "#3f7cac", "fused": "#2e8b6f"}
+COLOURS = {"chunked": "#c8553d", "flex": "#3f7cac", "fused": "#2e8b6f", "fused int8": "#7a5195"}
 MARKERS = "osD^vP"
 
 Call = Callable[[], Tensor]
@@ -79,8 +79,13 @@ def on_backend(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v)
 
 
-def calls(case: Case, device: str, names: Sequence[str]) -> tuple[dict[str, Call], dict[str, Call]]:
-    """The baselines, and the kernels of these names."""
+def label(name: str, precision: Precision) -> str:
+    """What rows call a kernel."""
+    return name if precision == "native" else f"{name} {precision}"
+
+
+def calls(case: Case, device: str, names: Sequence[str], precision: Precision) -> tuple[dict[str, Call], dict[str, Call]]:
+    """The baselines, and the kernels of these names, all heads in one precision."""
     batch, heads = BATCH_AND_HEADS[device]
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     shape = (batch, case.tokens.total, heads, case.head_dim)
@@ -91,7 +96,8 @@ def calls(case: Case, device: str, names: Sequence[str]) -> tuple[dict[str, Call
             "cudnn": lambda: on_backend(SDPBackend.CUDNN_ATTENTION, q, k, v),
             "fa2": lambda: on_backend(SDPBackend.FLASH_ATTENTION, q, k, v),
         }
-    kernels = {name: partial(dispatch.arrow, q, k, v, case.tokens, case.radii, kernel=name) for name in names}
+    run = partial(dispatch.arrow, q, k, v, case.tokens, case.radii, precision=precision)
+    kernels = {label(name, precision): partial(run, kernel=name) for name in names}
     return baselines, dict[str, Call](kernels)
 
 
@@ -122,9 +128,9 @@ def refusal(call: Call) -> str | None:
     return None
 
 
-def measure(case: Case, device: str, names: Sequence[str], rounds: int) -> Iterator[dict[str, Any]]:
+def measure(case: Case, device: str, names: Sequence[str], rounds: int, precision: Precision) -> Iterator[dict[str, Any]]:
     """A row for each kernel."""
-    baselines, kernels = calls(case, device, names)
+    baselines, kernels = calls(case, device, names, precision)
     refused = {}
     for name, call in (baselines | kernels).items():
         if (why := refusal(call)) is not None:
@@ -180,6 +186,7 @@ def main(
     kernel: Annotated[
         list[str] | None, typer.Option(help="some of the kernels; all but the oracle where it is not given")
     ] = None,
+    precision: Annotated[Precision, typer.Option(help="of all heads' scores")] = "native",
 ) -> None:
     """Measure, write the results after every case, and draw them. What a result file has of other cases is kept in it."""
     torch.set_num_threads(1)
@@ -189,10 +196,12 @@ def main(
     sizes, dims = size or SIZES[device], head_dim or HEAD_DIMS[device]
     names = kernel or [name for name in dispatch.KERNELS if name != "reference"]
     found = json.loads(out.read_text())["rows"] if out.exists() else []
-    rows = [row for row in found if row["tokens"] not in sizes or row["head_dim"] not in dims or row["kernel"] not in names]
+    labels = [label(name, precision) for name in names]
+    rows = [row for row in found if row["tokens"] not in sizes or row["head_dim"] not in dims or row["kernel"] not in labels]
     with torch.no_grad():
         for case in tqdm([*cases(BATCH_AND_HEADS[device][1], sizes, dims)], mininterval=10):
-            rows += measure(case, device, names, rounds if case.tokens.visual >= 16384 else 4 * rounds)
+            own = rounds if case.tokens.visual >= 16384 else 4 * rounds
+            rows += measure(case, device, names, own, precision)
             out.write_text(json.dumps(about(device) | {"rows": rows}, indent=1) + "\n")
     draw({"rows": rows}, out.with_suffix(".png"))
 

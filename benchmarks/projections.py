@@ -99,7 +99,7 @@ def main(
         return round(median(x / y for x, y in zip(taken[a][1:], taken[b][1:], strict=True)), 4)  # the first warms up
 
     result = {
-        "command": "python benchmarks/projections.py",
+        "command": f"python benchmarks/projections.py --rounds {rounds}",
         "date": datetime.now(UTC).date().isoformat(),
         "device": f"CPU {platform.machine()}, one thread of {os.cpu_count()} cores, float32, process time",
         "baseline": "the untouched pipeline",

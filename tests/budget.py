@@ -153,7 +153,7 @@ class Past:
     `output` is (step, radius, step of the residual added or None, whether that was shared, share, precision) of what was
     computed last; `full` is (step, whether it was shared, the residual's radius or None, whether for one branch) of the last
     step that was full and native.
-    `before` is the output before that, where a line may go through both; `slope` is of the line that goes on, 0 where none does.
+    `before` is the output before that, where a line may go through both; `slope` is of the line that goes on, or 0.
     """
 
     spent: tuple[tuple[Cell, Writes], ...] = ()
@@ -218,9 +218,8 @@ def continued(past: Past, choices: Choices) -> Iterator[Past]:
         line = past.before is not None and step - past.before[0] <= choices.ages
         if not (line and past.slope):
             yield after(AST, past.output, past.full)
-        if line:
-            for slope in (past.slope,) if past.slope else (0.5, 0.75, 1.0):
-                yield after(Reuse(slope), past.output, past.full, before=past.before, slope=slope)
+        for slope in ((past.slope,) if past.slope else (0.5, 0.75, 1.0)) if line else ():
+            yield after(Reuse(slope), past.output, past.full, before=past.before, slope=slope)
 
 
 def every_column(choices: Choices, steps: int) -> list[Past]:

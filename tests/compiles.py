@@ -1,8 +1,8 @@
 """Compiles the fused kernel for GPUs that need not be there, and says what the machine code is like. Run as a program.
 
-Arguments: compute capability as a number, head dim, whether outputs come with residuals, whether keys are masked, whether one
-configuration is enough (0 or 1). Prints a list in JSON with what the table's configurations became. A program, since under the
-tests Triton interprets.
+Arguments: compute capability as a number, head dim, and, as 0 or 1, whether outputs come with residuals, whether keys are
+masked, whether scores are in int8, whether one configuration is enough. Prints a list in JSON with what the table's
+configurations became. A program, since under the tests Triton interprets.
 """
 
 import json
@@ -17,26 +17,30 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from arrowhead.kernels import quantise
 from arrowhead.kernels.fused_kernel import arrow_kernel
-from arrowhead.kernels.fused_table import AMPERE, HEAD_DIMS, HOPPER, SPECIALISED
+from arrowhead.kernels.fused_rounding import rounding_kernel
+from arrowhead.kernels.fused_table import AMPERE, HEAD_DIMS, HOPPER, INT8_TAIL, SPECIALISED
 
 PROGRAMS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-COUNTED = ("HGMMA", "HMMA", "UTMALDG", "STL", "LDL")
+COUNTED = ("HGMMA", "HMMA", "IGMMA", "IMMA", "UTMALDG", "STL", "LDL")
 
 
-def source(dim, config, split, seen, unit=8, dtype="bf16"):
+def source(dim, config, split, seen, int8, unit=8, dtype="bf16"):
     """The kernel with the types of its arguments, as a launch has them."""
     width, tail = HEAD_DIMS[dim]
     tma = config.variant != "pointers"
     pointer, strides = f"*{dtype}", ("i32",) * 3
 
-    def operand(rows, columns):
-        return f"tensordesc<{dtype}[1, 1, {rows}, {columns}]>" if tma else pointer
+    def operand(name, columns):
+        own = "i8" if int8 and name != "v" else dtype
+        return f"tensordesc<{own}[1, 1, {config.queries if name == 'q' else config.keys}, {columns}]>" if tma else f"*{own}"
 
     types = {
         "out": pointer,
-        **{name: operand(config.queries if name == "q" else config.keys, width) for name in "qkv"},
-        **{f"{name}_tail": operand(config.queries if name == "q" else config.keys, tail or width) for name in "qkv"},
+        **{name: operand(name, width) for name in "qkv"},
+        **{f"{name}_tail": operand(name, (INT8_TAIL if int8 and tail and name != "v" else tail) or width) for name in "qkv"},
+        **(dict.fromkeys(["q_scales", "k_scales"], "*fp32") if int8 else {}),
         "policy": "*i32",
         "residual": pointer,
         **({"seen": "*i1"} if seen else {}),
@@ -47,18 +51,19 @@ def source(dim, config, split, seen, unit=8, dtype="bf16"):
     }
     constants = {
         **({} if seen else {"seen": None}),
+        **({} if int8 else {"q_scales": None, "k_scales": None}),
         **{"UNIT": unit, "DIM": dim, "WIDTH": width, "TAIL": tail, "M": config.queries, "T": config.keys},
-        **{"TMA": tma, "SPECIALISED": config.variant == "specialised", "SPLIT": split},
+        **{"TMA": tma, "SPECIALISED": config.variant == "specialised", "SPLIT": split, "COLUMNS": 3 if int8 else 2},
     }
     names = arrow_kernel.arg_names
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if str(types.get(name)).startswith("*")}
     return ASTSource(arrow_kernel, {name: types.get(name, "constexpr") for name in names}, constants, aligned)
 
 
-def report(capability, dim, config, split, seen):
+def report(capability, dim, config, split, seen, int8):
     """Registers, shared memory, seconds, and how often some instructions stand in the machine code."""
     options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
-    compiled = triton.compile(source(dim, config, split, seen), target=GPUTarget("cuda", capability, 32), options=options)
+    compiled = triton.compile(source(dim, config, split, seen, int8), target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder, "kernel.cubin")
         binary.write_bytes(compiled.asm["cubin"])
@@ -72,6 +77,7 @@ def report(capability, dim, config, split, seen):
         "dim": dim,
         "split": split,
         "seen": seen,
+        "int8": int8,
         "registers": int(re.search(r"REG:(\d+)", usage.stdout + usage.stderr)[1]),
         "shared": compiled.metadata.shared,
         **{name: len(re.findall(rf"\b{name}\b", code.stdout)) for name in COUNTED},
@@ -80,12 +86,28 @@ def report(capability, dim, config, split, seen):
     }
 
 
+def compile_rounding(capability, dim, dtype="bf16"):
+    """What makes whole numbers of queries, and of keys, which have a mean."""
+    width = HEAD_DIMS[dim][0] + (HEAD_DIMS[dim][1] and INT8_TAIL)
+    pointers = {"values": "*i8", "scales": "*fp32", "x": f"*{dtype}", "mean": "*fp32", "policy": "*i32"}
+    types = {**pointers, "x_strides": ("i32",) * 3, "n": "i32"}
+    for rows in (quantise.QUERIES, quantise.KEYS):
+        constants = {"DIM": dim, "WIDTH": width, "COLUMNS": triton.next_power_of_2(width), "ROWS": rows}
+        constants |= {"mean": None} if rows == quantise.QUERIES else {}
+        signature = {name: "constexpr" if name in constants else types[name] for name in rounding_kernel.arg_names}
+        own = ASTSource(rounding_kernel, signature, constants)
+        triton.compile(own, target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": False})
+
+
 if __name__ == "__main__":
-    capability, dim, split, seen, fast = (int(argument) for argument in sys.argv[1:])
+    capability, dim, *flags = (int(argument) for argument in sys.argv[1:])
+    split, seen, int8, fast = map(bool, flags)
     rows = [table[dim] for table in ([HOPPER, AMPERE] if capability >= 90 else [AMPERE])]
     configs = [config for row in rows for config in ([row.spare] if split or seen else [row.short, row.long])]
-    if capability >= 90 and not split and not seen:
+    if capability >= 90 and not (split or seen or int8):
         configs.append(SPECIALISED[dim])
     if fast:
         configs = configs[:1]
-    print(json.dumps([report(capability, dim, config, bool(split), bool(seen)) for config in dict.fromkeys(configs)]))
+    if int8:
+        compile_rounding(capability, dim)
+    print(json.dumps([report(capability, dim, config, split, seen, int8) for config in dict.fromkeys(configs)]))

@@ -8,28 +8,45 @@ import torch
 from diffusers import (
     AuraFlowPipeline,
     AuraFlowTransformer2DModel,
+    AutoencoderKLFlux2,
     ChromaPipeline,
     ChromaTransformer2DModel,
     CogVideoXDDIMScheduler,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    HunyuanDiT2DModel,
+    HunyuanDiTPipeline,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
     LTXPipeline,
     LTXVideoTransformer3DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     WanPipeline,
     WanTransformer3DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
-from pipelines import CAPTION, POOLED, Bench, randomise
+from pipelines import CAPTION, POOLED, Bench, randomise, scheduler, vae
 
 from arrowhead.layout import Tokens
 from arrowhead.models import find
 
 TEXT, CHANNELS = CAPTION
 HEADS, DIM = 2, 8
+SECOND = (3, 8)  # of a second text encoder
+HUNYUAN_TEXTS = {
+    "cross_attention_dim": CHANNELS,
+    "cross_attention_dim_t5": SECOND[1],
+    "text_len": TEXT,
+    "text_len_t5": SECOND[0],
+    "pooled_projection_dim": 12,
+}
 SHARP = (".attn1.", ".attn.")
 
 
@@ -156,6 +173,75 @@ def aura_flow(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     return FamilyBench(_finished(pipe, dtype), False, 4 * 5, inputs, TEXT + 8, text_first=True, text_seen=TEXT + 8)
 
 
+def hunyuan_dit(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
+    """The image beside two texts whose padding is learnt, with skips from block to block; one batch, [uncond, cond]."""
+    sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "hidden_size": HEADS * DIM, "num_layers": 4}
+    model = HunyuanDiT2DModel(in_channels=4, patch_size=2, sample_size=8, activation_fn="gelu", **sizes, **HUNYUAN_TEXTS)
+    randomise(model, seed, SHARP)
+    parts: dict[str, Any] = dict.fromkeys(["vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"])
+    pipe = HunyuanDiTPipeline(transformer=model, scheduler=scheduler(), requires_safety_checker=False, **parts)
+    shared = {"height": 64, "width": 80, "use_resolution_binning": False}
+    first = _inputs(dtype, "guidance_scale", "{}prompt_attention_mask", **shared)
+
+    def inputs(seed: int = 0, images: int = 1, **more: Any) -> dict[str, Any]:
+        other = torch.Generator().manual_seed(10**6 + seed)
+        call, rows = first(seed, images, **more), images * more.get("num_images_per_prompt", 1)
+        for prefix in ("", "negative_"):  # embeddings are repeated for several images of a prompt, masks are not
+            call[f"{prefix}prompt_attention_mask"] = call[f"{prefix}prompt_attention_mask"][:1].expand(rows, -1)
+            call[f"{prefix}prompt_embeds_2"] = torch.randn(images, SECOND[0], SECOND[1], generator=other).to(dtype)
+            call[f"{prefix}prompt_attention_mask_2"] = torch.arange(SECOND[0]).lt(2).expand(rows, -1)
+        return call
+
+    return FamilyBench(_finished(pipe, dtype), False, 4 * 5, inputs, text_seen=TEXT + SECOND[0])
+
+
+def lumina2(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
+    """Text before image, two heads of queries for one of keys, and blocks for the image alone before; two calls."""
+    sizes = {"num_attention_heads": 4, "num_kv_heads": 2, "hidden_size": 32, "num_layers": 2, "num_refiner_layers": 1}
+    rope = {"axes_dim_rope": (4, 2, 2), "axes_lens": (32, 32, 32)}
+    model = Lumina2Transformer2DModel(in_channels=4, cap_feat_dim=CHANNELS, multiple_of=8, **sizes, **rope)
+    randomise(model, seed, SHARP)
+    pipe = Lumina2Pipeline(model, flow(), None, None, None)
+    masks = ("prompt_attention_mask", "negative_prompt_attention_mask")
+    own = _inputs(dtype, "guidance_scale", None, height=64, width=80)
+
+    def inputs(seed: int = 0, images: int = 1, **more: Any) -> dict[str, Any]:
+        shown = torch.arange(TEXT + 2).lt(TEXT).expand(images, -1)  # what is hidden never gets in
+        call = own(seed, images, **dict.fromkeys(masks, shown) | more)
+        for name in ("prompt_embeds", "negative_prompt_embeds"):
+            call[name] = torch.nn.functional.pad(call[name], (0, 0, 0, 2))
+        return call
+
+    return FamilyBench(_finished(pipe, dtype), True, 4 * 5, inputs, TEXT, text_first=True, two_calls=True)
+
+
+def flux2(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
+    """Text before image, in two streams and then in one, whose attention has the feed-forward in it; two calls."""
+    sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "num_layers": 1, "num_single_layers": 2}
+    more = {"timestep_guidance_channels": 16, "axes_dims_rope": (2, 2, 2, 2), "guidance_embeds": False}
+    model = Flux2Transformer2DModel(in_channels=16, joint_attention_dim=CHANNELS, **sizes, **more)
+    randomise(model, seed + 3, SHARP)  # of others a search by heads has little to save
+    pipe = Flux2KleinPipeline(flow(), vae(seed + 1, halvings=3, cls=AutoencoderKLFlux2), None, None, model)
+    inputs = _inputs(dtype, "guidance_scale", None, height=64, width=80)
+    return FamilyBench(_finished(pipe, dtype), True, 4 * 5, inputs, TEXT, text_first=True, two_calls=True)
+
+
+def z_image(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
+    """Image before text, both in lists and padded to 32 tokens; one batch, [cond, uncond]."""
+    sizes = {"dim": HEADS * DIM, "n_heads": HEADS, "n_kv_heads": HEADS, "n_layers": 2, "n_refiner_layers": 1}
+    rope = {"axes_dims": [4, 2, 2], "axes_lens": [128, 64, 64]}
+    model = ZImageTransformer2DModel(in_channels=4, cap_feat_dim=CHANNELS, **sizes, **rope)
+    randomise(model, seed + 2, (".attention.",))  # of others a search by heads has little to save
+    pipe = ZImagePipeline(flow(), None, None, None, model)
+    own = _inputs(dtype, "guidance_scale", None, height=64, width=80)
+
+    def inputs(seed: int = 0, images: int = 1, guidance: float = 3.0, **more: Any) -> dict[str, Any]:
+        call = own(seed, images, guidance - 1, **more)
+        return call | {name: list(call[name]) for name in ("prompt_embeds", "negative_prompt_embeds")}
+
+    return FamilyBench(_finished(pipe, dtype), True, 32, inputs, 32, text_seen=32)
+
+
 MORE: dict[str, Callable[..., FamilyBench]] = {
     "wan": wan,
     "qwen": qwen,
@@ -164,4 +250,8 @@ MORE: dict[str, Callable[..., FamilyBench]] = {
     "ltx": ltx,
     "cogvideox": cogvideox,
     "aura_flow": aura_flow,
+    "hunyuan_dit": hunyuan_dit,
+    "lumina2": lumina2,
+    "flux2": flux2,
+    "z_image": z_image,
 }

@@ -151,8 +151,8 @@ def forward_of(module: Any, replayed: Replayed) -> Callable[..., Any]:
         given = None
         if replayed.site.kind == "block":
             named = inspect.signature(own).bind(*args, **kwargs).arguments
-            given = named["hidden_states"]
-            if replayed.site.joint and "encoder_hidden_states" in named:  # of two streams
+            given = next(iter(named.values()))  # the image's
+            if replayed.site.joint and named.get("encoder_hidden_states") is not None:  # of two streams
                 given = named["encoder_hidden_states"], given
         return replayed(lambda: own(*args, **kwargs), given)
 

@@ -139,6 +139,8 @@ sites = st.builds(
     joint=st.booleans(),
     projects_out=st.sampled_from(["all", "visual", "none"]),
     heads_apart=st.booleans(),
+    kv_heads=st.sampled_from([None, None, 1]),
+    weights=st.sampled_from([0, 0, 100]),
 )
 
 

@@ -11,11 +11,13 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("there is no device, and Triton was told not to interpret", allow_module_level=True)
 
 from arrowhead.kernels import fused_ops, reference
+from arrowhead.kernels.call import Call, Policy
 from arrowhead.kernels.fused_table import CACHED, FULL, Config
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.float16) if CUDA else ("cpu", torch.float32)
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+interpreted = pytest.mark.skipif(CUDA, reason="of tensors on a CPU")
 SMALL = Config(16, 16, 4, 2)
 
 
@@ -23,17 +25,20 @@ def close(got, wanted):
     torch.testing.assert_close(got.float(), wanted.float(), atol=TOLERANCE[got.dtype], rtol=TOLERANCE[got.dtype])
 
 
-def inputs(tokens, radii, dim=64, batch=2, dtype=DTYPE, seed=0, adds=None):
+def inputs(tokens, radii, dim=64, batch=2, dtype=DTYPE, seed=0, adds=None, eights=None):
     """Everything that an operator takes, seen as processors make it: (B, H, N, D) views of (B, N, H, D).
 
-    `radii` are as the policy has them. The buffers hold noise, by which it is told who was left alone.
+    `radii` are as the policy has them. The buffers hold noise, by which it is told who was left alone. `eights` say which heads
+    are in int8; then all is in multiples of 1/256, so that sums are exact, and what is rounded is the same in any order.
     """
     generator = torch.Generator().manual_seed(seed)
 
     def noise(length):
-        return torch.randn(batch, length, len(radii), dim, generator=generator).to(DEVICE, dtype).transpose(1, 2)
+        values = torch.randn(batch, length, len(radii), dim, generator=generator)
+        return (values if eights is None else (256 * values).round() / 256).to(DEVICE, dtype).transpose(1, 2)
 
-    policy = torch.tensor([[radius, add] for radius, add in zip(radii, adds or [0] * len(radii), strict=True)])
+    columns = [radii, adds or [0] * len(radii), *([] if eights is None else [eights])]
+    policy = torch.tensor([*zip(*columns, strict=True)])
     return SimpleNamespace(
         out=noise(tokens.total),
         residual=noise(tokens.visual),
@@ -48,10 +53,12 @@ def inputs(tokens, radii, dim=64, batch=2, dtype=DTYPE, seed=0, adds=None):
 
 
 def attended(x, tokens, radii):
-    """What the oracle gives for a policy's radii, (B, H, N, D)."""
+    """What the oracle gives for a policy's radii, and its precisions, (B, H, N, D)."""
     mask = None if x.seen is None else x.seen[:, None, None]
     radii = [None if radius in {FULL, CACHED} else radius for radius in radii]
-    return reference.attend(x.q.float(), x.k.float(), x.v.float(), tokens, radii, ["native"] * len(radii), x.scale, mask)
+    eights = x.policy[:, 2].tolist() if x.policy.shape[-1] > 2 else [0] * len(radii)
+    policies = tuple(Policy(radius, "int8" if eight else "native") for radius, eight in zip(radii, eights, strict=True))
+    return reference.attend(Call(x.q.float(), x.k.float(), x.v.float(), tokens, policies, x.scale, mask))
 
 
 def arrow(x, *, residual=True):

@@ -74,16 +74,16 @@ def scheduler(**settings: Any) -> DPMSolverMultistepScheduler:
     return DPMSolverMultistepScheduler(**{"prediction_type": "v_prediction", **settings})
 
 
-def vae(seed: int, **config: Any) -> AutoencoderKL:
-    """Latents of 4 channels, if not of more, at half the size; one attention of its own, in the middle."""
-    model = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
+def vae(seed: int, halvings: int = 1, cls: type = AutoencoderKL, **config: Any) -> Any:
+    """Latents of 4 channels, if not of more, at half the size, if not less; one attention of its own, in the middle."""
+    blocks = halvings + 1
+    model = cls(
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        block_out_channels=(8,) * blocks,
         layers_per_block=1,
         norm_num_groups=4,
-        scaling_factor=1.0,
-        **{"latent_channels": 4, **config},
+        **{"latent_channels": 4, **({"scaling_factor": 1.0} if cls is AutoencoderKL else {}), **config},
     )
     randomise(model, seed)
     return model

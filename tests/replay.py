@@ -128,11 +128,16 @@ class Trace:
 def trace(bench: Bench, inputs: dict[str, Any]) -> Trace:
     """Generate, and write down each output of the transformer."""
     outputs: list[Tensor] = []
-    hook = bench.pipe.transformer.register_forward_hook(lambda _m, _a, out: outputs.append(out[0].clone()))
+    hook = bench.pipe.transformer.register_forward_hook(lambda _m, _a, out: outputs.append(_whole(out[0])))
     try:
         return Trace(bench.pipe(**inputs)[0].clone(), outputs)
     finally:
         hook.remove()
+
+
+def _whole(output: Tensor | list[Tensor]) -> Tensor:
+    """A copy; of a list as one batch."""
+    return torch.stack(output) if isinstance(output, list) else output.clone()
 
 
 def compressed(bench: Bench, the_plan: ah.Plan, inputs: dict[str, Any], **settings: Any) -> Trace:

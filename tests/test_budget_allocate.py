@@ -36,6 +36,8 @@ def tables(draw, **fixed):
         {
             "joint": st.booleans(),
             "heads_apart": st.booleans(),
+            "kv_heads": st.sampled_from([None, 1]),
+            "weights": st.sampled_from([0, 64]),
             "projects_out": st.sampled_from(["all", "visual", "none"]),
             "head_dim": st.sampled_from([4, 32]),
         }

@@ -112,6 +112,7 @@ BUDGETS = {
     },
     **{f"{name}=1.01": {name: 1.01} for name in ("module_flops", "attention_flops", "transformer_flops")},
     **{f"speedup={value}": {"speedup": value} for value in (0.5, 1, 1.0)},
+    **{f"slopes={value!r}": {"module_flops": 0.5, "slopes": value} for value in ((0.0,), (1.5,), [1.0], 1.0, (float("nan"),))},
     **{f"corrections={value!r}": {"module_flops": 0.5, "corrections": value} for value in (-1, 3, 1.0, True, None)},
     **{f"granularity={value!r}": {"module_flops": 0.5, "granularity": value} for value in ("heads", 0, -1, 1.5, True)},
 }

@@ -44,10 +44,13 @@ def test_of_corrections_the_one_that_errs_least_in_detail_is_kept(family, correc
     assert found["measured_error"] == pytest.approx(errors.error, rel=5e-3)
     assert found["measured_detail"] == pytest.approx(errors.detail, rel=5e-3)
     powers = [tried.about["search"]["feedback"] for _, tried in generations]
+    slopes = [tried.about["search"]["slopes"] for _, tried in generations]
     assert powers[0] == 0.75
     assert sorted({*powers} - {0.5, 0.75, 1.0}) == []
+    assert slopes[0] == (0.5, 0.75, 1.0)
+    assert slopes[1:].count((1.0,)) <= 1
     table = ah.calibrate(bench.pipe, bench.inputs(), extent=ah.Extent(feedback=found["feedback"]), progress=False)
-    assert ah.solve(table, replace(budget, granularity=found["granularity"])).cells == plan.cells
+    assert ah.solve(table, replace(budget, granularity=found["granularity"], slopes=found["slopes"])).cells == plan.cells
     kinds = [tried.about["search"]["granularity"] for _, tried in generations]
     assert kinds[0] == "step"
     assert corrections > 0 or kinds == ["step"]

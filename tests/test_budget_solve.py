@@ -8,7 +8,7 @@ from budget import synthetic
 
 import arrowhead as ah
 from arrowhead.errors import InputsInvalid
-from arrowhead.methods import AST, FULL
+from arrowhead.methods import AST, FULL, Reuse
 
 
 def test_what_may_not_be_chosen_is_not():
@@ -25,6 +25,13 @@ def test_what_may_not_be_chosen_is_not():
     without = replace(eight, precisions=(), roundings=None)
     half = ah.Budget(attention_flops=0.5)
     assert ah.solve(eight, replace(half, precision=False)).cells == ah.solve(without, half).cells
+    bare = synthetic(1, steps=8, count=3, heads=3, radii=(), ages=6)
+    even = replace(bare, outputs=bare.outputs * 0.01 + torch.arange(7.0).view(1, 1, -1, 1, 1))
+    for slopes in ((0.5, 0.75, 1.0), (0.3,), ()):
+        plan = ah.solve(even, ah.Budget(module_flops=0.4, slopes=slopes, granularity="site"))
+        taken = {cell.extrapolate for row in plan.cells for cell in row if isinstance(cell, Reuse)} - {0.0}
+        assert taken <= set(slopes)
+        assert bool(taken) == bool(slopes)
     alone = ah.solve(table, ah.Budget(module_flops=0.4, share_cfg=False))
     assert not any(getattr(cell, "share_cfg", False) for row in alone.cells for cell in row)
     unguided = ah.solve(synthetic(5, guided=False), ah.Budget(module_flops=0.5))

@@ -101,13 +101,16 @@ def multiplied(method, tokens):
 
 
 def projected(site, cell, tokens):
-    """Weights met in the projections of one sample: Q, K, V of the heads at work, and the output from all heads."""
+    """Weights met in the projections of one sample: Q, K, V of the heads at work, and the output from all heads.
+
+    K and V are all projected where several heads share them; a feed-forward in the same layers has weights of its own.
+    """
     own = tokens_of(site, tokens)
     working = [head for head, method in enumerate(by_head(cell, site.heads)) if not isinstance(method, Cached)]
     heads = max(len(working), 1) if site.heads_apart else site.heads
-    inward = 3 * (own.visual + own.text) * heads
+    inward = (own.visual + own.text) * (heads + 2 * (site.kv_heads or heads))
     outward = {"all": own.visual + own.text, "visual": own.visual, "none": 0}[site.projects_out] * site.heads
-    return (inward + outward) * site.head_dim * site.channels
+    return (inward + outward) * site.head_dim * site.channels + site.weights * (own.visual + own.text)
 
 
 def counted_flops(plan):

@@ -18,8 +18,18 @@ OBLONG = {  # what a call says, and how many visual tokens that is
     "ltx": ({"height": 160, "width": 96, "num_frames": 17}, 3 * 5 * 3),
     "cogvideox": ({"height": 48, "width": 80, "num_frames": 9}, 3 * 3 * 5),
     "aura_flow": ({"height": 48, "width": 112}, 3 * 7),
+    "hunyuan_dit": ({"height": 48, "width": 112}, 3 * 7),
+    "lumina2": ({"height": 48, "width": 112}, 3 * 7),
+    "flux2": ({"height": 48, "width": 112}, 3 * 7),
+    "z_image": ({"height": 80, "width": 112}, 64),  # 5 × 7, padded
 }
-SEVERAL = ["qwen", "aura_flow"]  # the others repeat no embeddings, or no masks that come with them
+SEVERAL = [
+    "qwen",
+    "aura_flow",
+    "hunyuan_dit",
+    "flux2",
+    "z_image",
+]  # the others repeat no embeddings, or no masks that come with them
 
 
 def compare(name, dtype, visual=None, **inputs):

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from arrowhead.errors import KernelUnavailable
 from arrowhead.kernels import dispatch, flex
+from arrowhead.kernels.call import Policy
 from arrowhead.layout import Tokens
 
 CXX = os.environ.get("CXX", "g++")
@@ -50,7 +51,7 @@ def test_blocks_are_some_or_every_pair_as_the_mask_says(tokens, radii):
 
 def test_no_tensor_of_all_pairs_is_made_for_the_blocks():
     with LargestStorage() as largest:
-        flex._block_mask.__wrapped__(Tokens(16384, 100), (2048, None, 7), torch.device("cpu"))
+        flex._block_mask.__wrapped__(Tokens(16384, 100), (Policy(2048), Policy(), Policy(7)), torch.device("cpu"))
     assert 0 < largest.bytes < 16484**2 / 100
 
 

@@ -19,11 +19,15 @@ SHARED = {80: 99 * 1024, 90: 227 * 1024}  # bytes that a program can have; of sm
 REGISTERS = 255
 
 
-def reports(tmp_path, capability, dim, *, split, seen, fast=False):
+def reports(tmp_path, capability, dim, *, split=False, seen=False, int8=False, fast=False):
     """What `compiles.py` prints, from a process in which Triton does not interpret."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    arguments = [sys.executable, HERE / "compiles.py", *(str(int(value)) for value in (capability, dim, split, seen, fast))]
+    arguments = [
+        sys.executable,
+        HERE / "compiles.py",
+        *(str(int(value)) for value in (capability, dim, split, seen, int8, fast)),
+    ]
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
@@ -32,6 +36,7 @@ def reports(tmp_path, capability, dim, *, split, seen, fast=False):
 def check(report):
     mine, other = ("HGMMA", "HMMA") if report["capability"] == 90 else ("HMMA", "HGMMA")
     assert report[mine] > 0, report
+    assert (report[mine.replace("H", "I", 1)] > 0) == report["int8"], report
     assert report[other] == 0, report
     assert report["STL"] == report["LDL"] == 0, report
     assert report["registers"] <= REGISTERS, report
@@ -46,7 +51,7 @@ def check(report):
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_a_configuration_for_each_architecture(tmp_path, capability):
-    (report,) = reports(tmp_path, capability, 72, split=False, seen=False, fast=True)
+    (report,) = reports(tmp_path, capability, 72, fast=True)
     check(report)
 
 
@@ -60,5 +65,16 @@ def test_every_configuration(tmp_path, capability, dim, split, seen):
     found = reports(tmp_path, capability, dim, split=split, seen=seen)
     assert found
     for report in found:
+        print(json.dumps(report))
+        check(report)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seen", [False, True], ids=["every key", "masked keys"])
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_configuration_in_int8(tmp_path, capability, dim, seen):
+    """Scores by tensor cores' instructions for whole numbers, the rest as ever."""
+    for report in reports(tmp_path, capability, dim, seen=seen, int8=True):
         print(json.dumps(report))
         check(report)

@@ -3,17 +3,17 @@
 import pytest
 import torch
 import torch._dynamo
-from launches import CUDA, DEVICE, DTYPE, SMALL, arrow, attended, close, full_and_residual, inputs
+from launches import DEVICE, DTYPE, SMALL, arrow, attended, close, full_and_residual, inputs, interpreted
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from arrowhead.errors import KernelUnavailable
 from arrowhead.kernels import dispatch, fused, fused_ops, fused_table
+from arrowhead.kernels.call import Call, Policy
 from arrowhead.kernels.fused_table import CACHED, FULL
 from arrowhead.layout import Tokens
 
 TOKENS = Tokens(20, 5, True)
-interpreted = pytest.mark.skipif(CUDA, reason="of tensors on a CPU")
 
 
 @pytest.fixture(autouse=True)
@@ -47,10 +47,10 @@ def counting():
 
 
 def test_policies_of_every_step_are_one_graph():
-    """A head's policy is data: a plan that changes from step to step does not compile anew."""
+    """A head's policy is data, its precision, too: a plan that changes from step to step does not compile anew."""
     torch._dynamo.reset()
     backend, graphs = counting()
-    x = inputs(TOKENS, [FULL] * 3, batch=1)
+    x = inputs(TOKENS, [FULL] * 3, batch=1, eights=[0] * 3)
 
     @torch.compile(backend=backend, fullgraph=True)
     def step(q, policy):
@@ -59,8 +59,9 @@ def test_policies_of_every_step_are_one_graph():
 
     for radii in ([FULL, 2, 5], [3, 0, FULL], [FULL, 19, 4], [1, CACHED, 2], [CACHED] * 3):
         before = x.out.clone()
-        policy = torch.tensor([[radius, 0] for radius in radii], dtype=torch.int32, device=DEVICE)
-        out = step(x.q, policy)
+        eights = [radius in {2, 4, FULL} for radius in radii]
+        x.policy = torch.tensor([*zip(radii, [0] * 3, eights, strict=True)], dtype=torch.int32, device=DEVICE)
+        out = step(x.q, x.policy)
         wanted = attended(x, TOKENS, radii)
         for head, radius in enumerate(radii):
             close(out[:, head], 2 * (before if radius == CACHED else wanted)[:, head])
@@ -143,6 +144,19 @@ def test_the_door_agrees_with_the_oracle(masked, scale):
     assert got.stride() == x.q.stride()
 
 
+@pytest.mark.parametrize("kernel", ["fused", "chunked"])
+@pytest.mark.parametrize("adds", [(0, 2), (1, 2), (0, 1, 2)])
+def test_residuals_are_added_to_some_heads(kernel, adds):
+    """By the fused kernel as it writes, to others' outputs afterwards; of other heads they may be no numbers."""
+    x = inputs(TOKENS, [FULL] * 3)
+    policies = (Policy(), Policy(4), Policy(2))
+    x.residual[:, [head for head in range(3) if head not in adds]] = torch.nan
+    wanted = dispatch.attend(Call(x.q, x.k, x.v, TOKENS, policies, 0.2), "reference")
+    for head in adds:
+        wanted[:, head, TOKENS.visual_slice] += x.residual[:, head]
+    close(dispatch.attend(Call(x.q, x.k, x.v, TOKENS, policies, 0.2, residual=x.residual, adds=adds), kernel), wanted)
+
+
 def test_a_last_dimension_with_gaps_is_copied():
     x = inputs(TOKENS, [FULL])
     q = x.q.mT.contiguous().mT
@@ -171,7 +185,6 @@ def test_what_the_kernel_cannot_do_is_refused_and_auto_takes_another(change, sai
     with pytest.raises(KernelUnavailable, match=said) as refused:
         dispatch.arrow(q, k, v, TOKENS, 3, scale=scale, mask=mask, kernel="fused")
     assert "chunked" in str(refused.value)
-    assert dispatch.resolve("auto", q, scale, mask) == "chunked"
     dispatch.arrow(q, k, v, TOKENS, 3, scale=scale, mask=mask)
 
 
@@ -195,8 +208,8 @@ def test_tensors_of_inference_mode(mode):
 
 
 def test_every_policy_of_a_large_plan_is_copied_once():
-    radii = [(radius, None) for radius in range(57 * 50)]  # FLUX's sites in fifty steps
-    first, second = ([fused._policy(own, torch.device(DEVICE)) for own in radii] for _ in range(2))
+    plan = [(Policy(radius), Policy()) for radius in range(57 * 50)]  # FLUX's sites in fifty steps
+    first, second = ([fused._policy(own, (), torch.device(DEVICE)) for own in plan] for _ in range(2))
     assert all(a is b for a, b in zip(first, second, strict=True))
 
 
@@ -220,22 +233,44 @@ def test_a_machine_without_triton(monkeypatch):
     x = inputs(TOKENS, [FULL])
     with pytest.raises(KernelUnavailable, match=r"got no triton.*pip install arrowhead\[gpu\]"):
         dispatch.arrow(x.q, x.k, x.v, TOKENS, 3, kernel="fused")
-    assert dispatch.resolve("auto", x.q) == "chunked"
+
+
+class There:
+    """A tensor that is not here, but says that it is on a device."""
+
+    is_cuda, device, shape = True, torch.device("cuda:0"), (2, 3, 25, 72)
+
+    def __init__(self, dtype=torch.bfloat16, requires_grad=False):
+        self.dtype, self.requires_grad = dtype, requires_grad
+
+
+def picked(*tensors, precision="native", mask=None):
+    """What `auto` is for queries, keys and values, all of which are plain where none is given."""
+    q, k, v = tensors or [There()] * 3
+    return dispatch.resolve("auto", Call(q, k, v, TOKENS, (Policy(), Policy(3, precision), Policy(3)), 0.1, mask))
 
 
 @pytest.mark.parametrize(
-    ("capability", "picked"), [((7, 5), "chunked"), ((8, 0), "fused"), ((8, 9), "fused"), ((9, 0), "fused")]
+    ("capability", "kernel"), [((7, 5), "chunked"), ((8, 0), "fused"), ((8, 9), "fused"), ((9, 0), "fused")]
 )
-def test_auto_on_devices(monkeypatch, capability, picked):
-    """Devices that are not here: a tensor that says it is on one."""
-
-    class There:
-        is_cuda, device, dtype, shape, requires_grad = True, "cuda:0", torch.bfloat16, (2, 3, 25, 72), False
-
+def test_auto_on_devices(monkeypatch, capability, kernel):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    assert dispatch.resolve("auto", There()) == picked
-    assert dispatch.resolve("auto", There(), None, torch.ones(25, 25)) == "chunked"
-    assert dispatch.resolve("auto", There(), precisions=["native", "int8"]) == "chunked"
-    assert dispatch.resolve("chunked", There()) == "chunked"
-    There.dtype = torch.float32
-    assert dispatch.resolve("auto", There()) == "chunked"
+    assert picked() == picked(precision="int8") == kernel
+    assert picked(mask=torch.ones(1, 1, 25, 25)) == "chunked"
+    assert picked(*[There(torch.float32)] * 3) == "chunked"
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_auto_loses_no_gradient(monkeypatch, which):
+    """Of keys and values no more than of queries."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    tensors = [There(requires_grad=i == which) for i in range(3)]
+    assert picked(*tensors) == "chunked"
+    with torch.no_grad():
+        assert picked(*tensors) == "fused"
+
+
+def test_auto_where_triton_is_not(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(fused, "find_spec", lambda _: None)
+    assert picked() == "chunked"

@@ -9,6 +9,7 @@ from independent import dense_mask, few, token_layouts
 
 from arrowhead.errors import KernelUnavailable
 from arrowhead.kernels import dispatch, masks
+from arrowhead.kernels.call import Call, Policy
 from arrowhead.layout import Tokens
 
 KERNELS = ["chunked", "reference"]
@@ -220,14 +221,15 @@ def test_an_unknown_kernel_is_refused_and_the_known_ones_are_named():
 
 
 def test_auto_picks_a_kernel_and_an_explicit_choice_stands():
-    q = torch.randn(1, 1, 8, 64)
-    assert dispatch.resolve("auto", q) == "chunked"  # on a CPU
-    assert [dispatch.resolve(name, q) for name in dispatch.KERNELS] == list(dispatch.KERNELS)
+    call = Call(*torch.randn(3, 1, 1, 8, 64), Tokens(8), (Policy(),), 1.0)
+    assert dispatch.resolve("auto", call) == "chunked"  # on a CPU
+    assert [dispatch.resolve(name, call) for name in dispatch.KERNELS] == list(dispatch.KERNELS)
 
 
 def test_auto_runs_the_kernel_it_names():
     tokens = Tokens(140, 3)
     q, k, v = random_qkv(tokens)
-    named = dispatch.arrow(q, k, v, tokens, 11, kernel=dispatch.resolve("auto", q))
+    picked = dispatch.resolve("auto", Call(q, k, v, tokens, (Policy(11),) * 3, 1.0))
+    named = dispatch.arrow(q, k, v, tokens, 11, kernel=picked)
     assert torch.equal(dispatch.arrow(q, k, v, tokens, 11), named)
     torch.testing.assert_close(named.double(), dense(q, k, v, tokens, 11), atol=2e-6, rtol=2e-5)

@@ -27,7 +27,15 @@ def changed(change, **settings):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"bias": True}, {"kv_heads": 3}, {"qk_norm": "rms_norm"}, {"qk_norm": "layer_norm"}, {"added_kv_proj_dim": 12}],
+    [
+        {},
+        {"bias": True},
+        {"kv_heads": 3},
+        {"kv_heads": 1},
+        {"qk_norm": "rms_norm"},
+        {"qk_norm": "layer_norm"},
+        {"added_kv_proj_dim": 12},
+    ],
     ids=str,
 )
 def test_heads_of_plain_modules_stand_apart(settings):
@@ -37,7 +45,6 @@ def test_heads_of_plain_modules_stand_apart(settings):
 SPANNING = {
     "a norm over all heads": lambda: attention(qk_norm="rms_norm_across_heads", kv_heads=3),
     "another norm over all heads": lambda: attention(qk_norm="layer_norm_across_heads", kv_heads=3),
-    "heads that share keys": lambda: attention(heads=4, kv_heads=2),
     "a linear layer of its own": lambda: changed(lambda m: setattr(m, "to_v", OwnLinear(20, 24))),
     "one for the text": lambda: changed(lambda m: setattr(m, "add_q_proj", OwnLinear(12, 24)), added_kv_proj_dim=12),
     "fused projections": lambda: changed(lambda m: m.fuse_projections()),

@@ -1,4 +1,4 @@
-"""Pipelines of SD3, FLUX.1 and Chroma that start from an image, fill in a part of one, or are guided by a ControlNet."""
+"""Pipelines of the image families that start from an image, fill in a part of one, or are guided by a ControlNet."""
 
 import inspect
 from collections.abc import Callable
@@ -8,8 +8,8 @@ import diffusers
 import pytest
 import torch
 from budget import flux
-from diffusers import FluxControlNetModel, SD3ControlNetModel
-from families import FamilyBench, chroma
+from diffusers import FluxControlNetModel, HunyuanDiT2DControlNetModel, SD3ControlNetModel, ZImageControlNetModel
+from families import HUNYUAN_TEXTS, FamilyBench, chroma, flux2, hunyuan_dit, z_image
 from family_replay import random_cells, replaying
 from pipelines import CAPTION, POOLED, randomise, sd3, vae
 from replay import assert_identical, distance, trace
@@ -24,15 +24,21 @@ from arrowhead.models.families import FAMILIES
 
 TEXTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 STRENGTH, CALLED, STEPS = 0.8, 5, 4  # of 5 steps the last 4
-PARTS: dict[str, Callable[[int], dict[str, Any]]] = {  # what a call brings besides: of so many images
-    "image": lambda images: {"image": picture(images)},
-    "mask": lambda images: {"image": picture(images), "mask_image": torch.ones(images, 1, 16, 16).tril()},
-    "control": lambda images: {"control_image": picture(images)},
+PARTS: dict[str, Callable[[int, int], dict[str, Any]]] = {  # what a call brings besides: of so many images, of a size
+    "image": lambda images, size: {"image": picture(images, size)},
+    "mask": lambda images, size: {"image": picture(images, size), "mask_image": triangle(images, size)},
+    "mask, control": lambda images, size: PARTS["mask"](images, size) | PARTS["control"](images, size),
+    "nothing": lambda images, size: {},
+    "control": lambda images, size: {"control_image": picture(images, size)},
 }
 
 
-def picture(images):
-    return torch.rand(images, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+def triangle(images, size):
+    return torch.ones(images, 1, size, size).tril()
+
+
+def picture(images, size):
+    return torch.rand(images, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
 def of_sd3(cls, parts, channels=4, controlnet=False):
@@ -62,15 +68,39 @@ def of_chroma(cls, parts):
     return made(cls, chroma(), 4, {"text_encoder": None, "tokenizer": None}, parts, bench)
 
 
-def made(cls, base, channels, more, parts, bench):
-    """The pipeline around the bench's transformer; `bench` says how its calls come."""
+def of_hunyuan_dit(cls, parts):
+    base = hunyuan_dit()
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "hidden_size": 16, "sample_size": 8}
+    more = {"transformer_num_layers": 4, "activation_fn": "gelu"} | HUNYUAN_TEXTS
+    net = HunyuanDiT2DControlNetModel(in_channels=4, patch_size=2, **sizes, **more)
+    names = dict.fromkeys([*TEXTS, "safety_checker", "feature_extractor"]) | {"requires_safety_checker": False}
+    return made(cls, base, 4, names | {"controlnet": net}, parts, FamilyBench(None, False, 16, None, text_seen=10), halvings=3)
+
+
+def of_flux2(cls, parts, visual=16, two_calls=False):
+    base = flux2()
+    bench = FamilyBench(None, True, visual, None, CAPTION[0], text_first=True, two_calls=two_calls)
+    return made(cls, base, 4, dict.fromkeys(TEXTS[:2]) | {"vae": base.pipe.vae}, parts, bench, halvings=3)
+
+
+def of_z_image(cls, parts, controls=None):
+    more = dict.fromkeys(TEXTS[:2])
+    if controls:
+        sizes = {"dim": 16, "n_heads": 2, "n_kv_heads": 2, "n_refiner_layers": 1}
+        places = {"control_layers_places": [0], "control_refiner_layers_places": [0]}
+        more["controlnet"] = ZImageControlNetModel(control_in_dim=controls, **places, **sizes)
+    return made(cls, z_image(), 4, more, parts, FamilyBench(None, True, 32, None, 32, text_seen=32))
+
+
+def made(cls, base, channels, more, parts, bench, halvings=1):
+    """The pipeline around the bench's transformer, 8 × 8 latents; `bench` says how its calls come."""
+    size = 8 * 2**halvings
     if "controlnet" in more:
         randomise(more["controlnet"], 5, sharp=(".attn.",))
     pipe = cls(
         transformer=base.pipe.transformer,
         scheduler=base.pipe.scheduler,
-        vae=vae(1, latent_channels=channels, shift_factor=0.1),
-        **more,
+        **{"vae": vae(1, halvings, latent_channels=channels, shift_factor=0.1)} | more,
     )
     pipe.to(torch.float64)
     pipe.set_progress_bar_config(disable=True)
@@ -79,7 +109,7 @@ def made(cls, base, channels, more, parts, bench):
     def inputs(seed=0, images=1, guidance=3.0, steps=CALLED, **others):
         torch.manual_seed(seed)  # from which SD3's ControlNet pipeline draws its image's latents
         call = base.inputs(seed=seed, images=images, guidance=guidance, steps=steps)
-        call |= {"height": 16, "width": 16, "strength": STRENGTH} | PARTS[parts](images)
+        call |= {"height": size, "width": size, "strength": STRENGTH} | PARTS[parts](images, size)
         return {name: value for name, value in call.items() if name in taken} | others
 
     bench.pipe, bench.inputs = pipe, inputs
@@ -96,6 +126,13 @@ VARIANTS: dict[str, tuple[Callable[..., FamilyBench], dict[str, Any]]] = {
     "FluxControlPipeline": (of_flux, {"parts": "control", "in_channels": 32, "distilled": True}),
     "FluxControlNetPipeline": (of_flux, {"parts": "control", "controlnet": True}),
     "ChromaImg2ImgPipeline": (of_chroma, {"parts": "image"}),
+    "Flux2Pipeline": (of_flux2, {"parts": "nothing"}),
+    "Flux2KleinInpaintPipeline": (of_flux2, {"parts": "mask", "visual": 16 + 16, "two_calls": True}),
+    "ZImageImg2ImgPipeline": (of_z_image, {"parts": "image"}),
+    "ZImageInpaintPipeline": (of_z_image, {"parts": "mask"}),
+    "ZImageControlNetPipeline": (of_z_image, {"parts": "control", "controls": 4}),
+    "ZImageControlNetInpaintPipeline": (of_z_image, {"parts": "mask, control", "controls": 9}),
+    "HunyuanDiTControlNetPipeline": (of_hunyuan_dit, {"parts": "control"}),
 }
 FIRST = {"DiTPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline", "StableDiffusion3Pipeline", "FluxPipeline"}
 

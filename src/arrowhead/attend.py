@@ -9,8 +9,10 @@ from torch import Tensor
 from arrowhead.cache import Cache, Key, Output, along, both_branches, compact, each, held_bytes
 from arrowhead.cost import computed_heads
 from arrowhead.errors import PlanMismatch
+from arrowhead.heads import places
 from arrowhead.intercept import SiteCall
-from arrowhead.kernels import dispatch
+from arrowhead.kernels import dispatch, masks
+from arrowhead.kernels.call import Call, Policy
 from arrowhead.layout import Branches, Site, Tokens
 from arrowhead.lifetimes import HeadOutput, Residual, Writes
 from arrowhead.methods import Arrow, Attend, Cached, Cell, Full, Method, Reuse, grouped, precision_of
@@ -205,39 +207,51 @@ def _attention(call: AttentionCall, passage: Passage) -> Tensor:
         _write_residual(call, out, residual, passage)
     for kept in passage.writes.head_outputs:
         if (rows := _wanted(kept, passage)) is not None:
-            value = out[rows] if kept.heads is None else out[rows, list(kept.heads)]
+            value = out[rows] if kept.heads is None else out[rows, places(kept.heads, out.device)]
             _keep(Key(passage.call.site.path, "heads"), compact(value), kept.last_reader, passage, kept)
     return out
 
 
 def _by_method(call: AttentionCall, passage: Passage) -> Tensor:
-    """Heads of the same kind together; (b, H, N, D)."""
-    generation, site, methods = passage.generation, passage.call.site, passage.methods
-    computed = tuple(head for head, method in enumerate(methods) if not isinstance(method, Cached))
+    """Each head by its own; (b, H, N, D)."""
+    site, methods = passage.call.site, passage.methods
+    cached = tuple(head for head, method in enumerate(methods) if isinstance(method, Cached))
+    computed = tuple(head for head in range(site.heads) if head not in cached)
+    if not cached:
+        return bands(call, computed, methods, slice(None), passage, _residual(call, computed, passage))
     out = call.q.new_empty(call.q.shape[0], site.heads, *call.q.shape[2:])
     if computed:
-        attended = bands(call, computed, [methods[head] for head in computed], slice(None), passage)
-        if len(computed) == site.heads:
-            out = attended
-        else:
-            out[:, list(computed)] = attended
-        count(passage, methods, call.q.shape[0], kernel_of(call, passage, methods))
-    for key, heads in grouped([_read_by(site, method) for method in methods]):
-        if key is None:
-            continue
-        where = slice(None) if len(heads) == site.heads else list(heads)
-        kept = generation.cache.read_heads(key, heads, site.heads, generation.step, conditional=passage.halved)
-        if key.what == "heads":
-            out[:, where] = kept
-        else:
-            out[:, where, passage.tokens.visual_slice] += kept
+        own = [methods[head] for head in computed]
+        out[:, places(computed, out.device)] = bands(
+            call, computed, own, slice(None), passage, _residual(call, computed, passage)
+        )
+    out[:, places(cached, out.device)] = _read(Key(site.path, "heads"), cached, passage)
     return out
 
 
-def _read_by(site: Site, method: Method) -> Key | None:
-    """What a head reads that an earlier step kept."""
-    if isinstance(method, Cached):
-        return Key(site.path, "heads")
+def _residual(call: AttentionCall, heads: tuple[int, ...], passage: Passage) -> Tensor | None:
+    """What earlier steps kept for those of these heads that add it, (b, h, V, D), undefined for others; None if none does."""
+    site = passage.call.site
+    keys = [_residual_key(site, passage.methods[head]) for head in heads]
+    found = [(key, own) for key, own in grouped(keys) if key is not None]
+    if len(found) == 1 and len(found[0][1]) == len(heads):
+        return _read(found[0][0], heads, passage)
+    if not found:
+        return None
+    out = call.q.new_empty(call.q.shape[0], len(heads), passage.tokens.visual, call.q.shape[3])
+    for key, own in found:
+        out[:, places(own, out.device)] = _read(key, [heads[place] for place in own], passage)
+    return out
+
+
+def _read(key: Key, heads: Sequence[int], passage: Passage) -> Tensor:
+    """What earlier steps kept of these heads, (b, h, ·, D)."""
+    generation, count = passage.generation, passage.call.site.heads
+    return generation.cache.read_heads(key, heads, count, generation.step, conditional=passage.halved)
+
+
+def _residual_key(site: Site, method: Method) -> Key | None:
+    """Where the residual is that a head adds."""
     return Key(site.path, "residual", method.radius) if isinstance(method, Arrow) and method.residual else None
 
 
@@ -250,14 +264,22 @@ def _write_residual(call: AttentionCall, out: Tensor, residual: Residual, passag
     visual = passage.tokens.visual_slice
     methods = [Arrow(residual.radius)] * len(heads)
     band = bands(call, heads, methods, rows, passage)[:, :, visual]
-    whole = out[rows, :, visual] if residual.heads is None else out[rows, list(heads), visual]
+    whole = out[rows, :, visual] if residual.heads is None else out[rows, places(heads, out.device), visual]
     _keep(Key(site.path, "residual", residual.radius), whole - band, residual.last_reader, passage, residual)
     generation.tally.residuals += 1
-    count(passage, methods, band.shape[0], kernel_of(call, passage, methods))
 
 
-def bands(call: AttentionCall, heads: Sequence[int], methods: Sequence[Method], rows: slice, passage: Passage) -> Tensor:
-    """Attention of these heads by a kernel, each by its own method but residuals, none of them cached: (rows, h, N, D).
+def bands(
+    call: AttentionCall,
+    heads: Sequence[int],
+    methods: Sequence[Method],
+    rows: slice,
+    passage: Passage,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Attention of these heads by a kernel, each by its own method, none of them cached: (rows, h, N, D); counted.
+
+    `residual`, (rows, h, V, D), is added for the methods that say so; without it none is.
 
     Raises:
         PlanMismatch: the model's attention is causal, or drops weights.
@@ -268,22 +290,30 @@ def bands(call: AttentionCall, heads: Sequence[int], methods: Sequence[Method], 
             f"{site.path}: got a plan with a band, int8 or heads of several kinds where the model's attention is causal or "
             "drops weights; wanted attention with a mask at most; search again without these"
         )
-    q, k, v, mask = call.q[rows], call.k[rows], call.v[rows], call.mask
-    if mask is not None and mask.ndim == 4 and mask.shape[0] > 1:
-        mask = mask[rows]
-    places = [passage.heads.index(head) for head in heads]
-    if places != list(range(q.shape[1])):
-        q, k, v = q[:, places], k[:, places], v[:, places]
-        if mask is not None and mask.ndim == 4 and mask.shape[1] > 1:
-            mask = mask[:, places]
-    radii = [method.radius if isinstance(method, Arrow) else None for method in methods]
-    precisions, kernel = list(map(precision_of, methods)), kernel_of(call, passage, methods)
-    return dispatch.arrow(q, k, v, passage.tokens, radii, precision=precisions, scale=call.scale, mask=mask, kernel=kernel)
+    own, all_heads = tuple(passage.heads.index(head) for head in heads), call.q.shape[1]
+    where = places(own, call.q.device)
+    q = call.q[rows][:, where]
+    k, v = (_serving(own, tensor[rows], all_heads) for tensor in (call.k, call.v))
+    mask = None if call.mask is None else call.mask[(None,) * (4 - call.mask.ndim)]
+    if mask is not None:
+        mask = masks.part(masks.part(mask, 0, rows), 1, where)
+    scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
+    asked = Call(q, k, v, passage.tokens, tuple(map(_policy, methods)), scale, mask)
+    if residual is not None:
+        adds = tuple(place for place, method in enumerate(methods) if _residual_key(site, method) is not None)
+        asked = replace(asked, residual=residual, adds=adds)
+    kernel = dispatch.resolve(passage.generation.kernel, asked)
+    count(passage, methods, len(q), kernel)
+    return dispatch.attend(asked, kernel)
 
 
-def kernel_of(call: AttentionCall, passage: Passage, methods: Sequence[Method]) -> str:
-    """The kernel that runs heads with these methods."""
-    return dispatch.resolve(passage.generation.kernel, call.q, call.scale, call.mask, list(map(precision_of, methods)))
+def _serving(heads: tuple[int, ...], tensor: Tensor, of: int) -> Tensor:
+    """What serves these of so many heads, (B, h, N, D), of keys or values that may have fewer."""
+    return tensor[:, places(tuple(head * tensor.shape[1] // of for head in heads), tensor.device)]
+
+
+def _policy(method: Method) -> Policy:
+    return Policy(method.radius if isinstance(method, Arrow) else None, precision_of(method))
 
 
 def count(passage: Passage, methods: Sequence[Method], rows: int, kernel: str) -> None:

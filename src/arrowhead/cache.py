@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from arrowhead.errors import NotIntercepted
+from arrowhead.heads import places
 from arrowhead.layout import Branches
 
 Output = Tensor | tuple[Tensor | None, ...]
@@ -57,8 +58,10 @@ class Entry:
         others = [head for head in held if head not in heads]
         if len(others) == len(held):
             return self
-        rows = self.value[:, [held.index(head) for head in others]]
-        return replace(self, value=rows, heads=tuple(others)) if others else None
+        if not others:
+            return None
+        rows = self.value[:, places(tuple(held.index(head) for head in others), self.value.device)]
+        return replace(self, value=compact(rows), heads=tuple(others))
 
 
 @dataclass

@@ -47,8 +47,8 @@ def head_flops(site: Site, tokens: Tokens, method: Method) -> float:
 def projection_flops(site: Site, tokens: Tokens, heads: int) -> float:
     """The Q, K, V and output projections of one sample: 8·N·d² where the heads' width is the model's width d.
 
-    Q, K and V are those of `heads` heads, see `computed_heads`. Of other kinds of sites, all that they multiply; attention to
-    the text included, which no method says anything of.
+    Q, K and V are those of `heads` heads, see `computed_heads`; but K and V of all where heads share them. Of other kinds of
+    sites, all that they multiply; attention to the text included, which no method says anything of.
     """
     if site.kind != "self_attention":
         own = 2 * (site.weights * site.tokens(tokens).total + site.text_weights * tokens.text)
@@ -56,7 +56,14 @@ def projection_flops(site: Site, tokens: Tokens, heads: int) -> float:
             own += 4 * site.head_dim * tokens.visual * tokens.text
         return own + sum(projection_flops(inner, tokens, inner.heads) for inner in site.within)
     rows = {"all": site.tokens(tokens).total, "visual": tokens.visual, "none": 0}[site.projects_out]
-    return 2 * site.channels * site.head_dim * (3 * heads * site.tokens(tokens).total + site.heads * rows)
+    keys = heads if site.kv_heads is None else site.kv_heads
+    of_heads = site.channels * site.head_dim * ((heads + 2 * keys) * site.tokens(tokens).total + site.heads * rows)
+    return 2 * (of_heads + site.weights * site.tokens(tokens).total)
+
+
+def head_projection_flops(site: Site, tokens: Tokens) -> float:
+    """What a cached head saves of the projections of one sample."""
+    return projection_flops(site, tokens, 1) - projection_flops(site, tokens, 0) if site.heads_apart else 0
 
 
 def computed_heads(site: Site, cell: Attend) -> tuple[int, ...]:

@@ -98,10 +98,11 @@ class BlockCall(ModuleCall):
     def _input(self, like: Output, rows: slice | None) -> Output:
         args, kwargs = self._of_rows(rows)
         given = inspect.signature(self.original).bind(*args, **kwargs).arguments
+        visual = next(iter(given.values()))  # hidden_states, or x
         if isinstance(like, Tensor):
-            return given["hidden_states"]
+            return visual
         text, _ = like
-        return (None if text is None else given["encoder_hidden_states"]), given["hidden_states"]
+        return (None if text is None else given["encoder_hidden_states"]), visual
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,11 @@ class Site:
 
     `joint` sites attend over text and image tokens, others over the image's alone. `projects_out` says which tokens have an
     output projection of the site's own. `heads_apart`: whether single heads' Q, K and V can be computed without the others'; it
-    may change while a pipeline is used (LoRA), and is no part of what a plan is bound to.
+    may change while a pipeline is used (LoRA), and is no part of what a plan is bound to. `kv_heads` heads of keys and values
+    serve as many heads of queries each; None where every head has its own.
+
+    Where one layer projects for attention and for a feed-forward beside it, as in FLUX.2, the feed-forward is the site's, too:
+    tokens are multiplied with its `weights` whatever heads do.
 
     Other kinds are computed or not, and have one head as wide as what they give; tokens are multiplied with so many `weights`,
     those of the text with `text_weights`. A `cross_attention` looks from the image at the text. A `block` gives what it adds to
@@ -56,6 +60,7 @@ class Site:
     joint: bool = False
     projects_out: Literal["all", "visual", "none"] = "all"
     heads_apart: bool = field(default=True, compare=False)
+    kv_heads: int | None = None
     kind: Kind = "self_attention"
     weights: int = 0
     text_weights: int = 0
@@ -81,6 +86,8 @@ class Site:
     def __post_init__(self) -> None:
         if min(self.heads, self.head_dim, self.channels) < 1:
             raise ValueError(f"got {self}, wanted sizes of at least 1")
+        if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
+            raise ValueError(f"got {self}, wanted a divisor of heads as kv_heads")
 
 
 def seen(tokens: Tokens, sites: Iterable[Site]) -> Tokens:

@@ -25,7 +25,8 @@ from arrowhead.errors import NotIntercepted
 class AttentionCall:
     """One call of scaled-dot-product attention: q, k, v (B, H, N, D), and `native` to run it just as the model would.
 
-    `mask` is the model's own, (B or 1, H or 1, N or 1, N); `causal`, that it asks for more than a mask can say.
+    k and v may have fewer heads, each for as many heads of queries in a row. `mask` is the model's own, (B or 1, H or 1,
+    N or 1, N); `causal`, that it asks for more than a mask can say.
     """
 
     q: Tensor

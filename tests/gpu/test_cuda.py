@@ -1,11 +1,15 @@
 """What needs a GPU: the kernels and the engine there, against the float32 oracle and the untouched pipeline."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from pipelines import dit
 from replay import assert_identical, compressed, plan, trace
 
 from arrowhead.kernels import dispatch
+from arrowhead.kernels.call import Call, Policy
+from arrowhead.kernels.fused_table import CACHED, FULL
 from arrowhead.layout import Tokens
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -37,7 +41,6 @@ def test_the_fused_kernel_agrees_with_the_oracle(dtype, dim, tokens):
     """Both of its operators with the configurations that are shipped for this device, and what they leave alone."""
     pytest.importorskip("triton", reason="Triton is not installed: the fused kernel cannot run")
     from arrowhead.kernels import fused_ops
-    from arrowhead.kernels.fused_table import CACHED, FULL
 
     radii, adds, visual = [FULL, 0, tokens.visual // 8, 60, CACHED], [0, 1, 1, 0, 1], tokens.visual_slice
     q, k, v, out = (torch.randn(2, tokens.total, 5, dim, device="cuda", dtype=dtype).transpose(1, 2) for _ in range(4))
@@ -77,7 +80,7 @@ def test_every_shipped_configuration_agrees_with_the_oracle(dim, monkeypatch):
     from launches import arrow, attended, full_and_residual, inputs
 
     from arrowhead.kernels import fused_table
-    from arrowhead.kernels.fused_table import AMPERE, FULL, HOPPER, SPECIALISED
+    from arrowhead.kernels.fused_table import AMPERE, HOPPER, SPECIALISED
 
     hopper = torch.cuda.get_device_capability()[0] == 9
     rows = [AMPERE[dim], *([HOPPER[dim]] if hopper else [])]
@@ -104,7 +107,28 @@ def test_auto_takes_the_fused_kernel():
     if torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("this device is older than Ampere")
     q, k, v = torch.randn(3, 2, 3, 600, 72, device="cuda", dtype=torch.bfloat16).unbind()
-    assert dispatch.resolve("auto", q) == "fused"
-    got = dispatch.arrow(q, k, v, Tokens(600), 50)
-    wanted = dispatch.arrow(q.float(), k.float(), v.float(), Tokens(600), 50, kernel="reference")
-    torch.testing.assert_close(got.float(), wanted, rtol=2e-2, atol=2e-2)
+    policies = Policy(), Policy(50), Policy(50, "int8")
+    call = Call(q, k, v, Tokens(600), policies, 72**-0.5)
+    assert dispatch.resolve("auto", call) == "fused"
+    wanted = dispatch.attend(replace(call, q=q.float(), k=k.float(), v=v.float()), "reference")
+    torch.testing.assert_close(dispatch.attend(call).float(), wanted, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dim", [64, 72, 80, 96, 128])
+@pytest.mark.parametrize("tokens", [Tokens(1000, 77), Tokens(4096, 512, True)], ids=str)
+def test_heads_in_int8_agree_with_the_oracle(dtype, dim, tokens):
+    """Beside native ones, with residuals and under a mask: the fused kernel by the configurations for this device."""
+    pytest.importorskip("triton", reason="Triton is not installed: the fused kernel cannot run")
+    from launches import arrow, attended, inputs, random_keys
+
+    radii, adds = [FULL, tokens.visual // 8, 60, FULL, CACHED], [0, 1, 0, 0, 1]
+    for masked in (False, True):
+        x = inputs(tokens, radii, dim, batch=1, dtype=dtype, adds=adds, eights=[1, 1, 1, 0, 0])
+        x.seen = random_keys(tokens, radii, 1) if masked else None
+        before = x.out.clone()
+        arrow(x)
+        wanted = attended(x, tokens, radii)
+        wanted[:, 1, tokens.visual_slice] += x.residual[:, 1].float()
+        wanted[:, 4] = before[:, 4].float()
+        torch.testing.assert_close(x.out.float(), wanted, rtol=2e-2, atol=2e-2)

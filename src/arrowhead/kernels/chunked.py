@@ -7,60 +7,41 @@ own, `windows` does the same faster.
 Heads in int8 attend by the queries and keys that quantising leaves, in float32: exact in effect, and slower than native ones.
 """
 
-from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from arrowhead.heads import places
 from arrowhead.kernels import masks, quantise, windows
+from arrowhead.kernels.call import Call, Policy
 from arrowhead.layout import Tokens
-from arrowhead.methods import Precision
+from arrowhead.methods import grouped
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tokens: Tokens,
-    radii: Sequence[int | None],
-    precisions: Sequence[Precision],
-    scale: float,
-    mask: Tensor | None,
-) -> Tensor:
+def attend(call: Call) -> Tensor:
     """Arrow attention, (B, H, N, D) each; the dtype is kept."""
-    kinds = list(zip(radii, precisions, strict=True))
-    distinct = list(dict.fromkeys(kinds))
-    if len(distinct) == 1:
-        return _one_kind(q, k, v, tokens, *distinct[0], scale, mask)
-    out = torch.empty_like(q)
-    for kind in distinct:
-        heads = torch.tensor([head for head, own in enumerate(kinds) if own == kind], device=q.device)
-        own_mask = None if mask is None else masks.part(mask, 1, heads)
-        out[:, heads] = _one_kind(q[:, heads], k[:, heads], v[:, heads], tokens, *kind, scale, own_mask)
+    groups = list(grouped(call.policies))
+    if len(groups) == 1:
+        return _alike(call, call.policies[0])
+    out = torch.empty_like(call.q)
+    for policy, heads in groups:
+        out[:, places(heads, out.device)] = _alike(call.of(heads), policy)
     return out
 
 
-def _one_kind(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tokens: Tokens,
-    radius: int | None,
-    precision: Precision,
-    scale: float,
-    mask: Tensor | None,
-) -> Tensor:
-    if precision == "native":
-        return _one_radius(q, k, v, tokens, radius, scale, mask)
-    wide = quantise.emulated(q, k, v)
-    own_mask = mask if mask is None or mask.dtype == torch.bool else mask.to(wide[0].dtype)
-    return _one_radius(*wide, tokens, radius, scale, own_mask).to(q.dtype)
+def _alike(call: Call, policy: Policy) -> Tensor:
+    """Heads of one policy."""
+    if policy.precision == "native":
+        return _one_radius(call, policy.radius)
+    q, k, v = quantise.emulated(call.q, call.k, call.v)
+    mask = call.mask if call.mask is None or call.mask.dtype == torch.bool else call.mask.to(q.dtype)
+    return _one_radius(replace(call, q=q, k=k, v=v, mask=mask), policy.radius).to(call.q.dtype)
 
 
-def _one_radius(
-    q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, radius: int | None, scale: float, mask: Tensor | None
-) -> Tensor:
+def _one_radius(call: Call, radius: int | None) -> Tensor:
+    q, k, v, tokens, scale, mask = call.q, call.k, call.v, call.tokens, call.scale, call.mask
     if radius is None or radius >= tokens.visual - 1:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     out = torch.empty_like(q)

@@ -4,7 +4,7 @@ Which blocks those are follows from their ends, since |i − j| is least and gre
 kernel reads, so that it is compiled once for a layout (the shapes of q, k and v; seconds) and serves every policy.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any
 
@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import _disable_current_modes  # torch does no
 
 from arrowhead.errors import KernelUnavailable
 from arrowhead.kernels import masks
+from arrowhead.kernels.call import Call, Policy
 from arrowhead.layout import Tokens
-from arrowhead.methods import Precision
 
 BLOCK = 128  # tokens on a block's side
 LAYOUTS = 64  # so many are compiled; torch's own limit is 8, and past it FlexAttention would run uncompiled, with N² scores
@@ -23,31 +23,23 @@ LAYOUTS = 64  # so many are compiled; torch's own limit is 8, and past it FlexAt
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tokens: Tokens,
-    radii: Sequence[int | None],
-    precisions: Sequence[Precision],
-    scale: float,
-    mask: Tensor | None,
-) -> Tensor:
+def attend(call: Call) -> Tensor:
     """Arrow attention, (B, H, N, D) each; the dtype is kept. A mask of the model's own is read where it lies, uncopied.
 
     Raises:
         KernelUnavailable: what FlexAttention cannot do here: other devices than CUDA and CPU, gradients or float64 on the CPU,
             a head dimension that it refuses, heads in int8, no C++ compiler, more than 64 layouts.
     """
-    _refuse(q, k, v, precisions)
+    q, k, v, mask = call.q, call.k, call.v, call.mask
+    _refuse(call)
     if q.is_cpu:  # a third faster than through the strides that processors leave
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     score_mod = None if mask is None else _own_mask(mask.expand(*q.shape[:3], k.shape[2]))
-    blocks = _block_mask(tokens, tuple(radii), q.device)
+    blocks = _block_mask(call.tokens, call.policies, q.device)
     tracked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
     try:
         with torch._dynamo.config.patch(recompile_limit=LAYOUTS), torch.set_grad_enabled(tracked), _disable_current_modes():
-            return _compiled()(q, k, v, score_mod=score_mod, block_mask=blocks, scale=scale)
+            return _compiled()(q, k, v, score_mod=score_mod, block_mask=blocks, scale=call.scale)
     except Exception as error:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
@@ -58,15 +50,15 @@ def attend(
         ) from error
 
 
-def _refuse(q: Tensor, k: Tensor, v: Tensor, precisions: Sequence[Precision]) -> None:
-    wrong = None
+def _refuse(call: Call) -> None:
+    q, wrong = call.q, None
     if q.device.type not in ("cpu", "cuda"):
         wrong = f"device {q.device}", "cpu or cuda"
     elif q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         wrong = f"{q.dtype}", "float32, bfloat16 or float16"
-    elif q.is_cpu and any(tensor.requires_grad for tensor in (q, k, v)):
+    elif q.is_cpu and any(tensor.requires_grad for tensor in (q, call.k, call.v)):
         wrong = "tensors that require gradients on the CPU", "detached ones"
-    elif "int8" in precisions:
+    elif any(policy.precision == "int8" for policy in call.policies):
         wrong = "heads in int8", "native precision"
     if wrong:
         raise KernelUnavailable(f"kernel='flex': got {wrong[0]}, wanted {wrong[1]}; or take kernel='chunked'")
@@ -88,13 +80,14 @@ def _own_mask(mask: Tensor) -> ScoreMod:
 
 
 @lru_cache(maxsize=32)
-def _block_mask(tokens: Tokens, radii: tuple[int | None, ...], device: torch.device) -> Any:
+def _block_mask(tokens: Tokens, policies: tuple[Policy, ...], device: torch.device) -> Any:
     """The blocks of each head and the rule within those that are kept in part."""
     from torch.nn.attention.flex_attention import BlockMask  # noqa: PLC0415
 
     first, stop = tokens.visual_slice.start, tokens.visual_slice.stop
     with torch.inference_mode(False):  # it is kept, and is not always read in inference mode
-        radius = torch.tensor([tokens.visual if own is None else own for own in radii], device=device)
+        radii = [tokens.visual if policy.radius is None else policy.radius for policy in policies]
+        radius = torch.tensor(radii, device=device)
         some, every = block_kinds(tokens, radius)
 
         def kept(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:  # noqa: ARG001

@@ -4,7 +4,7 @@ See `fused_ops` for buffers that persist, residuals and policies that stay on th
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import lru_cache
 from importlib.util import find_spec
 
@@ -12,53 +12,46 @@ import torch
 from torch import Tensor
 
 from arrowhead.errors import KernelUnavailable
+from arrowhead.kernels.call import Call, Policy
 from arrowhead.kernels.fused_table import FULL, HEAD_DIMS
-from arrowhead.layout import Tokens
-from arrowhead.methods import Precision
 
 OLDEST = (8, 0)
 """Compute capability that the kernel needs: Ampere's."""
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tokens: Tokens,
-    radii: Sequence[int | None],
-    precisions: Sequence[Precision],
-    scale: float,
-    mask: Tensor | None,
-) -> Tensor:
+def attend(call: Call) -> Tensor:
     """Arrow attention, (B, H, N, D) each; the dtype is kept, and so are the strides of `q` where they leave no gaps.
 
     Raises:
-        KernelUnavailable: the device, the dtype, the precision, the head dim, the scale or the mask is none for this kernel.
+        KernelUnavailable: the device, the dtype, the head dim, the scale or the mask is none for this kernel.
     """
-    reason = obstacle(q, scale, mask, precisions, k, v)
+    reason = obstacle(call)
     if reason is not None:
         raise KernelUnavailable(f'kernel="fused": {reason}, or use kernel="chunked" or "auto"')
     from arrowhead.kernels import fused_ops  # noqa: PLC0415 - it imports triton
 
-    q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
+    q, k, v = map(_in_rows, (call.q, call.k, call.v))
+    residual = None if call.residual is None else _in_rows(call.residual)
     out = torch.empty_like(q)
+    tokens, mask = call.tokens, call.mask
     seen = None if mask is None else mask.expand(q.shape[0], 1, 1, tokens.total)[:, 0, 0]  # (B, N)
-    policy = _policy(tuple(radii), q.device)
-    fused_ops.arrow(out, q, k, v, policy, None, seen, tokens.visual, tokens.visual_slice.start, scale)
+    policy = _policy(call.policies, call.adds, q.device)
+    fused_ops.arrow(out, q, k, v, policy, residual, seen, tokens.visual, tokens.visual_slice.start, call.scale)
     return out
 
 
-def obstacle(q: Tensor, scale: float, mask: Tensor | None, precisions: Sequence[Precision] = (), *others: Tensor) -> str | None:
-    """Why the kernel cannot run here, as got, wanted, remedy; None where it can.
-
-    `mask`, the model's own, has four dimensions or is None; `others` are keys and values, where they are at hand.
-    """
-    return next(_obstacles(q, scale, mask, precisions, others), None)
+def _in_rows(tensor: Tensor) -> Tensor:
+    """As it is, or copied so that a head's row is contiguous."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _obstacles(
-    q: Tensor, scale: float, mask: Tensor | None, precisions: Sequence[Precision], others: Sequence[Tensor]
-) -> Iterator[str]:
+def obstacle(call: Call) -> str | None:
+    """Why the kernel cannot run here, as got, wanted, remedy; None where it can."""
+    return next(_obstacles(call), None)
+
+
+def _obstacles(call: Call) -> Iterator[str]:
+    q, scale, mask = call.q, call.scale, call.mask
     dtypes = [torch.bfloat16, torch.float16]
     if find_spec("triton") is None:
         yield "got no triton, wanted 3.6 or later; pip install arrowhead[gpu]"
@@ -72,8 +65,6 @@ def _obstacles(
             yield f"got tensors on {q.device}, wanted a CUDA device; move the pipeline there"
     if q.dtype not in dtypes:
         yield f"got {q.dtype}, wanted {' or '.join(map(str, dtypes))}; cast the pipeline"
-    if "int8" in precisions:
-        yield "got heads in int8, wanted native precision; search again without precisions"
     if q.shape[-1] not in HEAD_DIMS:
         yield f"got head dim {q.shape[-1]}, wanted one of {', '.join(map(str, HEAD_DIMS))}; take another model"
     if scale <= 0:
@@ -83,17 +74,19 @@ def _obstacles(
             f"got a {mask.dtype} mask of shape {tuple(mask.shape)}, wanted a boolean mask of keys, (B, 1, 1, N); make it one "
             "that is the same for every head and query"
         )
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, *others)):
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, call.k, call.v)):
         yield "got queries, keys or values that require a gradient, wanted inference; use torch.no_grad()"
 
 
 @lru_cache(maxsize=2**14)  # a plan head by head has another policy for every site and step
-def _policy(radii: tuple[int | None, ...], device: torch.device) -> Tensor:
-    """(H, 2) int32, without residuals; kept, since copying to a device costs more than the kernel's launch.
+def _policy(policies: tuple[Policy, ...], adds: tuple[int, ...], device: torch.device) -> Tensor:
+    """(H, 2) int32, or (H, 3) where heads are in int8; kept, since copying to a device costs more than the kernel's launch.
 
     From pinned memory, lest the copy wait for all that the device has queued.
     """
     with torch.inference_mode(False):
-        rows = [[FULL if radius is None else min(radius, 2**31 - 1), 0] for radius in radii]
+        rows = [[FULL if own.radius is None else min(own.radius, 2**31 - 1), head in adds] for head, own in enumerate(policies)]
+        if any(own.precision == "int8" for own in policies):
+            rows = [[*row, own.precision == "int8"] for row, own in zip(rows, policies, strict=True)]
         made = torch.tensor(rows, dtype=torch.int32, pin_memory=device.type == "cuda")
         return made.to(device, non_blocking=True)

@@ -4,20 +4,28 @@ Softmax runs online, in powers of two (FlashAttention-2, arXiv:2307.08691). What
 keys, the text and a stretch of visual tokens; they are cut into tiles of which only those on an edge need a mask, so that tiles
 come in two loops. Text rows and full heads are the same thing with one range, from the first token to the last.
 
+Heads in int8 are attended by a launch of their own, from whole numbers and scales that `fused_rounding` makes of their queries
+and keys: what native heads run is not a register larger for it.
+
 This file imports triton: nobody but `fused_ops` imports it. Shapes: M queries and T keys in a tile, D = WIDTH + TAIL columns.
 """
 
 # Triton compiles these functions, and gives their arguments types of its own.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-# ruff: noqa: ANN001, ANN201, ANN202, N803, PLR0912, PLR0915, RET505, SIM108
+# ruff: noqa: ANN001, ANN201, ANN202, N803, N806, PLR0912, PLR0915, RET505, SIM108
 
 import triton
 import triton.language as tl
 
-from arrowhead.kernels.fused_table import CACHED, FULL
+from arrowhead.kernels import quantise
+from arrowhead.kernels.fused_table import CACHED, FULL, INT8_TAIL, INT8_UNIT
 
 _CACHED = tl.constexpr(CACHED)
 _FULL = tl.constexpr(FULL)
+_INT8_TAIL = tl.constexpr(INT8_TAIL)
+_INT8_UNIT = tl.constexpr(INT8_UNIT)
+_QUERIES = tl.constexpr(quantise.QUERIES)
+_KEYS = tl.constexpr(quantise.KEYS)
 _FLOOR = tl.constexpr(-1e30)  # a running maximum starts here: finite, so that −∞ − maximum is no NaN where all is hidden so far
 
 
@@ -30,7 +38,9 @@ def arrow_kernel(
     q_tail,  # the same again; if TMA, descriptors that give (1, 1, M or T, TAIL)
     k_tail,
     v_tail,
-    policy,  # (H, 2) int32: radius, FULL or CACHED; whether the residual is added
+    q_scales,  # (B, H, blocks) if q and k are in int8, by blocks of tokens as `quantise` has them; else None
+    k_scales,
+    policy,  # (H, COLUMNS) int32: radius, FULL or CACHED; whether the residual is added; whether scores are in int8
     residual,  # (B, H, V, D), of the visual tokens, or None
     seen,  # (B, N) bool, or None
     out_strides,  # of batch, head and row, in units of UNIT elements
@@ -52,13 +62,20 @@ def arrow_kernel(
     TMA: tl.constexpr,
     SPECIALISED: tl.constexpr,
     SPLIT: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """Attention of one block of M queries of one head.
 
     SPLIT: with a radius, a head is full all the same, and its residual O − W over the visual tokens is written, not added.
     """
+    INT8: tl.constexpr = q_scales is not None
+    QK_UNIT: tl.constexpr = _INT8_UNIT if INT8 else UNIT
+    QK_TAIL: tl.constexpr = _INT8_TAIL if INT8 and TAIL else TAIL
+    QK_DIM: tl.constexpr = WIDTH + QK_TAIL if INT8 else DIM
     head, batch = tl.program_id(1), tl.program_id(2)
-    radius = tl.load(policy + 2 * head)
+    radius = tl.load(policy + COLUMNS * head)
+    if COLUMNS > 2:  # the other launch's heads are as if cached
+        radius = tl.where((tl.load(policy + COLUMNS * head + 2) != 0) == INT8, radius, _CACHED)
     if radius != _CACHED:
         text = n - visual
         text_start = tl.where(visual_start > 0, 0, visual)
@@ -89,17 +106,23 @@ def arrow_kernel(
 
         q_stride, k_stride, v_stride = 0, 0, 0  # descriptors know their own
         if not TMA:
-            q, q_stride = _of_head(q, q_strides, batch, head, UNIT)
-            k, k_stride = _of_head(k, k_strides, batch, head, UNIT)
+            q, q_stride = _of_head(q, q_strides, batch, head, QK_UNIT)
+            k, k_stride = _of_head(k, k_strides, batch, head, QK_UNIT)
             v, v_stride = _of_head(v, v_strides, batch, head, UNIT)
             q_tail, k_tail, v_tail = q, k, v
         if seen is not None:
             seen += batch.to(tl.int64) * seen_strides[0]
-        queries = _rows(q, batch, head, first, q_stride, end, 0, WIDTH, DIM, M, TMA, True)  # (M, WIDTH)
+        factor = scale
+        if INT8:
+            of_both = batch * tl.num_programs(1) + head
+            k_scales += of_both * _divided(n, _KEYS)
+            q_scales += of_both * _divided(n, _QUERIES)
+            factor = scale * tl.load(q_scales + rows // _QUERIES, mask=rows < end, other=1.0)  # (M,)
+        queries = _rows(q, batch, head, first, q_stride, end, 0, WIDTH, QK_DIM, M, TMA, True)  # (M, WIDTH)
         queries_tail = queries
         if TAIL:
-            queries_tail = _rows(q_tail, batch, head, first, q_stride, end, WIDTH, TAIL, DIM, M, TMA, True)  # (M, TAIL)
-        keys = k, k_tail, k_stride, v, v_tail, v_stride, seen, seen_strides[1]
+            queries_tail = _rows(q_tail, batch, head, first, q_stride, end, WIDTH, QK_TAIL, QK_DIM, M, TMA, True)
+        keys = k, k_tail, k_stride, k_scales, v, v_tail, v_stride, seen, seen_strides[1]
         at = batch, head, n, rows
 
         acc = tl.zeros([M, WIDTH], tl.float32)
@@ -110,8 +133,8 @@ def arrow_kernel(
         if not SPECIALISED:
             tiles = text_tiles, text_start, 0, text_tiles + t2 - t1, start + t1 * T, 0, 0, 0, n
             acc, acc_tail, peak, total = _scan(
-                acc, acc_tail, peak, total, queries, queries_tail, keys, at, tiles, scale,
-                DIM, WIDTH, TAIL, T, TMA, False, False, False,
+                acc, acc_tail, peak, total, queries, queries_tail, keys, at, tiles, factor,
+                DIM, WIDTH, TAIL, QK_DIM, QK_TAIL, T, TMA, False, False, False,
             )  # fmt: skip
         rest = _divided(text - text_tiles * T, T)
         tiles = (
@@ -119,8 +142,8 @@ def arrow_kernel(
             rest + t3 - t0 - (t2 - t1), start + t0 * T, start + length, t1 - t0, t2 - t1, radius,
         )  # fmt: skip
         acc, acc_tail, peak, total = _scan(
-            acc, acc_tail, peak, total, queries, queries_tail, keys, at, tiles, scale,
-            DIM, WIDTH, TAIL, T, TMA, True, False, SPECIALISED,
+            acc, acc_tail, peak, total, queries, queries_tail, keys, at, tiles, factor,
+            DIM, WIDTH, TAIL, QK_DIM, QK_TAIL, T, TMA, True, False, SPECIALISED,
         )  # fmt: skip
 
         # the visual tokens' residual: to add, or to leave
@@ -138,8 +161,8 @@ def arrow_kernel(
                 inner = tl.maximum(length // T, t3)
                 tiles = 0, 0, 0, tl.where(whole, 0, inner - (t3 - t0)), start, 0, t0, t3 - t0, 0
                 acc, acc_tail, peak, total = _scan(
-                    acc, acc_tail, peak, total, queries, queries_tail, keys, at, tiles, scale,
-                    DIM, WIDTH, TAIL, T, TMA, False, False, False,
+                    acc, acc_tail, peak, total, queries, queries_tail, keys, at, tiles, factor,
+                    DIM, WIDTH, TAIL, QK_DIM, QK_TAIL, T, TMA, False, False, False,
                 )  # fmt: skip
                 rest = _divided(length - inner * T, T)
                 tiles = (
@@ -147,12 +170,12 @@ def arrow_kernel(
                     tl.where(whole, 0, rest + t3 - t0 - (t2 - t1)), start + t0 * T, start + length, t1 - t0, t2 - t1, radius,
                 )  # fmt: skip
                 acc, acc_tail, peak, total = _scan(
-                    acc, acc_tail, peak, total, queries, queries_tail, keys, at, tiles, scale,
-                    DIM, WIDTH, TAIL, T, TMA, True, True, False,
+                    acc, acc_tail, peak, total, queries, queries_tail, keys, at, tiles, factor,
+                    DIM, WIDTH, TAIL, QK_DIM, QK_TAIL, T, TMA, True, True, False,
                 )  # fmt: skip
                 tl.debug_barrier()  # threads may read what others wrote
             else:
-                added = tl.load(policy + 2 * head + 1) != 0
+                added = tl.load(policy + COLUMNS * head + 1) != 0
                 r_end = tl.where(of_text | ~added, row, visual)
             other = _rows(residual, batch, head, row, r_stride, r_end, 0, WIDTH, DIM, M, False, True)  # (M, WIDTH)
             other_tail = other
@@ -190,10 +213,12 @@ def _scan(
     keys,
     at,
     tiles,
-    scale,
+    factor,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     TAIL: tl.constexpr,
+    QK_DIM: tl.constexpr,
+    QK_TAIL: tl.constexpr,
     T: tl.constexpr,
     TMA: tl.constexpr,
     MASKED: tl.constexpr,
@@ -204,18 +229,22 @@ def _scan(
 
     They come in two runs, each with where it starts and ends: `aside`, in which all is seen, and the stretch of the band, of
     which the tiles between `left` and `left + gap` are left out. OUTSIDE: of the stretch, what lies farther than the radius.
+    `factor`, of the scores, is one number, or in int8 one for each query.
     """
-    k, k_tail, k_stride, v, v_tail, v_stride, seen, seen_stride = keys
+    k, k_tail, k_stride, k_scales, v, v_tail, v_stride, seen, seen_stride = keys
     batch, head, n, rows = at
     aside, aside_start, aside_end, count, start, end, left, gap, radius = tiles
     for tile in tl.range(0, count, warp_specialize=SPECIALISED):
         beside = tile < aside
         own = tile - aside
         first = tl.where(beside, aside_start + tile * T, start + (own + tl.where(own >= left, gap, 0)) * T)
-        scores = tl.dot(q, _rows(k, batch, head, first, k_stride, n, 0, WIDTH, DIM, T, TMA, MASKED).T)  # (M, T)
-        if TAIL:
-            scores = tl.dot(q_tail, _rows(k_tail, batch, head, first, k_stride, n, WIDTH, TAIL, DIM, T, TMA, MASKED).T, scores)
         columns = first + tl.arange(0, T)
+        scores = tl.dot(q, _rows(k, batch, head, first, k_stride, n, 0, WIDTH, QK_DIM, T, TMA, MASKED).T)  # (M, T)
+        if TAIL:
+            other = _rows(k_tail, batch, head, first, k_stride, n, WIDTH, QK_TAIL, QK_DIM, T, TMA, MASKED)
+            scores = tl.dot(q_tail, other.T, scores)
+        if k_scales is not None:
+            scores = scores.to(tl.float32) * tl.load(k_scales + columns // _KEYS, mask=columns < n, other=1.0)[None, :]
         if MASKED:
             distance = tl.abs(rows[:, None] - columns[None, :])
             if OUTSIDE:
@@ -227,13 +256,13 @@ def _scan(
         if seen is not None:
             visible = tl.load(seen + columns * seen_stride, mask=columns < n, other=0) != 0
             scores = tl.where(visible[None, :], scores, float("-inf"))
-        higher = tl.maximum(peak, tl.max(scores, 1) * scale)  # (M,)
-        weights = tl.exp2(scores * scale - higher[:, None])  # (M, T)
+        higher = tl.maximum(peak, tl.max(scores, 1) * factor)  # (M,)
+        weights = tl.exp2(scores * (factor if k_scales is None else factor[:, None]) - higher[:, None])  # (M, T)
         shrink = tl.exp2(peak - higher)
         peak = higher
         total = total * shrink + tl.sum(weights, 1)
-        weights = weights.to(q.dtype)
         values = _rows(v, batch, head, first, v_stride, n, 0, WIDTH, DIM, T, TMA, MASKED)
+        weights = weights.to(values.dtype)
         acc = tl.dot(weights, values, acc * shrink[:, None])  # (M, WIDTH)
         if TAIL:
             values = _rows(v_tail, batch, head, first, v_stride, n, WIDTH, TAIL, DIM, T, TMA, MASKED)

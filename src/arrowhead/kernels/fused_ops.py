@@ -1,21 +1,24 @@
 """The fused kernel as two operators of torch: their results are written into buffers that the caller keeps.
 
-A head's policy is two int32 numbers in device memory, so that a plan which changes in every step is still one graph under
-`torch.compile`: its radius in visual tokens, or FULL or CACHED (`fused_table`); and whether its residual is added. The rows of
-cached heads, in every buffer, are neither read nor written. This file imports triton.
+A head's policy is two or three int32 numbers in device memory, so that a plan which changes in every step is still one graph
+under `torch.compile`: its radius in visual tokens, or FULL or CACHED (`fused_table`); whether its residual is added; and, where
+there is a third, whether its scores are in int8. The rows of cached heads, in every buffer, are neither read nor written; keys
+are, to be averaged, where some heads are in int8. This file imports triton.
 """
 
 import math
 
 import torch
+import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from arrowhead.kernels import fused_table, masks
+from arrowhead.kernels import fused_table, masks, quantise
 from arrowhead.kernels.fused_kernel import arrow_kernel
-from arrowhead.kernels.fused_table import CACHED, FULL, HEAD_DIMS
+from arrowhead.kernels.fused_rounding import rounding_kernel
+from arrowhead.kernels.fused_table import CACHED, FULL, HEAD_DIMS, INT8_TAIL, INT8_UNIT
 from arrowhead.layout import Tokens
 
 UNIT = 8
@@ -38,9 +41,10 @@ def arrow(
     """Attention of each head under its policy, into `out`.
 
     `out`, `q`, `k` and `v` are (B, H, N, D), of one dtype, with any strides as long as a head's row is contiguous; `policy` is
-    (H, 2) int32; `residual`, (B, H, V, D), is added to the visual rows of heads whose policy says so; `seen` is (B, N) bool, a
-    mask of keys: a query that sees none gives 0. Of the N tokens the `visual` ones from `visual_start` (0, or N − V) on are the
-    image, the others text. `scale`, above 0, multiplies the scores.
+    (H, 2) int32, or (H, 3) where heads may be in int8, for four launches more; `residual`, (B, H, V, D), is added to the visual
+    rows of heads whose policy says so; `seen` is (B, N) bool, a mask of keys: a query that sees none gives 0. Of the N tokens
+    the `visual` ones from `visual_start` (0, or N − V) on are the image, the others text. `scale`, above 0, multiplies the
+    scores.
     """
     _launch(out, q, k, v, policy, residual, seen, visual, visual_start, scale, split=False)
 
@@ -119,32 +123,76 @@ def _launch(
     *,
     split: bool,
 ) -> None:
-    batch, heads, n, dim = q.shape
-    _require(out, q, k, v, policy, residual, seen, visual, scale)
-    moved = [tensor for tensor in (out, q, k, v, residual) if tensor is not None]
+    _require(out, q, k, v, policy, residual, seen, visual, scale, split=split)
+    operands = out, v, policy, residual, seen, visual, visual_start, scale
+    _attend(q, k, None, None, *operands, split=split)
+    if policy.shape[1] > 2:
+        q, q_scales = _rounded(q, None, policy, quantise.QUERIES)
+        k, k_scales = _rounded(k, k.mean(2, dtype=torch.float32), policy, quantise.KEYS)
+        _attend(q, k, q_scales, k_scales, *operands, split=split)
+
+
+def _rounded(x: Tensor, mean: Tensor | None, policy: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Whole numbers (B, H, N, width), int8, and scales (B, H, blocks), as `quantise` has them; of native heads undefined."""
+    batch, heads, n, dim = x.shape
+    width, tail = HEAD_DIMS[dim]
+    values = x.new_empty(batch, heads, n, width + (tail and INT8_TAIL), dtype=torch.int8)
+    scales = x.new_empty(batch, heads, -(-n // block), dtype=torch.float32)
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]  # Triton launches on the current device
+        rounding_kernel[scales.shape[2], heads, batch](
+            values, scales, x, mean, policy, x.stride()[:3], n,
+            DIM=dim, WIDTH=values.shape[3], COLUMNS=triton.next_power_of_2(values.shape[3]), ROWS=block,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+    return values, scales
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    q_scales: Tensor | None,
+    k_scales: Tensor | None,
+    out: Tensor,
+    v: Tensor,
+    policy: Tensor,
+    residual: Tensor | None,
+    seen: Tensor | None,
+    visual: int,
+    visual_start: int,
+    scale: float,
+    *,
+    split: bool,
+) -> None:
+    """One launch: of heads whose q and k are in int8, or of the others."""
+    batch, heads, n, dim = v.shape
+    int8 = q_scales is not None
+    moved = [tensor for tensor in (out, v, residual, *(() if int8 else (q, k))) if tensor is not None]
     unit = UNIT if all(stride % UNIT == 0 for tensor in moved for stride in tensor.stride()[:3]) else 1
     described = unit == UNIT and all(_describable(tensor) for tensor in (q, k, v))
-    config = fused_table.chosen(dim, n, _architecture(q), described=described, spare=split or seen is not None)
+    spare = split or seen is not None
+    config = fused_table.chosen(dim, n, _architecture(v), described=described, spare=spare)
     width, tail = HEAD_DIMS[dim]
     tma = config.variant != "pointers"
     wide = tails = (q, k, v)
     if tma:
+        of_scores = INT8_TAIL if int8 and tail else tail
         wide, tails = (
             tuple(
                 TensorDescriptor.from_tensor(tensor, [1, 1, rows, columns or width])
-                for tensor, rows in ((q, config.queries), (k, config.keys), (v, config.keys))
+                for tensor, rows, columns in zip((q, k, v), (config.queries, config.keys, config.keys), parts, strict=True)
             )
-            for columns in (width, tail)
+            for parts in ((width,) * 3, (of_scores, of_scores, tail))
         )
+    units = unit, *((INT8_UNIT,) * 2 if int8 else (unit,) * 2), unit, unit
     blocks = -(-visual // config.queries) + -(-(n - visual) // config.queries)
-    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]  # Triton launches on the current device
+    with torch.cuda.device_of(v):  # type: ignore[no-untyped-call]
         arrow_kernel[blocks, heads, batch](
-            out, *wide, *tails, policy, residual, seen,
-            *(_strides(tensor, unit) for tensor in (out, q, k, v, residual)),
+            out, *wide, *tails, q_scales, k_scales, policy, residual, seen,
+            *map(_strides, (out, q, k, v, residual), units),
             (0, 0) if seen is None else seen.stride(),
             n, visual, visual_start, scale * math.log2(math.e),
             UNIT=unit, DIM=dim, WIDTH=width, TAIL=tail, M=config.queries, T=config.keys,
-            TMA=tma, SPECIALISED=config.variant == "specialised", SPLIT=split,
+            TMA=tma, SPECIALISED=config.variant == "specialised", SPLIT=split, COLUMNS=policy.shape[1],
             num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
         )  # fmt: skip
 
@@ -159,10 +207,14 @@ def _require(
     seen: Tensor | None,
     visual: int,
     scale: float,
+    *,
+    split: bool,
 ) -> None:
     """The kernel itself would read and write anywhere."""
     batch, heads, n, dim = q.shape
-    shapes = {"k": (k, q.shape), "v": (v, q.shape), "out": (out, q.shape), "policy": (policy, (heads, 2))}
+    shapes: dict[str, tuple[Tensor, tuple[int, ...]]] = {"k": (k, q.shape), "v": (v, q.shape), "out": (out, q.shape)}
+    in_int8 = policy.shape[-1] == 3 and not split  # no residual is made of a full output in int8
+    shapes["policy"] = policy, (heads, 3 if in_int8 else 2)
     if residual is not None:
         shapes["residual"] = residual, (batch, heads, visual, dim)
     if seen is not None:

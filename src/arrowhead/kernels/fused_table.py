@@ -12,6 +12,12 @@ FULL, CACHED = -1, -2
 HEAD_DIMS = {64: (64, 0), 72: (64, 16), 80: (64, 16), 96: (64, 32), 128: (128, 0)}
 """Head dim: the powers of two that its columns are taken in, so that 72 costs 80 and not 128. What is beyond is zero."""
 
+INT8_TAIL = 32
+"""Columns that the second part of a head in int8 is taken in, the least that are multiplied at once: 72 costs 96."""
+
+INT8_UNIT = 16
+"""Elements in 16 bytes of int8."""
+
 Variant = Literal["pointers", "tma", "specialised"]
 
 
@@ -52,7 +58,10 @@ AMPERE = {
     96: Row(Config(64, 32, 4, 3), Config(128, 32, 8, 3), Config(128, 32, 8, 2)),
     128: Row(Config(64, 32, 4, 3), Config(128, 64, 8, 3), Config(128, 32, 8, 3)),
 }
-"""By head dim: for sm_80 and all that follow, and wherever descriptors do not do. Fits in 99 KB of shared memory (sm_86)."""
+"""By head dim: for sm_80 and all that follow, and wherever descriptors do not do. Fits in 99 KB of shared memory (sm_86).
+
+Heads in int8 take the same: their queries and keys are half as large, their scores no smaller.
+"""
 
 HOPPER = {
     dim: Row(
@@ -65,8 +74,9 @@ HOPPER = {
 """The same for sm_90."""
 
 SPECIALISED = {dim: Config(64, 128, 4, 2, "specialised") for dim in HEAD_DIMS}
-"""For sm_90 too, without residuals to write or a mask. Compiled and tested, but chosen by nothing until a clock has said so:
-its tiles are all masked, and 128 queries in two groups of warps are more than the compiler does with descriptors."""
+"""For sm_90 too, without residuals to write, a mask, or int8, at which the compiler fails. Compiled and tested, but chosen by
+nothing until a clock has said so: its tiles are all masked, and 128 queries in two groups of warps are more than the compiler
+does with descriptors."""
 
 
 def chosen(dim: int, tokens: int, capability: tuple[int, int], *, described: bool, spare: bool) -> Config:

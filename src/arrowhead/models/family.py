@@ -5,7 +5,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from arrowhead.errors import InputsInvalid
 from arrowhead.layout import BranchOrder, Kind, Tokens
+
+PADDED_TO = 32
+"""Of so many tokens Z-Image makes the lengths of image and text a multiple, as diffusers' SEQ_MULTI_OF has it."""
 
 NONE = r"(?!)"
 """A pattern that matches nothing."""
@@ -19,10 +23,12 @@ class Family:
     `joint_pattern` for those of them that attend over text and image together, `cross_pattern` for attention from the image
     to the text, `feed_forward_pattern` for the image's feed-forwards, `block_pattern` for whole blocks; `branch_order` gives
     each pipeline class's order of the CFG branches in its batch, which no shape reveals; `tokens` counts them from a call's
-    arguments; `guided` tells from the pipeline call's arguments whether there are both branches, `guidance_scale` how far
-    apart they are driven, and `refused` what of them cannot be compressed. `per_sample_pattern` names layers of a block that
-    multiply once for a sample rather than its tokens, `text_pattern` those that multiply the text's. `left_alone` says what
-    of the transformer is computed in every step, and `tested` which of the tests it goes through.
+    arguments; `guided` tells from the pipeline call's arguments, and the pipeline's settings, whether there are both branches,
+    `guidance_scale` how far apart they are driven, and `refused` what of them cannot be compressed. `per_sample_pattern` names
+    layers of a block that multiply once for a sample rather than its tokens, `text_pattern` those that multiply the text's.
+    `samples` is the transformer's argument with a latent for each sample; `returned` are the tokens at the beginning of its
+    output that a pipeline goes on with, None where that is all. `left_alone` says what of the transformer is computed in every
+    step, and `tested` which of the tests it goes through.
     """
 
     name: str
@@ -39,6 +45,8 @@ class Family:
     per_sample_pattern: str = r"norm.*"
     text_pattern: str = r".*context.*"
     refused: Callable[[Mapping[str, Any]], str | None] = lambda _: None
+    samples: str = "hidden_states"
+    returned: Callable[[Mapping[str, Any]], int | None] = lambda _: None
     left_alone: str = ""
     tested: Literal["all contracts", "essentials"] = "essentials"
 
@@ -63,6 +71,12 @@ def patches(transformer: Any, call: Mapping[str, Any]) -> Tokens:
 def patches_then_text(transformer: Any, call: Mapping[str, Any]) -> Tokens:
     """Image and text attend together, the image first."""
     return replace(patches(transformer, call), text=call["encoder_hidden_states"].shape[1])  # (B, T, C)
+
+
+def patches_beside_two_texts(transformer: Any, call: Mapping[str, Any]) -> Tokens:
+    """Image in square patches, beside the texts of two encoders."""
+    texts = call["encoder_hidden_states"], call["encoder_hidden_states_t5"]
+    return replace(patches(transformer, call), text=sum(text.shape[1] for text in texts))  # (B, T, C) each
 
 
 def text_then_packed(_: Any, call: Mapping[str, Any]) -> Tokens:
@@ -103,6 +117,54 @@ def registers_then_patches(transformer: Any, call: Mapping[str, Any]) -> Tokens:
     return replace(patches(transformer, call), text=before, text_first=True)
 
 
+def caption_then_patches(transformer: Any, call: Mapping[str, Any]) -> Tokens:
+    """What a mask shows of the text, right before the image: Lumina 2 leaves out what it hides.
+
+    Raises:
+        InputsInvalid: the image begins elsewhere in another sample.
+    """
+    lengths = sorted({int(length) for length in call["encoder_attention_mask"].sum(1)})  # (B, T)
+    if len(lengths) > 1:
+        raise InputsInvalid(
+            f"got prompts of {', '.join(map(str, lengths))} tokens in one batch, so that each image begins elsewhere; wanted "
+            "one length; generate them one by one, or pad embeddings and masks"
+        )
+    return replace(patches(transformer, call), text=lengths[0], text_first=True)
+
+
+def truncated_guidance(call: Mapping[str, Any]) -> str | None:
+    """Lumina 2 can leave the second call out in the last steps."""
+    ratio = call["cfg_trunc_ratio"]
+    return f"cfg_trunc_ratio={ratio}, by which some steps have guidance and some do not" if ratio < 1 else None
+
+
+def padded_patches_then_text(_: Any, call: Mapping[str, Any]) -> Tokens:
+    """A list of images in patches and one of texts, each padded, and the texts once more to the longest.
+
+    Raises:
+        InputsInvalid: images of several sizes, so that in each the text begins elsewhere.
+    """
+    sizes = {tuple(image.shape[1:]) for image in call["x"]}  # (C, F, H, W) each
+    if len(sizes) > 1:
+        raise InputsInvalid(f"got images of the sizes {sorted(sizes)} in one batch, wanted one; generate them one by one")
+    ((frames, height, width),) = sizes
+    patch, in_time = call["patch_size"], call["f_patch_size"]
+    visual, text = (frames // in_time) * (height // patch) * (width // patch), max(map(len, call["cap_feats"]))
+    return Tokens(visual + -visual % PADDED_TO, text + -text % PADDED_TO)
+
+
+def truncated_cfg(call: Mapping[str, Any]) -> str | None:
+    """Z-Image can leave guidance out in the last steps."""
+    limit = call["cfg_truncation"]
+    ends = guidance_above_zero(call) and limit is not None and limit < 1
+    return f"cfg_truncation={limit}, by which some steps have guidance and some do not" if ends else None
+
+
+def guidance_above_zero(call: Mapping[str, Any]) -> bool:
+    """Z-Image's scale is that of what is added."""
+    return call["guidance_scale"] > 0
+
+
 def skipped_layers(call: Mapping[str, Any]) -> str | None:
     """SD3's guidance by skipped layers is a third call in some of the steps."""
     skips = call.get("skip_guidance_layers")
@@ -114,6 +176,17 @@ def true_cfg(call: Mapping[str, Any]) -> bool:
     names = ("negative_prompt_embeds", "negative_pooled_prompt_embeds")
     embedded = all(call[name] is not None for name in names if name in call)
     return call.get("true_cfg_scale", 1.0) > 1 and (call["negative_prompt"] is not None or embedded)
+
+
+def undistilled_guidance(call: Mapping[str, Any]) -> bool:
+    """FLUX.2 klein's, but for distilled weights; FLUX.2's own scale is given to the model."""
+    return "negative_prompt_embeds" in call and call["guidance_scale"] > 1 and not call["is_distilled"]
+
+
+def before_pictures_to_go_by(call: Mapping[str, Any]) -> int:
+    """FLUX.2's own tokens come first, those of pictures to go by have later times, and what becomes of them goes nowhere."""
+    times = call["img_ids"][..., 0].flatten()[: call["hidden_states"].shape[1]]  # of (V, 4), or (B, V, 4)
+    return int((times == 0).sum())
 
 
 def guidance_above_one(call: Mapping[str, Any]) -> bool:

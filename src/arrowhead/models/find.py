@@ -79,6 +79,10 @@ class Model:
         """What a call of the transformer with these `transformer_arguments` brings that matters to the sites."""
         return seen(self.family.tokens(self.transformer, arguments), self.sites)
 
+    def samples(self, arguments: Mapping[str, Any]) -> int:
+        """How many samples such a call has."""
+        return len(arguments[self.family.samples])
+
     def branches(self, call: Mapping[str, Any]) -> Branches:
         """How the CFG branches of a pipeline call with these arguments arrive.
 
@@ -86,8 +90,8 @@ class Model:
             InputsInvalid: the call asks for what cannot be compressed.
         """
         if refused := self.family.refused(call):
-            raise InputsInvalid(f"got {refused}; wanted the same calls in every step; leave it out, or remove the plan")
-        return Branches(self.branch_order, self.family.guided(call))
+            raise InputsInvalid(f"got {refused}; wanted a call without it; leave it out, or remove the plan")
+        return Branches(self.branch_order, self.family.guided(dict(self.pipe.config) | dict(call)))
 
 
 def find(pipe: "DiffusionPipeline", kinds: Collection[Kind] = ATTENTION) -> Model:
@@ -141,14 +145,21 @@ def _sites(family: Family, root: nn.Module, kinds: Collection[Kind], prefix: str
 
 def _site(family: Family, path: str, module: Any) -> Site:
     joint = bool(re.fullmatch(family.joint_pattern, path))
+    if (inward := getattr(module, "to_qkv_mlp_proj", None)) is not None:
+        channels, width = inward.in_features, module.heads * module.head_dim
+        weights = _size(inward) + _size(module.to_out) - 4 * channels * width
+        return Site(path, module.heads, module.head_dim, channels, joint, heads_apart=False, weights=weights)
+    head_dim = module.to_q.out_features // module.heads
+    kv_heads = module.to_k.out_features // head_dim
     return Site(
         path,
         heads=module.heads,
-        head_dim=module.to_q.out_features // module.heads,
+        head_dim=head_dim,
         channels=module.to_q.in_features,
         joint=joint,
         projects_out=_projected(module),
         heads_apart=heads_apart(module),
+        kv_heads=None if kv_heads == module.heads else kv_heads,
     )
 
 

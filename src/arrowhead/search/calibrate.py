@@ -45,12 +45,16 @@ AtSite = Callable[[SiteCall, Generation], Output]
 
 @dataclass(frozen=True)
 class _Call:
-    """A call of the transformer by the pipeline: its tokens, rows, how to run it, and whether it scales a LoRA meanwhile."""
+    """A call of the transformer by the pipeline: its tokens, rows, how to run it, and whether it scales a LoRA meanwhile.
+
+    The pipeline goes on with the first `returned` tokens of what it gives, or with all.
+    """
 
     tokens: Tokens
     rows: int
     run: Callable[[], Any]
     scales: bool
+    returned: int | None
 
 
 class Calibration:
@@ -102,9 +106,14 @@ class Calibration:
             if self.branches.calls == 2:  # the pipeline may change what it gave before the first call is looked at
                 kwargs = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
             arguments = self._model.transformer_arguments(args, kwargs)
-            tokens, rows = self._model.tokens(arguments), len(arguments["hidden_states"])
+            tokens, rows = self._model.tokens(arguments), self._model.samples(arguments)
             scales = {value.get("scale") for value in kwargs.values() if isinstance(value, dict)} - {None, 1}
-            return worker.parent.switch(_Call(tokens, rows, lambda: own_forward(*args, **kwargs), bool(scales)))
+
+            def run() -> Any:  # HunyuanDiT empties the list of what a ControlNet gave
+                own = {name: [*value] if isinstance(value, list) else value for name, value in kwargs.items()}
+                return own_forward(*args, **own)
+
+            return worker.parent.switch(_Call(tokens, rows, run, bool(scales), self._model.family.returned(arguments)))
 
         with (
             quiet(pipe, self._inputs.get("generator")),
@@ -120,7 +129,7 @@ class Calibration:
                         stand_in = self._stand_in(call)
                         calls.append(worker.switch(stand_in))
                     self.rows = sum(call.rows for call in calls)
-                    step = Step(self._begin(calls), self, [call.run for call in calls])
+                    step = Step(self._begin(calls), self, [call.run for call in calls], call.returned)
                     inner = torch.is_grad_enabled()
                     torch.set_grad_enabled(outer)
                     try:
@@ -235,12 +244,17 @@ class Calibration:
 
 
 class Step:
-    """One step of the pipeline, which waits: one call of the transformer, or one for each CFG branch."""
+    """One step of the pipeline, which waits: one call of the transformer, or one for each CFG branch.
 
-    def __init__(self, index: int, calibration: Calibration, runs: Sequence[Callable[[], Any]]) -> None:
+    Outputs are what the pipeline goes on with, the first `returned` tokens or everything.
+    """
+
+    def __init__(
+        self, index: int, calibration: Calibration, runs: Sequence[Callable[[], Any]], returned: int | None = None
+    ) -> None:
         self.index = index
         self.answers: list[Any] = []
-        self._calibration, self._runs = calibration, runs
+        self._calibration, self._runs, self._returned = calibration, runs, returned
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -253,7 +267,7 @@ class Step:
 
     def output(self, cells: Sequence[Cell]) -> Tensor:
         """The transformer's output with these cells, all branches; nothing is remembered."""
-        samples = _samples(self._calibration.forward(self._runs, self._by(cells, lambda _: Writes())))
+        samples = self._used(_samples(self._calibration.forward(self._runs, self._by(cells, lambda _: Writes()))))
         return samples[0] if len(samples) == 1 else torch.cat(samples)
 
     @contextmanager
@@ -262,7 +276,7 @@ class Step:
         with self._calibration.traced(self._runs, at_site) as outputs:
             samples = _samples(outputs)
             self.answers = [_with_sample(output, sample.detach()) for output, sample in zip(outputs, samples, strict=True)]
-            yield samples
+            yield self._used(samples)
 
     def finish(self, cells: Sequence[Cell], candidates: Sequence[Cell]) -> None:
         """Let the pipeline go on with the output under these cells, and remember all that `candidates` may read later."""
@@ -271,11 +285,14 @@ class Step:
     def finish_by(self, at_site: AtSite) -> list[Tensor]:
         """Let the pipeline go on with the output that comes of `at_site`; gives each call's."""
         self.answers = self._calibration.forward(self._runs, at_site)
-        return _samples(self.answers)
+        return self._used(_samples(self.answers))
 
     def tried(self, at_site: AtSite) -> list[Tensor]:
         """The output that comes of `at_site`, each call's; the pipeline knows nothing of it."""
-        return _samples(self._calibration.forward(self._runs, at_site))
+        return self._used(_samples(self._calibration.forward(self._runs, at_site)))
+
+    def _used(self, samples: Sequence[Tensor]) -> list[Tensor]:
+        return [sample[:, : self._returned] for sample in samples]
 
     def _by(self, cells: Sequence[Cell], writes: Callable[[Cell], Writes]) -> AtSite:
         cell_of = dict(zip(self.sites, cells, strict=True))
@@ -283,19 +300,20 @@ class Step:
 
 
 def _samples(outputs: Sequence[Any]) -> list[Tensor]:
-    """The first of what each call gave, a tuple or a diffusers output."""
-    samples = [output[0] for output in outputs]
+    """The first of what each call gave, a tuple or a diffusers output; where that is a list, its latents as one batch."""
+    samples = [torch.stack(output[0]) if isinstance(output[0], list) else output[0] for output in outputs]
     if not all(isinstance(sample, Tensor) for sample in samples):
         raise NotIntercepted(f"the transformer gave a {type(samples[0]).__name__}; wanted a tensor as its first output")
     return samples
 
 
 def _with_sample(output: Any, sample: Tensor) -> Any:
-    """A transformer's output with another first tensor."""
+    """A transformer's output with another first tensor, or list of latents."""
+    whole = list(sample) if isinstance(output[0], list) else sample
     if isinstance(output, tuple):
-        return (sample, *output[1:])
+        return (whole, *output[1:])
     first, *_ = output
-    return type(output)(**{**output, first: sample})
+    return type(output)(**{**output, first: whole})
 
 
 def _writes(candidates: Sequence[Cell], cell: Cell) -> Writes:

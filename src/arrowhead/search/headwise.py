@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from arrowhead import cost
-from arrowhead.attend import Generation, Passage, bands, count, kernel_of
+from arrowhead.attend import Generation, Passage, bands, count
 from arrowhead.cache import Key, Output, both_branches
 from arrowhead.errors import InputsInvalid
 from arrowhead.intercept import SiteCall
@@ -195,13 +195,9 @@ class _AtSite:
             return self.full[rows][:, heads]
         if isinstance(method, Cached):
             return self._kept(Key(self.passage.call.site.path, "heads"), heads, rows)
-        methods = [method] * len(heads)
-        out = bands(self.attention, heads, methods, rows, self.passage)
-        count(self.passage, methods, len(out), kernel_of(self.attention, self.passage, methods))
-        if method.residual:
-            key = Key(self.passage.call.site.path, "residual", method.radius)
-            out[:, :, self.passage.tokens.visual_slice] += self._kept(key, heads, rows)
-        return out
+        key = Key(self.passage.call.site.path, "residual", method.radius)
+        residual = self._kept(key, heads, rows) if method.residual else None
+        return bands(self.attention, heads, [method] * len(heads), rows, self.passage, residual)
 
     def _kept(self, key: Key, heads: Sequence[int], rows: slice) -> Tensor:
         state = self.passage.generation
@@ -244,7 +240,7 @@ def _savings(settings: Headwise, site: Site, tokens: Tokens, methods: Sequence[M
         ]
         return [round(1e9 * (1 - (1 - weight) / 2 if share else weight)) for weight in weights], 0
     rows = 1 if share else 2
-    projected = 6 * site.channels * site.head_dim * site.tokens(tokens).total if site.heads_apart else 0
+    projected = cost.head_projection_flops(site, tokens)
 
     def spent(method: Method, samples: int) -> int:
         return int(samples * (cost.head_flops(site, tokens, method) + (0 if isinstance(method, Cached) else projected)))

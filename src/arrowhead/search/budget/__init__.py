@@ -19,7 +19,7 @@ from arrowhead.search.budget.allocate import Allocation, Infeasible, within_cost
 from arrowhead.search.budget.check import final_latents, measured_errors, measured_seconds
 from arrowhead.search.budget.costs import FlopCosts, Measure, SecondCosts, timed
 from arrowhead.search.budget.extent import Extent
-from arrowhead.search.budget.given import Choices
+from arrowhead.search.budget.given import SLOPES, Choices
 from arrowhead.search.budget.keep import CLOSE, Try, keep_to
 from arrowhead.search.budget.problem import Granularity, InStep, Problem, group_size
 from arrowhead.search.budget.record import Recording, record, sites_of
@@ -60,6 +60,7 @@ class Budget:
         reuse: whether outputs may be repeated.
         precision: whether heads may multiply with less precision, of those that the table has (`Extent(precisions=…)`).
         extrapolate: whether whole sites' outputs may be continued along a line.
+        slopes: what of a line's slope may be taken, above 0 and at most 1; less than all is better where outputs are noisy.
         corrections: beside FLOPs or a speedup, how many more plans may be tried on the calibration's inputs, 2 at most, of
             which the one that errs least in detail is kept. They take the model's answer to an error, an estimate, for another.
     """
@@ -75,6 +76,7 @@ class Budget:
     residual: bool = True
     reuse: bool = True
     extrapolate: bool = True
+    slopes: tuple[float, ...] = SLOPES
     precision: bool = True
     corrections: int = 2
 
@@ -98,6 +100,8 @@ class Budget:
                 f"got cache_bytes={self.cache_bytes!r} with a budget of {name}, wanted a whole number of 0 or more, beside "
                 "FLOPs or a speedup; leave it out, or ask for one of these"
             )
+        if not isinstance(self.slopes, tuple) or not all(0 < slope <= 1 for slope in self.slopes):
+            raise InputsInvalid(f"got slopes={self.slopes!r}, wanted a tuple of numbers above 0 and at most 1; () for no lines")
         if type(self.corrections) is not int or not 0 <= self.corrections < len(POWERS):
             raise InputsInvalid(f"got corrections={self.corrections!r}, wanted 0, 1 or 2")
         if self.speedup is not None and self.granularity not in (None, "step", "site"):
@@ -120,7 +124,8 @@ class Budget:
     def choices(self, table: Table) -> Choices:
         """What a table and this budget leave open."""
         share_cfg, precisions = self.share_cfg and table.branches.guided, table.precisions if self.precision else ()
-        return Choices(table.radii, table.ages, share_cfg, self.residual, self.reuse, self.extrapolate, precisions)
+        extrapolate = self.extrapolate and len(self.slopes) > 0
+        return Choices(table.radii, table.ages, share_cfg, self.residual, self.reuse, extrapolate, precisions, self.slopes)
 
     @property
     def granularities(self) -> tuple[Granularity, ...]:
@@ -331,8 +336,9 @@ def _corrected(
 ) -> tuple[Plan, int]:
     """The plan that errs least in detail in a real generation, and how many there were.
 
-    Each granularity in question is tried as the table has it, and the better one with other powers of the model's answers,
-    which have to be better by more than chance.
+    Each granularity in question is tried as the table has it; then the better one with whole slopes alone (the table cannot
+    see how steps of full attention and slopes answer to one another), or with other powers of the model's answers, which have
+    to be better by more than chance.
     """
     table, tried = recording.table, list[tuple[float, Plan, Budget]]()
     refused: InputsInvalid | None = None
@@ -351,10 +357,11 @@ def _corrected(
             refused = error
     if refused is not None and not tried:
         raise refused
-    for power in POWERS if budget.cache_bytes is None else ():  # bytes take long to solve for
+    others = [(table.feedback, (1.0,)), *((power, budget.slopes) for power in POWERS if power != table.feedback)]
+    for power, slopes in others if budget.cache_bytes is None else ():  # bytes take long to solve for
         least, _, best = min(tried, key=lambda each: each[0])
-        if power != table.feedback and len(tried) <= budget.corrections and least > 0:
-            attempt(power, best)
+        if len(tried) <= budget.corrections and least > 0:
+            attempt(power, replace(best, slopes=slopes))
     return min(tried, key=lambda each: each[0])[1], len(tried)
 
 

@@ -152,8 +152,8 @@ def _time_site(
 
 def _tried(choices: Choices) -> Iterator[tuple[Cell | Residual, Cell, Writes]]:
     """What is timed: cells, and full attention that makes one residual, which is kept as those before were."""
-    for cell in (AST, FORECAST) if choices.extrapolate else (AST,):
-        yield cell, cell, Writes()
+    for reused in (AST, FORECAST) if choices.extrapolate else (AST,):
+        yield reused, reused, Writes()
     for share in (False, True) if choices.share_cfg else (False,):
         for precision in ("native", *choices.precisions):
             arrows = [Arrow(radius, residual, precision) for radius in choices.radii for residual in (False, True)]

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from arrowhead.lifetimes import FOREVER, Residual, Writes
-from arrowhead.methods import Arrow, Attend, Cached, Cell, Full, Precision, Reuse, extrapolates, refreshes_residual
+from arrowhead.methods import Arrow, Attend, Cached, Cell, Full, Precision, Reuse, refreshes_residual
 
 SLOPES = (0.5, 0.75, 1.0)
 """What of a line's slope may be taken. Less than all of it is better where outputs are noisy, as in a run's first steps."""
@@ -121,6 +121,7 @@ class Choices:
     reuse: bool = True
     extrapolate: bool = False
     precisions: tuple[Precision, ...] = ()
+    slopes: tuple[float, ...] = SLOPES
 
     def moves(self, memory: Memory) -> Iterator[Move]:
         """What a site may do from a memory besides `refreshing`; from nothing at all, only full attention by less precision."""
@@ -136,7 +137,7 @@ class Choices:
         if memory.slope is None:
             yield Move(Reuse(), output, Writes(), self._after(output, memory.residual))
         if earlier is not None:
-            for slope in SLOPES if memory.slope is None else (memory.slope,):
+            for slope in self.slopes if memory.slope is None else (memory.slope,):
                 line = output.continued(earlier, output.lag, earlier.lag - output.lag, slope)
                 yield Move(Reuse(slope), line, Writes(), self._after(output, memory.residual, earlier, slope))
         plain = output.radius is None and output.precision == "native"
@@ -198,8 +199,9 @@ def givens_of(column: Sequence[Cell]) -> list[Given]:
     for step, cell in enumerate(column):
         if isinstance(cell, Reuse):
             made, whole, earlier = made.aged(), whole.aged(), None if earlier is None else earlier.aged()
-            line = earlier and extrapolates(cell)
-            found.append(whole.continued(earlier, step - computed, gap, cell.extrapolate) if line else whole)
+            found.append(
+                whole.continued(earlier, step - computed, gap, cell.extrapolate) if earlier and cell.extrapolate else whole
+            )
             continue
         computed, gap = step, step - computed
         before = whole.aged()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from arrowhead.attend import Generation, Passage, bands, count, kernel_of
+from arrowhead.attend import Generation, Passage, bands, count
 from arrowhead.cache import Output, each
 from arrowhead.cost import full_flops
 from arrowhead.errors import InputsInvalid, NotIntercepted
@@ -233,18 +233,13 @@ class Recorder:
     def _residuals_of(self, asked: AttentionCall, out: Tensor, passage: Passage) -> Iterator[Tensor]:
         heads, visual = range(passage.call.site.heads), passage.tokens.visual_slice
         for radius in self._radii:
-            methods = [Arrow(radius)] * len(heads)
-            band = bands(asked, heads, methods, slice(None), passage)
-            count(passage, methods, len(band), kernel_of(asked, passage, methods))
+            band = bands(asked, heads, [Arrow(radius)] * len(heads), slice(None), passage)
             yield out[:, :, visual] - band[:, :, visual]
 
     def _roundings_of(self, asked: AttentionCall, out: Tensor, passage: Passage) -> Iterator[Tensor]:
         heads = range(passage.call.site.heads)
         for precision in self._extent.precisions:
-            methods = [Full(precision)] * len(heads)
-            imprecise = bands(asked, heads, methods, slice(None), passage)
-            count(passage, methods, len(imprecise), kernel_of(asked, passage, methods))
-            yield imprecise - out
+            yield bands(asked, heads, [Full(precision)] * len(heads), slice(None), passage) - out
 
     def _of_vector(self, probes: dict[str, Tensor], outputs: Sequence[Tensor], *, last: bool) -> tuple[Tensor, ...]:
         """Of all heads of all sites, for a new random vector: outputs (H, ages + 1, pairs, M), residuals, roundings.

@@ -1,0 +1,124 @@
+"""What is particular about FLUX.2 and Z-Image: guidance that settings rule out, pictures to go by, lists."""
+
+import pytest
+import torch
+from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
+from families import CHANNELS, flux2, hunyuan_dit, lumina2, z_image
+from family_replay import random_cells, replaying
+from PIL import Image
+from replay import assert_identical, distance, trace
+from test_families import INNER, STEPS, plan_of
+
+import arrowhead as ah
+from arrowhead.errors import InputsInvalid, PlanMismatch
+from arrowhead.methods import FULL
+from arrowhead.models import find
+from arrowhead.models.family import PADDED_TO
+from arrowhead.search.calibrate import Calibration
+
+
+@pytest.mark.parametrize(
+    ("make", "alone"),
+    [(hunyuan_dit, set()), (lumina2, {"context_refiner"}), (flux2, set()), (z_image, {"noise_refiner", "context_refiner"})],
+)
+def test_no_attention_is_missed_but_where_the_table_says_so(make, alone):
+    bench = make()
+    attends = {path for path, module in bench.pipe.transformer.named_modules() if hasattr(module, "processor")}
+    sites = {site.path for site in find(bench.pipe, {"self_attention", "cross_attention"}).sites}
+    assert {path.split(".")[0] for path in attends - sites} == alone
+    assert sites <= attends
+
+
+def test_distilled_klein_is_not_guided():
+    bench = flux2()
+    bench.pipe.register_to_config(is_distilled=True)
+    model = find(bench.pipe, INNER)
+    untouched = trace(bench, bench.inputs())
+    assert len(untouched.outputs) == STEPS
+    with ah.applied(bench.pipe, plan_of(bench, model, [[FULL] * len(model.sites)] * STEPS, guided=False)) as run:
+        assert_identical(trace(bench, bench.inputs()), untouched)
+        assert run.summary().notes == ()
+    assert not ah.search(bench.pipe, bench.inputs(), threshold=0.7, progress=False).guided
+
+
+@pytest.mark.parametrize("guidance", [3.0, 1.0], ids=["guided", "alone"])
+def test_pictures_to_go_by_are_looked_at_and_thrown_away(guidance):
+    bench, guided = flux2(), guidance > 1
+    bench.visual = 4 * 5 + 4 * 5 + 4 * 4
+    pictures = [Image.effect_noise(size, 64).convert("RGB") for size in ((80, 64), (64, 64))]
+    inputs = {"guidance": guidance, "image": pictures}
+    model = find(bench.pipe, INNER)
+    cells = random_cells(3, model.sites, STEPS, guided)
+    with ah.applied(bench.pipe, plan_of(bench, model, cells, guided)):
+        given = trace(bench, bench.inputs(**inputs))
+    with replaying(bench, model.modules, cells, guided):
+        assert distance(given, trace(bench, bench.inputs(**inputs))) < 1e-5
+    steps = Calibration(model, bench.inputs(**inputs)).steps()
+    step = next(steps)
+    assert step.full().shape[1] == 4 * 5
+    steps.close()
+    for how in ({"threshold": 0.7}, {"budget": ah.Budget(module_flops=0.6)}):
+        plan = ah.search(bench.pipe, bench.inputs(**inputs), progress=False, **how)
+        assert plan.tokens == bench.tokens
+        with ah.applied(bench.pipe, plan) as run:
+            bench.pipe(**bench.inputs(**inputs))
+            assert run.summary().flops.module == pytest.approx(plan.flops().module)
+
+
+def texts(*lengths, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(length, CHANNELS, generator=generator).double() for length in lengths]
+
+
+@pytest.mark.parametrize("guidance", [3.0, 1.0], ids=["guided", "alone"])
+@pytest.mark.parametrize("seed", range(2))
+def test_prompts_of_other_lengths_go_together(guidance, seed):
+    """Z-Image pads to 32 each, then to the longest, and masks that; the images before them stand alike."""
+    bench, guided = z_image(), guidance > 1
+    bench.text = bench.text_seen = 64
+    inputs = {"images": 2, "guidance": guidance, "prompt_embeds": texts(7, 40, seed=seed)}
+    inputs["negative_prompt_embeds"] = texts(3, 3, seed=seed + 1)
+    model = find(bench.pipe, INNER)
+    cells = random_cells(seed, model.sites, STEPS, guided)
+    with ah.applied(bench.pipe, plan_of(bench, model, cells, guided)) as run:
+        given = trace(bench, bench.inputs(**inputs))
+        assert run.summary().notes == ()
+    with replaying(bench, model.modules, cells, guided):
+        assert distance(given, trace(bench, bench.inputs(**inputs))) < 1e-5
+    untouched = trace(bench, bench.inputs(**inputs))
+    assert distance(given, untouched) > 1e-2
+    with ah.applied(bench.pipe, plan_of(bench, model, [[FULL] * len(model.sites)] * STEPS, guided)):
+        assert_identical(trace(bench, bench.inputs(**inputs)), untouched)
+
+
+def test_a_plan_serves_prompts_of_one_padded_length():
+    bench = z_image()
+    model = find(bench.pipe)
+    plan = plan_of(bench, model, [[FULL] * len(model.sites)] * STEPS, guided=False)
+    with ah.applied(bench.pipe, plan) as run:
+        for length in (1, 20, 32):
+            bench.pipe(**bench.inputs(guidance=1.0, prompt_embeds=texts(length, seed=0)))
+            assert run.summary().notes == ()
+        with pytest.raises(PlanMismatch, match=r"text=32.*text=64"):
+            bench.pipe(**bench.inputs(guidance=1.0, prompt_embeds=texts(33, seed=0)))
+
+
+def test_it_is_diffusers_padding():
+    assert PADDED_TO == SEQ_MULTI_OF
+
+
+def test_images_of_several_sizes_are_refused():
+    arguments = {"x": [torch.zeros(4, 1, 8, 8), torch.zeros(4, 1, 8, 10)], "cap_feats": texts(3, 3, seed=0)}
+    with pytest.raises(InputsInvalid, match=r"\(1, 8, 8\), \(1, 8, 10\).*wanted one"):
+        find(z_image().pipe).tokens(arguments | {"patch_size": 2, "f_patch_size": 1})
+
+
+@pytest.mark.parametrize("guidance", [3.0, 1.0], ids=["guided", "alone"])
+def test_guidance_that_ends_early_is_refused(guidance):
+    bench = z_image()
+    inputs = bench.inputs(guidance=guidance, cfg_truncation=0.5)
+    if guidance == 1:
+        assert not ah.search(bench.pipe, inputs, threshold=0.7, progress=False).guided
+        return
+    with pytest.raises(InputsInvalid, match=r"cfg_truncation=0\.5.*leave it out"):
+        ah.search(bench.pipe, inputs, threshold=0.7, progress=False)

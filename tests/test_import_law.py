@@ -21,7 +21,7 @@ LAYERS = [  # lowest first: a room imports from the layers below its own, and fr
     {"search", "evaluate"},
     {"analysis"},
     {"__init__"},  # the public API, which only the outermost rooms use
-    {"demo", "cli_inputs"},
+    {"compare", "demo", "cli_inputs"},
     {"cli_analyze"},
     {"cli"},
     {"__main__"},

@@ -1,6 +1,7 @@
 """The command line: a thin edge over the library, and the only place, with the demo, that prints."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +27,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="Diffusion tr
 app.command()(analyze)
 console = Console()
 
+Seeds = Annotated[int, typer.Option(help="how many seeds to generate the inputs with, counted from 0", min=1)]
 Plans = Annotated[list[Path], typer.Option("--plan", exists=True, dir_okay=False, help="a plan that search wrote; repeat")]
 
 
@@ -174,7 +176,7 @@ def evaluate(
     model: ModelName,
     inputs: Inputs,
     plans: Plans,
-    seeds: Annotated[int, typer.Option(help="how many seeds to generate the inputs with, counted from 0")] = 3,
+    seeds: Seeds = 3,
     out: Annotated[Path | None, typer.Option(help="JSON file for the table")] = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
@@ -182,11 +184,8 @@ def evaluate(
     """Compare plans with the untouched pipeline: FLOPs, time, PSNR, SSIM."""
     from arrowhead.evaluate import evaluate as measure  # noqa: PLC0415  # torchmetrics
 
-    pipe = load(model, device, dtype)
-    loaded = {path.stem: Plan.load(path) for path in plans}
-    if len(loaded) < len(plans):
-        raise InputsInvalid(f"got plans {[str(p) for p in plans]}, wanted files of different names: a row is named by its file")
-    result = measure(pipe, loaded, parse(inputs), seeds=range(seeds))
+    loaded = _by_name(plans)
+    result = measure(load(model, device, dtype), loaded, parse(inputs), seeds=range(seeds))
     table = Table("plan", "matmul FLOPs", "module FLOPs", "cache peak", "time", *result.scores[0].metrics)
     for score in result.scores:
         flops, peak = score.summary.flops, score.summary.peak_cache_bytes
@@ -198,6 +197,29 @@ def evaluate(
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result.as_dict(), indent=1, allow_nan=False) + "\n")
+
+
+@app.command()
+def compare(
+    model: ModelName,
+    inputs: Inputs,
+    plans: Plans,
+    out: Annotated[Path, typer.Option(help="the page's file", dir_okay=False)] = Path("compare.html"),
+    seeds: Seeds = 3,
+    room: Annotated[int, typer.Option(help="MiB for pictures, which are stored without loss; figures are of all", min=1)] = 32,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+) -> None:
+    """Make one HTML page that shows what plans do to pictures; it needs no network, and opens from its file."""
+    from arrowhead.compare import page, require_writable  # noqa: PLC0415  # torchmetrics
+    from arrowhead.evaluate import evaluate as measure  # noqa: PLC0415
+
+    loaded = _by_name(plans)
+    require_writable(out)
+    result = measure(load(model, device, dtype), loaded, parse(inputs), seeds=range(seeds))
+    text = page(result, title=model, command=shlex.join(["arrowhead", *sys.argv[1:]]), room=room * 2**20)
+    out.write_text(text, encoding="utf-8")
+    console.print(f"{len(result.raw)} pictures compared; {out.stat().st_size / 2**20:.1f} MiB written to {out}")
 
 
 @app.command()
@@ -219,6 +241,14 @@ def show(
         console.print(f"drawn into {png}")
     elif site is not None:
         raise InputsInvalid(f"got --site {site} and nothing to draw into; wanted --png FILE beside it")
+
+
+def _by_name(paths: list[Path]) -> dict[str, Plan]:
+    """Plans by the names of their files."""
+    loaded = {path.stem: Plan.load(path) for path in paths}
+    if len(loaded) < len(paths):
+        raise InputsInvalid(f"got plans {[str(p) for p in paths]}, wanted files of different names: a row is named by its file")
+    return loaded
 
 
 def _budget(text: str | None) -> ah.Budget | str | None:

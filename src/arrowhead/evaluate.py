@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -77,8 +77,8 @@ def evaluate(
 ) -> Evaluation:
     """Generate `inputs` once for each seed, untouched and with every plan in turn, and compare.
 
-    The first seed is generated beforehand, untimed, untouched and with the first plan. Nothing of `inputs` may be a generator:
-    `seeds` says them.
+    Whether the plans fit is known before anything is generated. The first seed is generated beforehand, untimed, untouched and
+    with the first plan. Nothing of `inputs` may be a generator: `seeds` says them.
 
     Raises:
         InputsInvalid: there is no seed or no plan, or the inputs bring a generator.
@@ -89,6 +89,8 @@ def evaluate(
             f"got {len(seeds)} seeds, plans {sorted(plans)} and inputs {sorted(inputs)}; wanted at least one seed, one plan, "
             "none of them named raw, and no generator among the inputs"
         )
+    for fitting in plans.values():
+        _require_fit(pipe, fitting, inputs, seeds[0])
     settings: dict[str, Plan | None] = {"raw": None, **plans}
     images: dict[str, list[Tensor]] = {name: [] for name in settings}
     seconds: dict[str, list[float]] = {name: [] for name in settings}
@@ -121,6 +123,28 @@ def evaluate(
         "baseline": "the untouched pipeline, each seed in turn with the plans",
     }
     return Evaluation(raw, median(seconds["raw"]), tuple(scores), setting)
+
+
+class _Begun(Exception):
+    """The transformer is about to run."""
+
+
+def _require_fit(pipe: "DiffusionPipeline", plan: Plan, inputs: Mapping[str, Any], seed: int) -> None:
+    """Check a plan against a call of the pipeline, which is stopped where it would run the transformer first.
+
+    Raises:
+        PlanMismatch: the plan was made for something else.
+    """
+
+    def stop(*_: Any) -> None:
+        raise _Begun
+
+    with applied(pipe, plan), suppress(_Begun):
+        hook = pipe.transformer.register_forward_pre_hook(stop)  # after the plan's own, which looks at steps and tokens
+        try:
+            generate(pipe, inputs, seed)
+        finally:
+            hook.remove()
 
 
 def generate(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], seed: int) -> Tensor:

@@ -225,7 +225,11 @@ class Plan:
             raise PlanMismatch("; ".join(found))
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON that a person can read: a legend of cells, and a line of symbols for each step."""
+        """Write the plan's text into a file."""
+        Path(path).write_text(self.text())
+
+    def text(self) -> str:
+        """The plan as JSON that a person can read: a legend of cells, and a line of symbols for each step."""
         legend = _legend(self.cells)
         symbol = {cell: name for name, cell in legend.items()}
         content = {
@@ -239,7 +243,7 @@ class Plan:
             "legend": {name: _CellModel.of(cell).model_dump(exclude_none=True) for name, cell in legend.items()},
             "cells": [" ".join(symbol[cell] for cell in row) for row in self.cells],
         }
-        Path(path).write_text(json.dumps(content, indent=1, default=str, allow_nan=False) + "\n")
+        return json.dumps(content, indent=1, default=str, allow_nan=False) + "\n"
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydantic
 from numpy.typing import NDArray
 
 from arrowhead.errors import InputsInvalid
@@ -124,9 +125,9 @@ class Analysis:
             if meta.pop("format") != FORMAT:
                 raise ValueError("another format")
             if (at := meta.pop("map", None)) is not None:
-                tokens, weights = Tokens(**at.pop("tokens")), arrays.pop("attention_map")
+                tokens, weights = _tokens(at.pop("tokens")), arrays.pop("attention_map")
                 meta["attention_map"] = AttentionMap(**at | {"heads": tuple(at["heads"])}, tokens=tokens, weights=weights)
-            meta |= {"tokens": Tokens(**meta["tokens"]), "sites": tuple(meta["sites"]), "heads": tuple(meta["heads"])}
+            meta |= {"tokens": _tokens(meta["tokens"]), "sites": tuple(meta["sites"]), "heads": tuple(meta["heads"])}
             return cls(**meta | arrays)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
             raise InputsInvalid(
@@ -161,3 +162,7 @@ class Analysis:
 def _rounded(row: Floats) -> list[float | None]:
     """Four digits; None for what is not a number, which JSON does not have."""
     return [None if not np.isfinite(value) else float(f"{value:.4g}") for value in row]
+
+
+_tokens = pydantic.TypeAdapter(Tokens).validate_python
+"""From what JSON holds."""

@@ -5,6 +5,9 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.ready
 # where pip would bring a CUDA build of torch: make test TORCH_OPTIONS="--index-url ..." with the index of CPU builds
 TORCH_OPTIONS ?=
+# tests side by side, a file at a time, each process on a thread of its own
+PROCESSES ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(PROCESSES) --dist loadfile
 
 .PHONY: demo test test-all check bench clean
 
@@ -12,10 +15,10 @@ demo: $(STAMP)
 	$(PY) -m arrowhead demo --out demo
 
 test: $(STAMP)
-	$(PY) -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(STAMP)
-	$(PY) -m pytest
+	$(PYTEST)
 
 check: $(STAMP)
 	$(VENV)/bin/ruff format --check .

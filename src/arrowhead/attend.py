@@ -291,9 +291,10 @@ def bands(
     `residual`, (rows, h, V, D), is added for the methods that say so; without it none is.
 
     Raises:
-        PlanMismatch: the model's attention is causal, or drops weights.
+        PlanMismatch: the model's attention is causal, or drops weights, or is over other tokens than the site's.
     """
     site = passage.call.site
+    _require_sizes(call, passage)
     if call.causal:
         raise PlanMismatch(
             f"{site.path}: got a plan with a band, int8 or heads of several kinds where the model's attention is causal or "
@@ -314,6 +315,18 @@ def bands(
     kernel = dispatch.resolve(passage.generation.kernel, asked)
     count(passage, methods, len(q), kernel)
     return dispatch.attend(asked, kernel)
+
+
+def _require_sizes(call: AttentionCall, passage: Passage) -> None:
+    """Check that tokens are where masks take them to be: an adapter may say otherwise, and no kernel would notice."""
+    site, total = passage.call.site, passage.tokens.total
+    wanted = len(passage.heads), total, site.head_dim
+    if call.q.shape[1:] != wanted or call.k.shape[2] != total:
+        (heads, queries, width), keys = call.q.shape[1:], call.k.shape[2]
+        raise PlanMismatch(
+            f"{site.path}: got {heads} heads of {width} for {queries} queries and {keys} keys, wanted {wanted[0]} of {wanted[2]} "
+            f"for {total} of each; correct `tokens`, `over`, `joint` or `head_dim` of the adapter that says so, and search again"
+        )
 
 
 def _serving(heads: tuple[int, ...], tensor: Tensor, of: int) -> Tensor:

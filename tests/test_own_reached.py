@@ -202,7 +202,10 @@ def test_tokens_that_are_not_those_attended_over_are_refused(wrong):
     sites = sites_of(own)
     cells = [[FULL] * len(sites)] + [[Attend(Arrow(2))] * len(sites)] * (own.steps - 1)
     plan = replace(plan_of(own, cells), tokens=tokens)
-    with ah.applied(own.model, plan, own.adapter), pytest.raises(PlanMismatch, match=r"got 2 heads of 8 for 10 queries"):
+    with (
+        ah.applied(own.model, plan, own.adapter),
+        pytest.raises(PlanMismatch, match=r"got \(2, 10, 10, 8\), wanted .* `head_dim` of the adapter"),
+    ):
         own.sample()
 
 

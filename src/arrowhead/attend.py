@@ -319,13 +319,12 @@ def bands(
 
 def _require_sizes(call: AttentionCall, passage: Passage) -> None:
     """Check that tokens are where masks take them to be: an adapter may say otherwise, and no kernel would notice."""
-    site, total = passage.call.site, passage.tokens.total
-    wanted = len(passage.heads), total, site.head_dim
-    if call.q.shape[1:] != wanted or call.k.shape[2] != total:
-        (heads, queries, width), keys = call.q.shape[1:], call.k.shape[2]
+    site, tokens, (heads, queries, width) = passage.call.site, passage.tokens.total, call.q.shape[1:]
+    wanted = len(passage.heads), tokens, tokens, site.head_dim
+    if (got := (heads, queries, call.k.shape[2], width)) != wanted:
         raise PlanMismatch(
-            f"{site.path}: got {heads} heads of {width} for {queries} queries and {keys} keys, wanted {wanted[0]} of {wanted[2]} "
-            f"for {total} of each; correct `tokens`, `over`, `joint` or `head_dim` of the adapter that says so, and search again"
+            f"{site.path}: got {got}, wanted {wanted} heads, queries, keys and numbers in each; correct `tokens`, `over`, `joint` "
+            "or `head_dim` of the adapter that says so, and search again"
         )
 
 

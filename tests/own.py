@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as attend_by_another_name
 
 import arrowhead as ah
-from arrowhead.layout import Site
+from arrowhead.layout import Grid, Site
 
 WIDTH, HEADS, TEXT, LATENT = 16, 2, 3, 4
 
@@ -125,12 +125,12 @@ class Own:
         return self.shape[0]
 
     @property
-    def places(self) -> int:
-        return self.shape[1] * self.shape[2] // 4
+    def grid(self) -> Grid:
+        return Grid(self.shape[0], self.shape[1] // 2, self.shape[2] // 2)
 
     @property
     def tokens(self) -> ah.Tokens:
-        return ah.Tokens(self.frames * self.places, frames=self.frames)
+        return ah.Tokens(self.grid.size, frames=self.frames)
 
     @property
     def guided(self) -> bool:
@@ -176,12 +176,15 @@ def left_alone(model: nn.Module) -> dict[str, list[str]]:
 
 
 @contextmanager
-def replaying(own: Own, sites: list[Site], columns: Any) -> Iterator[list[Replayed]]:
+def replaying(own: Own, sites: list[Site], columns: Any, boxes: bool = False) -> Iterator[list[Replayed]]:
     """The model under columns of cells, by hand: attention from its definition, nothing of arrowhead's engine."""
-    bench = SimpleNamespace(two_calls=own.calls == 2, conditional_first=True, visual=0, tokens=own.tokens)
+    bench = SimpleNamespace(two_calls=own.calls == 2, conditional_first=True, tokens=own.tokens, frames=1)
     found = []
+    whole = own.grid
+    grids = {"attn": replace(whole, frames=1), "attn_temp": replace(whole, rows=1, columns=1), "mlp": whole}
     for site, column in zip(sites, columns, strict=True):
-        bench.visual = {"attn": own.places, "attn_temp": own.frames, "mlp": own.tokens.visual}[site.path.split(".")[-1]]
+        grid = grids[site.path.split(".")[-1]]
+        bench.visual, bench.grid = grid.size, grid if boxes else None
         found.append(Replayed(site, column, bench, own.guided))
         module = own.model.get_submodule(site.path)
         module.forward = by_hand(module, found[-1]) if site.kind == "self_attention" else kept(module, found[-1])

@@ -9,9 +9,12 @@ import torch
 from budget import final_latents
 from families import MORE, FamilyBench
 from family_replay import replaying
+from own import replaying as replaying_own
 from pipelines import dit, pixart_sigma, sd3
 from replay import distance, trace
 from test_families import STEPS, plan_of
+from test_own import fused, sites_of
+from test_own import plan_of as own_plan
 from test_plan import PLAN, TARGET
 from untouched import left_as_it_was
 
@@ -29,8 +32,13 @@ GRIDS = {
     "hunyuan_video": VIDEO,
     "ltx": VIDEO,
     "cogvideox": VIDEO,
+    "mochi": VIDEO,
+    "allegro": VIDEO,
+    "latte": Grid(3, 4, 3),
     "qwen": IMAGE,
     "chroma": IMAGE,
+    "lumina2": IMAGE,
+    "flux2": IMAGE,
 }
 MANY = Box(0, None, 1), Box(None, 1, 2), Box(1, 2, 1)
 
@@ -119,7 +127,7 @@ def test_tokens_stand_frame_by_frame_and_row_by_row(name):
     hook.remove()
 
 
-@pytest.mark.parametrize("name", ["dit", "sd3", "qwen", "wan", "cogvideox"])
+@pytest.mark.parametrize("name", ["dit", "sd3", "qwen", "wan", "cogvideox", "latte", "mochi", "lumina2", "flux2"])
 @pytest.mark.parametrize("seed", range(2))
 def test_plans_are_what_a_replay_gives(name, seed):
     bench, inputs = bench_of(name), {"seed": seed, "images": 2}
@@ -137,6 +145,25 @@ def test_plans_are_what_a_replay_gives(name, seed):
     assert {name for name in summary.heads if "box" in name} == {"box", "box-RS"}
     assert summary.flops.attention == pytest.approx(plan.flops().attention)
     assert summary.peak_cache_bytes == max(plan.cache_bytes(2, 8))
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_boxes_where_frames_and_places_are_sequences(seed):
+    """Within a frame a box has its rows and columns, along time its frames."""
+    own = fused(temporal=True)
+    sites = sites_of(own)
+    tokens = replace(own.tokens, grid=own.grid)
+    plan = replace(own_plan(own, [[FULL] * len(sites)] * STEPS), cells=tuple(map(tuple, in_boxes(seed, sites))), tokens=tokens)
+    with pytest.warns(BandCoversAll):
+        run = ah.apply(own.model, plan, own.adapter)
+    given, summary = own.sample(), run.summary()
+    ah.remove(own.model)
+    with replaying_own(own, sites, plan.columns, boxes=True):
+        wanted = own.sample()
+    torch.testing.assert_close(given, wanted, rtol=1e-5, atol=1e-5)
+    assert (given - own.sample()).norm() > 1e-2 * given.norm()
+    assert summary.flops.attention == pytest.approx(plan.flops().attention)
+    assert summary.peak_cache_bytes == max(plan.cache_bytes(own.images, 8))
 
 
 STRATEGIES = {  # settings and threshold

@@ -14,8 +14,8 @@ from test_refusals import SomebodysPipeline
 from torch import nn
 
 import arrowhead as ah
-from arrowhead.errors import ArrowheadError, InputsInvalid, NotIntercepted, UnsupportedPipeline
-from arrowhead.methods import ASC, AST, FULL, wa_rs
+from arrowhead.errors import ArrowheadError, InputsInvalid, NotIntercepted, PlanMismatch, UnsupportedPipeline
+from arrowhead.methods import ASC, AST, FULL, Arrow, Attend, wa_rs
 from arrowhead.models import ATTENTION
 
 PIXART = ah.Adapter(
@@ -188,6 +188,25 @@ def test_patterns_and_sizes_that_fit_nothing():
     sized = {r"blocks\.\d+\.attn": ah.FusedQKV(heads=HEADS, head_dim=WIDTH // HEADS, channels=WIDTH)}
     (first, *_) = sites_of(replace(own, adapter=replace(own.adapter, attention=sized)), ATTENTION)
     assert (first.heads, first.head_dim, first.channels) == (HEADS, WIDTH // HEADS, WIDTH)
+
+
+@pytest.mark.parametrize("wrong", ["half of them", "twice as many", "one sequence", "head dim"])
+def test_tokens_that_are_not_those_attended_over_are_refused(wrong):
+    """Kernels would not notice, and costs be those of something else."""
+    own, (pattern, attention) = fused(), next(iter(fused().adapter.attention.items()))
+    visual = {"half of them": own.tokens.visual // 2, "twice as many": 2 * own.tokens.visual}.get(wrong, own.tokens.visual)
+    tokens = ah.Tokens(visual, frames=1 if wrong == "one sequence" else own.frames)
+    sized = {"head_dim": WIDTH, "channels": WIDTH} if wrong == "head dim" else {}
+    adapter = replace(own.adapter, attention={pattern: replace(attention, **sized)}, tokens=lambda *_: tokens)
+    own = replace(own, adapter=adapter)
+    sites = sites_of(own)
+    cells = [[FULL] * len(sites)] + [[Attend(Arrow(2))] * len(sites)] * (own.steps - 1)
+    plan = replace(plan_of(own, cells), tokens=tokens)
+    with (
+        ah.applied(own.model, plan, own.adapter),
+        pytest.raises(PlanMismatch, match=r"got \(2, 10, 10, 8\), wanted .* `head_dim` of the adapter"),
+    ):
+        own.sample()
 
 
 def test_loops_that_budgets_cannot_go_by():

@@ -291,9 +291,10 @@ def bands(
     `residual`, (rows, h, V, D), is added for the methods that say so; without it none is.
 
     Raises:
-        PlanMismatch: the model's attention is causal, or drops weights.
+        PlanMismatch: the model's attention is causal, or drops weights, or is over other tokens than the site's.
     """
     site = passage.call.site
+    _require_sizes(call, passage)
     if call.causal:
         raise PlanMismatch(
             f"{site.path}: got a plan with a band, int8 or heads of several kinds where the model's attention is causal or "
@@ -314,6 +315,17 @@ def bands(
     kernel = dispatch.resolve(passage.generation.kernel, asked)
     count(passage, methods, len(q), kernel)
     return dispatch.attend(asked, kernel)
+
+
+def _require_sizes(call: AttentionCall, passage: Passage) -> None:
+    """Check that tokens are where masks take them to be: an adapter may say otherwise, and no kernel would notice."""
+    site, tokens, (heads, queries, width) = passage.call.site, passage.tokens.total, call.q.shape[1:]
+    wanted = len(passage.heads), tokens, tokens, site.head_dim
+    if (got := (heads, queries, call.k.shape[2], width)) != wanted:
+        raise PlanMismatch(
+            f"{site.path}: got {got}, wanted {wanted} heads, queries, keys and numbers in each; correct `tokens`, `over`, `joint` "
+            "or `head_dim` of the adapter that says so, and search again"
+        )
 
 
 def _serving(heads: tuple[int, ...], tensor: Tensor, of: int) -> Tensor:

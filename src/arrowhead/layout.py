@@ -43,6 +43,8 @@ class Tokens:
             raise ValueError(f"got {self.frames} frames of {self.visual} visual tokens, wanted frames of one size")
         if self.grid is not None and self.grid.size != self.visual:
             raise ValueError(f"got {self.visual} visual tokens on a {self.grid}, wanted {self.grid.size}")
+        if self.grid is not None and self.frames not in (1, self.grid.frames):
+            raise ValueError(f"got {self.frames} sequences on a {self.grid}, wanted one for each frame, or one of all")
 
     @classmethod
     def of_grid(cls, frames: int, rows: int, columns: int, *, text: int = 0, text_first: bool = False) -> "Tokens":
@@ -118,7 +120,7 @@ class Site:
     def tokens(self, of_call: Tokens) -> Tokens:
         """What a sequence of the site's has, in a call of the transformer with these tokens."""
         if self.over == "time":
-            return Tokens(of_call.frames)
+            return Tokens(of_call.frames, grid=None if of_call.grid is None else Grid(of_call.frames, 1, 1))
         if self.over == "space":
             grid = None if of_call.grid is None else replace(of_call.grid, frames=1)
             return Tokens(of_call.visual // of_call.frames, grid=grid)

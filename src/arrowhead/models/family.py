@@ -94,7 +94,7 @@ def text_then_packed(_: Any, call: Mapping[str, Any]) -> Tokens:
     grid = None
     if call.get("img_shapes") is not None:  # of each sample's images, the first of which is drawn
         grid = _filled(call["img_shapes"][0][0], visual)
-    elif call.get("img_ids") is not None:  # (…, V, 3 or more): frame, row and column
+    elif call.get("img_ids") is not None:  # (…, V, 3), of FLUX.2 (…, V, 4): frame, row and column, and a layer
         grid = _filled([int(place) + 1 for place in call["img_ids"].flatten(0, -2)[-1, :3].tolist()], visual)
     return Tokens(visual, text, text_first=True, grid=grid)
 

@@ -9,13 +9,15 @@ import pytest
 import torch
 from budget import flux
 from diffusers import (
+    AutoencoderKLQwenImage,
     AutoencoderKLWan,
     FluxControlNetModel,
     HunyuanDiT2DControlNetModel,
+    QwenImageControlNetModel,
     SD3ControlNetModel,
     ZImageControlNetModel,
 )
-from families import HUNYUAN_TEXTS, FamilyBench, chroma, flow, flux2, hunyuan_dit, wan, wan_transformer, z_image
+from families import HUNYUAN_TEXTS, FamilyBench, chroma, flow, flux2, hunyuan_dit, qwen, wan, wan_transformer, z_image
 from family_replay import random_cells, replaying
 from pipelines import CAPTION, POOLED, randomise, sd3, vae
 from replay import assert_identical, distance, trace
@@ -36,6 +38,8 @@ PARTS: dict[str, Callable[[int, int], dict[str, Any]]] = {  # what a call brings
     "mask, control": lambda images, size: PARTS["mask"](images, size) | PARTS["control"](images, size),
     "nothing": lambda images, size: {},
     "control": lambda images, size: {"control_image": picture(images, size)},
+    "image, control": lambda images, size: PARTS["image"](images, size) | PARTS["control"](images, size),
+    "control, its mask": lambda images, size: PARTS["control"](images, size) | {"control_mask": triangle(images, size)},
 }
 
 
@@ -47,13 +51,14 @@ def picture(images, size):
     return torch.rand(images, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
-def of_sd3(cls, parts, channels=4, controlnet=False):
+def of_sd3(cls, parts, channels=4, controlnet=False, extra=0):
     base = sd3(num_layers=2, in_channels=channels, out_channels=channels)
     more = {}
     if controlnet:
         sizes = {"num_attention_heads": 3, "attention_head_dim": 8, "num_layers": 1, "sample_size": 8, "in_channels": 4}
         texts = {"joint_attention_dim": CAPTION[1], "caption_projection_dim": 24, "pooled_projection_dim": POOLED}
-        more["controlnet"] = SD3ControlNetModel(pos_embed_max_size=8, out_channels=4, **sizes, **texts)
+        control = {"extra_conditioning_channels": extra, "pos_embed_max_size": 8, "out_channels": 4}
+        more["controlnet"] = SD3ControlNetModel(**control, **sizes, **texts)
     names = dict.fromkeys((*TEXTS, "text_encoder_3", "tokenizer_3"))
     return made(cls, base, channels, names | more, parts, FamilyBench(None, False, 16, None, CAPTION[0]))
 
@@ -71,7 +76,22 @@ def of_flux(cls, parts, in_channels=16, controlnet=False, distilled=False):
 
 def of_chroma(cls, parts):
     bench = FamilyBench(None, True, 16, None, CAPTION[0], text_first=True, two_calls=True)
-    return made(cls, chroma(), 4, {"text_encoder": None, "tokenizer": None}, parts, bench)
+    base = chroma()
+    base.pipe.transformer.register_to_config(guidance_embeds=False)  # which inpainting asks for, as of FLUX
+    return made(cls, base, 4, {"text_encoder": None, "tokenizer": None}, parts, bench)
+
+
+def of_qwen(cls, parts, controlnet=False, extra=0):
+    means = {"latents_mean": [0.1] * 4, "latents_std": [1.1] * 4}
+    own = AutoencoderKLQwenImage(base_dim=3, z_dim=4, dim_mult=[1] * 4, num_res_blocks=1, **means)
+    randomise(own, 1)
+    more = {"vae": own, "text_encoder": None, "tokenizer": None}
+    if controlnet:
+        sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "axes_dims_rope": (2, 2, 4)}
+        control = {"in_channels": 16, "joint_attention_dim": CAPTION[1], "extra_condition_channels": extra}
+        more["controlnet"] = QwenImageControlNetModel(**control, **sizes)
+    bench = FamilyBench(None, True, 16, None, CAPTION[0], text_first=True, two_calls=True)
+    return made(cls, qwen(), 4, more, parts, bench, halvings=3)
 
 
 def of_wan(cls, parts, second=False, frames=False):
@@ -143,12 +163,22 @@ VARIANTS: dict[str, tuple[Callable[..., FamilyBench], dict[str, Any]]] = {
     "StableDiffusion3Img2ImgPipeline": (of_sd3, {"parts": "image"}),
     "StableDiffusion3InpaintPipeline": (of_sd3, {"parts": "mask", "channels": 16}),
     "StableDiffusion3ControlNetPipeline": (of_sd3, {"parts": "control", "controlnet": True}),
+    "StableDiffusion3ControlNetInpaintingPipeline": (of_sd3, {"parts": "control, its mask", "controlnet": True, "extra": 1}),
     "FluxImg2ImgPipeline": (of_flux, {"parts": "image"}),
     "FluxInpaintPipeline": (of_flux, {"parts": "mask"}),
     "FluxFillPipeline": (of_flux, {"parts": "mask", "in_channels": 48, "distilled": True}),
     "FluxControlPipeline": (of_flux, {"parts": "control", "in_channels": 32, "distilled": True}),
     "FluxControlNetPipeline": (of_flux, {"parts": "control", "controlnet": True}),
+    "FluxControlImg2ImgPipeline": (of_flux, {"parts": "image, control", "in_channels": 32, "distilled": True}),
+    "FluxControlInpaintPipeline": (of_flux, {"parts": "mask, control", "in_channels": 32, "distilled": True}),
+    "FluxControlNetImg2ImgPipeline": (of_flux, {"parts": "image, control", "controlnet": True, "distilled": True}),
+    "FluxControlNetInpaintPipeline": (of_flux, {"parts": "mask, control", "controlnet": True, "distilled": True}),
     "ChromaImg2ImgPipeline": (of_chroma, {"parts": "image"}),
+    "ChromaInpaintPipeline": (of_chroma, {"parts": "mask"}),
+    "QwenImageImg2ImgPipeline": (of_qwen, {"parts": "image"}),
+    "QwenImageInpaintPipeline": (of_qwen, {"parts": "mask"}),
+    "QwenImageControlNetPipeline": (of_qwen, {"parts": "control", "controlnet": True}),
+    "QwenImageControlNetInpaintPipeline": (of_qwen, {"parts": "control, its mask", "controlnet": True, "extra": 4}),
     "Flux2Pipeline": (of_flux2, {"parts": "nothing"}),
     "Flux2KleinInpaintPipeline": (of_flux2, {"parts": "mask", "visual": 16 + 16, "two_calls": True}),
     "ZImageImg2ImgPipeline": (of_z_image, {"parts": "image"}),

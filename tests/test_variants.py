@@ -28,9 +28,11 @@ from untouched import left_as_it_was
 
 import arrowhead as ah
 from arrowhead.errors import PlanMismatch
+from arrowhead.layout import Grid
 from arrowhead.methods import FULL
 from arrowhead.models import find
 from arrowhead.models.families import FAMILIES
+from arrowhead.search.calibrate import Calibration
 
 TEXTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 STRENGTH, CALLED, STEPS = 0.8, 5, 4  # of 5 steps the last 4
@@ -286,6 +288,38 @@ def test_searches_know_the_steps(bench, how):
     with ah.applied(bench.pipe, plan) as run:
         bench.pipe(**bench.inputs())
         assert run.summary().flops.module == pytest.approx(plan.flops().module)
+
+
+@pytest.mark.parametrize(
+    ("bench", "drawn"),
+    [
+        ("FluxKontextPipeline", 4 * 4),
+        ("FluxKontextInpaintPipeline", 4 * 4),
+        ("QwenImageEditPipeline", 4 * 4),
+        ("QwenImageEditInpaintPipeline", 2 * 6),
+        ("QwenImageEditPlusPipeline", 4 * 4),
+    ],
+    indirect=["bench"],
+)
+def test_pictures_to_go_by_are_no_part_of_what_is_drawn(bench, drawn):
+    """A search does not look at what becomes of them; and what stands after the image's own tokens is not in its grid."""
+    calibration = Calibration(find(bench.pipe), bench.inputs())
+    steps = calibration.steps()
+    assert next(steps).full().shape[1] == drawn
+    steps.close()
+    assert calibration.tokens == bench.tokens
+    assert bench.tokens.grid is None
+    assert bench.visual > drawn
+
+
+def test_without_pictures_all_is_drawn():
+    make, how = VARIANTS["FluxKontextPipeline"]
+    bench = make(diffusers.FluxKontextPipeline, **how)
+    calibration = Calibration(find(bench.pipe), bench.inputs(image=None))
+    steps = calibration.steps()
+    assert next(steps).full().shape[1] == 4 * 4
+    steps.close()
+    assert calibration.tokens.grid == Grid(1, 4, 4)
 
 
 def test_another_strength_is_refused():

@@ -95,6 +95,7 @@ def test_oblong_grids():
     assert tokens_of(MORE["cogvideox"](), height=48, width=80, num_frames=9).grid == Grid(3, 3, 5)
     assert tokens_of(MORE["ltx"](), height=160, width=96, num_frames=17).grid == Grid(3, 5, 3)
     assert tokens_of(MORE["qwen"](), height=48, width=112).grid == Grid(1, 3, 7)
+    assert tokens_of(MORE["flux2"](), height=48, width=112).grid == Grid(1, 3, 7)
     assert tokens_of(MORE["aura_flow"](), height=48, width=112).grid == Grid(1, 3, 7)
 
 

@@ -1,6 +1,7 @@
 """Pipelines that start from an image, fill in a part of one, go by pictures, or are guided by a ControlNet."""
 
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -9,14 +10,17 @@ import pytest
 import torch
 from budget import flux
 from diffusers import (
+    AutoencoderKLQwenImage,
     AutoencoderKLWan,
     FluxControlNetModel,
     HunyuanDiT2DControlNetModel,
+    QwenImageControlNetModel,
     SD3ControlNetModel,
     ZImageControlNetModel,
 )
-from families import HUNYUAN_TEXTS, FamilyBench, chroma, flow, flux2, hunyuan_dit, wan, wan_transformer, z_image
+from families import HUNYUAN_TEXTS, FamilyBench, chroma, flow, flux2, hunyuan_dit, qwen, wan, wan_transformer, z_image
 from family_replay import random_cells, replaying
+from PIL import Image
 from pipelines import CAPTION, POOLED, randomise, sd3, vae
 from replay import assert_identical, distance, trace
 from test_families import INNER, plan_of
@@ -24,9 +28,11 @@ from untouched import left_as_it_was
 
 import arrowhead as ah
 from arrowhead.errors import PlanMismatch
+from arrowhead.layout import Grid
 from arrowhead.methods import FULL
 from arrowhead.models import find
 from arrowhead.models.families import FAMILIES
+from arrowhead.search.calibrate import Calibration
 
 TEXTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 STRENGTH, CALLED, STEPS = 0.8, 5, 4  # of 5 steps the last 4
@@ -36,6 +42,12 @@ PARTS: dict[str, Callable[[int, int], dict[str, Any]]] = {  # what a call brings
     "mask, control": lambda images, size: PARTS["mask"](images, size) | PARTS["control"](images, size),
     "nothing": lambda images, size: {},
     "control": lambda images, size: {"control_image": picture(images, size)},
+    "image, control": lambda images, size: PARTS["image"](images, size) | PARTS["control"](images, size),
+    "control, its mask": lambda images, size: PARTS["control"](images, size) | {"control_mask": triangle(images, size)},
+    "picture": lambda images, size: {"image": picture(images, size // 2), "max_area": size * size, "_auto_resize": False},
+    "picture, mask": lambda images, size: PARTS["mask"](images, size) | {"max_area": size * size, "_auto_resize": False},
+    "photo": lambda images, size: {"image": Image.linear_gradient("L").resize((128, 64)).convert("RGB")},
+    "photo, mask": lambda images, size: PARTS["mask"](images, size) | PARTS["photo"](images, size),
 }
 
 
@@ -47,31 +59,48 @@ def picture(images, size):
     return torch.rand(images, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
-def of_sd3(cls, parts, channels=4, controlnet=False):
+def of_sd3(cls, parts, channels=4, controlnet=False, extra=0):
     base = sd3(num_layers=2, in_channels=channels, out_channels=channels)
     more = {}
     if controlnet:
         sizes = {"num_attention_heads": 3, "attention_head_dim": 8, "num_layers": 1, "sample_size": 8, "in_channels": 4}
         texts = {"joint_attention_dim": CAPTION[1], "caption_projection_dim": 24, "pooled_projection_dim": POOLED}
-        more["controlnet"] = SD3ControlNetModel(pos_embed_max_size=8, out_channels=4, **sizes, **texts)
+        control = {"extra_conditioning_channels": extra, "pos_embed_max_size": 8, "out_channels": 4}
+        more["controlnet"] = SD3ControlNetModel(**control, **sizes, **texts)
     names = dict.fromkeys((*TEXTS, "text_encoder_3", "tokenizer_3"))
     return made(cls, base, channels, names | more, parts, FamilyBench(None, False, 16, None, CAPTION[0]))
 
 
-def of_flux(cls, parts, in_channels=16, controlnet=False, distilled=False):
+def of_flux(cls, parts, in_channels=16, controlnet=False, distilled=False, pictures=0):
     base = flux(in_channels=in_channels, out_channels=16)
     more = {}
     if controlnet:
         sizes = {"num_attention_heads": 3, "attention_head_dim": 8, "num_layers": 1, "num_single_layers": 1}
         texts = {"joint_attention_dim": CAPTION[1], "pooled_projection_dim": POOLED, "guidance_embeds": True}
         more["controlnet"] = FluxControlNetModel(in_channels=16, axes_dims_rope=(2, 2, 4), **sizes, **texts)
-    bench = FamilyBench(None, True, 16, None, CAPTION[0], text_first=True, two_calls=not distilled)
+    bench = FamilyBench(None, True, 16 + pictures, None, CAPTION[0], text_first=True, two_calls=not distilled)
     return made(cls, base, 4, dict.fromkeys(TEXTS) | more, parts, bench)
 
 
 def of_chroma(cls, parts):
     bench = FamilyBench(None, True, 16, None, CAPTION[0], text_first=True, two_calls=True)
-    return made(cls, chroma(), 4, {"text_encoder": None, "tokenizer": None}, parts, bench)
+    base = chroma()
+    base.pipe.transformer.register_to_config(guidance_embeds=False)  # which inpainting asks for, as of FLUX
+    return made(cls, base, 4, {"text_encoder": None, "tokenizer": None}, parts, bench)
+
+
+def of_qwen(cls, parts, controlnet=False, extra=0, visual=16, one_prompt=False):
+    means = {"latents_mean": [0.1] * 4, "latents_std": [1.1] * 4}
+    own = AutoencoderKLQwenImage(base_dim=3, z_dim=4, dim_mult=[1] * 4, num_res_blocks=1, **means)
+    randomise(own, 1)
+    more = {"vae": own, "text_encoder": None, "tokenizer": None}
+    if controlnet:
+        sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "axes_dims_rope": (2, 2, 4)}
+        control = {"in_channels": 16, "joint_attention_dim": CAPTION[1], "extra_condition_channels": extra}
+        more["controlnet"] = QwenImageControlNetModel(**control, **sizes)
+    more |= {"processor": None} if "Edit" in cls.__name__ else {}
+    bench = FamilyBench(None, True, visual, None, CAPTION[0], text_first=True, two_calls=True)
+    return made(cls, qwen(), 4, more, parts, bench, halvings=3, one_prompt=one_prompt)
 
 
 def of_wan(cls, parts, second=False, frames=False):
@@ -115,8 +144,11 @@ def of_z_image(cls, parts, controls=None):
     return made(cls, z_image(), 4, more, parts, FamilyBench(None, True, 32, None, 32, text_seen=32))
 
 
-def made(cls, base, channels, more, parts, bench, halvings=1):
-    """The pipeline around the bench's transformer, 8 × 8 latents; `bench` says how its calls come."""
+def made(cls, base, channels, more, parts, bench, halvings=1, one_prompt=False):
+    """The pipeline around the bench's transformer, 8 × 8 latents; `bench` says how its calls come.
+
+    `one_prompt`: it takes no more, but draws several images of it.
+    """
     size = 8 * 2**halvings
     if "controlnet" in more:
         randomise(more["controlnet"], 5, sharp=(".attn.",))
@@ -131,7 +163,8 @@ def made(cls, base, channels, more, parts, bench, halvings=1):
 
     def inputs(seed=0, images=1, guidance=3.0, steps=CALLED, **others):
         torch.manual_seed(seed)  # from which SD3's ControlNet pipeline draws its image's latents
-        call = base.inputs(seed=seed, images=images, guidance=guidance, steps=steps)
+        call = base.inputs(seed=seed, images=1 if one_prompt else images, guidance=guidance, steps=steps)
+        call["num_images_per_prompt"] = images if one_prompt else 1
         call |= {"height": size, "width": size, "strength": STRENGTH} | PARTS[parts](images, size)
         return {name: value for name, value in call.items() if name in taken} | others
 
@@ -143,12 +176,27 @@ VARIANTS: dict[str, tuple[Callable[..., FamilyBench], dict[str, Any]]] = {
     "StableDiffusion3Img2ImgPipeline": (of_sd3, {"parts": "image"}),
     "StableDiffusion3InpaintPipeline": (of_sd3, {"parts": "mask", "channels": 16}),
     "StableDiffusion3ControlNetPipeline": (of_sd3, {"parts": "control", "controlnet": True}),
+    "StableDiffusion3ControlNetInpaintingPipeline": (of_sd3, {"parts": "control, its mask", "controlnet": True, "extra": 1}),
     "FluxImg2ImgPipeline": (of_flux, {"parts": "image"}),
     "FluxInpaintPipeline": (of_flux, {"parts": "mask"}),
     "FluxFillPipeline": (of_flux, {"parts": "mask", "in_channels": 48, "distilled": True}),
     "FluxControlPipeline": (of_flux, {"parts": "control", "in_channels": 32, "distilled": True}),
     "FluxControlNetPipeline": (of_flux, {"parts": "control", "controlnet": True}),
+    "FluxControlImg2ImgPipeline": (of_flux, {"parts": "image, control", "in_channels": 32, "distilled": True}),
+    "FluxControlInpaintPipeline": (of_flux, {"parts": "mask, control", "in_channels": 32, "distilled": True}),
+    "FluxControlNetImg2ImgPipeline": (of_flux, {"parts": "image, control", "controlnet": True, "distilled": True}),
+    "FluxControlNetInpaintPipeline": (of_flux, {"parts": "mask, control", "controlnet": True, "distilled": True}),
+    "FluxKontextPipeline": (of_flux, {"parts": "picture", "pictures": 2 * 2}),
+    "FluxKontextInpaintPipeline": (of_flux, {"parts": "picture, mask", "pictures": 4 * 4}),
     "ChromaImg2ImgPipeline": (of_chroma, {"parts": "image"}),
+    "ChromaInpaintPipeline": (of_chroma, {"parts": "mask"}),
+    "QwenImageImg2ImgPipeline": (of_qwen, {"parts": "image"}),
+    "QwenImageInpaintPipeline": (of_qwen, {"parts": "mask"}),
+    "QwenImageControlNetPipeline": (of_qwen, {"parts": "control", "controlnet": True}),
+    "QwenImageControlNetInpaintPipeline": (of_qwen, {"parts": "control, its mask", "controlnet": True, "extra": 4}),
+    "QwenImageEditPipeline": (of_qwen, {"parts": "photo", "visual": 16 + 2 * 6}),
+    "QwenImageEditInpaintPipeline": (of_qwen, {"parts": "photo, mask", "visual": 2 * 6 + 2 * 6}),
+    "QwenImageEditPlusPipeline": (of_qwen, {"parts": "photo", "visual": 16 + 2 * 6, "one_prompt": True}),
     "Flux2Pipeline": (of_flux2, {"parts": "nothing"}),
     "Flux2KleinInpaintPipeline": (of_flux2, {"parts": "mask", "visual": 16 + 16, "two_calls": True}),
     "ZImageImg2ImgPipeline": (of_z_image, {"parts": "image"}),
@@ -159,13 +207,32 @@ VARIANTS: dict[str, tuple[Callable[..., FamilyBench], dict[str, Any]]] = {
     "WanImageToVideoPipeline": (of_wan, {"parts": "image", "second": True}),
     "WanImageToVideoPipeline, 5B": (of_wan, {"parts": "image", "frames": True}),
 }
+LONG = {  # whose budgets are left to the slow tests: those of others like them are tested
+    "StableDiffusion3ControlNetInpaintingPipeline",
+    "FluxControlImg2ImgPipeline",
+    "FluxControlInpaintPipeline",
+    "FluxControlNetImg2ImgPipeline",
+    "FluxControlNetInpaintPipeline",
+    "FluxKontextInpaintPipeline",
+    "ChromaInpaintPipeline",
+    "QwenImageImg2ImgPipeline",
+    "QwenImageInpaintPipeline",
+    "QwenImageControlNetPipeline",
+    "QwenImageControlNetInpaintPipeline",
+    "QwenImageEditInpaintPipeline",
+    "QwenImageEditPlusPipeline",
+}
 FIRST = {"DiTPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline", "StableDiffusion3Pipeline", "FluxPipeline"}
 
 
 @pytest.fixture(params=VARIANTS)
-def bench(request):
+def bench(request, monkeypatch):
     make, how = VARIANTS[request.param]
-    return make(getattr(diffusers, request.param.split(",")[0]), **how)
+    cls = getattr(diffusers, request.param.split(",")[0])
+    module = sys.modules[cls.__module__]
+    if sized := getattr(module, "calculate_dimensions", None):  # pictures to go by have a million pixels, whatever they had
+        monkeypatch.setattr(module, "calculate_dimensions", lambda area, ratio: sized(area // 256, ratio))
+    return make(cls, **how)
 
 
 def steps_of(bench):
@@ -201,7 +268,18 @@ def test_plans_are_what_a_replay_gives(bench, guidance):
     assert distance(given, untouched) > 1e-2
 
 
-@pytest.mark.parametrize("how", [{"threshold": 0.7}, {"budget": ah.Budget(module_flops=0.6)}], ids=["greedy", "budget"])
+HOW = {"greedy": {"threshold": 0.7}, "budget": {"budget": ah.Budget(module_flops=0.6)}}
+
+
+@pytest.mark.parametrize(
+    ("bench", "how"),
+    [
+        pytest.param(name, HOW[how], id=f"{name}-{how}", marks=[pytest.mark.slow] if (name in LONG and how == "budget") else [])
+        for name in VARIANTS
+        for how in HOW
+    ],
+    indirect=["bench"],
+)
 def test_searches_know_the_steps(bench, how):
     with left_as_it_was(bench):
         plan = ah.search(bench.pipe, bench.inputs(), progress=False, **how)
@@ -210,6 +288,38 @@ def test_searches_know_the_steps(bench, how):
     with ah.applied(bench.pipe, plan) as run:
         bench.pipe(**bench.inputs())
         assert run.summary().flops.module == pytest.approx(plan.flops().module)
+
+
+@pytest.mark.parametrize(
+    ("bench", "drawn"),
+    [
+        ("FluxKontextPipeline", 4 * 4),
+        ("FluxKontextInpaintPipeline", 4 * 4),
+        ("QwenImageEditPipeline", 4 * 4),
+        ("QwenImageEditInpaintPipeline", 2 * 6),
+        ("QwenImageEditPlusPipeline", 4 * 4),
+    ],
+    indirect=["bench"],
+)
+def test_pictures_to_go_by_are_no_part_of_what_is_drawn(bench, drawn):
+    """A search does not look at what becomes of them; and what stands after the image's own tokens is not in its grid."""
+    calibration = Calibration(find(bench.pipe), bench.inputs())
+    steps = calibration.steps()
+    assert next(steps).full().shape[1] == drawn
+    steps.close()
+    assert calibration.tokens == bench.tokens
+    assert bench.tokens.grid is None
+    assert bench.visual > drawn
+
+
+def test_without_pictures_all_is_drawn():
+    make, how = VARIANTS["FluxKontextPipeline"]
+    bench = make(diffusers.FluxKontextPipeline, **how)
+    calibration = Calibration(find(bench.pipe), bench.inputs(image=None))
+    steps = calibration.steps()
+    assert next(steps).full().shape[1] == 4 * 4
+    steps.close()
+    assert calibration.tokens.grid == Grid(1, 4, 4)
 
 
 def test_another_strength_is_refused():

@@ -89,14 +89,24 @@ def patches_beside_two_texts(transformer: Any, call: Mapping[str, Any]) -> Token
 
 
 def text_then_packed(_: Any, call: Mapping[str, Any]) -> Tokens:
-    """The text before an image that comes as tokens; where these belong, Qwen-Image is told by shapes, FLUX by positions."""
+    """The text before an image that comes as tokens; where these belong, Qwen-Image is told by shapes, FLUX by positions.
+
+    With pictures to go by after the image's own tokens there is no grid.
+    """
     visual, text = call["hidden_states"].shape[1], call["encoder_hidden_states"].shape[1]  # (B, V, C), (B, T, C)
     grid = None
-    if call.get("img_shapes") is not None:  # of each sample's images, the first of which is drawn
-        grid = _filled(call["img_shapes"][0][0], visual)
-    elif call.get("img_ids") is not None:  # (…, V, 3), of FLUX.2 (…, V, 4): frame, row and column, and a layer
-        grid = _filled([int(place) + 1 for place in call["img_ids"].flatten(0, -2)[-1, :3].tolist()], visual)
+    if call.get("img_shapes") is not None:
+        grid = _filled(_drawn(call["img_shapes"]), visual)
+    elif call.get("img_ids") is not None:  # (V, 3), or (B, V, 4): time, row and column first; pictures have later times
+        time, *last = (int(place) for place in call["img_ids"].flatten(0, -2)[-1, :3].tolist())
+        grid = None if time else _filled([1, *(place + 1 for place in last)], visual)
     return Tokens(visual, text, text_first=True, grid=grid)
+
+
+def _drawn(shapes: Sequence[Any]) -> Sequence[int]:
+    """Frames, rows and columns of what is drawn, the first of a sample's images; pipelines with a ControlNet name no other."""
+    first = shapes[0]
+    return first[0] if isinstance(first, list) else first
 
 
 def _filled(sizes: Sequence[Any], visual: int) -> Grid | None:
@@ -231,9 +241,15 @@ def undistilled_guidance(call: Mapping[str, Any]) -> bool:
 
 
 def before_pictures_to_go_by(call: Mapping[str, Any]) -> int:
-    """FLUX.2's own tokens come first, those of pictures to go by have later times, and what becomes of them goes nowhere."""
-    times = call["img_ids"][..., 0].flatten()[: call["hidden_states"].shape[1]]  # of (V, 4), or (B, V, 4)
+    """FLUX's own tokens come first, those of pictures to go by have later times, and what becomes of them goes nowhere."""
+    times = call["img_ids"][..., 0].flatten()[: call["hidden_states"].shape[1]]  # of (V, 3), or (B, V, 4)
     return int((times == 0).sum())
+
+
+def before_other_shapes(call: Mapping[str, Any]) -> int | None:
+    """Qwen-Image's own tokens come first, too, and are those of the first shape."""
+    shapes = call["img_shapes"]
+    return None if shapes is None else math.prod(_drawn(shapes))
 
 
 def guidance_above_one(call: Mapping[str, Any]) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -130,7 +130,8 @@ class Own:
 
     @property
     def tokens(self) -> ah.Tokens:
-        return ah.Tokens(self.frames * self.places, frames=self.frames)
+        frames, height, width = self.shape
+        return replace(ah.Tokens.of_grid(frames, height // 2, width // 2), frames=frames)
 
     @property
     def guided(self) -> bool:

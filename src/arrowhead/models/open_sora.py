@@ -1,7 +1,7 @@
 """OpenSora v1.1's transformer, STDiT2, which is not in diffusers: its adapter."""
 
-import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from arrowhead.layout import Tokens
@@ -35,4 +35,4 @@ def open_sora(*, guidance_scale: float = 7.0, temporal: bool = False) -> Adapter
 def _video_patches(model: Any, call: Mapping[str, Any]) -> Tokens:
     """A video (B, C, T, H, W) in patches, the last ones padded."""
     frames, *sides = (-(-size // patch) for size, patch in zip(call["x"].shape[2:], model.patch_size, strict=True))
-    return Tokens(frames * math.prod(sides), frames=frames)
+    return replace(Tokens.of_grid(frames, *sides), frames=frames)

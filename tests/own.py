@@ -130,7 +130,7 @@ class Own:
 
     @property
     def tokens(self) -> ah.Tokens:
-        return ah.Tokens(self.grid.size, frames=self.frames)
+        return ah.Tokens(self.grid.size, frames=self.frames, grid=self.grid)
 
     @property
     def guided(self) -> bool:

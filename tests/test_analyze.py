@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from budget import flux
-from families import qwen, wan
+from families import latte, qwen, wan
 from independent import dense_mask
 from pipelines import dit, pixart_sigma, sd3, sd35
 from untouched import left_as_it_was
@@ -175,6 +175,15 @@ def test_by_default_the_middle_is_mapped_and_a_window_is_an_eighth(either):
     assert found.radius == 2
     path = found.sites[2]
     assert ah.analyze(either.pipe, either.inputs(), only=["map"], site=path, progress=False).attention_map.site == 2
+
+
+def test_where_sites_see_one_frame_so_does_the_window():
+    bench = latte()  # 3 frames of 4 × 3 tokens
+    found = ah.analyze(bench.pipe, bench.inputs(), only=["locality"], progress=False)
+    assert (found.radius, found.tokens) == (1, Tokens.of_grid(1, 4, 3))
+    assert found.band_mass.max() < 1
+    with pytest.raises(InputsInvalid, match="covers all of 12"):
+        ah.analyze(bench.pipe, bench.inputs(), radius=11, progress=False)
 
 
 @pytest.mark.parametrize("part", measure.PARTS)

@@ -16,7 +16,7 @@ import arrowhead as ah
 from arrowhead.apply import target_of
 from arrowhead.cost import full_flops
 from arrowhead.errors import AlreadyApplied, GenerationUnfinished, PlanMismatch
-from arrowhead.methods import AST, FULL
+from arrowhead.methods import AST, FULL, Arrow, Attend
 from arrowhead.models import ATTENTION, find
 from arrowhead.models import Own as StandIn
 from arrowhead.search import Headwise
@@ -141,7 +141,7 @@ def test_searches_compress_and_their_plans_run(name, how, tmp_path):
     assert torch.equal(torch.get_rng_state(), random)
     assert torch.equal(own.sample(), untouched)
     assert plan.target.transformer == "STDiT2"
-    assert (plan.steps, plan.tokens, plan.calls) == (own.steps, own.tokens, own.calls)
+    assert (plan.steps, plan.tokens, plan.calls) == (own.steps, own.tokens.flat, own.calls)
     assert plan.flops().module < 1
     plan.save(tmp_path / "plan.json")
     with ah.applied(own.model, ah.Plan.load(tmp_path / "plan.json"), own.adapter) as run:
@@ -152,6 +152,32 @@ def test_searches_compress_and_their_plans_run(name, how, tmp_path):
     if "budget" in how:
         error = ((compressed - untouched).norm() / untouched.norm()).item()
         assert plan.about["search"]["measured_error"] == pytest.approx(error, rel=1e-2)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_box_along_time_is_a_band_of_its_frames(residual):
+    own = fused(temporal=True)
+    paths, outputs = [site.path for site in sites_of(own)], []
+    for radius in (ah.Box(frames=1, rows=1, columns=0), 1):
+        arrow = Attend(Arrow(radius, residual))
+        row = [arrow if path.endswith("attn_temp") else FULL for path in paths]
+        plan = plan_of(own, [[FULL] * len(paths), *[row] * (own.steps - 1)])
+        with ah.applied(own.model, plan, own.adapter) as run:
+            outputs.append(own.sample())
+        assert run.summary().flops == plan.flops()
+    torch.testing.assert_close(*outputs, rtol=1e-9, atol=1e-9)
+    assert (outputs[0] - own.sample()).norm() > 1e-3 * outputs[0].norm()
+
+
+@pytest.mark.parametrize("how", [ah.Greedy, Headwise])
+def test_searches_choose_boxes_in_space_and_time(how):
+    own = fused(temporal=True)
+    boxes = (ah.Box(frames=1, rows=1, columns=1), ah.Box(frames=2, columns=2))
+    plan = ah.search(own.model, own.sample, adapter=own.adapter, strategy=how(radii=boxes), threshold=0.9, progress=False)
+    assert plan.about["search"]["radii"] == ["1x1x1", "2xallx2"]
+    with ah.applied(own.model, plan, own.adapter) as run:
+        own.sample()
+    assert run.summary().flops.attention == pytest.approx(plan.flops().attention)
 
 
 def test_two_hundred_steps():

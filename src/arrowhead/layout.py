@@ -87,9 +87,9 @@ class Site:
 
     `joint` sites attend over text and image tokens, others over the image's alone. `projects_out` says which tokens have an
     output projection of the site's own. `over` says along what it attends: `space` sites have a sequence for each frame of a
-    sample, `time` sites one for each place. `heads_apart`: whether single heads' Q, K and V can be computed without the
-    others'; it may change while a pipeline is used (LoRA), and is no part of what a plan is bound to. `kv_heads` heads of keys
-    and values serve as many heads of queries each; None where every head has its own.
+    sample, `time` sites one for each place, whose tokens are frames. `heads_apart`: whether single heads' Q, K and V can be
+    computed without the others'; it may change while a pipeline is used (LoRA), and is no part of what a plan is bound to.
+    `kv_heads` heads of keys and values serve as many heads of queries each; None where every head has its own.
 
     `text_channels` are the text's at joint sites, 0 where they are the image's. `by_sample`: attention is called once for each
     sample, over that part of its text which is no padding; it counts as if none were. Where one layer projects for attention
@@ -119,11 +119,11 @@ class Site:
 
     def tokens(self, of_call: Tokens) -> Tokens:
         """What a sequence of the site's has, in a call of the transformer with these tokens."""
+        grid = of_call.grid
         if self.over == "time":
-            return Tokens(of_call.frames, grid=None if of_call.grid is None else Grid(of_call.frames, 1, 1))
+            return Tokens(of_call.frames, grid=None if grid is None else Grid(of_call.frames, 1, 1))
         if self.over == "space":
-            grid = None if of_call.grid is None else replace(of_call.grid, frames=1)
-            return Tokens(of_call.visual // of_call.frames, grid=grid)
+            return Tokens(of_call.visual // of_call.frames, grid=None if grid is None else replace(grid, frames=1))
         own = replace(of_call, frames=1)
         return own if self.joint else own.image
 

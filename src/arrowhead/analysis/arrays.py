@@ -16,6 +16,7 @@ from arrowhead.layout import Tokens
 
 Floats = NDArray[np.float32]
 FORMAT = 1
+TOKENS = pydantic.TypeAdapter(Tokens)
 REUSED = ("output", "window", "residual", "no residual")
 """What a head may give for its output O = W + R: O', W' + R, W + R' or W, where ' is of the step before, W is what the window
 gives, and R the residual."""
@@ -39,9 +40,9 @@ class AttentionMap:
 class Analysis:
     """Arrays from one run of a pipeline with full attention, float32, each None where it was not asked for.
 
-    L are the sites, in the order they run, H the heads of all of them, one site after another, S the steps; `radius` is that of
-    the windows, in tokens on each side. What is said of heads is of the image's tokens, before the output projection; all but
-    the map are means over images and CFG branches.
+    L are the sites, in the order they run, H the heads of all of them, one site after another, S the steps; `tokens` are those
+    of a sequence that sites attend over, `radius` is that of the windows, in tokens on each side. What is said of heads is of
+    the image's tokens, before the output projection; all but the map are means over images and CFG branches.
 
     * `attention_map`: of heads of one site in one step.
     * `reuse_errors` (4, H, S): the relative squared error (`metrics.error`) of a head's output where it is one of `REUSED`. NaN
@@ -125,9 +126,13 @@ class Analysis:
             if meta.pop("format") != FORMAT:
                 raise ValueError("another format")
             if (at := meta.pop("map", None)) is not None:
-                tokens, weights = _tokens(at.pop("tokens")), arrays.pop("attention_map")
+                tokens, weights = TOKENS.validate_python(at.pop("tokens")), arrays.pop("attention_map")
                 meta["attention_map"] = AttentionMap(**at | {"heads": tuple(at["heads"])}, tokens=tokens, weights=weights)
-            meta |= {"tokens": _tokens(meta["tokens"]), "sites": tuple(meta["sites"]), "heads": tuple(meta["heads"])}
+            meta |= {
+                "tokens": TOKENS.validate_python(meta["tokens"]),
+                "sites": tuple(meta["sites"]),
+                "heads": tuple(meta["heads"]),
+            }
             return cls(**meta | arrays)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
             raise InputsInvalid(
@@ -162,7 +167,3 @@ class Analysis:
 def _rounded(row: Floats) -> list[float | None]:
     """Four digits; None for what is not a number, which JSON does not have."""
     return [None if not np.isfinite(value) else float(f"{value:.4g}") for value in row]
-
-
-_tokens = pydantic.TypeAdapter(Tokens).validate_python
-"""From what JSON holds."""

@@ -25,6 +25,7 @@ from arrowhead.models import find
 from arrowhead.route import AttentionCall
 from arrowhead.search.about import about
 from arrowhead.search.calibrate import Calibration, require_finite
+from arrowhead.search.radii import fewest
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
     from diffusers import DiffusionPipeline
@@ -71,7 +72,8 @@ def analyze(
         site: whose attention map is kept: a path or a number; None for the one in the middle.
         heads: of that site.
         step: likewise, counted from 0; None for the one in the middle.
-        radius: of the window, in tokens on each side; None for an eighth of the visual tokens, DiTFastAttn's.
+        radius: of the window, in tokens on each side; None for an eighth of the visual tokens, DiTFastAttn's; of a frame's,
+            where sites see one frame.
         sampled: tokens of the image, evenly spaced, at which outputs of all steps are compared; all, if there are no more.
         progress: show a tqdm bar.
 
@@ -91,7 +93,8 @@ def analyze(
     with closing(calibration.steps()) as steps, tqdm(desc="analyze", unit="step", disable=not progress) as bar:
         for current in steps:
             if observer is None:
-                at = _step(step, calibration.step_count or 0, parts), _radius(radius, calibration.tokens)
+                tokens = fewest(model.sites, calibration.tokens)
+                at = _step(step, calibration.step_count or 0, parts), _radius(radius, tokens)
                 observer = _Observer(_Asked(parts, model.sites[place], tuple(heads), *at, sampled))
                 bar.total = calibration.step_count
             current.finish_by(observer.at_site)
@@ -103,7 +106,7 @@ def analyze(
         sites=tuple(s.path for s in model.sites),
         heads=tuple(s.heads for s in model.sites),
         steps=calibration.step_count or 0,  # None is for loops of one's own
-        tokens=calibration.tokens,
+        tokens=fewest(model.sites, calibration.tokens),
         guided=calibration.branches.guided,
         radius=observer.asked.radius,
         about=about(pipe, inputs, settings, "analysis"),

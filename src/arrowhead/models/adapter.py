@@ -106,7 +106,7 @@ class Adapter:
         attention: regular expressions for the paths of attention modules, each with how that kind is reached. Whatever is not
             named is left alone.
         tokens: `tokens(model, call)`, of a call's arguments by name, the visual tokens of a sample, and its text tokens where
-            attention is joint.
+            attention is joint; with their grid, `Tokens.of_grid`, where there are to be boxes.
         cfg: how the branches of classifier-free guidance come: in one batch, the conditional one first (`cond_first`) or last
             (`uncond_first`), or in `two_calls` of the model, the conditional one first. None without guidance.
         feed_forward: a regular expression for the feed-forwards, (B, N, C) each, where a budget may skip them, too.

@@ -5,7 +5,7 @@ from typing import Any
 
 from arrowhead.errors import InputsInvalid
 from arrowhead.kernels import masks
-from arrowhead.layout import Tokens
+from arrowhead.layout import Site, Tokens
 from arrowhead.methods import Box, Radius, breadth
 
 
@@ -21,6 +21,12 @@ def require_radii(radii: Any) -> None:
         raise InputsInvalid(
             f"got radii={radii!r}, wanted numbers of tokens, 0 or more, or boxes such as Box(rows=4, columns=4)"
         )
+
+
+def fewest(sites: Iterable[Site], tokens: Tokens) -> Tokens:
+    """What a sequence has at that self-attention which has the fewest: radii for all sites have to make sense there."""
+    of_sites = [site.tokens(tokens) for site in sites if site.kind == "self_attention"]
+    return min(of_sites, key=lambda own: own.visual, default=tokens)
 
 
 def narrower(radii: Iterable[Radius], tokens: Tokens) -> tuple[Radius, ...]:

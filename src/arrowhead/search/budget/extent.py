@@ -8,7 +8,7 @@ from arrowhead.errors import InputsInvalid
 from arrowhead.layout import Kind, Site, Tokens
 from arrowhead.methods import Precision, Radius
 from arrowhead.models import EVERYTHING
-from arrowhead.search.radii import narrower, require_radii
+from arrowhead.search.radii import fewest, narrower, require_radii
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,6 @@ class Extent:
 
     def bands(self, sites: Iterable[Site], tokens: Tokens) -> tuple[Radius, ...]:
         """The radii, widest first; bands that would cover everything that some site attends over are left out."""
-        of_sites = [site.tokens(tokens) for site in sites if site.kind == "self_attention"]
-        least = min(of_sites, key=lambda own: own.visual, default=tokens)
+        least = fewest(sites, tokens)
         wanted = (least.visual // 8, least.visual // 32) if self.radii is None else self.radii
         return narrower(wanted, least)

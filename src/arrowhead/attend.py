@@ -323,8 +323,8 @@ def _require_sizes(call: AttentionCall, passage: Passage) -> None:
     wanted = len(passage.heads), tokens, tokens, site.head_dim
     if (got := (heads, queries, call.k.shape[2], width)) != wanted:
         raise PlanMismatch(
-            f"{site.path}: got {got}, wanted {wanted} heads, queries, keys and numbers in each; correct `tokens`, `over`, `joint` "
-            "or `head_dim` of the adapter that says so, and search again"
+            f"{site.path}: got {got}, wanted {wanted} heads, queries, keys and numbers in each; correct `tokens`, `over`, "
+            "`joint` or `head_dim` of the adapter that says so, and search again"
         )
 
 

@@ -1,13 +1,14 @@
 """Random tokens, columns and plans, and the mask written a second time: shares nothing with src but the value types."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import takewhile
 
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from arrowhead.layout import Site, Tokens
+from arrowhead.layout import Grid, Site, Tokens
 from arrowhead.methods import Arrow, Attend, Box, Cached, Cell, Full, Method, Radius, Reuse
 from arrowhead.plan import Plan, Target
 
@@ -28,7 +29,8 @@ boxes = st.builds(Box, reaches, reaches, reaches)
 def grid_layouts(draw: st.DrawFn) -> Tokens:
     """Small grids, with text or without."""
     sizes = draw(st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 6)))
-    return Tokens.of_grid(*sizes, text=draw(st.sampled_from([0, 0, 1, 5])), text_first=draw(st.booleans()))
+    tokens = Tokens.of_grid(*sizes, text=draw(st.sampled_from([0, 0, 1, 5])), text_first=draw(st.booleans()))
+    return replace(tokens, frames=sizes[0])
 
 
 def in_box(tokens: Tokens, box: Box) -> list[list[bool]]:
@@ -175,12 +177,24 @@ sites = st.builds(
     heads_apart=st.booleans(),
     kv_heads=st.sampled_from([None, None, 1]),
     weights=st.sampled_from([0, 0, 100]),
-)
+    text_channels=st.sampled_from([0, 0, 7]),
+    over=st.sampled_from(["all", "all", "space", "time"]),
+).map(lambda site: site if site.over == "all" else replace(site, joint=False))
 
 
 def tokens_of(site: Site, tokens: Tokens) -> Tokens:
-    """What a site attends over: everything where it is joint, else the image."""
-    return tokens if site.joint else Tokens(tokens.visual, grid=tokens.grid)
+    """What a sequence of a site's has: everything where it is joint, else the image, or a frame of it, or a place's frames."""
+    frames, grid = tokens.frames, tokens.grid
+    if site.over == "space":
+        return Tokens(tokens.visual // frames, grid=grid and Grid(1, grid.rows, grid.columns))
+    if site.over == "time":
+        return Tokens(frames, grid=grid and Grid(frames, 1, 1))
+    return replace(tokens, frames=1) if site.joint else Tokens(tokens.visual, grid=grid)
+
+
+def sequences_of(site: Site, tokens: Tokens) -> int:
+    """How many of these a sample has."""
+    return tokens.visual // tokens_of(site, tokens).visual
 
 
 @st.composite

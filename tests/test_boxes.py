@@ -1,5 +1,7 @@
 """Boxes in the tokens' grid: the pairs they keep, kernels against dense attention, and what is refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,7 @@ from test_windows import LargestStorage
 from arrowhead.errors import KernelUnavailable
 from arrowhead.kernels import boxes as gathered
 from arrowhead.kernels import dispatch, masks
-from arrowhead.kernels.call import Policy
+from arrowhead.kernels.call import Call, Policy
 from arrowhead.layout import Grid, Tokens
 from arrowhead.methods import Arrow, Box
 
@@ -177,8 +179,9 @@ def test_auto_takes_a_kernel_that_has_boxes(monkeypatch):
 
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    assert dispatch.resolve("auto", There(), policies=[Policy(3), Policy()]) == "fused"
-    assert dispatch.resolve("auto", There(), policies=[Policy(3), Policy(Box(1))]) == "chunked"
+    call = Call(There(), There(), There(), Tokens.of_grid(1, 5, 5), (Policy(3), Policy()), 1.0)
+    assert dispatch.resolve("auto", call) == "fused"
+    assert dispatch.resolve("auto", replace(call, policies=(Policy(3), Policy(Box(1))))) == "chunked"
 
 
 @pytest.mark.parametrize("make", [lambda: Box(-1), lambda: Box(rows=1.5), lambda: Box(columns=True), lambda: Box("all")])

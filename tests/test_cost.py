@@ -13,6 +13,7 @@ from independent import (
     plans,
     readers,
     reads,
+    sequences_of,
     token_layouts,
     tokens_of,
 )
@@ -105,22 +106,23 @@ def projected(site, cell, tokens):
 
     K and V are all projected where several heads share them; a feed-forward in the same layers has weights of its own.
     """
-    own = tokens_of(site, tokens)
+    own, sequences = tokens_of(site, tokens), sequences_of(site, tokens)
     working = [head for head, method in enumerate(by_head(cell, site.heads)) if not isinstance(method, Cached)]
     heads = max(len(working), 1) if site.heads_apart else site.heads
-    inward = (own.visual + own.text) * (heads + 2 * (site.kv_heads or heads))
-    outward = {"all": own.visual + own.text, "visual": own.visual, "none": 0}[site.projects_out] * site.heads
-    return (inward + outward) * site.head_dim * site.channels + site.weights * (own.visual + own.text)
+    image, text = own.visual * sequences * site.channels, own.text * (site.text_channels or site.channels)
+    inward = (image + text) * (heads + 2 * (site.kv_heads or heads))
+    outward = {"all": image + text, "visual": image, "none": 0}[site.projects_out] * site.heads
+    return (inward + outward) * site.head_dim + site.weights * (own.visual * sequences + own.text)
 
 
 def counted_flops(plan):
     """Fractions left of (attention, module): walk the plan, look ahead for residuals that have to be made, count pairs."""
     spent, whole = [0, 0], [0, 0]
     for row, site in enumerate(plan.target.sites):
-        own = tokens_of(site, plan.tokens)
+        own, width = tokens_of(site, plan.tokens), site.head_dim * sequences_of(site, plan.tokens)
         column = tuple(cells[row] for cells in plan.cells)
         for step, cell in enumerate(column):
-            everything = kept(Full(), own) * site.heads * site.head_dim * plan.samples
+            everything = kept(Full(), own) * site.heads * width * plan.samples
             whole = [whole[0] + 2 * everything, whole[1] + 2 * everything + projected(site, FULL, plan.tokens) * plan.samples]
             if isinstance(cell, Reuse):
                 continue
@@ -129,7 +131,7 @@ def counted_flops(plan):
             for what, who in made(column, step, site.heads).items():
                 if what[0] == "residual":
                     matmuls += multiplied(Arrow(what[1]), own) * (1 if for_one_branch(what, who) else rows)
-            matmuls *= site.head_dim  # and one multiply–add for a weight and token
+            matmuls *= width  # and one multiply–add for a weight and token
             spent = [spent[0] + matmuls, spent[1] + matmuls + projected(site, cell, plan.tokens) * rows]
     return spent[0] / whole[0], spent[1] / whole[1]
 
@@ -151,11 +153,12 @@ def test_sharing_costs_half_under_guidance_and_nothing_changes_without(plan):
 
 def elements(site, what, tokens):
     """Numbers in one sample of what a site keeps."""
-    own = tokens_of(site, tokens)
+    visual, text = tokens.visual, tokens.text if site.joint else 0
     if what in WHOLE:
-        projected_out = {"all": own.visual + own.text, "visual": own.visual, "none": 0}[site.projects_out]
-        return projected_out * site.channels + (own.visual + own.text - projected_out) * site.heads * site.head_dim
-    return (own.visual if what[0] == "residual" else own.visual + own.text) * site.head_dim
+        width, of_text = site.heads * site.head_dim, site.text_channels or site.channels
+        of_image = width if site.projects_out == "none" else site.channels
+        return visual * of_image + text * (of_text if site.projects_out == "all" else width)
+    return (visual if what[0] == "residual" else visual + text) * site.head_dim
 
 
 def simulated_bytes(plan, images, itemsize):

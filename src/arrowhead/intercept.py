@@ -5,7 +5,6 @@ instance. What lies between Q, K, V and attention is in `route`.
 """
 
 import copy
-import functools
 import inspect
 import types
 import warnings
@@ -13,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, partial, wraps
 from typing import Any, ClassVar
 
 import greenlet
@@ -237,10 +236,7 @@ class Interception:
     """The two places, held for the modules of one model until `remove`. A site has a module in every transformer."""
 
     def __init__(
-        self,
-        modules: Iterable[tuple[Site, nn.Module]],
-        around: Around,
-        forwards: Mapping[str, Forward] | None = None,
+        self, modules: Iterable[tuple[Site, nn.Module]], around: Around, forwards: Mapping[str, Forward] | None = None
     ) -> None:
         """`forwards`, by path, are those of attention modules that call no function of torch's."""
         self._sites: dict[nn.Module, Site] = {}
@@ -296,10 +292,10 @@ class Interception:
 
 def _wrap_forward(module: nn.Module, site: Site, around: Around, instead: Forward | None) -> Callable[..., Output]:
     forward = module.forward
-    routed = _watched(forward) if instead is None else functools.partial(instead, module, attention)
+    routed = _watched(forward) if instead is None else partial(instead, module, attention)
     unchecked = instead is not None
 
-    @functools.wraps(forward)
+    @wraps(forward)
     def wrapped(*args: Any, **kwargs: Any) -> Output:
         nonlocal unchecked
         if site.kind != "self_attention":
@@ -330,8 +326,7 @@ def _require_alike(call: ForwardSiteCall) -> None:
         NotIntercepted: it does not.
     """
     one = slice(0, 1)
-    args, kwargs = tuple(map(_detached, call.args)), {name: _detached(value) for name, value in call.kwargs.items()}
-    call = replace(call, args=args, kwargs=kwargs)
+    call = replace(call, args=tuple(map(_detached, call.args)), kwargs={n: _detached(v) for n, v in call.kwargs.items()})
     with _disable_current_modes():  # no counter of FLOPs counts it
         wanted, got = call.native(one), call.run(lambda attention: attention.native(), one)
     if isinstance(wanted, Tensor) and isinstance(got, Tensor) and wanted.shape == got.shape:

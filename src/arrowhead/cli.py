@@ -21,7 +21,7 @@ from arrowhead.methods import paper_name
 from arrowhead.models import find
 from arrowhead.plan import SYMBOLS, Plan
 from arrowhead.search import THRESHOLDS
-from arrowhead.search.budget import ASKED
+from arrowhead.search.budget.asked import ASKED
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Diffusion transformers that generate faster.")
 app.command()(analyze)

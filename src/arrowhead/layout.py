@@ -85,9 +85,9 @@ class Site:
 
     `joint` sites attend over text and image tokens, others over the image's alone. `projects_out` says which tokens have an
     output projection of the site's own. `over` says along what it attends: `space` sites have a sequence for each frame of a
-    sample, `time` sites one for each place, whose tokens are frames. `heads_apart`: whether single heads' Q, K and V can be computed without the
-    others'; it may change while a pipeline is used (LoRA), and is no part of what a plan is bound to. `kv_heads` heads of keys
-    and values serve as many heads of queries each; None where every head has its own.
+    sample, `time` sites one for each place, whose tokens are frames. `heads_apart`: whether single heads' Q, K and V can be
+    computed without the others'; it may change while a pipeline is used (LoRA), and is no part of what a plan is bound to.
+    `kv_heads` heads of keys and values serve as many heads of queries each; None where every head has its own.
 
     `text_channels` are the text's at joint sites, 0 where they are the image's. `by_sample`: attention is called once for each
     sample, over that part of its text which is no padding; it counts as if none were. Where one layer projects for attention

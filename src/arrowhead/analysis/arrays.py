@@ -41,8 +41,8 @@ class Analysis:
     """Arrays from one run of a pipeline with full attention, float32, each None where it was not asked for.
 
     L are the sites, in the order they run, H the heads of all of them, one site after another, S the steps; `tokens` are those
-    of a sequence that sites attend over, `radius` is that of the windows, in tokens on each side. What is said of heads is of the image's tokens, before the output projection; all but
-    the map are means over images and CFG branches.
+    of a sequence that sites attend over, `radius` is that of the windows, in tokens on each side. What is said of heads is of
+    the image's tokens, before the output projection; all but the map are means over images and CFG branches.
 
     * `attention_map`: of heads of one site in one step.
     * `reuse_errors` (4, H, S): the relative squared error (`metrics.error`) of a head's output where it is one of `REUSED`. NaN
@@ -128,7 +128,8 @@ class Analysis:
             if (at := meta.pop("map", None)) is not None:
                 tokens, weights = TOKENS.validate_python(at.pop("tokens")), arrays.pop("attention_map")
                 meta["attention_map"] = AttentionMap(**at | {"heads": tuple(at["heads"])}, tokens=tokens, weights=weights)
-            meta |= {"tokens": TOKENS.validate_python(meta["tokens"]), "sites": tuple(meta["sites"]), "heads": tuple(meta["heads"])}
+            meta |= {"tokens": TOKENS.validate_python(meta["tokens"])}
+            meta |= {"sites": tuple(meta["sites"]), "heads": tuple(meta["heads"])}
             return cls(**meta | arrays)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
             raise InputsInvalid(

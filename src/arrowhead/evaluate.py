@@ -53,7 +53,10 @@ class Score:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of plans, the untouched pipeline's images, or frames, (n, C, H, W), median seconds for a seed, and how it was measured."""
+    """Scores of plans, the untouched pipeline's images (n, C, H, W) and median seconds for a seed, and how it was measured.
+
+    Of videos every frame is an image.
+    """
 
     raw: Tensor
     raw_seconds: float

@@ -9,6 +9,7 @@ import torch
 from budget import FAMILIES
 
 import arrowhead as ah
+from arrowhead.methods import Reuse
 from arrowhead.search.budget.check import errors_of
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -17,7 +18,7 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 @pytest.fixture
 def generations(monkeypatch):
     """What the plans that were tried really do, in the order in which they were."""
-    module, seen = sys.modules["arrowhead.search.budget"], []
+    module, seen = sys.modules["arrowhead.search.budget.tried"], []
     own = module.measured_errors
 
     def measured(pipe, inputs, plan, raw):
@@ -26,6 +27,17 @@ def generations(monkeypatch):
 
     monkeypatch.setattr(module, "measured_errors", measured)
     return seen
+
+
+@pytest.mark.parametrize("slopes", [(), (0.5,)])
+def test_no_plan_that_is_tried_takes_other_slopes_than_those_asked_for(slopes, generations):
+    bench = FAMILIES["dit"]()
+    budget = ah.Budget(transformer_flops=0.4, share_cfg=False, residual=False, slopes=slopes, granularity="site")
+    ah.search(bench.pipe, bench.inputs(steps=12), budget=budget, progress=False)
+    assert len(generations) > 1
+    taken = {cell.extrapolate for _, plan in generations for row in plan.cells for cell in row if isinstance(cell, Reuse)}
+    assert taken <= {0.0, *slopes}
+    assert all(plan.about["search"]["slopes"] == slopes for _, plan in generations)
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow  # minutes, all of them together
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 with_and_without = pytest.mark.parametrize("guidance", [3.0, 1.0], ids=["guided", "alone"])
-MODULE = sys.modules[ah.search.__module__].__package__ + ".budget"
+MODULE = sys.modules[ah.search.__module__].__package__ + ".budget.tried"
 
 
 @pytest.fixture(autouse=True)

@@ -18,10 +18,9 @@ from independent import by_head, few, plans
 from pages import PLANS, Page, evaluation, score
 from PIL import Image
 
-from arrowhead.analysis.palette import COLOURS, MEANINGS
+from arrowhead.analysis.palette import COLOURS, MEANINGS, ink
 from arrowhead.compare import HERE, page
 from arrowhead.compare.chart import LETTER, LINE, chart
-from arrowhead.compare.maps import ink
 from arrowhead.compare.pictures import captions, data_uri
 from arrowhead.evaluate import Evaluation
 from arrowhead.methods import Arrow, Attend, Reuse, method_name, paper_name
@@ -94,7 +93,7 @@ class TestMaps:
         assert sites.rows == [site.path for site in plan.target.sites]
         for at, (_, said) in sites.cells().items():
             for number in self.numbers(cells[at], plan.target.sites[at[0]].heads):
-                assert re.search(rf" {number:g}\b", said)
+                assert re.search(rf" {number:g}\b" if isinstance(number, float) else rf" {number}\b", said)
         for i, of_site in zip(apart, heads, strict=True):
             site, column = plan.target.sites[i], plan.columns[i]
             assert of_site.rows == [f"{site.path}, head {head}" for head in range(site.heads)]

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
+from families import wan22
 from PIL import Image
 from pipelines import BENCHES
 from scipy.ndimage import gaussian_filter
@@ -155,6 +157,28 @@ def test_evaluation_pairs_seeds_and_counts_what_was_done():
     assert result.scores[0].metrics == {"psnr": float("inf"), "ssim": pytest.approx(1)}
     assert result.scores[1].metrics["psnr"] < 100
     assert result.scores[1].summary.flops == half.flops()
+
+
+@pytest.mark.parametrize("boundary", [0.875, 1.1])  # the second transformer from the second step, or from the first
+def test_videos_of_two_transformers_are_compared_frame_by_frame(boundary):
+    bench = wan22()
+    vae = AutoencoderKLWan(
+        base_dim=4, z_dim=4, dim_mult=[1] * 4, num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4
+    )
+    bench.pipe.register_modules(vae=vae.double().eval())
+    bench.pipe.register_to_config(boundary_ratio=boundary)
+    inputs = {name: value for name, value in bench.inputs(steps=3).items() if name not in ("generator", "output_type")}
+    plan = ah.search(bench.pipe, inputs, threshold=0.5, progress=False)
+    assert plan.switch == (1 if boundary < 1 else 0)
+    calls = []
+    for transformer in (bench.pipe.transformer, bench.pipe.transformer_2):
+        transformer.register_forward_hook(lambda *_: calls.append(1))
+    result = evaluate(bench.pipe, {"plan": plan}, inputs, seeds=(1, 2), progress=False)
+    assert len(calls) == 6 * 3 * 2  # a seed untimed, two timed, raw and with the plan; two calls a step
+    made = [bench.pipe(**inputs, generator=torch.Generator().manual_seed(s), output_type="pt").frames[0] for s in (1, 2)]
+    torch.testing.assert_close(result.raw, torch.cat(made).float())
+    assert result.scores[0].images.shape == result.raw.shape == (10, 3, 64, 48)
+    assert result.scores[0].metrics["psnr"] < 100
 
 
 @pytest.mark.parametrize("wrong", [{"seeds": ()}, {"plans": {}}, {"inputs": {"class_labels": [1], "generator": None}}])

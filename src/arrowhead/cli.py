@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 import arrowhead as ah
-from arrowhead.analysis.palette import COLOURS, MEANINGS
+from arrowhead.analysis.palette import COLOURS, MEANINGS, ink
 from arrowhead.cli_analyze import analyze
 from arrowhead.cli_inputs import Device, Dtype, Inputs, ModelName, Seed, load, parse
 from arrowhead.errors import ArrowheadError, InputsInvalid
@@ -21,7 +21,7 @@ from arrowhead.methods import paper_name
 from arrowhead.models import find
 from arrowhead.plan import SYMBOLS, Plan
 from arrowhead.search import THRESHOLDS
-from arrowhead.search.budget import ASKED
+from arrowhead.search.budget.asked import ASKED
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Diffusion transformers that generate faster.")
 app.command()(analyze)
@@ -312,9 +312,7 @@ def show_plan(plan: Plan) -> None:
 
 def _style(name: str) -> str:
     """A kind of cell's colour as background, with letters that can be read on it."""
-    red, green, blue = (int(COLOURS[name][i : i + 2], 16) for i in (1, 3, 5))
-    letters = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 128 else "white"
-    return f"{letters} on {COLOURS[name]}"
+    return f"{ink(name)} on {COLOURS[name]}"
 
 
 def main() -> None:

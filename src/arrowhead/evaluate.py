@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -53,7 +53,10 @@ class Score:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of plans, the untouched pipeline's images (n, C, H, W) and median seconds for a seed, and how it was measured."""
+    """Scores of plans, the untouched pipeline's images (n, C, H, W) and median seconds for a seed, and how it was measured.
+
+    Of videos every frame is an image.
+    """
 
     raw: Tensor
     raw_seconds: float
@@ -139,18 +142,18 @@ def _require_fit(pipe: "DiffusionPipeline", plan: Plan, inputs: Mapping[str, Any
     def stop(*_: Any) -> None:
         raise _Begun
 
-    with applied(pipe, plan), suppress(_Begun):
-        hook = pipe.transformer.register_forward_pre_hook(stop)  # after the plan's own, which looks at steps and tokens
-        try:
-            generate(pipe, inputs, seed)
-        finally:
-            hook.remove()
+    with applied(pipe, plan), suppress(_Begun), ExitStack() as hooks:
+        for transformer in transformers_of(pipe):  # whichever is called first
+            hook = transformer.register_forward_pre_hook(stop)  # after the plan's own, which looks at steps and tokens
+            hooks.callback(hook.remove)
+        generate(pipe, inputs, seed)
 
 
 def generate(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], seed: int) -> Tensor:
-    """One call of the pipeline: its images on the CPU, (n, C, H, W) in [0, 1]."""
+    """One call of the pipeline: its images, or its videos' frames one after another, on the CPU, (n, C, H, W) in [0, 1]."""
     generator = torch.Generator().manual_seed(seed)
-    images: Tensor = pipe(**{**inputs, "generator": generator, "output_type": "pt"}).images
+    made = pipe(**{**inputs, "generator": generator, "output_type": "pt"})
+    images: Tensor = made.images if hasattr(made, "images") else made.frames.flatten(0, 1)  # of (B, F, C, H, W)
     if images.is_cuda:
         torch.cuda.synchronize(images.device)
     return images.float().cpu()

@@ -128,11 +128,8 @@ class Analysis:
             if (at := meta.pop("map", None)) is not None:
                 tokens, weights = TOKENS.validate_python(at.pop("tokens")), arrays.pop("attention_map")
                 meta["attention_map"] = AttentionMap(**at | {"heads": tuple(at["heads"])}, tokens=tokens, weights=weights)
-            meta |= {
-                "tokens": TOKENS.validate_python(meta["tokens"]),
-                "sites": tuple(meta["sites"]),
-                "heads": tuple(meta["heads"]),
-            }
+            meta |= {"tokens": TOKENS.validate_python(meta["tokens"])}
+            meta |= {"sites": tuple(meta["sites"]), "heads": tuple(meta["heads"])}
             return cls(**meta | arrays)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
             raise InputsInvalid(

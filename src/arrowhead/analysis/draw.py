@@ -13,7 +13,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from arrowhead.analysis.palette import COLOURS, MEANINGS
+from arrowhead.analysis.palette import COLOURS, MEANINGS, opacity
 from arrowhead.methods import Arrow, Attend, Cell, Radius, breadth, method_name, paper_name
 from arrowhead.plan import Plan
 
@@ -82,8 +82,9 @@ def _word(cell: Cell, head: int) -> Word:
 
 def _shade(word: Word, words: list[Word]) -> Any:
     """The palette's colour, towards white for the narrower of several arrows."""
-    alike = [radius for name, radius in words if name == word[0]]
-    return tuple(1 - (1 - part) * (1 - 0.6 * alike.index(word[1]) / len(alike)) for part in to_rgb(COLOURS[word[0]]))
+    name, radius = word
+    laid_on = opacity(radius, [other for of, other in words if of == name])
+    return tuple(1 - laid_on * (1 - part) for part in to_rgb(COLOURS[name]))
 
 
 def _said(word: Word) -> str:

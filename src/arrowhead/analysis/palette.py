@@ -1,4 +1,8 @@
-"""A colour for every kind of cell, from much computed (dark) to nothing computed (light)."""
+"""A colour for every kind of cell, from much computed (dark) to nothing computed (light); the narrower bands are, the paler."""
+
+from collections.abc import Collection
+
+from arrowhead.methods import Radius, breadth
 
 COLOURS = {
     "full": "#1f3a5f",
@@ -57,3 +61,17 @@ MEANINGS = {
     "AST": "reused from an earlier step",
     "forecast": "extrapolated from two earlier steps",
 }
+
+
+def opacity(radius: Radius | None, among: Collection[Radius]) -> float:
+    """How thickly a colour is laid on white: fully, but paler the narrower a band is among several."""
+    wider = 0 if radius is None else sum(breadth(other) > breadth(radius) for other in among)
+    return round(1 - 0.6 * wider / max(len(among), 1), 2)
+
+
+def ink(name: str, opacity: float = 1) -> str:
+    """Black or white, whichever stands out more from a name's colour, laid on white this thickly (WCAG 2's luminance)."""
+    channels = [1 - opacity * (1 - int(COLOURS[name][i : i + 2], 16) / 255) for i in (1, 3, 5)]
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
+    luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+    return "#000000" if (luminance + 0.05) / 0.05 > 1.05 / (luminance + 0.05) else "#ffffff"

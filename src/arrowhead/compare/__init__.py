@@ -11,9 +11,9 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from arrowhead.analysis.palette import COLOURS, MEANINGS
+from arrowhead.analysis.palette import COLOURS, MEANINGS, ink
 from arrowhead.compare.chart import Chart, chart
-from arrowhead.compare.maps import CELL, head_maps, ink, site_map
+from arrowhead.compare.maps import CELL, head_maps, site_map
 from arrowhead.compare.pictures import pictures
 from arrowhead.errors import InputsInvalid
 from arrowhead.evaluate import Evaluation, Score

@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from arrowhead.analysis.palette import COLOURS, MEANINGS
+from arrowhead.analysis.palette import COLOURS, MEANINGS, ink, opacity
 from arrowhead.layout import Site
-from arrowhead.methods import Arrow, Attend, Box, Cell, Method, Radius, Reuse, breadth, method_name, paper_name
+from arrowhead.methods import Arrow, Attend, Box, Cell, Method, Radius, Reuse, method_name, paper_name
 from arrowhead.plan import Plan
 
 Place = tuple[int, int]  # step, row
@@ -116,8 +116,10 @@ def _map(rows: Sequence[str], labels: Sequence[str], cells: Sequence[Sequence[Ce
     for row, line in enumerate(cells):
         for step, cell in enumerate(line):
             places.setdefault(cell, []).append((step, row))
-    radii = sorted({radius for cell in places if (radius := _radius(cell)) is not None}, key=breadth, reverse=True)
-    areas = tuple(Area(paper_name(cell), _said(cell), _opacity(cell, radii), tuple(where)) for cell, where in places.items())
+    radii = {radius for cell in places if (radius := _radius(cell)) is not None}
+    areas = tuple(
+        Area(paper_name(cell), _said(cell), opacity(_radius(cell), radii), tuple(where)) for cell, where in places.items()
+    )
     return Map(tuple(rows), tuple(labels), len(cells[0]), areas)
 
 
@@ -142,20 +144,6 @@ def _radius(cell: Cell) -> Radius | None:
     return cell.method.radius if isinstance(cell, Attend) and isinstance(cell.method, Arrow) else None
 
 
-def _opacity(cell: Cell, radii: Sequence[Radius]) -> float:
-    """Paler the narrower a band is among several."""
-    radius = _radius(cell)
-    return 1 if radius is None else round(1 - 0.6 * radii.index(radius) / len(radii), 2)
-
-
-def ink(name: str, opacity: float = 1) -> str:
-    """Black or white, whichever stands out more from a name's colour, laid on white this thickly (WCAG 2's luminance)."""
-    channels = [1 - opacity * (1 - int(COLOURS[name][i : i + 2], 16) / 255) for i in (1, 3, 5)]
-    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
-    luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
-    return "#000" if (luminance + 0.05) / 0.05 > 1.05 / (luminance + 0.05) else "#fff"
-
-
 def _spaced(numbers: Iterable[float]) -> str:
     return " ".join(f"{number:g}" for number in numbers)
 
@@ -169,4 +157,4 @@ def _short(paths: Sequence[str]) -> list[str]:
     return [".".join(path[shared:]) for path in parts]
 
 
-__all__ = ["CELL", "Area", "Map", "head_maps", "ink", "site_map"]
+__all__ = ["CELL", "Area", "Map", "head_maps", "site_map"]

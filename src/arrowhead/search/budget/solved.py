@@ -1,0 +1,82 @@
+"""A table and a budget solved: the plan, and what it says of itself."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from arrowhead.errors import InputsInvalid
+from arrowhead.layout import seen
+from arrowhead.plan import Plan
+from arrowhead.search.budget.allocate import Allocation, within_cost, within_memory
+from arrowhead.search.budget.asked import ASKED, Budget
+from arrowhead.search.budget.costs import FlopCosts
+from arrowhead.search.budget.problem import Problem
+from arrowhead.search.budget.table import Table
+
+
+def solve(table: Table, budget: Budget) -> Plan:
+    """The plan for a budget of FLOPs, from a table alone; nothing is run.
+
+    Raises:
+        InputsInvalid: the budget is an error or a speedup, which the pipeline has to show, or nothing is as cheap.
+    """
+    name, value = budget.asked
+    if name in ("error", "speedup"):
+        raise InputsInvalid(
+            f"got a budget of {name}={value}, wanted FLOPs: a table alone knows no other; call arrowhead.search"
+        )
+    problem = budget.problem(table)
+    return plan_of(problem, budget, within(problem, budget))
+
+
+def sweep(table: Table, budgets: Sequence[Budget]) -> list[Plan]:
+    """A plan for each budget of FLOPs, from one table. Raises what `solve` raises."""
+    return [solve(table, budget) for budget in budgets]
+
+
+def within(problem: Problem, budget: Budget) -> Allocation:
+    """What is found within the cost, and within the bytes if they are bounded."""
+    if budget.cache_bytes is None:
+        return within_cost(problem, budget.fraction)
+    table = problem.table
+
+    def peak(found: Allocation) -> int:
+        plan = plan_of(problem, budget, found)
+        return max(plan.cache_bytes(table.images, table.itemsize))
+
+    found, refused = [], None
+    for each in (problem, problem.without_lines()) if problem.choices.extrapolate else (problem,):
+        try:
+            found.append(within_memory(each, budget.fraction, peak, budget.cache_bytes))
+        except InputsInvalid as error:
+            refused = error
+    if not found:
+        assert refused is not None
+        raise refused
+    return min(found, key=lambda allocation: allocation.damage)
+
+
+def plan_of(problem: Problem, budget: Budget, found: Allocation) -> Plan:
+    """What was found, as a plan for what the table was made on."""
+    table, (name, value) = problem.table, budget.asked
+    settings = {key: setting for key, setting in asdict(budget).items() if key not in ASKED}
+    settings["granularity"] = problem.granularity
+    search = {"strategy": "budget", "asked": f"{name} = {value}", **settings, **dict(table.about.get("search", {}))}
+    if isinstance(problem.costs, FlopCosts):
+        search[f"{problem.costs.measure}_flops"] = short(found.cost + problem.fixed)
+    search["predicted_error"] = short(found.damage**0.5)
+    columns = {site: column for site, column in zip(problem.sites, found.columns, strict=True) if column is not None}
+    rows = tuple(zip(*columns.values(), strict=True))
+    about = {**table.about, "search": search}
+    target, tokens = replace(table.target, sites=tuple(columns)), seen(table.tokens, columns)
+    return Plan(rows, target, tokens, table.branches.guided, about, table.branches.calls, table.switch)
+
+
+def told(plan: Plan, **facts: Any) -> Plan:
+    """The plan, saying more of how it was found."""
+    return replace(plan, about={**plan.about, "search": {**plan.about["search"], **facts}})
+
+
+def short(value: float) -> float:
+    """Three digits."""
+    return float(f"{value:.3g}")

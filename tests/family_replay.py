@@ -65,7 +65,8 @@ class Replayed:
         self.calls = 2 if guided and bench.two_calls else 1
         self.batched = guided and not bench.two_calls
         self.conditional_first = bench.conditional_first
-        self.tokens = replace(bench.tokens if site.joint else Tokens(bench.visual // bench.frames), grid=bench.grid)
+        alone = Tokens(bench.frames if site.over == "time" else bench.visual // bench.frames)
+        self.tokens = replace(bench.tokens if site.joint else alone, grid=bench.grid)
         self.passed = 0
         self.outputs: list[Any] = [None] * self.calls
         self.kept: list[dict[Any, Tensor]] = [{} for _ in range(self.calls)]

@@ -200,17 +200,17 @@ def allegro(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     return FamilyBench(_finished(pipe, dtype), False, 2 * 4 * 3, inputs)
 
 
-def latte(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
+def latte(dtype: torch.dtype = torch.float64, seed: int = 0, frames: int = 3) -> FamilyBench:
     """Frame by frame, and then along time; one batch, [uncond, cond], each of videos × frames; a variance besides."""
     sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "num_layers": 2, "cross_attention_dim": HEADS * DIM}
-    shape = {"sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 8, "video_length": 3}
+    shape = {"sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 8, "video_length": frames}
     how = {"norm_type": "ada_norm_single", "norm_elementwise_affine": False, "num_embeds_ada_norm": 1000}
     model = LatteTransformer3DModel(caption_channels=CHANNELS, attention_bias=True, **sizes, **shape, **how)
     randomise(model, seed, SHARP)
     pipe = LattePipeline(None, None, None, model, DDIMScheduler(prediction_type="v_prediction"))
-    size = {"height": 64, "width": 48, "video_length": 3, "negative_prompt": None, "clean_caption": False}
+    size = {"height": 64, "width": 48, "video_length": frames, "negative_prompt": None, "clean_caption": False}
     inputs = _inputs(dtype, "guidance_scale", None, **size)
-    return FamilyBench(_finished(pipe, dtype), False, 3 * 4 * 3, inputs, frames=3)
+    return FamilyBench(_finished(pipe, dtype), False, frames * 4 * 3, inputs, frames=frames)
 
 
 def mochi(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:

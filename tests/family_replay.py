@@ -66,7 +66,8 @@ class Replayed:
         self.batched = guided and not bench.two_calls
         self.conditional_first = bench.conditional_first
         grid = bench.grid if bench.grid is None or bench.frames == 1 else replace(bench.grid, frames=1)
-        self.tokens = replace(bench.tokens if site.joint else Tokens(bench.visual // bench.frames), grid=grid)
+        alone = Tokens(bench.frames if site.over == "time" else bench.visual // bench.frames)
+        self.tokens = replace(bench.tokens if site.joint else alone, grid=grid)
         self.passed = 0
         self.outputs: list[Any] = [None] * self.calls
         self.kept: list[dict[Any, Tensor]] = [{} for _ in range(self.calls)]

@@ -10,7 +10,7 @@ from arrowhead.analysis.measure import analyze
 from arrowhead.apply import Run, applied, apply, remove
 from arrowhead.layout import Tokens
 from arrowhead.methods import Box
-from arrowhead.models import Adapter, Attention, FusedQKV, open_sora, supported
+from arrowhead.models import Adapter, Attention, FusedQKV, latte, open_sora, supported
 from arrowhead.plan import Plan
 from arrowhead.search import Budget, Extent, Greedy, Headwise, Table, calibrate, calibration_bytes, search, solve, sweep
 from arrowhead.tally import Summary
@@ -36,6 +36,7 @@ __all__ = [
     "apply",
     "calibrate",
     "calibration_bytes",
+    "latte",
     "open_sora",
     "remove",
     "search",

@@ -2,6 +2,7 @@
 
 from arrowhead.models.adapter import Adapter, Attention, FusedQKV, Own, described, generating
 from arrowhead.models.find import ATTENTION, EVERYTHING, Model, find, transformers_of
+from arrowhead.models.latte import latte
 from arrowhead.models.open_sora import open_sora
 from arrowhead.models.supported import Supported, supported
 
@@ -17,6 +18,7 @@ __all__ = [
     "described",
     "find",
     "generating",
+    "latte",
     "open_sora",
     "supported",
     "transformers_of",

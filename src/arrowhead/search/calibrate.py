@@ -25,6 +25,7 @@ from arrowhead.lifetimes import FOREVER, Residual, Writes
 from arrowhead.methods import FULL, Attend, Cell, refreshes_residual, residual_radius
 from arrowhead.models import Model, Own
 from arrowhead.search.lockstep import blank, fill, meet, together
+from arrowhead.search.outputs import output_with, samples_of
 from arrowhead.tally import Tally
 
 
@@ -283,14 +284,14 @@ class Step:
 
     def output(self, cells: Sequence[Cell]) -> Tensor:
         """The transformer's output with these cells, all branches; nothing is remembered."""
-        samples = self._used(_samples(self._calibration.forward(self._runs, self._by(cells, lambda *_: Writes()))))
+        samples = self._used(samples_of(self._calibration.forward(self._runs, self._by(cells, lambda *_: Writes()))))
         return samples[0] if len(samples) == 1 else torch.cat(samples)
 
     @contextmanager
     def traced(self, at_site: AtSite) -> Iterator[list[Tensor]]:
         """Let the pipeline go on with the output that comes of `at_site`; gives each call's, for gradients to start from."""
         with self._calibration.traced(self._runs, at_site) as outputs:
-            samples = _samples(outputs)
+            samples = samples_of(outputs)
             self.answers = [output_with(output, sample.detach()) for output, sample in zip(outputs, samples, strict=True)]
             yield self._used(samples)
 
@@ -303,11 +304,11 @@ class Step:
     def finish_by(self, at_site: AtSite) -> list[Tensor]:
         """Let the pipeline go on with the output that comes of `at_site`; gives each call's."""
         self.answers = self._calibration.forward(self._runs, at_site)
-        return self._used(_samples(self.answers))
+        return self._used(samples_of(self.answers))
 
     def tried(self, at_site: AtSite) -> list[Tensor]:
         """The output that comes of `at_site`, each call's; the pipeline knows nothing of it."""
-        return self._used(_samples(self._calibration.forward(self._runs, at_site)))
+        return self._used(samples_of(self._calibration.forward(self._runs, at_site)))
 
     def _used(self, samples: Sequence[Tensor]) -> list[Tensor]:
         return [sample[:, : self._returned] for sample in samples]
@@ -327,31 +328,6 @@ def _run(forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, 
         return value.clone() if made_there else value
 
     return forward(*map(own, args), **{name: own(value) for name, value in kwargs.items()})
-
-
-def _samples(outputs: Sequence[Any]) -> list[Tensor]:
-    """The first of what each call gave, see `sample_of`."""
-    samples = [sample_of(output) for output in outputs]
-    if not all(isinstance(sample, Tensor) for sample in samples):
-        raise NotIntercepted(f"the transformer gave a {type(samples[0]).__name__}; wanted a tensor as its first output")
-    return samples
-
-
-def sample_of(output: Any) -> Any:
-    """The first of what a call gave, a tensor, a tuple or a diffusers output; of a list of latents, as one batch."""
-    first = output if isinstance(output, Tensor) else output[0]
-    return torch.stack(first) if isinstance(first, list) else first
-
-
-def output_with(output: Any, sample: Tensor) -> Any:
-    """A transformer's output with another first tensor, or list of latents."""
-    if isinstance(output, Tensor):
-        return sample
-    whole = list(sample) if isinstance(output[0], list) else sample
-    if isinstance(output, tuple):
-        return (whole, *output[1:])
-    first, *_ = output
-    return type(output)(**{**output, first: whole})
 
 
 def _writes(candidates: Sequence[Cell], cell: Cell) -> Writes:

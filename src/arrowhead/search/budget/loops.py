@@ -12,7 +12,8 @@ from arrowhead.intercept import forward_replaced
 from arrowhead.models import Model
 from arrowhead.search.budget.guidance import Guidance
 from arrowhead.search.budget.samplers import NUDGE, answered, ratio
-from arrowhead.search.calibrate import output_with, quiet, sample_of
+from arrowhead.search.calibrate import quiet
+from arrowhead.search.outputs import output_with, sample_of
 
 STRAYED = 1e-3
 """By so much the final latents may be others when a loop runs again on the outputs that it had."""

@@ -1,0 +1,38 @@
+"""What a call of a transformer gives: its sample, and the same with another."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arrowhead.errors import NotIntercepted
+
+
+def samples_of(outputs: Sequence[Any]) -> list[Tensor]:
+    """The first of what each call gave, see `sample_of`.
+
+    Raises:
+        NotIntercepted: it is no tensor.
+    """
+    samples = [sample_of(output) for output in outputs]
+    if not all(isinstance(sample, Tensor) for sample in samples):
+        raise NotIntercepted(f"the transformer gave a {type(samples[0]).__name__}; wanted a tensor as its first output")
+    return samples
+
+
+def sample_of(output: Any) -> Any:
+    """The first of what a call gave, a tensor, a tuple or a diffusers output; of a list of latents, as one batch."""
+    first = output if isinstance(output, Tensor) else output[0]
+    return torch.stack(first) if isinstance(first, list) else first
+
+
+def output_with(output: Any, sample: Tensor) -> Any:
+    """A transformer's output with another first tensor, or list of latents."""
+    if isinstance(output, Tensor):
+        return sample
+    whole = list(sample) if isinstance(output[0], list) else sample
+    if isinstance(output, tuple):
+        return (whole, *output[1:])
+    first, *_ = output
+    return type(output)(**{**output, first: whole})

@@ -66,7 +66,7 @@ class Replayed:
         self.batched = guided and not bench.two_calls
         self.conditional_first = bench.conditional_first
         grid = bench.grid if bench.grid is None or bench.frames == 1 else replace(bench.grid, frames=1)
-        alone = Tokens(bench.frames if site.over == "time" else bench.visual // bench.frames)
+        alone = Tokens(bench.frames if site.over == "time" and bench.frames > 1 else bench.visual // bench.frames)
         self.tokens = replace(bench.tokens if site.joint else alone, grid=grid)
         self.passed = 0
         self.outputs: list[Any] = [None] * self.calls

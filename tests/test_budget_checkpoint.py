@@ -64,8 +64,8 @@ def test_what_is_held_is_what_was_said_beforehand(name, guided, monkeypatch):
     inputs = {"images": 2, "steps": 5, "guidance": 3.0 if guided else 1.0}
     held, own = [], Recorder.follow
 
-    def follow(self, step):
-        own(self, step)
+    def follow(self, *args):
+        own(self, *args)
         kept = [entry for entries in self._kept.values() for entry in entries]
         held.append(sum(tensor.nbytes for entry in kept for tensor in (entry.output, *entry.residuals, *entry.roundings)))
 

@@ -97,8 +97,9 @@ def text_then_packed(_: Any, call: Mapping[str, Any]) -> Tokens:
     grid = None
     if call.get("img_shapes") is not None:
         grid = _filled(_drawn(call["img_shapes"]), visual)
-    elif call.get("img_ids") is not None:  # (V, 3), or (B, V, 4): time, row and column first; pictures have later times
-        time, *last = (int(place) for place in call["img_ids"].flatten(0, -2)[-1, :3].tolist())
+    elif (ids := call.get("img_ids")) is not None and not ids.is_meta:
+        # (V, 3), or (B, V, 4): time, row and column first; pictures have later times
+        time, *last = (int(place) for place in ids.flatten(0, -2)[-1, :3].tolist())
         grid = None if time else _filled([1, *(place + 1 for place in last)], visual)
     return Tokens(visual, text, text_first=True, grid=grid)
 

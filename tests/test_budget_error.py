@@ -108,7 +108,7 @@ def test_an_error_that_no_plan_comes_near(generations):
 def test_predictions_of_no_damage_where_there_is_some_end_in_full_attention(monkeypatch, generations):
     """As where an underflow, or luck, left zeros in the table."""
     bench = FAMILIES["sd3"]()
-    module = sys.modules[MODULE]
+    module = sys.modules["arrowhead.search.budget"]
     own = module._recorded
 
     def recorded(*args):

@@ -9,7 +9,7 @@ TORCH_OPTIONS ?=
 PROCESSES ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(PROCESSES) --dist loadfile
 
-.PHONY: demo test test-all check bench clean
+.PHONY: demo test test-all check matrix bench clean
 
 demo: $(STAMP)
 	$(PY) -m arrowhead demo --out demo
@@ -24,6 +24,10 @@ check: $(STAMP)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+# docs/combinations.md, of what tests/combinations say
+matrix: $(STAMP)
+	PYTHONPATH=tests $(PY) tests/combinations/matrix.py
 
 bench: $(STAMP)
 	$(PY) benchmarks/attention.py

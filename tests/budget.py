@@ -24,6 +24,8 @@ from arrowhead.search.budget.table import Table
 
 FLUX_VISUAL = 16
 
+SLOPES = (0.5, 0.75, 1.0)
+
 
 class FluxBench(Bench):
     """Of FLUX, whose sites lie in two kinds of blocks."""
@@ -196,7 +198,7 @@ def continued(past: Past, choices: Choices) -> Iterator[Past]:
         for other in choices.precisions:
             yield after(Attend(Full(other), share), (step, None, None, False, share, other), past.full)
         output = (step, None, None, False, share, "native")
-        alike = choices.extrapolate and past.output is not None and past.output[1] is None and past.output[4:] == output[4:]
+        alike = choices.slopes and past.output is not None and past.output[1] is None and past.output[4:] == output[4:]
         yield after(Attend(Full(), share), output, (step, share, None, False), before=past.output if alike else None)
         for radius in choices.radii if choices.residual else ():
             for half in (False, True) if choices.share_cfg and not share else (False,):
@@ -220,7 +222,7 @@ def continued(past: Past, choices: Choices) -> Iterator[Past]:
         line = past.before is not None and step - past.before[0] <= choices.ages
         if not (line and past.slope):
             yield after(AST, past.output, past.full)
-        for slope in ((past.slope,) if past.slope else (0.5, 0.75, 1.0)) if line else ():
+        for slope in ((past.slope,) if past.slope else choices.slopes) if line else ():
             yield after(Reuse(slope), past.output, past.full, before=past.before, slope=slope)
 
 

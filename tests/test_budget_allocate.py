@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from budget import damage_of, every_column, synthetic
+from budget import SLOPES, damage_of, every_column, synthetic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -81,11 +81,11 @@ def site_damage(table, site, column):
 
 def every_column_of(table, site, what):
     """All that may be chosen, over three steps."""
-    attends, open_to_all = site.kind == "self_attention", {name: value for name, value in what.items() if name != "precision"}
-    share = what["share_cfg"] and table.branches.guided
+    attends, share = site.kind == "self_attention", what["share_cfg"] and table.branches.guided
     precisions = table.precisions if attends and what["precision"] else ()
     radii = table.radii if attends else ()
-    choices = Choices(radii, table.ages, **open_to_all | {"share_cfg": share}, precisions=precisions)
+    slopes = SLOPES if what["extrapolate"] else ()
+    choices = Choices(radii, table.ages, share, what["residual"], what["reuse"], slopes, precisions)
     return list(dict.fromkeys(tuple(cell for cell, _ in past.spent) for past in every_column(choices, 3)))
 
 

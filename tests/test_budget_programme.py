@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from budget import Past, continued, described, every_column
+from budget import SLOPES, Past, continued, described, every_column
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +19,9 @@ def problems(draw):
     share_cfg, residual, reuse = draw(st.booleans()), draw(st.booleans()), draw(st.booleans())
     radii = draw(st.sampled_from([(), (3,), (8, 3)]))
     precisions = draw(st.sampled_from([(), ("int8",)]))
-    choices = Choices(radii, draw(st.integers(0, 3)), share_cfg, residual, reuse, draw(st.booleans()), precisions)
+    choices = Choices(
+        radii, draw(st.integers(0, 3)), share_cfg, residual, reuse, draw(st.sampled_from([(), SLOPES])), precisions
+    )
     steps = draw(st.integers(2, 3 if precisions else 4))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     programme = Programme(choices)
@@ -65,10 +67,10 @@ def test_is_the_best_of_all_columns(problem):
         assert total[mine[0]] == pytest.approx(total.min())
 
 
-@pytest.mark.parametrize("extrapolate", [False, True])
+@pytest.mark.parametrize("slopes", [(), SLOPES])
 @pytest.mark.parametrize("ages", [1, 2])
-def test_five_steps_with_everything(ages, extrapolate):
-    choices = Choices((4,), ages, share_cfg=True, extrapolate=extrapolate)
+def test_five_steps_with_everything(ages, slopes):
+    choices = Choices((4,), ages, share_cfg=True, slopes=slopes)
     programme, rng = Programme(choices), np.random.default_rng(ages)
     damage, cost = rng.random((5, len(programme.givens), 1)), rng.random((len(programme.spendings), 1))
     harmed, spent = values(every_column(choices, 5), programme, damage, cost, 0)
@@ -84,11 +86,11 @@ def open_moves(choices, memory):
 @pytest.mark.parametrize("share_cfg", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("reuse", [False, True])
-@pytest.mark.parametrize("extrapolate", [False, True])
+@pytest.mark.parametrize("slopes", [(), SLOPES])
 @pytest.mark.parametrize(("ages", "precisions"), [(0, ()), (1, ()), (3, ()), (2, ("int8",))])
-def test_neither_less_nor_more_may_follow_a_column_than_should(share_cfg, residual, reuse, extrapolate, ages, precisions):
+def test_neither_less_nor_more_may_follow_a_column_than_should(share_cfg, residual, reuse, slopes, ages, precisions):
     """Side by side with the account kept here, for six steps; and the programme knows of each move, and of no other."""
-    choices = Choices((4, 2), ages, share_cfg, residual, reuse, extrapolate, precisions)
+    choices = Choices((4, 2), ages, share_cfg, residual, reuse, slopes, precisions)
     seen, frontier = set(), {(Past(), START)}
     for _ in range(6):
         found = {}
@@ -126,7 +128,7 @@ def test_at_no_price_full_attention_and_at_a_high_one_the_cheapest_column():
 @pytest.mark.parametrize("share", [False, True])
 def test_lines_are_chosen_where_they_alone_do_no_damage(share, slope):
     """Through two outputs of full attention, both shared or both not, the second of which may be some steps old."""
-    programme = Programme(Choices((4,), 4, share_cfg=True, extrapolate=True))
+    programme = Programme(Choices((4,), 4, share_cfg=True, slopes=SLOPES))
     line = [g.earlier is not None and g.earlier.share == g.share for g in programme.givens]
     on_line = np.array(line) & [g.share == share and g.slope == slope for g in programme.givens]
     damage = np.tile(np.where(on_line, 0.0, 1.0)[:, None], (6, 1, 1))

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from budget import FAMILIES, damage_of, damages_of, every_column, synthetic
+from budget import FAMILIES, SLOPES, damage_of, damages_of, every_column, synthetic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from replay import cell
@@ -112,7 +112,7 @@ def test_runs_are_apart():
 def test_whatever_may_be_chosen(data, guided, regions):
     """Any column of the programme's, its givens those that it says."""
     table = table_of(data.draw(st.integers(0, 2**32)), steps=4, ages=3, radii=(NEAR,), guided=guided, regions=regions)
-    choices = Choices(table.radii, 3, share_cfg=guided, extrapolate=True)
+    choices = Choices(table.radii, 3, share_cfg=guided, slopes=SLOPES)
     past = data.draw(st.sampled_from(COLUMNS_OF.setdefault(choices, every_column(choices, 4))))
     column = tuple(what for what, _ in past.spent)
     assert tuple(givens_of(column)) == past.gave
@@ -138,7 +138,7 @@ def test_an_offer_with_lines_is_the_best_of_all_columns(seed, guided, measure):
     table = synthetic(seed, steps=5, count=1, heads=2, radii=(), ages=3, guided=guided)
     table = replace(table, outputs=table.outputs * 0.1 + torch.arange(4.0).view(1, 1, -1, 1, 1))  # lines are worth something
     problem = ah.Budget(**{f"{measure}_flops": 1.0}, granularity="site").problem(table)
-    choices = Choices((), 3, share_cfg=guided, extrapolate=True)
+    choices = Choices((), 3, share_cfg=guided, slopes=SLOPES)
     columns = COLUMNS_OF.setdefault(
         (choices, 5), sorted({tuple(c for c, _ in p.spent) for p in every_column(choices, 5)}, key=str)
     )

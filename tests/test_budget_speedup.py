@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from budget import FAMILIES, damage_of, every_column, synthetic
+from budget import FAMILIES, SLOPES, damage_of, every_column, synthetic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from untouched import left_as_it_was
@@ -34,7 +34,7 @@ def some_seconds(seed, table, share=True):
     for site in (*table.target.sites, *table.blocks):
         shape = nameless(site)
         radii = table.radii if site.kind == "self_attention" else ()
-        for cell, _ in Programme(Choices(radii, table.ages, share, extrapolate=True)).spendings:
+        for cell, _ in Programme(Choices(radii, table.ages, share, slopes=SLOPES)).spendings:
             if (shape, cell) not in cells:
                 cells[shape, cell] = 1.0 if cell == FULL else 0.01 if isinstance(cell, Reuse) else rng.uniform(0.2, 0.9)
         for radius in radii:
@@ -62,7 +62,7 @@ def test_the_best_there_is_lies_between_the_bound_and_what_is_found(seed, data, 
     columns, harm, cost = [], [], []
     whole = 3 * (2.0 + seconds.other)
     for place, site in enumerate(table.target.sites):
-        choices = Choices(table.radii if site.kind == "self_attention" else (), ages, share, extrapolate=True)
+        choices = Choices(table.radii if site.kind == "self_attention" else (), ages, share, slopes=SLOPES)
         columns.append(list(dict.fromkeys(tuple(cell for cell, _ in past.spent) for past in every_column(choices, 3))))
         harm.append(np.array([damage_of(table, table.heads(place), column) for column in columns[-1]]))
         cost.append(np.array([seconds_of(site, column, seconds) for column in columns[-1]]) / whole)
@@ -81,7 +81,7 @@ def test_the_best_there_is_lies_between_the_bound_and_what_is_found(seed, data, 
 @pytest.mark.parametrize(("family", "guidance"), [*((family, 3.0) for family in FAMILIES), ("flux", 1.0)])
 def test_all_that_may_be_chosen_is_timed_and_no_trace_is_left(family, guidance):
     bench = FAMILIES[family]()
-    choices = Choices((4, 2), 3, share_cfg=guidance > 1, extrapolate=True, precisions=("int8",))
+    choices = Choices((4, 2), 3, share_cfg=guidance > 1, slopes=SLOPES, precisions=("int8",))
     table = ah.calibrate(bench.pipe, bench.inputs(guidance=guidance, steps=2), progress=False)
     with left_as_it_was(bench, guidance=guidance):
         seconds = timed(bench.pipe, bench.inputs(guidance=guidance), table.target.sites, choices, table.blocks)

@@ -208,7 +208,8 @@ def below_boundary(pipe: Any) -> int | None:
     """Wan 2.2's second transformer is called at timesteps below a fraction of those of training."""
     ratio = pipe.config.get("boundary_ratio")
     boundary = -math.inf if ratio is None else ratio * pipe.scheduler.config.num_train_timesteps
-    return next((step for step, t in enumerate(pipe.scheduler.timesteps) if t < boundary), None)
+    below = (pipe.scheduler.timesteps < boundary).nonzero()  # all at once: on a device each look is waited for
+    return int(below[0]) if len(below) else None
 
 
 def second_or_only_scale(call: Mapping[str, Any]) -> float:

@@ -98,8 +98,8 @@ class Budget:
     def choices(self, table: Table) -> Choices:
         """What a table and this budget leave open."""
         share_cfg, precisions = self.share_cfg and table.branches.guided, table.precisions if self.precision else ()
-        extrapolate = self.extrapolate and len(self.slopes) > 0
-        return Choices(table.radii, table.ages, share_cfg, self.residual, self.reuse, extrapolate, precisions, self.slopes)
+        slopes = self.slopes if self.extrapolate else ()
+        return Choices(table.radii, table.ages, share_cfg, self.residual, self.reuse, slopes, precisions)
 
     @property
     def granularities(self) -> tuple[Granularity, ...]:

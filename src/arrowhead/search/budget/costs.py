@@ -139,7 +139,7 @@ def _time_site(
     radii = choices.radii
     both = tuple(Residual(radius, FOREVER, conditional_only=False) for radius in radii)
     attend(call, FULL, Writes(FOREVER, both), own)
-    if choices.extrapolate:
+    if choices.slopes:
         own.advance(own.tokens)
         attend(call, FULL, Writes(FOREVER, slope_until=FOREVER), own)
         own.advance(own.tokens)
@@ -152,7 +152,7 @@ def _time_site(
 
 def _tried(choices: Choices) -> Iterator[tuple[Cell | Residual, Cell, Writes]]:
     """What is timed: cells, and full attention that makes one residual, which is kept as those before were."""
-    for reused in (AST, FORECAST) if choices.extrapolate else (AST,):
+    for reused in (AST, FORECAST) if choices.slopes else (AST,):
         yield reused, reused, Writes()
     for share in (False, True) if choices.share_cfg else (False,):
         for precision in ("native", *choices.precisions):

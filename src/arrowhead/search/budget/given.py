@@ -119,9 +119,8 @@ class Choices:
     share_cfg: bool
     residual: bool = True
     reuse: bool = True
-    extrapolate: bool = False
+    slopes: tuple[float, ...] = ()
     precisions: tuple[Precision, ...] = ()
-    slopes: tuple[float, ...] = SLOPES
 
     def moves(self, memory: Memory) -> Iterator[Move]:
         """What a site may do from a memory besides `refreshing`; from nothing at all, only full attention by less precision."""
@@ -141,7 +140,7 @@ class Choices:
                 line = output.continued(earlier, output.lag, earlier.lag - output.lag, slope)
                 yield Move(Reuse(slope), line, Writes(), self._after(output, memory.residual, earlier, slope))
         plain = output.radius is None and output.precision == "native"
-        if self.extrapolate and plain and output.lag < self.ages:
+        if self.slopes and plain and output.lag < self.ages:
             given = Given(share=output.share)
             yield Move(Attend(Full(), output.share), given, Writes(), self._after(given, None, output))
 

@@ -122,12 +122,12 @@ class Problem:
 
     def without_lines(self) -> "Problem":
         """The same without outputs that are extrapolated, which hold twice as much."""
-        return type(self)(self.table, replace(self.choices, extrapolate=False), self.costs, self.granularity)
+        return type(self)(self.table, replace(self.choices, slopes=()), self.costs, self.granularity)
 
     @cached_property
     def _of_heads(self) -> Programme:
         """For groups of heads, which are not extrapolated."""
-        return Programme(replace(self.choices, extrapolate=False), self.table.switch)
+        return Programme(replace(self.choices, slopes=()), self.table.switch)
 
     @property
     def dear(self) -> float:

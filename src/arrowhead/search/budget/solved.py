@@ -45,7 +45,7 @@ def within(problem: Problem, budget: Budget) -> Allocation:
         return max(plan.cache_bytes(table.images, table.itemsize))
 
     found, refused = [], None
-    for each in (problem, problem.without_lines()) if problem.choices.extrapolate else (problem,):
+    for each in (problem, problem.without_lines()) if problem.choices.slopes else (problem,):
         try:
             found.append(within_memory(each, budget.fraction, peak, budget.cache_bytes))
         except InputsInvalid as error:

@@ -23,6 +23,7 @@ from shards import load_images, make_images
 from torch import Tensor
 
 import arrowhead as ah
+from arrowhead.errors import InputsInvalid
 from arrowhead.metrics.images import psnr
 from arrowhead.search.budget.weights import Weights
 
@@ -86,10 +87,15 @@ def plans(pipe: Any, case: budget.Case, work: Path) -> dict[str, Path]:
         for each in budgets:
             _, left = each.asked
             what = f"{name}, {each.granularity}{'' if each.extrapolate else ', no forecasts'} @ {left:.0%}"
-            found[what] = work / f"{what}.json"
-            if not found[what].exists():
+            file, refused = work / f"{what}.json", work / f"{what}.txt"
+            if not file.exists() and not refused.exists():
                 table = table or tables[name](pipe, case)
-                ah.solve(table, each).save(found[what])
+                try:
+                    ah.solve(table, each).save(file)
+                except InputsInvalid as infeasible:  # so few FLOPs cannot be had with so little
+                    refused.write_text(str(infeasible))
+            if file.exists():
+                found[what] = file
     return found
 
 
@@ -129,7 +135,9 @@ def measure(name: budget.Name, tools: Annotated[Path, typer.Option(help="folder 
         predicted = plan.about["search"]["predicted_error"]
         scores = {"lpips": float(lpips(images * 2 - 1, raw * 2 - 1).mean()), "psnr": psnr(images, raw)}
         table[file.stem] = {"module_flops": plan.flops().module, "predicted_error": predicted, **scores}
-    result = {"command": "see the head of benchmarks/ablations.py", "images": len(raw), "settings": table}
+    infeasible = {file.stem: file.read_text() for file in sorted(work.glob("*.txt"))}
+    command = "see the head of benchmarks/ablations.py"
+    result = {"command": command, "images": len(raw), "settings": table, "infeasible": infeasible}
     budget.write(HERE / f"results/ablations_{name}.json", name, result)
 
 

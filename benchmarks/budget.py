@@ -179,7 +179,7 @@ def measure(
     tools: Annotated[Path, typer.Option(help="folder of perceptual.py")],
     data: Annotated[Path | None, typer.Option(help="for an MMDiT, the emoji: whether pictures bear the prompt's name")] = None,
 ) -> None:
-    """Compare every setting's images with the raw ones."""
+    """Compare every setting's images with the raw ones. A setting whose images are not here keeps its row, with its date."""
     sys.path[:0] = [str(tools), str(HERE.parent / "training")]
     lpips, accuracy = importlib.import_module("perceptual").LPIPS(), accuracy_of(name, data)
     work = work_of(name)
@@ -194,9 +194,13 @@ def measure(
         return found if accuracy is None else found | {"accuracy": accuracy(images)}
 
     like = ah.Plan.load(work / f"budget {BUDGETS[0]:.0%}.json")
+    path = HERE / f"results/budget_{name}.json"
+    before = json.loads(path.read_text()) if path.exists() else {"settings": {}}
     for setting in [*FOUND, *UNIFORM]:
         if len(images := load_images(work / setting) if (work / setting).is_dir() else raw[:0]) < len(raw):
-            typer.echo(f"{setting}: {len(images)} images of {len(raw)}, left out")
+            if kept := before["settings"].get(setting):
+                table[setting] = {"date": before["date"], **kept}
+            typer.echo(f"{setting}: {len(images)} images of {len(raw)}, {'kept as it was' if kept else 'left out'}")
             continue
         plan = uniform(like, *UNIFORM[setting]) if setting in UNIFORM else ah.Plan.load(work / f"{setting}.json")
         left = plan.flops()
@@ -204,7 +208,7 @@ def measure(
         table[setting] = {**flops, "cells": dict(plan.count()), "search": plan.about.get("search", {}), **scores(images)}
     if accuracy is not None:
         table = {"raw": {"accuracy": scores(raw)["accuracy"]}, **table}
-    write(HERE / f"results/budget_{name}.json", name, {"images": len(raw), "settings": table, "at_budgets": at_budgets(table)})
+    write(path, name, {"images": len(raw), "settings": table, "at_budgets": at_budgets(table)})
 
 
 def accuracy_of(name: Name, data: Path | None) -> Callable[[Tensor], float] | None:

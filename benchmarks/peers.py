@@ -161,7 +161,7 @@ def time_all(name: budget.Name, rounds: int = 5, images: int = 4, only: budget.O
     """
     torch.set_num_threads(1)
     work, order = work_of(name), random.Random(0)
-    before = json.loads((work / RATIOS).read_text()) if only else {"ratios": {}, "spread": {}}
+    before = json.loads((work / RATIOS).read_text()) if (work / RATIOS).exists() and only else {"ratios": {}, "spread": {}}
     settings = ["raw", *(setting for setting in only or SETTINGS if made(work / setting))]
     seconds_of(name, "raw", images)  # a warm-up
     found: list[dict[str, float]] = []
@@ -202,13 +202,23 @@ def made(folder: Path) -> bool:
 
 @app.command()
 def measure(name: budget.Name, tools: Annotated[Path, typer.Option(help="folder of perceptual.py")]) -> None:
-    """Compare with the raw images those of every setting that was generated, and draw the fronts."""
+    """Compare with the raw images those of every setting that was generated, and draw the fronts.
+
+    A setting whose images are not here keeps its point, with its date.
+    """
     sys.path.insert(0, str(tools))
     lpips, work = importlib.import_module("perceptual").LPIPS(), work_of(name)
     timing = json.loads((work / RATIOS).read_text()) if (work / RATIOS).exists() else {"ratios": {}}
-    raw, whole, points = load_images(work / "raw"), spent(work / "raw"), {}
+    raw, whole = load_images(work / "raw"), spent(work / "raw")
+    points: dict[str, dict[str, Any]] = {}
     refused = {setting: file.read_text() for setting in PEERS if (file := work / setting / REFUSED).exists()}
-    for setting in filter(lambda each: made(work / each), SETTINGS):
+    path = HERE / f"results/peers_{name}.json"
+    before = json.loads(path.read_text()) if path.exists() else {"points": {}, "refused": {}}
+    for setting in SETTINGS:
+        if not made(work / setting):
+            if setting in before["points"] and setting not in refused:
+                points[setting] = {"date": before["date"], **before["points"][setting]}
+            continue
         images = load_images(work / setting)
         points[setting] = {
             "flops": spent(work / setting) / whole,
@@ -223,9 +233,9 @@ def measure(name: budget.Name, tools: Annotated[Path, typer.Option(help="folder 
         "images": len(raw),
         "timing": {key: value for key, value in timing.items() if key != "ratios"},
         "points": points,
-        "refused": refused,
+        "refused": before["refused"] | refused,
     }
-    budget.write(HERE / f"results/peers_{name}.json", name, result)
+    budget.write(path, name, result)
     fronts(points, HERE / f"results/peers_{name}.png")
 
 

@@ -20,7 +20,7 @@ from arrowhead.models import find
 from arrowhead.models.families import FAMILIES
 from arrowhead.models.refused import REFUSED
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs/families.md"
 
 
 def walk():
@@ -79,10 +79,10 @@ def test_the_table_says_what_the_families_do():
     assert table["FluxTransformer2DModel"].cfg == "two calls"
 
 
-def test_the_readme_has_the_table_as_the_command_prints_it():
+def test_the_page_has_the_table_as_the_command_prints_it():
     printed = CliRunner().invoke(cli.app, ["families", "--markdown"])
     assert printed.exit_code == 0
-    assert printed.output.strip() in README.read_text(encoding="utf-8")
+    assert printed.output.strip() in PAGE.read_text(encoding="utf-8")
 
 
 def test_the_command_shows_it():

@@ -41,7 +41,7 @@ def demo(out: Annotated[Path, typer.Option(help="folder for what is written")] =
 
 @app.command()
 def families(
-    markdown: Annotated[bool, typer.Option(help="as the README has it")] = False,
+    markdown: Annotated[bool, typer.Option(help="as docs/families.md has it")] = False,
 ) -> None:
     """What is supported, and how far it is tested."""
     columns = ["family", "pipelines", "compressed", "left alone", "CFG", "tests"]

@@ -13,6 +13,7 @@ from arrowhead.attend import Generation, attend
 from arrowhead.cache import Output
 from arrowhead.errors import (
     AlreadyApplied,
+    AlreadyGenerating,
     ArrowheadError,
     BandCoversAll,
     GenerationUnfinished,
@@ -26,6 +27,7 @@ from arrowhead.layout import Branches
 from arrowhead.lifetimes import lifetimes
 from arrowhead.methods import Arrow, Attend, breadth
 from arrowhead.models import Adapter, Model, Own, described, find, transformers_of
+from arrowhead.pace import Pace
 from arrowhead.plan import Plan, Target
 from arrowhead.tally import Summary, Tally
 
@@ -60,6 +62,7 @@ class Run:
         self._row = {site.path: i for i, site in enumerate(plan.target.sites)}
         self._branches: Branches | None = None  # set while the pipeline's call runs
         self._generation: Generation | None = None  # set from the first call of the transformer on
+        self._pace: Pace | None = None  # set as the branches are
         self._tally: Tally | None = None  # of the latest generation
         _warn_of_wide_bands(plan)
         self._interception = Interception(model.placed, self._around, model.forwards)
@@ -105,7 +108,16 @@ class Run:
 
     @contextmanager
     def generating(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-        """Around one call of the pipeline: caches are empty when it starts and when it ends, however it ends."""
+        """Around one call of the pipeline: caches are empty when it starts and when it ends, however it ends.
+
+        Raises:
+            AlreadyGenerating: one is going on, in another thread, or around this one; it is left alone.
+        """
+        if self._branches is not None:
+            raise AlreadyGenerating(
+                f"got a call of {self._pipeline_class.__name__} while another one is going on, whose caches and scheduler it "
+                "would change; wanted one at a time; let that end first, or give each a pipeline of its own"
+            )
         try:
             self._begin(self._model.branches(self._model.call_arguments(args, kwargs)))
             yield
@@ -122,6 +134,7 @@ class Run:
             )
         self.plan.require(target_of(self._model))
         self._tally, self._branches = Tally(branches.samples, branches.calls), branches
+        self._pace = Pace()
         if not branches.guided and any(getattr(cell, "share_cfg", False) for row in self.plan.cells for cell in row):
             self._note(
                 "guidance is off, so there is one CFG branch and nothing to share",
@@ -130,8 +143,13 @@ class Run:
             )
 
     def _account_for_every_site(self) -> None:
-        """At the end of a generation: which sites ran without arrowhead, or not at all."""
+        """At the end of a generation: which sites ran without arrowhead, or not at all, and which steps never came."""
+        if self._tally is not None and 0 < self._tally.steps < self.plan.steps:
+            remedy = "let it run to its end, uninterrupted and with the plan on"
+            self._note(self._unfinished(self._tally.steps), remedy, GenerationUnfinished)
         if self._generation is None:
+            if self._tally is not None and self._tally.steps:  # the plan was taken off on the way
+                return
             remedy = "call the pipeline so that it denoises, or remove the plan"
             self._note("the pipeline never called its transformer: nothing was compressed", remedy, SiteNotReached)
             return
@@ -144,6 +162,9 @@ class Run:
                 SiteNotReached,
             )
 
+    def _unfinished(self, steps: int) -> str:
+        return f"a generation ended after {steps} of the plan's {self.plan.steps} steps"
+
     def _note(self, what: str, remedy: str, category: type[Warning]) -> None:
         """Say it now, as a warning, and once more in the summary."""
         if self._tally is not None:
@@ -151,12 +172,13 @@ class Run:
         warnings.warn(f"{what}; {remedy}", category, stacklevel=6)
 
     def _end(self) -> None:
-        self._branches = self._generation = None
+        self._branches = self._generation = self._pace = None
 
     def _tick(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before each call of the transformer: the step clock. Calls from outside the pipeline run uncompressed."""
-        if self._branches is None or self._tally is None:
+        if self._branches is None or self._tally is None or self._pace is None:
             return
+        self._pace.require_here(type(transformer).__name__)
         tokens = self._model.tokens(self._model.transformer_arguments(args, kwargs))
         if self._generation is None:
             self.plan.require_call(self._model.steps, tokens, self._branches.calls, self._model.switch)
@@ -164,6 +186,7 @@ class Run:
         else:
             self._generation.advance(tokens)
         self._generation.tally.steps += self._generation.call == 0
+        self._pace.keep(self._generation.step, self._generation.call, self._model.counted)
         if self._generation.step >= self.plan.steps:
             raise PlanMismatch(
                 f"plan is for {self.plan.steps} calls of the transformer, the pipeline makes more; search again with the "
@@ -231,6 +254,8 @@ class OwnRun(Run):
 
         @functools.wraps(own)
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if self._pace is not None:
+                self._pace.require_here(self._model.family.name)
             try:
                 self._tick(self._model.transformer, args, kwargs)
                 out = own(*args, **kwargs)
@@ -267,11 +292,8 @@ class OwnRun(Run):
     def _warn_of(self, unfinished: int | None) -> None:
         """A loop's generation that ended after so many steps."""
         if unfinished is not None:
-            self._note(
-                f"a generation ended after {unfinished} of the plan's {self.plan.steps} steps",
-                "search again with as many steps as the loop has",
-                GenerationUnfinished,
-            )
+            remedy = "search again with as many steps as the loop has"
+            self._note(self._unfinished(unfinished), remedy, GenerationUnfinished)
 
     def _end(self) -> None:
         super()._end()

@@ -25,7 +25,8 @@ from arrowhead.tally import Tally
 class Generation:
     """What one generation carries from call to call of the transformer, and forgets at its end.
 
-    `call` is which of the step's calls is running; each has its cache. `kernel` may be `auto`.
+    `call` is which of the step's calls is running; each has its cache. `kernel` may be `auto`. `rows` are those of every call,
+    known from the first site on.
     """
 
     branches: Branches
@@ -35,6 +36,7 @@ class Generation:
     tally: Tally
     step: int = 0
     call: int = 0
+    rows: int | None = None
 
     @classmethod
     def begin(cls, branches: Branches, tokens: Tokens, kernel: str, tally: Tally) -> "Generation":
@@ -54,6 +56,22 @@ class Generation:
             )
         self.call = (self.call + 1) % self.branches.calls
         self.step += self.call == 0
+
+    def require_rows(self, call: SiteCall) -> None:
+        """Check that a site is called with as many rows as all before, and with both CFG branches where there are.
+
+        Raises:
+            PlanMismatch: it is not; what is kept would be of other rows.
+        """
+        rows = call.batch // call.site.sequences(self.tokens)
+        wanted = self.rows or rows + (rows % 2 if self.branches.batched else 0)
+        if rows != wanted:
+            raise PlanMismatch(
+                f"{call.site.path}: got a batch of {rows} in step {self.step}, wanted {wanted} in every step"
+                f"{', both CFG branches' if self.branches.batched else ''}; leave out what changes it on the way, such as a "
+                "callback that ends guidance, or remove the plan"
+            )
+        self.rows = rows
 
     @property
     def cache(self) -> Cache:
@@ -114,10 +132,11 @@ def attend(call: SiteCall, cell: Cell, writes: Writes, generation: Generation) -
     """What the site's module gives in this step, (B, N, C), storing what `writes` says.
 
     Raises:
-        PlanMismatch: a band was asked for, but the model's attention is causal.
+        PlanMismatch: a band was asked for, but the model's attention is causal; or the batch is another one.
         NotIntercepted: the module's attention could not be reached, or what the cell reads was never stored.
     """
     site, cache, tally = call.site, generation.cache, generation.tally
+    generation.require_rows(call)
     if isinstance(cell, Attend) and cell.share_cfg and not generation.branches.guided:
         cell = replace(cell, share_cfg=False)  # there is nothing to share
     tally.passed(site, cell, generation.tokens)

@@ -25,6 +25,10 @@ class AlreadyApplied(ArrowheadError, RuntimeError):
     """The pipeline carries a plan already."""
 
 
+class AlreadyGenerating(ArrowheadError, RuntimeError):
+    """A generation, or a search, is going on: another call would take part in it."""
+
+
 class NotIntercepted(ArrowheadError, RuntimeError):
     """An attention module ran, but arrowhead was never asked: nothing would have been compressed."""
 
@@ -54,7 +58,7 @@ class SiteNotReached(ArrowheadWarning):
 
 
 class GenerationUnfinished(ArrowheadWarning):
-    """A loop of one's own ended, or began anew, before the plan's last step."""
+    """A generation ended before the plan's last step, or a loop of one's own began anew."""
 
 
 class ProcessorReplaced(ArrowheadWarning):

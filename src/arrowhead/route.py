@@ -8,6 +8,7 @@ A module without a processor may call attention by any name and from anywhere: w
 """
 
 import sys
+import threading
 import types
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -146,6 +147,7 @@ def _routed_dispatch(dispatch: Callable[..., Tensor]) -> Callable[..., Tensor]:
 _functional = _RoutedFunctional("torch.nn.functional")
 _originals: dict[str, dict[str, Any]] = {}  # module: what its routed names were
 _users: Counter[str] = Counter()
+_lock = threading.Lock()  # pipelines in several threads may share a module
 
 
 def route(processor: Any) -> list[str]:
@@ -154,18 +156,19 @@ def route(processor: Any) -> list[str]:
     Raises:
         NotIntercepted: none of them has either name.
     """
-    modules = [name for name in dict.fromkeys(cls.__module__ for cls in type(processor).__mro__) if _stand_ins(name)]
+    with _lock:
+        modules = [name for name in dict.fromkeys(cls.__module__ for cls in type(processor).__mro__) if _stand_ins(name)]
+        for name in modules:
+            if name not in _originals:
+                namespace, stand_ins = vars(sys.modules[name]), _stand_ins(name)
+                _originals[name] = {own: namespace[own] for own in stand_ins}
+                namespace.update(stand_ins)
+            _users[name] += 1
     if not modules:
         raise NotIntercepted(
             f"{type(processor).__name__} lives in {type(processor).__module__}, which uses neither torch.nn.functional as F "
             "nor dispatch_attention_fn; wanted a processor of diffusers, such as AttnProcessor2_0"
         )
-    for name in modules:
-        if name not in _originals:
-            namespace, stand_ins = vars(sys.modules[name]), _stand_ins(name)
-            _originals[name] = {own: namespace[own] for own in stand_ins}
-            namespace.update(stand_ins)
-        _users[name] += 1
     return modules
 
 
@@ -180,7 +183,8 @@ def _stand_ins(name: str) -> dict[str, Any]:
 
 def unroute(name: str) -> None:
     """Undo one `route`; the last one puts the module's names back."""
-    _users[name] -= 1
-    if not _users[name]:
-        vars(sys.modules[name]).update(_originals.pop(name))
-        del _users[name]
+    with _lock:
+        _users[name] -= 1
+        if not _users[name]:
+            vars(sys.modules[name]).update(_originals.pop(name))
+            del _users[name]

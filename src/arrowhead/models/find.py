@@ -80,6 +80,11 @@ class Model:
         return len(self.pipe.scheduler.timesteps) - (getattr(self.pipe.scheduler, "begin_index", None) or 0)
 
     @property
+    def counted(self) -> int | None:
+        """What the scheduler counts of the steps it made in the call that is running; None where it does not say."""
+        return None if isinstance(self.pipe, Own) else getattr(self.pipe.scheduler, "step_index", None)
+
+    @property
     def latent_channels(self) -> int | None:
         """Channels that a sampler goes by, where the transformer gives a variance, too; None where it gives no more."""
         if isinstance(self.pipe, Own):

@@ -6,7 +6,7 @@ two calls, one for each CFG branch, the first is answered with a stand-in, so th
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +23,8 @@ from arrowhead.intercept import SiteCall, forward_replaced, intercepted
 from arrowhead.layout import Branches, Site, Tokens, outermost
 from arrowhead.lifetimes import FOREVER, Residual, Writes
 from arrowhead.methods import FULL, Attend, Cell, refreshes_residual, residual_radius
-from arrowhead.models import Model, Own
+from arrowhead.models import Model
+from arrowhead.search.alone import alone, quiet
 from arrowhead.search.lockstep import blank, fill, meet, together
 from arrowhead.search.outputs import output_with, samples_of
 from arrowhead.tally import Tally
@@ -41,6 +42,8 @@ class Found:
     switch: int | None
 
 
+LEAVE_OUT = "leave out what changes the run on its way, such as a callback that ends guidance, or interrupts it"
+
 AtSite = Callable[[SiteCall, Generation], Output]
 """What a search does where a site's module is called: it gives what the module should."""
 
@@ -49,7 +52,7 @@ AtSite = Callable[[SiteCall, Generation], Output]
 class _Call:
     """A call of a transformer by the pipeline: its tokens, rows, how to run it, and whether it scales a LoRA meanwhile.
 
-    The pipeline goes on with the first `returned` tokens of what it gives, or with all.
+    The pipeline goes on with the first `returned` tokens of what it gives, or with all. `counted` is what its scheduler counts.
     """
 
     transformer: nn.Module
@@ -58,6 +61,7 @@ class _Call:
     run: Callable[[], Any]
     scales: bool
     returned: int | None
+    counted: int | None
 
 
 class Calibration:
@@ -97,7 +101,6 @@ class Calibration:
         its transformer cannot be called, and what is drawn from the global random state meanwhile is drawn again afterwards.
         """
         pipe = self._model.pipe
-        worker = greenlet.greenlet(lambda: pipe(**self._inputs))
 
         def hand_over(transformer: nn.Module, own_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if greenlet.getcurrent() is not worker:
@@ -111,10 +114,12 @@ class Calibration:
             tokens, rows = self._model.tokens(arguments), len(self._model.given(arguments))
             scales = {value.get("scale") for value in kwargs.values() if isinstance(value, dict)} - {None, 1}
             run, returned = partial(_run, own_forward, args, kwargs), self._model.family.returned(arguments)
-            return worker.parent.switch(_Call(transformer, tokens, rows, run, bool(scales), returned))
+            counted = self._model.counted
+            return worker.parent.switch(_Call(transformer, tokens, rows, run, bool(scales), returned, counted))
 
         with (
             quiet(pipe, self._inputs.get("generator")),
+            alone(pipe) as call_pipe,
             ExitStack() as replaced,
             intercepted(self._model.placed, self._at, self._model.forwards),
         ):
@@ -122,6 +127,7 @@ class Calibration:
                 replaced.enter_context(forward_replaced(transformer, partial(hand_over, transformer, transformer.forward)))
             outer = torch.is_grad_enabled()  # the modes belong to the thread, which the two greenlets share
             inference = torch.is_inference_mode_enabled()
+            worker = greenlet.greenlet(lambda: call_pipe(**self._inputs))
             call = worker.switch()
             try:
                 while not worker.dead:
@@ -129,7 +135,10 @@ class Calibration:
                     if self.branches.calls == 2:
                         stand_in = self._stand_in(call)
                         calls.append(worker.switch(stand_in))
-                    self.rows = sum(call.rows for call in calls)
+                        if worker.dead or calls[1].counted != call.counted:
+                            raise InputsInvalid(
+                                f"got one call of the transformer in a step, wanted one for each CFG branch; {LEAVE_OUT}"
+                            )
                     step = Step(self._begin(calls), self, [call.run for call in calls], call.returned)
                     inner = torch.is_grad_enabled()
                     with torch.inference_mode(inference):
@@ -142,6 +151,10 @@ class Calibration:
                     if stand_in is not None:
                         fill(stand_in, step.answers[0])
                     call = worker.switch(step.answers[-1])
+                if self._generation is not None and self.step_count not in (None, done := self._generation.step + 1):
+                    raise InputsInvalid(
+                        f"the pipeline's run ended after {done} of {self.step_count} steps, wanted all of them; {LEAVE_OUT}"
+                    )
             finally:
                 if not worker.dead:
                     worker.throw(greenlet.GreenletExit)
@@ -238,6 +251,12 @@ class Calibration:
                 f"got {calls[0].tokens} for the prompt and {calls[1].tokens} for the negative prompt, wanted one length, so "
                 "that they can share; bring both to the same number of tokens"
             )
+        rows = sum(call.rows for call in calls)
+        if rows != (self.rows or rows):
+            raise InputsInvalid(
+                f"got a batch of {rows} in step {self._state.step + 1}, wanted {self.rows} as before; {LEAVE_OUT}"
+            )
+        self.rows = rows
         if self._generation is None:
             self._generation = Generation.begin(self.seen, tokens, "auto", Tally(self.seen.samples))
         else:
@@ -346,37 +365,3 @@ def require_finite(out: Tensor, call: SiteCall, state: Generation) -> None:
             f"at step {state.step} {call.site.path} gave values that are not finite, with full attention; wanted finite ones; "
             "use bfloat16 or float32"
         )
-
-
-@contextmanager
-def quiet(pipe: Any, generator: torch.Generator | Sequence[torch.Generator] | None) -> Iterator[None]:
-    """No progress bar, and random states, the inputs' generators included, as they were afterwards."""
-    own = isinstance(pipe, Own)
-    device = next(pipe.transformer.parameters()).device if own else pipe._execution_device
-    with _random_state_kept(generator, device), nullcontext() if own else _no_progress_bar(pipe):
-        yield
-
-
-@contextmanager
-def _random_state_kept(generator: torch.Generator | Sequence[torch.Generator] | None, device: torch.device) -> Iterator[None]:
-    generators = [generator] if isinstance(generator, torch.Generator) else list(generator or ())
-    states = [g.get_state() for g in generators]
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        try:
-            yield
-        finally:
-            for g, state in zip(generators, states, strict=True):
-                g.set_state(state)
-
-
-@contextmanager
-def _no_progress_bar(pipe: Any) -> Iterator[None]:
-    before: dict[str, Any] | None = getattr(pipe, "_progress_bar_config", None)
-    pipe.set_progress_bar_config(**(before or {}) | {"disable": True})
-    try:
-        yield
-    finally:
-        if before is None:
-            del pipe._progress_bar_config
-        else:
-            pipe._progress_bar_config = before

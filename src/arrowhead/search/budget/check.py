@@ -14,9 +14,9 @@ from arrowhead.apply import applied
 from arrowhead.intercept import forward_replaced
 from arrowhead.models import Own, transformers_of
 from arrowhead.plan import Plan
+from arrowhead.search.alone import quiet
 from arrowhead.search.budget.loops import final_of
 from arrowhead.search.budget.samplers import observed
-from arrowhead.search.calibrate import quiet
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
     from diffusers import DiffusionPipeline

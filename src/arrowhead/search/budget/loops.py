@@ -10,9 +10,9 @@ from torch import Tensor
 from arrowhead.errors import InputsInvalid, NotIntercepted
 from arrowhead.intercept import forward_replaced
 from arrowhead.models import Model
+from arrowhead.search.alone import quiet
 from arrowhead.search.budget.guidance import Guidance
 from arrowhead.search.budget.samplers import NUDGE, answered, ratio
-from arrowhead.search.calibrate import quiet
 from arrowhead.search.outputs import output_with, sample_of
 
 STRAYED = 1e-3

@@ -1,0 +1,66 @@
+"""A pipeline whose run is a search's: it is called by nobody else, shows no bar, and draws what it would have drawn."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+from arrowhead.errors import AlreadyGenerating
+from arrowhead.models import Own
+
+
+@contextmanager
+def alone(pipe: Any) -> Iterator[Callable[..., Any]]:
+    """Within the block the pipeline is called by what this gives, and by nobody else; a loop of one's own is as it was."""
+    own = type(pipe)
+    if issubclass(own, Own):
+        yield pipe
+        return
+
+    def __call__(*_: Any, **__: Any) -> Any:
+        raise AlreadyGenerating(
+            f"got a call of {own.__name__} while a search runs on it, whose scheduler it would change; wanted the search's own "
+            "run alone; let the search end, or close it, first"
+        )
+
+    __call__.__wrapped__ = own.__call__  # type: ignore[attr-defined]  # inspect.signature follows it
+    pipe.__class__ = type(own.__name__, (own,), {"__call__": __call__, "__module__": own.__module__, "__doc__": own.__doc__})
+    try:
+        yield own.__call__.__get__(pipe)
+    finally:
+        pipe.__class__ = own
+
+
+@contextmanager
+def quiet(pipe: Any, generator: torch.Generator | Sequence[torch.Generator] | None) -> Iterator[None]:
+    """No progress bar, and random states, the inputs' generators included, as they were afterwards."""
+    own = isinstance(pipe, Own)
+    device = next(pipe.transformer.parameters()).device if own else pipe._execution_device
+    with _random_state_kept(generator, device), nullcontext() if own else _no_progress_bar(pipe):
+        yield
+
+
+@contextmanager
+def _random_state_kept(generator: torch.Generator | Sequence[torch.Generator] | None, device: torch.device) -> Iterator[None]:
+    generators = [generator] if isinstance(generator, torch.Generator) else list(generator or ())
+    states = [g.get_state() for g in generators]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            for g, state in zip(generators, states, strict=True):
+                g.set_state(state)
+
+
+@contextmanager
+def _no_progress_bar(pipe: Any) -> Iterator[None]:
+    before: dict[str, Any] | None = getattr(pipe, "_progress_bar_config", None)
+    pipe.set_progress_bar_config(**(before or {}) | {"disable": True})
+    try:
+        yield
+    finally:
+        if before is None:
+            del pipe._progress_bar_config
+        else:
+            pipe._progress_bar_config = before

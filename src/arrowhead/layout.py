@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -14,8 +14,8 @@ class Grid:
     columns: int
 
     def __post_init__(self) -> None:
-        if min(self.frames, self.rows, self.columns) < 1:
-            raise ValueError(f"got {self}, wanted at least one of each")
+        if not _whole(1, self.frames, self.rows, self.columns):
+            raise ValueError(f"got {self}, wanted at least one of each, in whole numbers")
 
     @property
     def size(self) -> int:
@@ -37,10 +37,16 @@ class Tokens:
     grid: Grid | None = None
 
     def __post_init__(self) -> None:
-        if self.visual < 1 or self.text < 0:
-            raise ValueError(f"got {self.visual} visual and {self.text} text tokens, wanted at least 1 and 0")
-        if self.frames < 1 or self.visual % self.frames:
-            raise ValueError(f"got {self.frames} frames of {self.visual} visual tokens, wanted frames of one size")
+        if not _whole(1, self.visual) or not _whole(0, self.text):
+            raise ValueError(
+                f"got {self.visual!r} visual and {self.text!r} text tokens, wanted at least 1 and 0, in whole numbers"
+            )
+        if not _whole(1, self.frames) or self.visual % self.frames:
+            raise ValueError(f"got {self.frames!r} frames of {self.visual} visual tokens, wanted frames of one size")
+        if not isinstance(self.text_first, bool) or not isinstance(self.grid, Grid | None):
+            raise ValueError(
+                f"got text_first={self.text_first!r} and grid={self.grid!r}, wanted True or False, and a Grid or None"
+            )
         if self.grid is not None and self.grid.size != self.visual:
             raise ValueError(f"got {self.visual} visual tokens on a {self.grid}, wanted {self.grid.size}")
         if self.grid is not None and self.frames not in (1, self.grid.frames):
@@ -145,10 +151,17 @@ class Site:
         return self.kind == "block" and len(self.within) > 0 and {*self.within} == {*filter(self.contains, sites)}
 
     def __post_init__(self) -> None:
-        if min(self.heads, self.head_dim, self.channels) < 1:
-            raise ValueError(f"got {self}, wanted sizes of at least 1")
-        if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
+        if not _whole(1, self.heads, self.head_dim, self.channels):
+            raise ValueError(f"got {self}, wanted sizes of at least 1, in whole numbers")
+        if not _whole(0, self.weights, self.text_weights, self.text_channels):
+            raise ValueError(f"got {self}, wanted weights and text_channels of at least 0, in whole numbers")
+        if self.kv_heads is not None and (not _whole(1, self.kv_heads) or self.heads % self.kv_heads):
             raise ValueError(f"got {self}, wanted a divisor of heads as kv_heads")
+
+
+def _whole(least: int, *values: Any) -> bool:
+    """Whether all are whole numbers of at least so much."""
+    return all(isinstance(value, int) and not isinstance(value, bool) and value >= least for value in values)
 
 
 def seen(tokens: Tokens, sites: Iterable[Site]) -> Tokens:

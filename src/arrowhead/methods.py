@@ -68,8 +68,10 @@ class Arrow:
 
     def __post_init__(self) -> None:
         _require_known(self.precision)
-        if not isinstance(self.radius, Box) and self.radius < 0:
-            raise ValueError(f"a band's radius is a number of tokens; got {self.radius}, wanted 0 or more")
+        if not isinstance(self.radius, Box) and (type(self.radius) is not int or self.radius < 0):
+            raise ValueError(f"a band's radius is a number of tokens; got {self.radius!r}, wanted 0 or more, or a Box")
+        if not isinstance(self.residual, bool):
+            raise ValueError(f"got residual={self.residual!r}, wanted True or False")
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ Each = TypeVar("Each", bound=Hashable)
 
 
 def _require_known(precision: str) -> None:
-    if precision not in get_args(Precision):
+    if not isinstance(precision, str) or precision not in get_args(Precision):
         raise ValueError(f"got precision {precision!r}, wanted one of {', '.join(get_args(Precision))}")
 
 
@@ -99,6 +101,10 @@ class Attend:
     share_cfg: bool = False
 
     def __post_init__(self) -> None:
+        own = self.method
+        known = all(isinstance(method, Method) for method in own) if isinstance(own, tuple) else isinstance(own, Method)
+        if not known or not isinstance(self.share_cfg, bool):
+            raise ValueError(f"got {self}, wanted a method such as Full(), or a tuple of them, and share_cfg=True or False")
         if isinstance(self.method, tuple):
             if not self.method:
                 raise ValueError("got no methods, wanted one for each head")
@@ -126,7 +132,7 @@ class Reuse:
     extrapolate: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.extrapolate <= 1:
+        if not isinstance(self.extrapolate, int | float) or not 0 <= self.extrapolate <= 1:
             raise ValueError(f"got extrapolate={self.extrapolate!r}, wanted the part of a slope: 0 (repeat) to 1")
         object.__setattr__(self, "extrapolate", float(self.extrapolate))
 

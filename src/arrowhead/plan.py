@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pydantic
 
-from arrowhead import cost
+from arrowhead import cost, files
 from arrowhead.errors import PlanInvalid, PlanMismatch
 from arrowhead.layout import Site, Tokens, outermost
 from arrowhead.lifetimes import first_fault
@@ -123,6 +123,7 @@ class Plan:
     switch: int | None = None
 
     def __post_init__(self) -> None:
+        self._require_types()
         cells = {cell for row in self.cells for cell in row if isinstance(cell, Attend)}
         if not any(in_box(method) for cell in cells for method in cell.methods(1)):
             object.__setattr__(self, "tokens", self.tokens.flat)
@@ -151,6 +152,21 @@ class Plan:
             if fault := first_fault(column, self.switch):
                 again = f", and again at step {self.switch}, where another transformer takes over" if self.switch else ""
                 raise PlanInvalid(f"site {site.path}: {fault}; begin with full attention there{again}")
+
+    def _require_types(self) -> None:
+        rows = self.cells if isinstance(self.cells, tuple) else (None,)
+        if not all(isinstance(row, tuple) and all(isinstance(cell, Attend | Reuse) for cell in row) for row in rows):
+            raise PlanInvalid("got cells of something else, wanted a tuple of tuples, steps × sites, of Attend and Reuse")
+        if not (isinstance(self.target, Target) and isinstance(self.tokens, Tokens) and isinstance(self.about, Mapping)):
+            raise PlanInvalid(
+                f"got a {type(self.target).__name__}, a {type(self.tokens).__name__} and a {type(self.about).__name__}, wanted "
+                "a Target, Tokens, and a mapping that says how the plan was made"
+            )
+        if not isinstance(self.guided, bool) or isinstance(self.calls, bool) or type(self.switch) not in (int, type(None)):
+            raise PlanInvalid(
+                f"got guided={self.guided!r}, calls={self.calls!r} and switch={self.switch!r}, wanted True or False, 1 or 2, "
+                "and a step or None"
+            )
 
     @property
     def steps(self) -> int:
@@ -225,8 +241,17 @@ class Plan:
             raise PlanMismatch("; ".join(found))
 
     def save(self, path: str | Path) -> None:
-        """Write the plan's text into a file."""
-        Path(path).write_text(self.text())
+        """Write the plan's text into a file.
+
+        Raises:
+            PlanInvalid: it is larger than `load` reads.
+        """
+        text = self.text()
+        try:
+            files.require_length(text)
+        except ValueError as error:
+            raise PlanInvalid(f"{error}; a plan of fewer steps, or of whole sites, is shorter") from error
+        Path(path).write_text(text)
 
     def text(self) -> str:
         """The plan as JSON that a person can read: a legend of cells, and a line of symbols for each step."""
@@ -250,12 +275,14 @@ class Plan:
         """Read a plan that `save` wrote.
 
         Raises:
-            PlanInvalid: the file is not JSON, not a plan, of another format version, or contradicts itself.
+            PlanInvalid: the file is not JSON, not a plan, of another format version, contradicts itself, or is larger than
+                anything real, see `files`.
+            OSError: it is not there, or may not be read.
         """
-        text = Path(path).read_bytes()
         try:
-            content = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            text = files.content(path)
+            content = files.parsed(text)
+        except ValueError as error:
             raise PlanInvalid(f"{path} is not JSON ({error}); wanted a file that Plan.save wrote") from error
         version = content.get("format") if isinstance(content, dict) else None
         if type(version) is not int or version not in READABLE:
@@ -264,7 +291,7 @@ class Plan:
         try:
             return _PlanModel.model_validate_json(text, strict=True).plan()
         except (pydantic.ValidationError, PlanInvalid) as error:
-            raise PlanInvalid(f"{path} is no sound plan; wanted a file that Plan.save wrote. {error}") from error
+            raise PlanInvalid(f"{path} is no sound plan; wanted a file that Plan.save wrote. {files.short(error)}") from error
 
 
 def _second(switch: int | None) -> str:
@@ -357,6 +384,11 @@ class _PlanModel(pydantic.BaseModel, extra="forbid"):
     target: Target
     legend: dict[str, _CellModel]
     cells: list[str]
+
+    @pydantic.model_validator(mode="after")
+    def _of_real_size(self) -> "_PlanModel":
+        files.require_sizes(len(self.cells), self.tokens, self.target.sites)
+        return self
 
     @pydantic.model_validator(mode="after")
     def _known_symbols(self) -> "_PlanModel":

@@ -1,22 +1,27 @@
 """What an analysis gives: arrays, and what they are of. Saved as npz, with all that is no array as JSON within."""
 
+import io
 import json
+import math
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pydantic
 from numpy.typing import NDArray
 
+from arrowhead import files
 from arrowhead.errors import InputsInvalid
 from arrowhead.layout import Tokens
 
 Floats = NDArray[np.float32]
 FORMAT = 1
-TOKENS = pydantic.TypeAdapter(Tokens)
+BYTES = 2**32
+"""Of one array in a file: a map of 16 heads over 8192 tokens is as large."""
 REUSED = ("output", "window", "residual", "no residual")
 """What a head may give for its output O = W + R: O', W' + R, W + R' or W, where ' is of the step before, W is what the window
 gives, and R the residual."""
@@ -54,7 +59,7 @@ class Analysis:
       An arrow keeps both.
 
     Raises:
-        InputsInvalid: an array has another shape.
+        InputsInvalid: an array has another shape or type, or a number means nothing.
     """
 
     sites: tuple[str, ...]
@@ -72,6 +77,7 @@ class Analysis:
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._require_numbers()
         layers, heads, steps = len(self.sites), sum(self.heads), self.steps
         shapes: dict[str, tuple[int, ...]] = {
             "reuse_errors": (len(REUSED), heads, steps),
@@ -84,10 +90,26 @@ class Analysis:
         if (at := self.attention_map) is not None:
             shapes["attention_map"], found["attention_map"] = (len(at.heads), at.tokens.total, at.tokens.total), at.weights
         for name, array in found.items():
-            if array is not None and array.shape != shapes[name]:
+            if array is not None and (array.shape != shapes[name] or array.dtype != np.float32):
                 raise InputsInvalid(
-                    f"got {name} of shape {array.shape}, wanted {shapes[name]}, of {layers} sites, {heads} heads, {steps} steps"
+                    f"got {name} of shape {array.shape} in {array.dtype}, wanted {shapes[name]} in float32, of {layers} sites, "
+                    f"{heads} heads, {steps} steps"
                 )
+
+    def _require_numbers(self) -> None:
+        if len(self.sites) != len(self.heads) or not self.sites or min(self.heads) < 1 or self.steps < 1 or self.radius < 0:
+            raise InputsInvalid(
+                f"got {len(self.sites)} sites with heads {self.heads[:8]}, {self.steps} steps and a radius of {self.radius}; wanted "
+                "sites with a number of heads each, one step or more, and a radius of 0 or more"
+            )
+        if (at := self.attention_map) is None:
+            return
+        here = 0 <= at.site < len(self.sites) and 0 <= at.step < self.steps
+        if not here or not at.heads or not all(0 <= head < self.heads[at.site] for head in at.heads):
+            raise InputsInvalid(
+                f"got a map of heads {at.heads} of site {at.site} in step {at.step}, wanted some of {len(self.sites)} sites in "
+                f"{self.steps} steps"
+            )
 
     def of_site(self, site: int) -> slice:
         """Where a site's heads stand among those of all."""
@@ -120,20 +142,16 @@ class Analysis:
             InputsInvalid: the file is something else.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-            meta = json.loads(str(arrays.pop("meta")))
-            if meta.pop("format") != FORMAT:
-                raise ValueError("another format")
-            if (at := meta.pop("map", None)) is not None:
-                tokens, weights = TOKENS.validate_python(at.pop("tokens")), arrays.pop("attention_map")
-                meta["attention_map"] = AttentionMap(**at | {"heads": tuple(at["heads"])}, tokens=tokens, weights=weights)
-            meta |= {"tokens": TOKENS.validate_python(meta["tokens"])}
-            meta |= {"sites": tuple(meta["sites"]), "heads": tuple(meta["heads"])}
-            return cls(**meta | arrays)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+            with zipfile.ZipFile(path) as file:
+                arrays = {member.filename.removesuffix(".npy"): _array(file, member) for member in file.infolist()}
+            text = str(arrays.pop("meta")[()])
+            files.require_length(text)
+            files.parsed(text)
+            meta = _Meta.model_validate_json(text, strict=True)
+            return cls(**meta.fields(), **meta.with_map(arrays))
+        except (OSError, ValueError, KeyError, TypeError, EOFError, NotImplementedError, zlib.error, zipfile.BadZipFile) as error:
             raise InputsInvalid(
-                f"got {path}, which is no analysis ({error}); wanted an npz that Analysis.save wrote"
+                f"got {path}, which is no analysis ({files.short(error)}); wanted an npz that Analysis.save wrote"
             ) from error
 
     def as_dict(self) -> dict[str, Any]:
@@ -159,6 +177,63 @@ class Analysis:
         assert self.step_similarity is not None
         rows = np.diagonal(self.step_similarity, 1, 1, 2)  # (L, S - 1)
         return np.pad(rows, ((0, 0), (1, 0)), constant_values=np.nan)
+
+
+class _Map(pydantic.BaseModel, extra="forbid"):
+    """An attention map but for its weights."""
+
+    site: int
+    step: int
+    heads: tuple[int, ...]
+    tokens: Tokens
+
+
+class _Meta(pydantic.BaseModel, extra="forbid"):
+    """All of an analysis but its arrays."""
+
+    format: Literal[1]
+    sites: tuple[str, ...]
+    heads: tuple[int, ...]
+    steps: int
+    tokens: Tokens
+    guided: bool
+    radius: int
+    about: dict[str, Any]
+    map: _Map | None = None
+    reuse_errors: None = None
+    step_similarity: None = None
+    branch_similarity: None = None
+    band_mass: None = None
+    text_mass: None = None
+
+    def fields(self) -> dict[str, Any]:
+        """Those of an analysis that are no arrays."""
+        return {name: getattr(self, name) for name in ("sites", "heads", "steps", "tokens", "guided", "radius", "about")}
+
+    def with_map(self, arrays: dict[str, Any]) -> dict[str, Any]:
+        """The arrays, that of the map in its place."""
+        if self.map is None:
+            return arrays
+        rest = {name: array for name, array in arrays.items() if name != "attention_map"}
+        at = AttentionMap(self.map.site, self.map.step, self.map.heads, self.map.tokens, arrays["attention_map"])
+        return {**rest, "attention_map": at}
+
+
+def _array(file: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[Any]:
+    """An npy within a zip, whose length is what its header says: nothing is allocated for what is not there."""
+    if member.file_size > BYTES:
+        raise ValueError(f"got {member.file_size} bytes of {member.filename}, wanted {BYTES} at most")
+    stream = io.BytesIO(file.read(member))
+    if np.lib.format.read_magic(stream) != (1, 0):
+        raise ValueError(f"got {member.filename} in another version of npy, wanted 1.0")
+    try:
+        shape, columns_first, dtype = np.lib.format.read_array_header_1_0(stream)
+    except (RecursionError, MemoryError, SyntaxError) as error:
+        raise ValueError(f"got a header of {member.filename} that is none ({type(error).__name__})") from error
+    values = stream.read()
+    if dtype.hasobject or dtype.itemsize * math.prod(shape) != len(values) or not dtype.itemsize:
+        raise ValueError(f"got {len(values)} bytes of {member.filename}, wanted {dtype} of shape {shape}")
+    return np.frombuffer(values, dtype).reshape(shape, order="F" if columns_first else "C").copy()
 
 
 def _rounded(row: Floats) -> list[float | None]:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from arrowhead import cost
+from arrowhead import cost, files
 from arrowhead.errors import InputsInvalid
 from arrowhead.layout import Branches, Site, Tokens, outermost, seen
 from arrowhead.lifetimes import of_head
@@ -277,10 +277,12 @@ class Table:
         try:
             with safe_open(path, "pt") as file:
                 content = (file.metadata() or {}).get("arrowhead", "{}")
+                files.require_length(content)
+                files.parsed(content)
                 header = _Header.model_validate_json(content, strict=True)
                 tensors = {name: file.get_tensor(name) for name in _tensors_of(header.precisions)}
-        except (OSError, SafetensorError, pydantic.ValidationError) as error:
-            raise InputsInvalid(f"{path} is no sound table; wanted a file that Table.save wrote. {error}") from error
+        except (OSError, SafetensorError, ValueError) as error:  # a ValidationError is a ValueError
+            raise InputsInvalid(f"{path} is no sound table; wanted a file that Table.save wrote. {files.short(error)}") from error
         if found := header.faults(tensors):
             raise InputsInvalid(f"{path} is no sound table; wanted a file that Table.save wrote. {found}")
         fields = {name: getattr(header, name) for name in type(header).model_fields if name != "format"}
@@ -337,6 +339,10 @@ class _Header(pydantic.BaseModel, extra="forbid"):
         sizes |= {} if self.switch is None else {"switch + 1": self.switch + 1, "steps - switch": len(self.gains) - self.switch}
         if small := [f"{name} {value}" for name, value in sizes.items() if value < 1]:
             return f"got {', '.join(small)}, wanted at least 1"
+        try:
+            files.require_sizes(len(self.gains), self.tokens, (*self.target.sites, *self.blocks))
+        except ValueError as error:
+            return str(error)
         of_tokens = [radius for radius in self.radii if isinstance(radius, int)]
         values, above = (*self.gains, self.other_flops, *of_tokens), (*self.answers, self.final)
         if not all(0 <= value < math.inf for value in values) or not all(0 < value < math.inf for value in above):

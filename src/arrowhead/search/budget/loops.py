@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from arrowhead.errors import InputsInvalid, NotIntercepted
-from arrowhead.intercept import forward_replaced
+from arrowhead.forwards import forward_replaced
 from arrowhead.models import Model
 from arrowhead.search.budget.guidance import Guidance
 from arrowhead.search.budget.samplers import NUDGE, answered, ratio

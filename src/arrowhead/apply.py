@@ -21,7 +21,7 @@ from arrowhead.errors import (
     ShareCfgIgnored,
     SiteNotReached,
 )
-from arrowhead.forwards import put, reached, take_off
+from arrowhead.forwards import Carrying, put, reached, take_off
 from arrowhead.intercept import Interception, SiteCall
 from arrowhead.kernels import dispatch, masks
 from arrowhead.layout import Branches
@@ -259,8 +259,8 @@ class OwnRun(Run):
                 self._end()
             return out
 
-        self._forward = functools.update_wrapper(functools.partial(forward), own)  # a function would be copied as it is
-        vars(self._forward)["arrowhead_run"] = self
+        self._forward = functools.update_wrapper(Carrying(forward), own)
+        self._forward.arrowhead_run = self
         before = put(self._model.transformer, self._forward)
         clock.callback(take_off, self._model.transformer, self._forward, before)
         return clock

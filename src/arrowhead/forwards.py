@@ -1,5 +1,6 @@
 """A module's forward, replaced on the instance, as accelerate's and diffusers' hooks do it, too: put there, looked for, taken off."""
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,16 @@ from torch import nn
 Forward = Callable[..., Any]
 OURS = ("arrowhead_around", "arrowhead_run")
 """What our forwards carry; a hook's forward that is made to look like what it wraps has these as well."""
+
+
+class Carrying(functools.partial[Any]):
+    """A forward that carries a run, and is copied as that is, if at all: functions are copied as they are, with what they know."""
+
+    arrowhead_run: Any
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As the run has it."""
+        return self.arrowhead_run.__reduce_ex__(protocol)
 
 
 def put(module: nn.Module, forward: Forward) -> Forward | None:

@@ -18,15 +18,17 @@ from arrowhead.errors import (
     BandCoversAll,
     GenerationUnfinished,
     PlanMismatch,
+    ProcessorReplaced,
     ShareCfgIgnored,
     SiteNotReached,
 )
-from arrowhead.intercept import Interception, SiteCall, forward_replaced
+from arrowhead.forwards import Carrying, put, reached, take_off
+from arrowhead.intercept import Interception, SiteCall
 from arrowhead.kernels import dispatch, masks
 from arrowhead.layout import Branches
 from arrowhead.lifetimes import lifetimes
 from arrowhead.methods import Arrow, Attend, breadth
-from arrowhead.models import Adapter, Model, Own, described, find, transformers_of
+from arrowhead.models import Adapter, Model, Own, described, find, require_whole, transformers_of
 from arrowhead.pace import Pace
 from arrowhead.plan import Plan, Target
 from arrowhead.tally import Summary, Tally
@@ -64,6 +66,7 @@ class Run:
         self._generation: Generation | None = None  # set from the first call of the transformer on
         self._pace: Pace | None = None  # set as the branches are
         self._tally: Tally | None = None  # of the latest generation
+        self.on = True  # until it is closed
         _warn_of_wide_bands(plan)
         self._interception = Interception(model.placed, self._around, model.forwards)
         self._clock = self._clocked()
@@ -102,9 +105,17 @@ class Run:
     def close(self) -> None:
         """Take the plan off; the pipeline is as it was before `apply`."""
         self._end()
+        self.on = False
         self._clock.close()
         self._model.pipe.__class__ = self._pipeline_class
         self._interception.remove()
+
+    def __reduce_ex__(self, _: Any) -> Any:
+        """Whatever carries a plan refers to its run: a copy would be compressed by the original's, if at all."""
+        raise AlreadyApplied(
+            f"got a copy, or a pickle, of a {type(self._model.transformer).__name__} or its pipeline while a plan is applied, "
+            "wanted one of what carries none; call arrowhead.remove first, and apply the plan to both afterwards"
+        )
 
     @contextmanager
     def generating(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
@@ -132,9 +143,16 @@ class Run:
                 "the pipeline's transformer was exchanged after the plan was applied; wanted the same one; remove the plan "
                 "and apply it again"
             )
+        require_whole(self._model.transformers)
         self.plan.require(target_of(self._model))
         self._tally, self._branches = Tally(branches.samples, branches.calls), branches
         self._pace = Pace()
+        if replaced := self._interception.replaced():
+            self._note(
+                f"processors were replaced after the plan was applied, so nothing is compressed there: {', '.join(replaced)}",
+                "remove the plan, and apply it again after whatever replaces them; an IP-Adapter goes with no plan",
+                ProcessorReplaced,
+            )
         if not branches.guided and any(getattr(cell, "share_cfg", False) for row in self.plan.cells for cell in row):
             self._note(
                 "guidance is off, so there is one CFG branch and nothing to share",
@@ -252,7 +270,6 @@ class OwnRun(Run):
     def _clocked(self) -> ExitStack:
         own, clock = self._model.transformer.forward, ExitStack()
 
-        @functools.wraps(own)
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self._pace is not None:
                 self._pace.require_here(self._model.family.name)
@@ -267,9 +284,19 @@ class OwnRun(Run):
                 self._end()
             return out
 
-        forward.arrowhead_run = self  # type: ignore[attr-defined]
-        clock.enter_context(forward_replaced(self._model.transformer, forward))
+        self._forward = functools.update_wrapper(Carrying(forward), own)
+        self._forward.arrowhead_run = self
+        before = put(self._model.transformer, self._forward)
+        clock.callback(take_off, self._model.transformer, self._forward, before)
         return clock
+
+    def _around(self, call: SiteCall) -> Output:
+        if not reached(self._model.transformer, self._forward):
+            raise PlanMismatch(
+                f"the forward of the {self._model.family.name} was replaced after the plan was applied, so that its steps cannot "
+                "be counted; wanted it as it was, or with hooks around it; call close() of the run, and apply the plan again"
+            )
+        return super()._around(call)
 
     def _tick(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._branches is None:
@@ -339,7 +366,7 @@ def applied(
     try:
         yield run
     finally:
-        if _run_on(pipe) is run:
+        if run.on:
             run.close()
 
 
@@ -358,6 +385,7 @@ def _applied_class(base: type, run: Run) -> type:
 
     __call__.__wrapped__ = base.__call__  # type: ignore[attr-defined]  # inspect.signature follows it
     members = {"__call__": __call__, "__module__": base.__module__, "__doc__": base.__doc__, "_arrowhead_run": run}
+    members["__reduce_ex__"] = lambda _, protocol: run.__reduce_ex__(protocol)
     return type(base.__name__, (base,), members)
 
 

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes  # torch does no
 
 from arrowhead.cache import Output, along
 from arrowhead.errors import AlreadyApplied, NotIntercepted, ProcessorReplaced
+from arrowhead.forwards import put, reached, take_off
 from arrowhead.layout import Site
 from arrowhead.models.adapter import Forward
 from arrowhead.project import SomeHeads
@@ -242,7 +243,7 @@ class Interception:
         self._sites: dict[nn.Module, Site] = {}
         self._places: dict[nn.Module, str] = {}
         self._originals: dict[nn.Module, Any] = {}
-        self._wrapped: dict[nn.Module, Any] = {}
+        self._wrapped: dict[Any, Any] = {}
         self._routes: list[str] = []
         try:
             for site, module in modules:
@@ -252,9 +253,8 @@ class Interception:
                 if hasattr(getattr(module, self._places[module]), "arrowhead_around"):
                     raise AlreadyApplied(f"{site.path} is intercepted already; call arrowhead.remove first")
                 if not processed:
-                    own = vars(module).get("forward")  # accelerate, too, sets it on the instance
-                    wrapped = _wrap_forward(module, site, around, instead)
-                    self._originals[module], self._wrapped[module], module.forward = own, wrapped, wrapped
+                    self._wrapped[module] = _wrap_forward(module, site, around, instead)
+                    self._originals[module] = put(module, self._wrapped[module])
                     continue
                 try:
                     self._routes += route(module.processor)
@@ -266,18 +266,22 @@ class Interception:
             self.remove()
             raise
 
+    def replaced(self) -> list[str]:
+        """Sites whose processor or forward is somebody else's by now, and what it is."""
+        return [
+            f"{self._sites[module].path} by a {type(getattr(module, self._places[module])).__name__}"
+            for module, wrapped in self._wrapped.items()
+            if not (reached(module, wrapped) if self._places[module] == "forward" else module.processor is wrapped)
+        ]
+
     def remove(self) -> None:
         """Put every processor, forward and name back. What somebody else has set since stays, with a warning."""
-        replaced = []
-        for module, original in self._originals.items():
-            site, name = self._sites[module], self._places[module]
-            current = vars(module).get(name, getattr(module, name))
-            if current is not self._wrapped.get(module):
-                replaced.append(f"{site.path} by a {type(current).__name__}")
-            elif original is None:
-                delattr(module, name)
-            else:
-                setattr(module, name, original)
+        replaced = self.replaced()
+        for module, wrapped in self._wrapped.items():
+            if self._places[module] == "forward":
+                take_off(module, wrapped, self._originals[module])
+            elif module.processor is wrapped:
+                module.processor = self._originals[module]
         for name in self._routes:
             unroute(name)
         self._originals, self._wrapped, self._routes = {}, {}, []
@@ -370,20 +374,6 @@ def _wrapper_class(base: type) -> type:
 
     __call__.__signature__ = inspect.signature(base.__call__)  # type: ignore[attr-defined]
     return type(base.__name__, (base,), {"__call__": __call__, "__module__": base.__module__})
-
-
-@contextmanager
-def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Another forward on the instance, for the length of a `with` block."""
-    before = vars(module).get("forward")  # accelerate, too, sets it on the instance
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import arrowhead as ah
 from arrowhead.apply import target_of
-from arrowhead.layout import Tokens
+from arrowhead.layout import Tokens, seen
 from arrowhead.models import ATTENTION, find
 from arrowhead.models import Own as StandIn
 from arrowhead.plan import Plan
@@ -38,7 +38,7 @@ class Subject:
         """At random: a full step, then anything that sites of these kinds may do."""
         model = find(self.pipe if self.adapter is None else StandIn(self.pipe, self.adapter), kinds)
         cells = random_cells(seed, model.sites, STEPS, share=True)
-        return Plan(tuple(map(tuple, cells)), target_of(model), self.tokens, guided=True)
+        return Plan(tuple(map(tuple, cells)), target_of(model), seen(self.tokens, model.sites), guided=True)
 
     def applied(self, plan: Plan, **settings: Any) -> AbstractContextManager[ah.Run]:
         return ah.applied(self.pipe, plan, self.adapter, **settings)

@@ -1,6 +1,7 @@
 """Where attention sits in each family of models. Says where, never what."""
 
 from arrowhead.models.adapter import Adapter, Attention, FusedQKV, Own, described, generating
+from arrowhead.models.beside import require_whole
 from arrowhead.models.find import ATTENTION, EVERYTHING, Model, find, transformers_of
 from arrowhead.models.latte import latte
 from arrowhead.models.open_sora import open_sora
@@ -20,6 +21,7 @@ __all__ = [
     "generating",
     "latte",
     "open_sora",
+    "require_whole",
     "supported",
     "transformers_of",
 ]

@@ -11,6 +11,7 @@ from torch import nn
 from arrowhead.errors import InputsInvalid, UnsupportedPipeline
 from arrowhead.layout import Branches, BranchOrder, Kind, Site, Tokens, seen
 from arrowhead.models.adapter import Attention, Forward, Own
+from arrowhead.models.beside import require_whole
 from arrowhead.models.families import FAMILIES
 from arrowhead.models.family import NONE, Family
 from arrowhead.models.refused import REFUSED
@@ -149,9 +150,11 @@ def find(pipe: "DiffusionPipeline | Own", kinds: Collection[Kind] = ATTENTION) -
     """Look a pipeline up in the families table and find its sites of these kinds, by default those of attention.
 
     Raises:
-        UnsupportedPipeline: the pipeline or its transformer is not in the table, or no site was found.
+        UnsupportedPipeline: the pipeline or its transformer is not in the table, or no site was found; or the transformer
+            carries what no plan goes with, see `beside`.
     """
     if isinstance(pipe, Own):
+        require_whole([pipe.transformer])
         return _described(pipe, kinds)
     transformers = transformers_of(pipe)
     name, supported = type(pipe).__name__, ", ".join(p for f in FAMILIES for p in f.branch_order)
@@ -166,6 +169,7 @@ def find(pipe: "DiffusionPipeline | Own", kinds: Collection[Kind] = ATTENTION) -
             f"got {name} with a {type(transformer).__name__}{why}; wanted one of {supported}{'' if why else DESCRIBE}"
         )
     _require_alike(family, name, transformers)
+    require_whole(transformers)
     order = next((family.branch_order[c.__name__] for c in type(pipe).__mro__ if c.__name__ in family.branch_order), None)
     if order is None:
         raise UnsupportedPipeline(

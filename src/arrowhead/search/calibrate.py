@@ -19,7 +19,8 @@ from arrowhead.attend import Generation, attend
 from arrowhead.cache import Output
 from arrowhead.cost import full_flops
 from arrowhead.errors import ArrowheadError, InputsInvalid, NotIntercepted
-from arrowhead.intercept import SiteCall, forward_replaced, intercepted
+from arrowhead.forwards import forward_replaced
+from arrowhead.intercept import SiteCall, intercepted
 from arrowhead.layout import Branches, Site, Tokens, outermost
 from arrowhead.lifetimes import FOREVER, Residual, Writes
 from arrowhead.methods import FULL, Attend, Cell, refreshes_residual, residual_radius

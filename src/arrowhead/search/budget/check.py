@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from arrowhead.apply import applied
-from arrowhead.intercept import forward_replaced
+from arrowhead.forwards import forward_replaced
 from arrowhead.models import Own, transformers_of
 from arrowhead.plan import Plan
 from arrowhead.search.alone import quiet

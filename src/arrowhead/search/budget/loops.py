@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from arrowhead.errors import InputsInvalid, NotIntercepted
-from arrowhead.intercept import forward_replaced
+from arrowhead.forwards import forward_replaced
 from arrowhead.models import Model
 from arrowhead.search.alone import quiet
 from arrowhead.search.budget.guidance import Guidance

@@ -13,7 +13,7 @@ ROOT = Path(arrowhead.__file__).parent
 LAYERS = [  # lowest first: a room imports from the layers below its own, and from itself
     {"heads"},
     {"errors", "methods", "layout", "project", "versions"},
-    {"lifetimes", "kernels", "models"},
+    {"lifetimes", "kernels", "models", "stored"},
     {"cost", "cache", "route"},
     {"plan", "tally", "intercept"},
     {"attend"},

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
+from torch import dtype
 
 from arrowhead import cost
 from arrowhead.errors import PlanInvalid, PlanMismatch
@@ -29,6 +30,7 @@ from arrowhead.methods import (
     method_name,
     paper_name,
 )
+from arrowhead.stored import CacheDtype, Encoding
 
 FORMAT = 4
 READABLE = (2, 3, FORMAT)
@@ -192,8 +194,26 @@ class Plan:
 
     def cache_bytes(self, images: int = 1, itemsize: int = 2) -> tuple[int, ...]:
         """The most bytes that the caches hold in each step, for `images` at once in a dtype of `itemsize` bytes."""
-        sites, samples, calls = self.target.sites, self.samples, self.calls
-        return cost.cache_bytes(self.cells, sites, self.tokens, samples, images=images, itemsize=itemsize, calls=calls)
+        return self.memory(images, itemsize).steps
+
+    def memory(self, images: int = 1, itemsize: int | dtype = 2, cache_dtype: CacheDtype = "native") -> cost.Memory:
+        """The bytes that the caches hold, for `images` at once, in activations of a dtype, or of so many bytes each.
+
+        `cache_dtype` as `apply` takes it; with `cache_device` these are bytes on that device.
+
+        Raises:
+            InputsInvalid: there is no such dtype.
+        """
+        return cost.memory(
+            self.cells,
+            self.target.sites,
+            self.tokens,
+            self.samples,
+            images=images,
+            itemsize=itemsize if isinstance(itemsize, int) else itemsize.itemsize,
+            calls=self.calls,
+            cache_dtype=Encoding.of(cache_dtype, None).dtype,
+        )
 
     def require(self, target: Target) -> None:
         """Check that the plan was made for `target`.

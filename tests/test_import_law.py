@@ -15,6 +15,7 @@ LAYERS = [  # lowest first: a room imports from the layers below its own, and fr
     {"errors", "methods", "layout", "project", "versions"},
     {"lifetimes", "kernels", "models", "stored"},
     {"cost", "cache", "route"},
+    {"resample"},
     {"plan", "tally", "intercept"},
     {"attend"},
     {"apply"},

@@ -17,6 +17,7 @@ from arrowhead.errors import (
     ArrowheadError,
     BandCoversAll,
     GenerationUnfinished,
+    PlanDerived,
     PlanMismatch,
     ShareCfgIgnored,
     SiteNotReached,
@@ -65,6 +66,7 @@ class Run:
         self._generation: Generation | None = None  # set from the first call of the transformer on
         self._tally: Tally | None = None  # of the latest generation
         _warn_of_wide_bands(plan)
+        _warn_of_derived(plan)
         self._interception = Interception(model.placed, self._around, model.forwards)
         self._clock = self._clocked()
         model.pipe.__class__ = _applied_class(self._pipeline_class, self)
@@ -373,6 +375,17 @@ def _warn_of_wide_bands(plan: Plan) -> None:
                 stacklevel=4,
             )
             return
+
+
+def _warn_of_derived(plan: Plan) -> None:
+    if changes := plan.about.get("derived"):
+        said = "; then ".join(", ".join(f"{name} {what}" for name, what in change.items()) for change in changes)
+        warnings.warn(
+            f"the plan was not found for these circumstances, but derived: {said}; search again for one of its own, or look at "
+            "what it does",
+            PlanDerived,
+            stacklevel=4,
+        )
 
 
 def plain(value: Any) -> Any:

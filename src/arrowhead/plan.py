@@ -11,7 +11,7 @@ from typing import Any, Literal
 import pydantic
 from torch import dtype
 
-from arrowhead import cost
+from arrowhead import cost, resample
 from arrowhead.errors import PlanInvalid, PlanMismatch
 from arrowhead.layout import Site, Tokens, outermost
 from arrowhead.lifetimes import first_fault
@@ -214,6 +214,24 @@ class Plan:
             calls=self.calls,
             cache_dtype=Encoding.of(cache_dtype, None).dtype,
         )
+
+    def resample(self, steps: int | None = None, tokens: Tokens | None = None, switch: int | None = None) -> "Plan":
+        """The plan for another number of steps, or for other tokens of a call, without a search: see `resample.py`.
+
+        It says in `about` that it was derived, and is warned of where it is applied; itself where nothing changes. `switch` is
+        the step in which the second transformer takes over; None: after the same part of the steps.
+
+        Raises:
+            InputsInvalid: nothing is asked for, or what no plan can have; or tokens of another kind than the plan's.
+        """
+        sites, was = self.target.sites, resample.Circumstances(self.steps, self.tokens, self.switch)
+        cells, asked = resample.derived(self.cells, sites, self.samples, was, steps, tokens, switch)
+        found = replace(self, cells=cells, tokens=asked.tokens, switch=asked.switch)
+        if found == self:
+            return self
+        flops = [f"{plan.flops().module:.3f}" for plan in (found, self)]
+        change = {**was.changes(replace(asked, tokens=found.tokens)), "module_flops": "{}, was {}".format(*flops)}
+        return replace(found, about={**self.about, "derived": [*self.about.get("derived", ()), change]})
 
     def require(self, target: Target) -> None:
         """Check that the plan was made for `target`.

@@ -13,8 +13,9 @@ ROOT = Path(arrowhead.__file__).parent
 LAYERS = [  # lowest first: a room imports from the layers below its own, and from itself
     {"heads"},
     {"errors", "methods", "layout", "project", "versions"},
-    {"lifetimes", "kernels", "models", "pace", "files"},
+    {"lifetimes", "kernels", "models", "pace", "files", "stored"},
     {"cost", "cache", "route"},
+    {"resample"},
     {"plan", "tally", "intercept"},
     {"attend"},
     {"apply"},

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from arrowhead.attend import Generation, attend
@@ -17,6 +18,7 @@ from arrowhead.errors import (
     ArrowheadError,
     BandCoversAll,
     GenerationUnfinished,
+    PlanDerived,
     PlanMismatch,
     ProcessorReplaced,
     ShareCfgIgnored,
@@ -31,6 +33,7 @@ from arrowhead.methods import Arrow, Attend, breadth
 from arrowhead.models import Adapter, Model, Own, described, find, require_whole, transformers_of
 from arrowhead.pace import Pace
 from arrowhead.plan import Plan, Target
+from arrowhead.stored import NATIVE, CacheDtype, Encoding
 from arrowhead.tally import Summary, Tally
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
@@ -54,9 +57,10 @@ def target_of(model: Model) -> Target:
 class Run:
     """A plan on a pipeline, from `apply` to `remove`. Owns the caches and counters of the generation that is going on."""
 
-    def __init__(self, model: Model, plan: Plan, kernel: str) -> None:
+    def __init__(self, model: Model, plan: Plan, kernel: str, encoding: Encoding = NATIVE) -> None:
         self.plan = plan
         self.kernel = dispatch.known(kernel)
+        self.encoding = encoding
         self._model = model
         self._pipeline_class = type(model.pipe)
         plan.require(target_of(model))
@@ -68,6 +72,7 @@ class Run:
         self._tally: Tally | None = None  # of the latest generation
         self.on = True  # until it is closed
         _warn_of_wide_bands(plan)
+        _warn_of_derived(plan)
         self._interception = Interception(model.placed, self._around, model.forwards)
         self._clock = self._clocked()
         model.pipe.__class__ = _applied_class(self._pipeline_class, self)
@@ -200,7 +205,7 @@ class Run:
         tokens = self._model.tokens(self._model.transformer_arguments(args, kwargs))
         if self._generation is None:
             self.plan.require_call(self._model.steps, tokens, self._branches.calls, self._model.switch)
-            self._generation = Generation.begin(self._branches, tokens, self.kernel, self._tally)
+            self._generation = Generation.begin(self._branches, tokens, self.kernel, self._tally, self.encoding)
         else:
             self._generation.advance(tokens)
         self._generation.tally.steps += self._generation.call == 0
@@ -231,10 +236,10 @@ class OwnRun(Run):
     or by its forward. After the plan's steps the next call begins another generation, as `step(0)` does at any time.
     """
 
-    def __init__(self, model: Model, plan: Plan, kernel: str) -> None:
+    def __init__(self, model: Model, plan: Plan, kernel: str, encoding: Encoding = NATIVE) -> None:
         self._said: int | None = None  # the step that the loop says it is at
         self._looping = False  # in a loop's generation, which no call of a pipeline surrounds
-        super().__init__(model, plan, kernel)
+        super().__init__(model, plan, kernel, encoding)
 
     def step(self, index: int) -> None:
         """Say that a step of the loop begins, so that one that was left in the middle is noticed. The first is 0.
@@ -327,22 +332,34 @@ class OwnRun(Run):
         self._looping = False
 
 
-def apply(pipe: "DiffusionPipeline | nn.Module", plan: Plan, adapter: Adapter | None = None, *, kernel: str = "auto") -> Run:
+def apply(
+    pipe: "DiffusionPipeline | nn.Module",
+    plan: Plan,
+    adapter: Adapter | None = None,
+    *,
+    kernel: str = "auto",
+    cache_dtype: CacheDtype = "native",
+    cache_device: str | torch.device | None = None,
+) -> Run:
     """Put a plan on a pipeline, or on a module with its adapter. Generations that follow are compressed, until `remove`.
 
-    `kernel` is `auto`, or the name of the kernel that has to run the bands.
+    `kernel` is `auto`, or the name of the kernel that has to run the bands. What later steps read is kept in `cache_dtype`:
+    `native`, or `int8` or `fp8` with a scale for each token and head; on `cache_device`, such as `cpu`, or None: where it is
+    computed.
 
     Raises:
+        InputsInvalid: there is no such dtype, or device.
         UnsupportedPipeline: no attention sites are known for this pipeline.
         PlanMismatch: the plan was made for something else; the message names every difference.
         AlreadyApplied: the pipeline carries a plan.
         KernelUnavailable: there is no such kernel here.
     """
+    encoding = Encoding.of(cache_dtype, cache_device)
     if _run_on(pipe):
         raise AlreadyApplied("this pipeline carries a plan already; call arrowhead.remove(pipe) first")
     pipe, sites = described(pipe, adapter), plan.target.sites
     model = find(pipe, {site.kind for site in sites}).beside(sites)
-    return (OwnRun if isinstance(pipe, Own) else Run)(model, plan, kernel)
+    return (OwnRun if isinstance(pipe, Own) else Run)(model, plan, kernel, encoding)
 
 
 def remove(pipe: "DiffusionPipeline | nn.Module") -> None:
@@ -359,10 +376,16 @@ def remove(pipe: "DiffusionPipeline | nn.Module") -> None:
 
 @contextmanager
 def applied(
-    pipe: "DiffusionPipeline | nn.Module", plan: Plan, adapter: Adapter | None = None, *, kernel: str = "auto"
+    pipe: "DiffusionPipeline | nn.Module",
+    plan: Plan,
+    adapter: Adapter | None = None,
+    *,
+    kernel: str = "auto",
+    cache_dtype: CacheDtype = "native",
+    cache_device: str | torch.device | None = None,
 ) -> Iterator[Run]:
     """`apply` for the length of a `with` block. Raises what `apply` raises."""
-    run = apply(pipe, plan, adapter, kernel=kernel)
+    run = apply(pipe, plan, adapter, kernel=kernel, cache_dtype=cache_dtype, cache_device=cache_device)
     try:
         yield run
     finally:
@@ -402,6 +425,17 @@ def _warn_of_wide_bands(plan: Plan) -> None:
                 stacklevel=4,
             )
             return
+
+
+def _warn_of_derived(plan: Plan) -> None:
+    if changes := plan.about.get("derived"):
+        said = "; then ".join(", ".join(f"{name} {what}" for name, what in change.items()) for change in changes)
+        warnings.warn(
+            f"the plan was not found for these circumstances, but derived: {said}; search again for one of its own, or look at "
+            "what it does",
+            PlanDerived,
+            stacklevel=4,
+        )
 
 
 def plain(value: Any) -> Any:

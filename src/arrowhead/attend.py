@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 from torch import Tensor
 
-from arrowhead.cache import Cache, Key, Output, along, both_branches, compact, each, held_bytes
+from arrowhead.cache import Cache, Entry, Kept, Key, Output, along, both_branches, compact, each, held_bytes, kept
 from arrowhead.cost import computed_heads
 from arrowhead.errors import PlanMismatch
 from arrowhead.heads import places
@@ -18,6 +17,7 @@ from arrowhead.lifetimes import HeadOutput, Residual, Writes
 from arrowhead.methods import Arrow, Attend, Cached, Cell, Full, Method, Reuse, grouped, precision_of
 from arrowhead.project import heads_apart
 from arrowhead.route import AttentionCall
+from arrowhead.stored import NATIVE, Encoding
 from arrowhead.tally import Tally
 
 
@@ -25,8 +25,8 @@ from arrowhead.tally import Tally
 class Generation:
     """What one generation carries from call to call of the transformer, and forgets at its end.
 
-    `call` is which of the step's calls is running; each has its cache. `kernel` may be `auto`. `rows` are those of every call,
-    known from the first site on.
+    `call` is which of the step's calls is running; each has its cache, whose entries are kept in `encoding`. `kernel` may be
+    `auto`. `rows` are those of every call, known from the first site on.
     """
 
     branches: Branches
@@ -34,14 +34,15 @@ class Generation:
     kernel: str
     caches: tuple[Cache, ...]
     tally: Tally
+    encoding: Encoding = NATIVE
     step: int = 0
     call: int = 0
     rows: int | None = None
 
     @classmethod
-    def begin(cls, branches: Branches, tokens: Tokens, kernel: str, tally: Tally) -> "Generation":
+    def begin(cls, branches: Branches, tokens: Tokens, kernel: str, tally: Tally, encoding: Encoding = NATIVE) -> "Generation":
         """Before the first call of the transformer."""
-        return cls(branches, tokens, kernel, tuple(Cache(branches) for _ in range(branches.calls)), tally)
+        return cls(branches, tokens, kernel, tuple(Cache(branches) for _ in range(branches.calls)), tally, encoding)
 
     def advance(self, tokens: Tokens) -> None:
         """On to the next call of the transformer.
@@ -181,17 +182,18 @@ def _run(passage: Passage) -> Output:
     handed_over = passage.shared and generation.branches.calls == 2
     if not (passage.halved or handed_over or passage.writes != Writes()):
         return out
-    kept = call.kept(out, rows)
+    own = call.kept(out, rows)
     if handed_over or passage.writes.output_until is not None:
-        kept = compact(kept)
+        own = compact(own)
     if passage.writes.slope_until is not None:
-        _keep_slope(kept, passage.writes.slope_until, passage)
+        _keep_slope(own, passage.writes.slope_until, passage)
+    exact = kept(own, site.head_dim, replace(generation.encoding, dtype="native")) if handed_over else None
     if passage.writes.output_until is not None:
-        _keep(Key(site.path), kept, passage.writes.output_until, passage)
-    if handed_over:
-        key = Key(site.path, "handed over")
-        generation.caches[1].write(key, kept, conditional_only=False, last_reader=generation.step)
-    return call.restored(both_branches(kept)) if passage.halved else out
+        in_full = exact if generation.encoding.dtype == "native" else None
+        _keep(Key(site.path), in_full or _kept(own, passage), passage.writes.output_until, passage)
+    if exact is not None:  # what both branches have in one batch is not rounded either
+        generation.caches[1].write(Key(site.path, "handed over"), Entry(exact, False, generation.step))
+    return call.restored(both_branches(own)) if passage.halved else out
 
 
 def _keep_slope(out: Output, last_reader: int, passage: Passage) -> None:
@@ -199,27 +201,28 @@ def _keep_slope(out: Output, last_reader: int, passage: Passage) -> None:
     cache, step, path = passage.generation.cache, passage.generation.step, passage.call.site.path
     age = cache.age(Key(path), step)
     change = along(out, cache.read(Key(path), step, conditional=passage.halved), -1)
-    _keep(Key(path, "slope"), each(change, lambda tensor: tensor / age), last_reader, passage)
+    _keep(Key(path, "slope"), _kept(each(change, lambda tensor: tensor / age), passage), last_reader, passage)
 
 
-def _keep(key: Key, value: Output, last_reader: int, passage: Passage, kept: Residual | HeadOutput | None = None) -> None:
+def _kept(value: Output, passage: Passage) -> Kept:
+    return kept(value, passage.call.site.head_dim, passage.generation.encoding)
+
+
+def _keep(key: Key, value: Kept, last_reader: int, passage: Passage, of: Residual | HeadOutput | None = None) -> None:
     """Store what the conditional branch computed for both in both calls' caches; anything else in this call's."""
     generation = passage.generation
-    only = kept is not None and kept.conditional_only
-    heads = None if kept is None else kept.heads
-    write = partial(Cache.write, key=key, value=value, last_reader=last_reader, heads=heads, made=generation.step)
-    if generation.branches.calls == 1:
-        write(generation.cache, conditional_only=passage.halved or (only and generation.branches.guided))
-        return
-    write(generation.cache, conditional_only=False)
-    if passage.shared and not only:
-        write(generation.caches[1], conditional_only=False)
+    only, heads = (False, None) if of is None else (of.conditional_only, of.heads)
+    half = generation.branches.calls == 1 and (passage.halved or (only and generation.branches.guided))
+    entry = Entry(value, half, last_reader, heads, generation.step)
+    generation.cache.write(key, entry)
+    if generation.branches.calls == 2 and passage.shared and not only:
+        generation.caches[1].write(key, entry)
 
 
-def _wanted(kept: Residual | HeadOutput, passage: Passage) -> slice | None:
+def _wanted(of: Residual | HeadOutput, passage: Passage) -> slice | None:
     """The rows of what was computed that are to be kept: all, those of the conditional branch, or none."""
     branches = passage.generation.branches
-    if not kept.conditional_only or passage.shared or not branches.guided:
+    if not of.conditional_only or passage.shared or not branches.guided:
         return slice(None)
     return None if passage.generation.call == 1 else branches.conditional(passage.call.batch)
 
@@ -233,10 +236,11 @@ def _attention(call: AttentionCall, passage: Passage) -> Tensor:
         out = _by_method(call, passage)
     for residual in passage.writes.residuals:
         _write_residual(call, out, residual, passage)
-    for kept in passage.writes.head_outputs:
-        if (rows := _wanted(kept, passage)) is not None:
-            value = out[rows] if kept.heads is None else out[rows, places(kept.heads, out.device)]
-            _keep(Key(passage.call.site.path, "heads"), compact(value), kept.last_reader, passage, kept)
+    for of_heads in passage.writes.head_outputs:
+        if (rows := _wanted(of_heads, passage)) is not None:
+            value = out[rows] if of_heads.heads is None else out[rows, places(of_heads.heads, out.device)]
+            key = Key(passage.call.site.path, "heads")
+            _keep(key, _kept(compact(value), passage), of_heads.last_reader, passage, of_heads)
     return out
 
 
@@ -293,7 +297,8 @@ def _write_residual(call: AttentionCall, out: Tensor, residual: Residual, passag
     methods = [Arrow(residual.radius)] * len(heads)
     band = bands(call, heads, methods, rows, passage)[:, :, visual]
     whole = out[rows, :, visual] if residual.heads is None else out[rows, places(heads, out.device), visual]
-    _keep(Key(site.path, "residual", residual.radius), whole - band, residual.last_reader, passage, residual)
+    key = Key(site.path, "residual", residual.radius)
+    _keep(key, _kept(whole - band, passage), residual.last_reader, passage, residual)
     generation.tally.residuals += 1
 
 

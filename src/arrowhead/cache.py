@@ -2,18 +2,21 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from arrowhead.errors import NotIntercepted
-from arrowhead.heads import places
 from arrowhead.layout import Branches
+from arrowhead.lifetimes import What
 from arrowhead.methods import Radius
+from arrowhead.stored import NATIVE, Encoding, Stored, alone
 
 Output = Tensor | tuple[Tensor | None, ...]
 """What a site's module gives: (B, N, C), or such a tensor for the image and one for the text, None where it gives no text."""
+
+Kept = Stored | tuple[Stored | None, ...]
+"""The same as it is kept."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Key:
     """
 
     site: str
-    what: Literal["output", "slope", "heads", "residual", "handed over"] = "output"
+    what: What = "output"
     radius: Radius | None = None
 
 
@@ -36,7 +39,7 @@ class Entry:
     a module's output is of.
     """
 
-    value: Output
+    value: Kept
     conditional_only: bool
     last_reader: int
     heads: tuple[int, ...] | None = None
@@ -44,8 +47,9 @@ class Entry:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """The value's tensors."""
-        return tuple(t for t in self.value if t is not None) if isinstance(self.value, tuple) else (self.value,)
+        """What takes memory."""
+        parts = self.value if isinstance(self.value, tuple) else (self.value,)
+        return tuple(tensor for part in parts if part is not None for tensor in part.tensors)
 
     @property
     def nbytes(self) -> int:
@@ -54,15 +58,14 @@ class Entry:
 
     def without(self, heads: Sequence[int]) -> "Entry | None":
         """The entry for the other heads; None when there are none."""
-        assert isinstance(self.value, Tensor)
-        held = self.heads or tuple(range(self.value.shape[1]))
+        assert isinstance(self.value, Stored)
+        held = self.heads or tuple(range(self.value.values.shape[1]))
         others = [head for head in held if head not in heads]
         if len(others) == len(held):
             return self
         if not others:
             return None
-        rows = self.value[:, places(tuple(held.index(head) for head in others), self.value.device)]
-        return replace(self, value=compact(rows), heads=tuple(others))
+        return replace(self, value=self.value.heads(tuple(map(held.index, others))), heads=tuple(others))
 
 
 @dataclass
@@ -104,31 +107,20 @@ class Cache:
                 self._free(key, step)
                 return self._tensor(entry, conditional)
             held = range(count) if entry.heads is None else entry.heads
-            for place, head in enumerate(held):
-                if head in heads:
-                    rows[head] = self._tensor(entry, conditional)[:, place]
+            if not set(held).isdisjoint(heads):
+                rows |= zip(held, self._tensor(entry, conditional).unbind(1), strict=True)
         if missing := set(heads) - set(rows):
             raise NotIntercepted(f"{key.site}: step {step} reads {key.what} of heads {sorted(missing)}, which were not stored")
         self._free(key, step)
         return torch.stack([rows[head] for head in heads], 1)
 
-    def write(
-        self,
-        key: Key,
-        value: Output,
-        *,
-        conditional_only: bool,
-        last_reader: int,
-        heads: tuple[int, ...] | None = None,
-        made: int = 0,
-    ) -> None:
+    def write(self, key: Key, entry: Entry) -> None:
         """Store until step `last_reader` has read it, or until it is overwritten; for some heads beside others' values."""
-        if heads is None:
+        if entry.heads is None:
             self.drop(key)
         else:
-            trimmed = (entry.without(heads) for entry in self.entries.get(key, []))
-            self._keep(key, [entry for entry in trimmed if entry is not None])
-        entry = Entry(value, conditional_only, last_reader, heads, made)
+            trimmed = (other.without(entry.heads) for other in self.entries.get(key, []))
+            self._keep(key, [other for other in trimmed if other is not None])
         self.entries.setdefault(key, []).append(entry)
         self.held_bytes += entry.nbytes
 
@@ -165,13 +157,11 @@ class Cache:
         return value
 
     def _branch(self, entry: Entry, *, conditional: bool) -> Output:
-        if not self.branches.batched:
-            return entry.value
+        if not self.branches.batched or conditional == entry.conditional_only:
+            return read(entry.value)
         if not conditional:
-            return both_branches(entry.value) if entry.conditional_only else entry.value
-        if entry.conditional_only:
-            return entry.value
-        return each(entry.value, lambda tensor: tensor[self.branches.conditional(tensor.shape[0])])
+            return both_branches(read(entry.value))
+        return read(entry.value, self.branches)
 
 
 def held_bytes(caches: Sequence[Cache]) -> int:
@@ -180,6 +170,24 @@ def held_bytes(caches: Sequence[Cache]) -> int:
         return caches[0].held_bytes
     entries = (entry for own in caches for stored in own.entries.values() for entry in stored)
     return sum({id(tensor): tensor.nbytes for entry in entries for tensor in entry.tensors}.values())
+
+
+def kept(value: Output, head_dim: int, encoding: Encoding = NATIVE) -> Kept:
+    """A value of a site whose heads are so wide, as it is to be kept."""
+    if isinstance(value, tuple):
+        return tuple(None if tensor is None else encoding.stored(tensor, head_dim) for tensor in value)
+    return encoding.stored(value, head_dim)
+
+
+def read(value: Kept, half: Branches | None = None) -> Output:
+    """What was kept; of the conditional branch alone, where branches are given."""
+    if isinstance(value, tuple):
+        return tuple(None if part is None else _read(part, half) for part in value)
+    return _read(value, half)
+
+
+def _read(part: Stored, half: Branches | None) -> Tensor:
+    return (part if half is None else part.rows(half.conditional(part.values.shape[0]))).read()
 
 
 def each(value: Output, change: Callable[[Tensor], Tensor]) -> Output:
@@ -198,7 +206,7 @@ def along(value: Output, other: Output, weight: float) -> Output:
 
 def compact(value: Output) -> Output:
     """The same values, keeping no more memory alive than their own: a part of a larger tensor is copied."""
-    return each(value, lambda t: t.clone() if t.untyped_storage().nbytes() > t.nbytes else t)
+    return each(value, alone)
 
 
 def both_branches(half: Output) -> Output:

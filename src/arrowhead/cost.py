@@ -5,14 +5,16 @@ in int8 counts 3/4 of a native one, half of Q·Kᵀ and all of the weights times
 weighted work, not time: on the CPU, where int8 is emulated, it is not faster.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 from arrowhead.kernels import masks
 from arrowhead.layout import Site, Tokens
-from arrowhead.lifetimes import Writes, lifetimes
+from arrowhead.lifetimes import What, Writes, lifetimes
 from arrowhead.methods import FULL, Arrow, Attend, Cached, Cell, Full, Method, Reuse, precision_of
+from arrowhead.stored import SCALE_BYTES, CacheDtype, groups
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,25 @@ def remaining_flops(cells: Sequence[Sequence[Cell]], sites: Sequence[Site], toke
     return Flops(spent.attention / (whole.attention or 1), spent.module / whole.module)
 
 
-def cache_bytes(
+@dataclass(frozen=True)
+class Memory:
+    """What the caches hold, in bytes, and when they hold most.
+
+    The `peak` comes in step `step` first, and is made of what `of` says: outputs, slopes, heads, residuals, or what one call of
+    a step hands over to the other. `steps` has the most of each step.
+    """
+
+    peak: int
+    step: int
+    of: Mapping[What, int]
+    steps: tuple[int, ...]
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{what} {size / 2**20:.2f}" for what, size in self.of.items())
+        return f"{self.peak / 2**20:.2f} MiB in step {self.step}" + f" ({parts})" * bool(parts)
+
+
+def memory(
     cells: Sequence[Sequence[Cell]],
     sites: Sequence[Site],
     tokens: Tokens,
@@ -122,64 +142,86 @@ def cache_bytes(
     images: int,
     itemsize: int,
     calls: int = 1,
-) -> tuple[int, ...]:
-    """The most bytes that the caches hold at any moment of each step.
+    cache_dtype: CacheDtype = "native",
+) -> Memory:
+    """What the caches hold at any moment, for so many `images` at once.
 
-    `images` are generated at once; an element of their activations takes `itemsize` bytes. In each of a step's `calls` sites
-    follow one another in order, and each frees what it has read for the last time before it writes.
+    An element of their activations takes `itemsize` bytes, or one byte in 8 bits, and its share of a scale. In each of a step's
+    `calls` sites follow one another in order, and each frees what it has read for the last time before it writes.
     """
-    change = [0] * (len(cells) * calls * len(sites) + 1)  # in elements, at each passage of a site
-    for place, (site, column) in enumerate(zip(sites, zip(*cells, strict=True), strict=True)):
-        for stored in _stored(site, tokens, column, samples, calls):
-            change[stored.written * len(sites) + place] += stored.elements
-            change[stored.freed * len(sites) + place] -= stored.elements
-    held = [0, *accumulate(change)]
     width = calls * len(sites)
-    return tuple(max(held[step * width : (step + 1) * width + 1]) * images * itemsize for step in range(len(cells)))
+    change = [0] * (len(cells) * width + 1)  # at each passage of a site
+    held: list[tuple[int, int, _Stored]] = []
+    for place, (site, column) in enumerate(zip(sites, zip(*cells, strict=True), strict=True)):
+        for stored in _stored(site, tokens, column, samples, calls, itemsize, cache_dtype):
+            written, freed = stored.written * len(sites) + place, stored.freed * len(sites) + place
+            change[written] += stored.size
+            change[freed] -= stored.size
+            held.append((written, freed, stored))
+    after = [0, *accumulate(change)]
+    steps = tuple(max(after[step * width : (step + 1) * width + 1]) * images for step in range(len(cells)))
+    moment = after.index(max(after)) - 1  # the passage that has just been
+    of: Counter[What] = Counter()
+    for written, freed, stored in held:
+        if written <= moment < freed:
+            of[stored.what] += stored.size * images
+    return Memory(max(steps), steps.index(max(steps)), dict(of.most_common()), steps)
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """Elements per image that one site holds from one call of the transformer to another, counted through all steps."""
+    """Bytes per image that one site holds from one call of the transformer to another, counted through all steps."""
 
-    elements: int
+    what: What
+    size: int
     written: int
     freed: int
 
 
-def _stored(site: Site, tokens: Tokens, column: Sequence[Cell], samples: int, calls: int) -> Iterator[_Stored]:
-    length = site.tokens(tokens).total * site.sequences(tokens)
-    (visual, text), width = _inputs(site, tokens), site.heads * site.head_dim
-    of_text = site.tokens(tokens).text * width  # as wide as the heads, unless it is projected
-    output = {"all": visual + text, "visual": visual + of_text, "none": length * width}[site.projects_out]
+def _stored(
+    site: Site, tokens: Tokens, column: Sequence[Cell], samples: int, calls: int, itemsize: int, dtype: CacheDtype
+) -> Iterator[_Stored]:
+    def row(channels: int) -> int:
+        return channels * itemsize if dtype == "native" else channels + SCALE_BYTES * groups(channels, site.head_dim)
+
+    exact, output = _outputs(site, tokens, lambda channels: channels * itemsize), _outputs(site, tokens, row)
+    length, own = site.tokens(tokens).total * site.sequences(tokens), row(site.head_dim)
     for step, (cell, writes) in enumerate(zip(column, lifetimes(column), strict=True)):
         if isinstance(cell, Reuse):
             continue
-        entries = [(residual, tokens.visual) for residual in writes.residuals]
-        entries += [(output, length) for output in writes.head_outputs]  # type: ignore[misc]
-        kept = [
-            (rows * _count(entry.heads, site) * site.head_dim, entry.last_reader, entry.conditional_only, True)
-            for entry, rows in entries
+        kept: list[tuple[What, int, int, bool, bool]] = [
+            ("residual", tokens.visual * _count(made.heads, site) * own, made.last_reader, made.conditional_only, True)
+            for made in writes.residuals
         ]
+        for made in writes.head_outputs:
+            kept.append(("heads", length * _count(made.heads, site) * own, made.last_reader, made.conditional_only, True))
         if (until := writes.output_until) is not None:
             reader = column[until]  # one that shares writes its own output over both calls' in the first of them
-            kept.append((output, until, False, isinstance(reader, Reuse) or not reader.share_cfg))
+            kept.append(("output", output, until, False, isinstance(reader, Reuse) or not reader.share_cfg))
         if writes.slope_until is not None:
-            kept.append((output, writes.slope_until, False, True))
+            kept.append(("slope", output, writes.slope_until, False, True))
         if calls == 1:
             rows = _computed_samples(cell, samples)
-            yield from (_Stored(size * (1 if half else rows), step, last) for size, last, half, _ in kept)
+            yield from (_Stored(what, size * (1 if half else rows), step, last) for what, size, last, half, _ in kept)
             continue
-        for size, last, half, twice in kept:
+        for what, size, last, half, twice in kept:
             second = 2 * last + (twice and not half)
             if cell.share_cfg:  # one tensor, which serves both calls
-                yield _Stored(size, 2 * step, second)
+                yield _Stored(what, size, 2 * step, second)
                 continue
-            yield _Stored(size, 2 * step, 2 * last)
+            yield _Stored(what, size, 2 * step, 2 * last)
             if not half:
-                yield _Stored(size, 2 * step + 1, second)
-        if cell.share_cfg and writes.output_until is None:  # handed over from the first call to the second
-            yield _Stored(output, 2 * step, 2 * step + 1)
+                yield _Stored(what, size, 2 * step + 1, second)
+        if cell.share_cfg and (writes.output_until is None or dtype != "native"):  # from the first call to the second
+            yield _Stored("handed over", exact, 2 * step, 2 * step + 1)
+
+
+def _outputs(site: Site, tokens: Tokens, row: Callable[[int], int]) -> int:
+    """Bytes of a module's output of one sample, whose tokens take `row` by their channels."""
+    own, width = site.tokens(tokens), site.heads * site.head_dim
+    of_text = (site.text_channels or site.channels) if site.projects_out == "all" else width  # the heads', unless projected
+    of_image = width if site.projects_out == "none" else site.channels
+    return own.visual * site.sequences(tokens) * row(of_image) + own.text * row(of_text)
 
 
 def _count(heads: tuple[int, ...] | None, site: Site) -> int:

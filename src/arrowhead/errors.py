@@ -49,6 +49,10 @@ class ShareCfgIgnored(ArrowheadWarning):
     """The plan shares attention between the CFG branches, but this generation has only one branch."""
 
 
+class PlanDerived(ArrowheadWarning):
+    """The plan was not found for these steps, or these tokens, but derived from one for others."""
+
+
 class BandCoversAll(ArrowheadWarning):
     """A band is as wide as the sequence: it is computed, and is the same as full attention."""
 

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from arrowhead.methods import (
     Attend,
@@ -19,6 +19,11 @@ from arrowhead.methods import (
 
 FOREVER = sys.maxsize
 """A last reader that never comes: kept until overwritten."""
+
+
+What = Literal["output", "slope", "heads", "residual", "handed over"]
+"""What is remembered: a module's output, its change per step, outputs of heads, their residuals; or an output for the second
+call of the same step."""
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
+from torch import dtype
 
-from arrowhead import cost, files
+from arrowhead import cost, files, resample
 from arrowhead.errors import PlanInvalid, PlanMismatch
 from arrowhead.layout import Site, Tokens, outermost
 from arrowhead.lifetimes import first_fault
@@ -29,6 +30,7 @@ from arrowhead.methods import (
     method_name,
     paper_name,
 )
+from arrowhead.stored import CacheDtype, Encoding
 
 FORMAT = 4
 READABLE = (2, 3, FORMAT)
@@ -208,8 +210,44 @@ class Plan:
 
     def cache_bytes(self, images: int = 1, itemsize: int = 2) -> tuple[int, ...]:
         """The most bytes that the caches hold in each step, for `images` at once in a dtype of `itemsize` bytes."""
-        sites, samples, calls = self.target.sites, self.samples, self.calls
-        return cost.cache_bytes(self.cells, sites, self.tokens, samples, images=images, itemsize=itemsize, calls=calls)
+        return self.memory(images, itemsize).steps
+
+    def memory(self, images: int = 1, itemsize: int | dtype = 2, cache_dtype: CacheDtype = "native") -> cost.Memory:
+        """The bytes that the caches hold, for `images` at once, in activations of a dtype, or of so many bytes each.
+
+        `cache_dtype` as `apply` takes it; with `cache_device` these are bytes on that device.
+
+        Raises:
+            InputsInvalid: there is no such dtype.
+        """
+        return cost.memory(
+            self.cells,
+            self.target.sites,
+            self.tokens,
+            self.samples,
+            images=images,
+            itemsize=itemsize if isinstance(itemsize, int) else itemsize.itemsize,
+            calls=self.calls,
+            cache_dtype=Encoding.of(cache_dtype, None).dtype,
+        )
+
+    def resample(self, steps: int | None = None, tokens: Tokens | None = None, switch: int | None = None) -> "Plan":
+        """The plan for another number of steps, or for other tokens of a call, without a search: see `resample.py`.
+
+        It says in `about` that it was derived, and is warned of where it is applied; itself where nothing changes. `switch` is
+        the step in which the second transformer takes over; None: after the same part of the steps.
+
+        Raises:
+            InputsInvalid: nothing is asked for, or what no plan can have; or tokens of another kind than the plan's.
+        """
+        sites, was = self.target.sites, resample.Circumstances(self.steps, self.tokens, self.switch)
+        cells, asked = resample.derived(self.cells, sites, self.samples, was, steps, tokens, switch)
+        found = replace(self, cells=cells, tokens=asked.tokens, switch=asked.switch)
+        if found == self:
+            return self
+        flops = [f"{plan.flops().module:.3f}" for plan in (found, self)]
+        change = {**was.changes(replace(asked, tokens=found.tokens)), "module_flops": "{}, was {}".format(*flops)}
+        return replace(found, about={**self.about, "derived": [*self.about.get("derived", ()), change]})
 
     def require(self, target: Target) -> None:
         """Check that the plan was made for `target`.

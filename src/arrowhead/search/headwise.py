@@ -9,7 +9,7 @@ from torch import Tensor
 
 from arrowhead import cost
 from arrowhead.attend import Generation, Passage, bands, count
-from arrowhead.cache import Key, Output, both_branches
+from arrowhead.cache import Entry, Key, Output, both_branches, kept
 from arrowhead.errors import InputsInvalid
 from arrowhead.intercept import SiteCall
 from arrowhead.layout import Site, Tokens
@@ -205,7 +205,7 @@ class _AtSite:
         """Keep what later steps may read: every head's output, and the residuals of the heads that were full."""
         state, site = self.passage.generation, self.passage.call.site
         if self.settings.caching:
-            state.cache.write(Key(site.path, "heads"), out, conditional_only=False, last_reader=FOREVER)
+            state.cache.write(Key(site.path, "heads"), Entry(kept(out, site.head_dim), False, FOREVER))
         full = tuple(head for head, method in enumerate(cell.methods(site.heads)) if isinstance(method, Full))
         if not self.settings.residual or not full:
             return
@@ -216,7 +216,7 @@ class _AtSite:
                 band = torch.cat([band, band]) if cell.share_cfg else band
                 key = Key(site.path, "residual", method.radius)
                 difference = out[:, full, visual] - band  # (B, h, V, D)
-                state.cache.write(key, difference, conditional_only=False, last_reader=FOREVER, heads=full)
+                state.cache.write(key, Entry(kept(difference, site.head_dim), False, FOREVER, full))
 
 
 def _runs(heads: int, length: int) -> Iterator[list[int]]:

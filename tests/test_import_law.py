@@ -23,7 +23,7 @@ LAYERS = [  # lowest first: a room imports from the layers below its own, and fr
     {"analysis"},
     {"__init__"},  # the public API, which only the outermost rooms use
     {"compare", "demo", "cli_inputs"},
-    {"cli_analyze"},
+    {"cli_analyze", "cli_evaluate"},
     {"cli"},
     {"__main__"},
 ]

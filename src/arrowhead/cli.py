@@ -1,6 +1,5 @@
 """The command line: a thin edge over the library, and the only place, with the demo, that prints."""
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -15,7 +14,8 @@ from rich.text import Text
 import arrowhead as ah
 from arrowhead.analysis.palette import COLOURS, MEANINGS, ink
 from arrowhead.cli_analyze import analyze
-from arrowhead.cli_inputs import Device, Dtype, Inputs, ModelName, Seed, load, parse
+from arrowhead.cli_evaluate import evaluate
+from arrowhead.cli_inputs import Device, Dtype, Inputs, ModelName, Seed, Seeds, by_name, load, parse
 from arrowhead.errors import ArrowheadError, InputsInvalid
 from arrowhead.methods import paper_name
 from arrowhead.models import find
@@ -25,9 +25,9 @@ from arrowhead.search.budget.asked import ASKED
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Diffusion transformers that generate faster.")
 app.command()(analyze)
+app.command()(evaluate)
 console = Console()
 
-Seeds = Annotated[int, typer.Option(help="how many seeds to generate the inputs with, counted from 0", min=1)]
 Plans = Annotated[list[Path], typer.Option("--plan", exists=True, dir_okay=False, help="a plan that search wrote; repeat")]
 
 
@@ -172,34 +172,6 @@ def generate(
 
 
 @app.command()
-def evaluate(
-    model: ModelName,
-    inputs: Inputs,
-    plans: Plans,
-    seeds: Seeds = 3,
-    out: Annotated[Path | None, typer.Option(help="JSON file for the table")] = None,
-    device: Device = "cpu",
-    dtype: Dtype = "float32",
-) -> None:
-    """Compare plans with the untouched pipeline: FLOPs, time, PSNR, SSIM."""
-    from arrowhead.evaluate import evaluate as measure  # noqa: PLC0415  # torchmetrics
-
-    loaded = _by_name(plans)
-    result = measure(load(model, device, dtype), loaded, parse(inputs), seeds=range(seeds))
-    table = Table("plan", "matmul FLOPs", "module FLOPs", "cache peak", "time", *result.scores[0].metrics)
-    for score in result.scores:
-        flops, peak = score.summary.flops, score.summary.peak_cache_bytes
-        numbers = [f"{value:.4g}" for value in score.metrics.values()]
-        time = f"{score.time_ratio:.2f} ×"
-        table.add_row(score.name, f"{flops.attention:.1%}", f"{flops.module:.1%}", f"{peak / 2**20:.1f} MiB", time, *numbers)
-    console.print(table)
-    console.print(f"{len(result.raw)} images; time against the untouched pipeline, {result.raw_seconds:.2f} s a seed, in turn")
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result.as_dict(), indent=1, allow_nan=False) + "\n")
-
-
-@app.command()
 def compare(
     model: ModelName,
     inputs: Inputs,
@@ -214,7 +186,7 @@ def compare(
     from arrowhead.compare import page, require_writable  # noqa: PLC0415  # torchmetrics
     from arrowhead.evaluate import evaluate as measure  # noqa: PLC0415
 
-    loaded = _by_name(plans)
+    loaded = by_name(plans)
     require_writable(out)
     result = measure(load(model, device, dtype), loaded, parse(inputs), seeds=range(seeds))
     text = page(result, title=model, command=shlex.join(["arrowhead", *sys.argv[1:]]), room=room * 2**20)
@@ -241,14 +213,6 @@ def show(
         console.print(f"drawn into {png}")
     elif site is not None:
         raise InputsInvalid(f"got --site {site} and nothing to draw into; wanted --png FILE beside it")
-
-
-def _by_name(paths: list[Path]) -> dict[str, Plan]:
-    """Plans by the names of their files."""
-    loaded = {path.stem: Plan.load(path) for path in paths}
-    if len(loaded) < len(paths):
-        raise InputsInvalid(f"got plans {[str(p) for p in paths]}, wanted files of different names: a row is named by its file")
-    return loaded
 
 
 def _budget(text: str | None) -> ah.Budget | str | None:

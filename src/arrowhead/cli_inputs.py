@@ -1,6 +1,7 @@
 """What commands have in common: a model's name, the arguments of its call, where it runs."""
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -8,12 +9,14 @@ import typer
 
 from arrowhead import tiny
 from arrowhead.errors import InputsInvalid
+from arrowhead.plan import Plan
 
 ModelName = Annotated[str, typer.Argument(help="a Hub id, a local folder, tiny:dit or tiny:mmdit")]
 INPUT = typer.Option(
     "--input", "-i", metavar="NAME=VALUE", help="an argument of the pipeline's call, e.g. num_inference_steps=50; repeat"
 )
 Inputs = Annotated[list[str], INPUT]
+Seeds = Annotated[int, typer.Option(help="how many seeds to generate the inputs with, counted from 0", min=1)]
 Seed = Annotated[int, typer.Option(help="seed of the initial noise")]
 Device = Annotated[str, typer.Option(help="torch device")]
 Dtype = Annotated[str, typer.Option(help="torch dtype of the weights")]
@@ -53,3 +56,11 @@ def parse(inputs: list[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             parsed[name] = value
     return parsed
+
+
+def by_name(paths: list[Path]) -> dict[str, Plan]:
+    """Plans by the names of their files."""
+    loaded = {path.stem: Plan.load(path) for path in paths}
+    if len(loaded) < len(paths):
+        raise InputsInvalid(f"got plans {[str(p) for p in paths]}, wanted files of different names: a row is named by its file")
+    return loaded

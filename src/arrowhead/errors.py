@@ -67,3 +67,11 @@ class GenerationUnfinished(ArrowheadWarning):
 
 class ProcessorReplaced(ArrowheadWarning):
     """Somebody replaced an attention processor while a plan was applied."""
+
+
+class InputsRepeated(ArrowheadWarning):
+    """There are fewer prompts or labels than images, and some are drawn more often than others."""
+
+
+class TooFewSamples(ArrowheadWarning):
+    """There are too few images for a figure to mean what it says."""

@@ -93,7 +93,7 @@ def evaluate(
             "none of them named raw, and no generator among the inputs"
         )
     for fitting in plans.values():
-        _require_fit(pipe, fitting, inputs, seeds[0])
+        require_fit(pipe, fitting, inputs, seeds[0])
     settings: dict[str, Plan | None] = {"raw": None, **plans}
     images: dict[str, list[Tensor]] = {name: [] for name in settings}
     seconds: dict[str, list[float]] = {name: [] for name in settings}
@@ -132,7 +132,7 @@ class _Begun(Exception):
     """The transformer is about to run."""
 
 
-def _require_fit(pipe: "DiffusionPipeline", plan: Plan, inputs: Mapping[str, Any], seed: int) -> None:
+def require_fit(pipe: "DiffusionPipeline", plan: Plan, inputs: Mapping[str, Any], seed: int) -> None:
     """Check a plan against a call of the pipeline, which is stopped where it would run the transformer first.
 
     Raises:

@@ -11,8 +11,8 @@ from typing import Any
 
 import budget
 import typer
-from evidence import Bench, Judge, Run, Tools, left, write
-from evidence_techniques import INPUTS, LABELS, PROMPTS
+from evidence import Bench, Judge, Tools, left, write
+from evidence_techniques import runs_of
 
 import arrowhead as ah
 
@@ -23,21 +23,12 @@ SEARCHES: dict[str, dict[str, Any]] = {
 }
 
 
-def runs_of(name: budget.Name, steps: int) -> dict[str, Run]:
-    """Of the search and of the pictures."""
-    case, guidance = (LABELS, 3.0) if name is budget.Name.DIT else (PROMPTS, 4.0)
-    return {
-        "calibration": Run(tuple(case.calibration[:INPUTS]), steps, guidance, budget.SEED),
-        "pictures": Run(tuple(case.images[:IMAGES]), steps, guidance),
-    }
-
-
 def main(name: budget.Name, tools: Tools) -> None:
     """Find plans for few steps, make the pictures, compare them with the raw ones of the same seeds and steps."""
     bench, judge = Bench(name, "failures"), Judge(tools)
     table: dict[str, Any] = {}
     for steps in STEPS:
-        runs = runs_of(name, steps)
+        runs = runs_of(name, steps, IMAGES)
         raw = bench.pictures(f"raw {steps}", runs["pictures"])
         table[str(steps)] = {}
         for what, how in SEARCHES.items():
@@ -45,7 +36,7 @@ def main(name: budget.Name, tools: Tools) -> None:
             plan = bench.plan(f"{what}, {steps}", runs["calibration"], **extra, **how)
             images = bench.pictures(f"{what}, {steps} steps", runs["pictures"], plan)
             table[str(steps)][what] = left(plan) | judge(images, raw)
-    runs = {f"{what}, {steps} steps": run for steps in STEPS for what, run in runs_of(name, steps).items()}
+    runs = {f"{what}, {steps} steps": run for steps in STEPS for what, run in runs_of(name, steps, IMAGES).items()}
     write(f"failures_{name}", runs, {"steps": table}, model=f"tiny:{name}")
 
 

@@ -10,17 +10,16 @@ from typing import Any
 
 import budget
 import typer
-from evidence import Bench, Judge, Run, Tools, left, write
-from evidence_techniques import PROMPTS, RUNS, Offered
+from evidence import Bench, Judge, Tools, left, write
+from evidence_techniques import Offered, runs_of
 from torch import Tensor
 
 import arrowhead as ah
 
 NEGATIVE = "a noto of a yellow face"
-NAME, IMAGES = budget.Name.MMDIT32, 16
-PLAIN = Run(tuple(PROMPTS.images[:IMAGES]), 28, 4.0)
+NAME = budget.Name.MMDIT32
+CALIBRATION, PLAIN = runs_of(NAME).values()
 STEERED = replace(PLAIN, negative=NEGATIVE)
-CALIBRATION = RUNS[NAME]["calibration"]
 SETTINGS: dict[str, dict[str, Any]] = {
     "greedy D4": {"strategy": Offered(), "threshold": "D4"},
     "greedy D6": {"strategy": Offered(), "threshold": "D6"},

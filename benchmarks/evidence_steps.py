@@ -10,27 +10,18 @@ from typing import Annotated, Any
 
 import budget
 import typer
-from evidence import Bench, Judge, Run, Tools, left, write
-from evidence_techniques import INPUTS, LABELS, PROMPTS
+from evidence import Bench, Judge, Tools, left, write
+from evidence_techniques import runs_of
 
 import arrowhead as ah
 
-STEPS = {budget.Name.DIT: (6, 20, 50, 100, 200), budget.Name.MMDIT32: (6, 14, 28, 56)}
-THRESHOLD, IMAGES = "D4", 10
-
-
-def runs_of(name: budget.Name, steps: int) -> dict[str, Run]:
-    """Of the search and of the pictures; two inputs and ten."""
-    case, guidance = (LABELS, 3.0) if name is budget.Name.DIT else (PROMPTS, 4.0)
-    return {
-        "calibration": Run(tuple(case.calibration[:INPUTS]), steps, guidance, budget.SEED),
-        "pictures": Run(tuple(case.images[:IMAGES]), steps, guidance),
-    }
+STEPS = {budget.Name.DIT: (20, 50, 100, 200), budget.Name.MMDIT32: (14, 28, 56)}
+THRESHOLD, IMAGES = "D5", 6
 
 
 def of_steps(bench: Bench, judge: Judge, name: budget.Name, steps: int) -> dict[str, Any]:
     """Both searches' plans at this number of steps, and what their pictures have lost."""
-    runs = runs_of(name, steps)
+    runs = runs_of(name, steps, IMAGES)
     raw = bench.pictures(f"raw {steps}", runs["pictures"])
     greedy = bench.plan(f"greedy {steps}", runs["calibration"], strategy="greedy", threshold=THRESHOLD)
     limit = ah.Budget(module_flops=greedy.flops().module)
@@ -50,11 +41,11 @@ def main(
     bench, judge = Bench(name, "steps"), Judge(tools)
     chosen = [steps for steps in STEPS[name] if not only or steps in only]
     table = {str(steps): of_steps(bench, judge, name, steps) for steps in chosen}
-    most = bench.pictures(f"raw {chosen[-1]}", runs_of(name, chosen[-1])["pictures"])
+    most = bench.pictures(f"raw {chosen[-1]}", runs_of(name, chosen[-1], IMAGES)["pictures"])
     for steps in chosen[:-1]:
-        fewer = bench.pictures(f"raw {steps}", runs_of(name, steps)["pictures"])
+        fewer = bench.pictures(f"raw {steps}", runs_of(name, steps, IMAGES)["pictures"])
         table[str(steps)][f"raw against raw of {chosen[-1]} steps"] = judge(fewer, most)
-    runs = {f"{what}, {steps} steps": run for steps in chosen for what, run in runs_of(name, steps).items()}
+    runs = {f"{what}, {steps} steps": run for steps in chosen for what, run in runs_of(name, steps, IMAGES).items()}
     write(f"steps_{name}", runs, {"steps": table}, model=f"tiny:{name}", threshold=THRESHOLD)
 
 

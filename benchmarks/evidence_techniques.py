@@ -26,20 +26,19 @@ TECHNIQUES: dict[str, tuple[str, ...]] = {
     "WA": ("WA",),
     "all, no residual": ("AST", "WA+ASC", "WA", "ASC"),
 }
-LEVELS = ("D2", "D4", "D6")
-INPUTS, IMAGES = 2, {budget.Name.DIT: 20, budget.Name.MMDIT32: 16}
+LEVELS = ("D4", "D6")
+INPUTS, IMAGES, STEPS = 2, 12, {budget.Name.DIT: 20, budget.Name.MMDIT32: 14}
 THRESHOLDS, BUDGETS = (0.2, 0.6, 1.0), (0.7, 0.55, 0.4, 0.25, 0.1)
-LABELS, PROMPTS = budget.CASES[budget.Name.DIT], budget.CASES[budget.Name.MMDIT32]
-RUNS = {
-    budget.Name.DIT: {
-        "calibration": Run(tuple(LABELS.calibration[:INPUTS]), 20, 3.0, budget.SEED),
-        "pictures": Run(tuple(LABELS.images[: IMAGES[budget.Name.DIT]]), 20, 3.0),
-    },
-    budget.Name.MMDIT32: {
-        "calibration": Run(tuple(PROMPTS.calibration[:INPUTS]), 28, 4.0, budget.SEED),
-        "pictures": Run(tuple(PROMPTS.images[: IMAGES[budget.Name.MMDIT32]]), 28, 4.0),
-    },
-}
+
+
+def runs_of(name: budget.Name, steps: int | None = None, images: int = IMAGES) -> dict[str, Run]:
+    """What is generated for a search and for the comparison."""
+    case, steps = budget.CASES[name], steps or STEPS[name]
+    guidance = case.common["guidance_scale"]
+    return {
+        "calibration": Run(tuple(case.calibration[:INPUTS]), steps, guidance, budget.SEED),
+        "pictures": Run(tuple(case.images[:images]), steps, guidance),
+    }
 
 
 @dataclass(frozen=True)
@@ -60,9 +59,9 @@ class Offered(ah.Greedy):
 
 def plans(bench: Bench, name: budget.Name) -> Iterator[tuple[str, ah.Plan]]:
     """Every setting's plan."""
-    run = RUNS[name]["calibration"]
+    run = runs_of(name)["calibration"]
     for technique, only in TECHNIQUES.items():
-        for level in LEVELS:
+        for level in ("D2", *LEVELS) if technique == "all" else LEVELS:
             what = f"{technique} {level}"
             yield what, bench.plan(what, run, strategy=Offered(only=only), threshold=level)
     for threshold in THRESHOLDS:
@@ -75,7 +74,7 @@ def plans(bench: Bench, name: budget.Name) -> Iterator[tuple[str, ah.Plan]]:
 
 def main(name: budget.Name, tools: Tools) -> None:
     """Find the plans, make the pictures, compare them with the raw ones of the same seeds."""
-    bench, judge, runs, table = Bench(name, "techniques"), Judge(tools), RUNS[name], {}
+    bench, judge, runs, table = Bench(name, "techniques"), Judge(tools), runs_of(name), {}
     run = runs["pictures"]
     raw = bench.pictures("raw", run)
     for what, plan in plans(bench, name):

@@ -12,57 +12,42 @@ from typing import Any
 import budget
 import typer
 from evidence import Bench, Judge, Run, Tools, left, write
-from evidence_techniques import INPUTS, LABELS, PROMPTS
+from evidence_techniques import IMAGES, runs_of
 
 import arrowhead as ah
 
-NAME = budget.Name
-IMAGES = 12
-HOME = {
-    NAME.DIT: Run(tuple(LABELS.calibration[:INPUTS]), 20, 3.0, budget.SEED),
-    NAME.MMDIT32: Run(tuple(PROMPTS.calibration[:INPUTS]), 28, 4.0, budget.SEED),
+GUIDANCE = {budget.Name.DIT: (1.5, 6.0), budget.Name.MMDIT32: (2.0, 8.0)}
+SEARCHES: dict[str, dict[str, Any]] = {
+    "headwise 0.6": {"strategy": "headwise", "threshold": 0.6},
+    "budget 40%": {"budget": ah.Budget(module_flops=0.4)},
 }
-OTHERS = {
-    NAME.DIT: {
-        "other labels": replace(HOME[NAME.DIT], asked=tuple(LABELS.calibration[-INPUTS:])),
-        "other seeds": replace(HOME[NAME.DIT], seed=2 * budget.SEED),
-        "guidance 1.5": replace(HOME[NAME.DIT], guidance=1.5),
-        "guidance 6": replace(HOME[NAME.DIT], guidance=6.0),
-    },
-    NAME.MMDIT32: {
-        "other prompts": replace(HOME[NAME.MMDIT32], asked=tuple(PROMPTS.calibration[-INPUTS:])),
-        "other seeds": replace(HOME[NAME.MMDIT32], seed=2 * budget.SEED),
-        "guidance 2": replace(HOME[NAME.MMDIT32], guidance=2.0),
-        "guidance 8": replace(HOME[NAME.MMDIT32], guidance=8.0),
-    },
-}
-SEARCHES: dict[NAME, dict[str, dict[str, Any]]] = {
-    NAME.DIT: {
-        "greedy D4": {"strategy": "greedy", "threshold": "D4"},
-        "budget 40%": {"budget": ah.Budget(module_flops=0.4)},
-    },
-    NAME.MMDIT32: {
-        "headwise 0.6": {"strategy": "headwise", "threshold": 0.6},
-        "budget 40%": {"budget": ah.Budget(module_flops=0.4)},
-    },
-}
+
+
+def kinds_of(name: budget.Name) -> dict[str, Run]:
+    """What plans are found for: home, and what differs from it in one thing."""
+    home, case = runs_of(name)["calibration"], budget.CASES[name]
+    return {
+        "home": home,
+        f"other {'labels' if name is budget.Name.DIT else 'prompts'}": replace(home, asked=tuple(case.calibration[4:6])),
+        "other seeds": replace(home, seed=2 * budget.SEED),
+        **{f"guidance {scale:g}": replace(home, guidance=scale) for scale in GUIDANCE[name]},
+    }
 
 
 def pictures_of(run: Run) -> Run:
-    """Twelve pictures of what a calibration was asked for, with its guidance and seeds of their own."""
+    """Pictures of what a calibration was asked for, with its guidance; their seeds are no calibration's."""
     asked = tuple(run.asked[i % len(run.asked)] for i in range(IMAGES))
     return replace(run, asked=asked, seed=0 if run.seed == budget.SEED else run.seed + 1000)
 
 
 def main(name: budget.Name, tools: Tools) -> None:
     """Find the plans, make the pictures of every kind by the plan of home and by the one that was found for them."""
-    bench, judge, home = Bench(name, "transfer"), Judge(tools), HOME[name]
-    kinds = {"home": home, **OTHERS[name]}
+    bench, judge, kinds = Bench(name, "transfer"), Judge(tools), kinds_of(name)
     table: dict[str, dict[str, Any]] = {kind: {} for kind in kinds}
     for kind, run in kinds.items():
         raw = bench.pictures(f"raw, {kind}", pictures_of(run))
-        for search, how in SEARCHES[name].items():
-            for which, made_for in {"home": home, kind: run}.items():
+        for search, how in SEARCHES.items():
+            for which, made_for in {"home": kinds["home"], kind: run}.items():
                 extra = {"table": f"table, {which}"} if "budget" in how else {}
                 plan = bench.plan(f"{search}, for {which}", made_for, **extra, **how)
                 images = bench.pictures(f"{search}, for {which}, on {kind}", pictures_of(run), plan)

@@ -40,7 +40,8 @@ def plan_map(plans: Mapping[str, Plan], path: str | Path, title: str = "") -> No
         axis.set_title(f"{name}: {left.attention:.0%} of attention FLOPs left, {left.module:.0%} with {besides}", loc="left")
         axis.set_xlabel("step")
         axis.set_ylabel("site")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     handles = [Patch(color=COLOURS[name], label=f"{name}: {MEANINGS[name]}") for name in names]
     figure.legend(handles=handles, loc="outside lower left", ncols=2, frameon=False, fontsize=9)
     figure.savefig(path, dpi=140)
@@ -117,6 +118,7 @@ def image_grid(rows: Mapping[str, Tensor], columns: list[str], path: str | Path,
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
     for axis, column in zip(axes[0], columns, strict=True):
         axis.set_title(column, fontsize=8)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     figure.savefig(path, dpi=140)
     plt.close(figure)

@@ -18,14 +18,14 @@ from arrowhead.methods import Arrow, Attend, Cell, Radius, breadth, method_name,
 from arrowhead.plan import Plan
 
 
-def plan_map(plans: Mapping[str, Plan], path: str | Path) -> None:
+def plan_map(plans: Mapping[str, Plan], path: str | Path, title: str = "") -> None:
     """Each plan as a map of sites over steps, one colour per kind of cell (DiTFastAttn, Figure 5)."""
     present = {paper_name(cell) for plan in plans.values() for row in plan.cells for cell in row}
     names = [name for name in COLOURS if name in present]
     height = sum(0.9 + 0.13 * len(plan.target.sites) for plan in plans.values())
     figure, axes = plt.subplots(len(plans), 1, figsize=(9, height + 0.7), squeeze=False, layout="constrained")
     colours = ListedColormap([COLOURS[name] for name in names])
-    for axis, (title, plan) in zip(axes[:, 0], plans.items(), strict=True):
+    for axis, (name, plan) in zip(axes[:, 0], plans.items(), strict=True):
         grid = [[names.index(paper_name(cell)) for cell in column] for column in plan.columns]  # sites × steps
         axis.imshow(grid, cmap=colours, vmin=-0.5, vmax=len(names) - 0.5, aspect="auto", interpolation="nearest")
         axis.set_xticks([x - 0.5 for x in range(plan.steps + 1)], minor=True)
@@ -37,9 +37,11 @@ def plan_map(plans: Mapping[str, Plan], path: str | Path) -> None:
         left = plan.flops()
         kinds = {site.kind for site in plan.target.sites}
         besides = "projections" if kinds == {"self_attention"} else "all sites"
-        axis.set_title(f"{title}: {left.attention:.0%} of attention FLOPs left, {left.module:.0%} with {besides}", loc="left")
+        axis.set_title(f"{name}: {left.attention:.0%} of attention FLOPs left, {left.module:.0%} with {besides}", loc="left")
         axis.set_xlabel("step")
         axis.set_ylabel("site")
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     handles = [Patch(color=COLOURS[name], label=f"{name}: {MEANINGS[name]}") for name in names]
     figure.legend(handles=handles, loc="outside lower left", ncols=2, frameon=False, fontsize=9)
     figure.savefig(path, dpi=140)
@@ -103,7 +105,7 @@ def sweep_curve(plans: Mapping[str, Plan], measure: str, path: str | Path) -> No
     plt.close(figure)
 
 
-def image_grid(rows: Mapping[str, Tensor], columns: list[str], path: str | Path) -> None:
+def image_grid(rows: Mapping[str, Tensor], columns: list[str], path: str | Path, title: str = "") -> None:
     """Rows of images, (n, C, H, W) in [0, 1] each, one row a setting, with the same seed in each column."""
     shape = (len(rows), len(columns))
     size = (1.1 * shape[1] + 1.9, 1.15 * shape[0] + 0.3)
@@ -114,7 +116,9 @@ def image_grid(rows: Mapping[str, Tensor], columns: list[str], path: str | Path)
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
-    for axis, title in zip(axes[0], columns, strict=True):
-        axis.set_title(title, fontsize=8)
+    for axis, column in zip(axes[0], columns, strict=True):
+        axis.set_title(column, fontsize=8)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     figure.savefig(path, dpi=140)
     plt.close(figure)

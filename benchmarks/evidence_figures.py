@@ -1,0 +1,249 @@
+"""The figures of docs/results.md, from results/*.json alone; grids of pictures and maps of plans from the work folders, too.
+
+    python benchmarks/evidence_figures.py charts
+    python benchmarks/evidence_figures.py pictures
+
+`charts` needs nothing but what is in the repository. `pictures` needs what the evidence_*.py have made.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+import typer
+from evidence import FIGURES, HERE
+from matplotlib.axes import Axes
+
+from arrowhead.analysis.palette import COLOURS
+
+MODELS = {"dit": "DiT on CIFAR-10, 32 × 32", "mmdit32": "MMDiT on emoji, 32 × 32"}
+SEARCH = {"all": "#c8553d", "greedy": "#c8553d", "headwise": "#d98e04", "budget": "#1f3a5f"}
+TECHNIQUES = {
+    "all": ("all together (DiTFastAttn)", "#c8553d", "o-"),
+    "all, no residual": ("all together, windows without residual", "#e8a598", "o--"),
+    "AST": ("AST alone: outputs of an earlier step", "#d98e04", "s-"),
+    "ASC": ("ASC alone: one CFG branch for both", COLOURS["ASC"], "^-"),
+    "WA-RS": ("WA-RS alone: windows with residual", COLOURS["WA-RS"], "D-"),
+    "WA": ("WA alone: windows without residual", COLOURS["WA"], "D--"),
+}
+# DiT-XL/2-512, DiTFastAttn, Table 1: raw and D1 … D6, what is left of module FLOPs, IS
+REPORTED = {"flops": (1.0, 0.85, 0.69, 0.59, 0.49, 0.41, 0.34), "is": (408.16, 412.24, 412.18, 411.74, 391.80, 370.07, 352.20)}
+
+app = typer.Typer(add_completion=False)
+
+
+def read(name: str) -> Any:
+    return json.loads((HERE / f"results/{name}.json").read_text())
+
+
+def tidy(axis: Axes, title: str, x: str, y: str) -> None:
+    """What every chart has."""
+    axis.set_title(title, loc="left", fontsize=10)
+    axis.set_xlabel(x, fontsize=9)
+    axis.set_ylabel(y, fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def save(figure: Any, name: str) -> None:
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    figure.savefig(FIGURES / f"{name}.png", dpi=130)
+    plt.close(figure)
+
+
+def curve(axis: Axes, rows: Sequence[Any], label: str, colour: str, style: str = "o-") -> None:
+    """LPIPS, with its standard error, over what is left of the module FLOPs, in percent."""
+    at = [100 * row["module_flops"] for row in rows]
+    values, errors = [row["lpips"] for row in rows], [row["lpips_standard_error"] for row in rows]
+    axis.errorbar(at, values, errors, fmt=style, color=colour, label=label, markersize=5, capsize=2, linewidth=1.4)
+
+
+def of_kind(settings: Any, kind: str) -> list[Any]:
+    """The rows of one search or technique, whose names are its own and a threshold or a budget."""
+    return [row for name, row in settings.items() if name.rpartition(" ")[0] == kind]
+
+
+FLOPS, LPIPS = "attention modules' FLOPs left, %", "LPIPS to raw pictures of the same seeds (less is better)"
+
+
+def table_one() -> None:
+    """What thresholds keep of a model's own score, beside what the paper reports."""
+    ours = read("quality")["settings"]
+    rows = [ours[name] for name in ("raw", "D1", "D2", "D3", "D4", "D5", "D6")]
+    figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+    at, kept = [100 * f for f in REPORTED["flops"]], [100 * v / REPORTED["is"][0] for v in REPORTED["is"]]
+    axis.plot(at, kept, "s--", color="#777777", label="DiT-XL/2-512 (reported): Inception Score")
+    at, kept = [100 * r["module_flops"] for r in rows], [100 * r["accuracy"] / rows[0]["accuracy"] for r in rows]
+    axis.plot(at, kept, "o-", color=SEARCH["greedy"], label="DiT on CIFAR-10 (measured): classifier's accuracy")
+    for x, y, name in zip(at, kept, ("raw", "D1", "D2", "D3", "D4", "D5", "D6"), strict=True):
+        axis.annotate(name, (x, y), textcoords="offset points", xytext=(-16, -11), fontsize=8)
+    tidy(axis, "DiTFastAttn's thresholds: how much of the score is kept", FLOPS, "share of the raw model's score, %")
+    axis.invert_xaxis()
+    axis.legend(frameon=False, fontsize=8, loc="lower left")
+    save(figure, "thresholds")
+
+
+def techniques() -> None:
+    """Each technique alone and all together, on both models."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained", sharey=True)
+    for axis, (model, title) in zip(axes, MODELS.items(), strict=True):
+        settings = read(f"evidence_techniques_{model}")["settings"]
+        for kind, (label, colour, style) in TECHNIQUES.items():
+            curve(axis, of_kind(settings, kind), label, colour, style)
+        axis.set_yscale("log")
+        tidy(axis, f"{title}: thresholds D2, D4, D6", FLOPS, LPIPS if axis is axes[0] else "")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    save(figure, "techniques")
+
+
+def searches() -> None:
+    """Quality over FLOPs for the three searches, and what each takes."""
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained", width_ratios=(3, 2))
+    names = {"all": "greedy (DiTFastAttn)", "headwise": "head by head (DiTFastAttnV2)", "budget": "one budget (arrowhead)"}
+    for (left, right), (model, title) in zip(axes, MODELS.items(), strict=True):
+        result = read(f"evidence_techniques_{model}")
+        settings, raw = result["settings"], result["raw_cpu_seconds"]
+        for kind, label in names.items():
+            curve(left, of_kind(settings, kind), label, SEARCH[kind])
+        left.set_yscale("log")
+        tidy(left, f"{title}: quality", FLOPS, LPIPS)
+        left.legend(frameon=False, fontsize=8)
+        taken = {n: row["search_cpu_seconds"] / raw for n, row in settings.items() if n.rpartition(" ")[0] in names}
+        labels = [name.replace("all", "greedy") for name in taken]
+        right.barh(labels, list(taken.values()), color=[SEARCH[name.rpartition(" ")[0]] for name in taken])
+        right.bar_label(right.containers[0], fmt="%.1f", fontsize=8, padding=2)
+        right.invert_yaxis()
+        tidy(right, "what the search takes", "CPU time, in raw generations of its own inputs", "")
+    save(figure, "searches")
+
+
+def steps() -> None:
+    """The same threshold at few and many steps, and a budget of the same FLOPs."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    styles = {"dit": "o-", "mmdit32": "s--"}
+    for model, title in MODELS.items():
+        read_in = read(f"evidence_steps_{model}")
+        result, threshold = read_in["steps"], read_in["threshold"]
+        at = [int(number) for number in result]
+        left = [100 * row["greedy"]["module_flops"] for row in result.values()]
+        axes[0].plot(at, left, styles[model], color=SEARCH["greedy"], label=title)
+        for kind, said in (("greedy", f"greedy {threshold}"), ("budget", "a budget of as many FLOPs")):
+            rows = [row[kind] for row in result.values()]
+            values, errors = [row["lpips"] for row in rows], [row["lpips_standard_error"] for row in rows]
+            label = f"{title.partition(' ')[0]}, {said}"
+            axes[1].errorbar(at, values, errors, fmt=styles[model], color=SEARCH[kind], label=label, capsize=2, markersize=5)
+    for axis in axes:
+        axis.set_xscale("log")
+        axis.set_xticks([14, 20, 28, 50, 100, 200], [14, 20, 28, 50, 100, 200])
+        axis.minorticks_off()
+    axes[1].set_yscale("log")
+    axes[0].set_ylim(0, 100)
+    tidy(axes[0], f"What threshold {threshold} leaves", "denoising steps", FLOPS)
+    tidy(axes[1], "What it costs", "denoising steps", "LPIPS to raw pictures of as many steps")
+    for axis in axes:
+        axis.legend(frameon=False, fontsize=8)
+    save(figure, "steps")
+
+
+def negative() -> None:
+    """How far the negative prompt moves pictures, raw and by plans."""
+    result = read("evidence_negative")
+    settings = result["settings"]
+    kinds = [name.partition(",")[0] for name in settings if name.endswith("without")]
+    figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    raw = settings["raw"]["effect"]["lpips"]
+    axis.axhline(raw, color="#555555", linestyle="--", linewidth=1.2, label="the move without compression")
+    bars = (
+        ("found without", "effect", "the move, plan found without the negative prompt", "#8fc9a8"),
+        ("found with", "effect", "the move, plan found with it", "#2e8b6f"),
+        ("found without", "error with", "error with the negative prompt, plan found without it", "#e8a598"),
+        ("found with", "error with", "error with it, plan found with it", "#c8553d"),
+    )
+    for i, (which, what, label, colour) in enumerate(bars):
+        rows = [settings[f"{kind}, {which}"][what] for kind in kinds]
+        values, errors = [row["lpips"] for row in rows], [row["lpips_standard_error"] for row in rows]
+        at = [k + (i - 1.5) * 0.2 for k in range(len(kinds))]
+        axis.bar(at, values, 0.2, yerr=errors, color=colour, label=label, error_kw={"linewidth": 0.8})
+    share = [settings[f"{kind}, found without"]["module_flops"] for kind in kinds]
+    names = [f"{kind}\n{left:.0%} of FLOPs left" for kind, left in zip(kinds, share, strict=True)]
+    axis.set_xticks(range(len(kinds)), names)
+    tidy(axis, f"MMDiT, negative prompt “{result['negative_prompt']}”", "", "LPIPS")
+    axis.grid(visible=False, axis="x")
+    axis.set_ylim(0, 1.75 * max(raw, *(settings[f"{k}, found with"]["error with"]["lpips"] for k in kinds)))
+    axis.legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
+    save(figure, "negative")
+
+
+def transfer() -> None:
+    """Plans on what they were not found for, and plans that were."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for axis, (model, title) in zip(axes, MODELS.items(), strict=True):
+        kinds = read(f"evidence_transfer_{model}")["pictures"]
+        searches = [name.partition(",")[0] for name in kinds["home"]]
+        for s, search in enumerate(searches):
+            for which, shade in (("home", 0.45), ("own", 1.0)):
+                rows = [of[f"{search}, found for {kind if which == 'own' else 'home'}"] for kind, of in kinds.items()]
+                at = [k + (s - 0.5) * 0.36 + (0.08 if which == "own" else -0.08) for k in range(len(kinds))]
+                values, errors = [row["lpips"] for row in rows], [row["lpips_standard_error"] for row in rows]
+                colour = SEARCH[search.partition(" ")[0]]
+                label = f"{search}, found {'for these pictures' if which == 'own' else 'at home'}"
+                axis.errorbar(at, values, errors, fmt="o", color=colour, alpha=shade, label=label, capsize=2, markersize=6)
+                for x, value, row in zip(at, values, rows, strict=True):
+                    where = {"textcoords": "offset points", "xytext": (4, 5), "fontsize": 6, "color": "#555555"}
+                    axis.annotate(f"{row['module_flops']:.0%}", (x, value), **where)
+        axis.set_yscale("log")
+        axis.set_xticks(range(len(kinds)), list(kinds))
+        tidy(axis, title, "pictures of (small: module FLOPs left)", "LPIPS to raw pictures of the same seeds")
+        axis.legend(frameon=False, fontsize=7, loc="best")
+    save(figure, "transfer")
+
+
+def few_steps() -> None:
+    """What is lost where few steps are taken."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
+    colours = {"greedy D6": SEARCH["greedy"], "budget 75%": "#7fa3cf", "budget 50%": SEARCH["budget"]}
+    for axis, (model, title) in zip(axes, MODELS.items(), strict=True):
+        result = read(f"evidence_failures_{model}")["steps"]
+        for what, colour in colours.items():
+            rows = [of[what] for of in result.values()]
+            values, errors = [row["lpips"] for row in rows], [row["lpips_standard_error"] for row in rows]
+            at = [int(number) for number in result]
+            axis.errorbar(at, values, errors, fmt="o-", color=colour, label=what, capsize=2, markersize=5)
+            for x, value, row in zip(at, values, rows, strict=True):
+                axis.annotate(f"{row['module_flops']:.0%}", (x, value), textcoords="offset points", xytext=(4, 4), fontsize=7)
+        axis.set_yscale("log")
+        axis.set_xticks([int(number) for number in result])
+        tidy(axis, f"{title}: few steps", "denoising steps (small: module FLOPs left)", LPIPS if axis is axes[0] else "")
+        axis.legend(frameon=False, fontsize=8)
+    save(figure, "few_steps")
+
+
+CHARTS = (table_one, techniques, searches, steps, negative, transfer, few_steps)
+
+
+@app.command()
+def charts() -> None:
+    """Draw what the results are there for."""
+    for chart in CHARTS:
+        try:
+            chart()
+        except FileNotFoundError as missing:
+            typer.echo(f"{chart.__name__}: {Path(missing.filename).name} is not there, left out")
+
+
+@app.command()
+def pictures() -> None:
+    """Draw the grids of pictures and the maps of plans."""
+    from evidence_grids import draw_all  # noqa: PLC0415  needs torch and the models
+
+    draw_all()
+
+
+if __name__ == "__main__":
+    app()

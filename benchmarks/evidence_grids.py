@@ -1,0 +1,77 @@
+"""Grids of pictures and maps of plans for docs/results.md, from the work folders; see evidence_figures.py."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import budget
+import evidence_failures
+import evidence_negative
+import typer
+from evidence import FIGURES, Bench
+from evidence_techniques import runs_of
+from torch import Tensor
+
+import arrowhead as ah
+from arrowhead.analysis import draw
+from arrowhead.search import THRESHOLDS
+
+COLUMNS = 8
+FEW = 6
+
+
+def named(case: Any, asked: Sequence[Any]) -> list[str]:
+    """What stands above the columns: the class, or the prompt."""
+    return [ah.tiny.CIFAR10[one] if case.asks == "class_labels" else one.replace(" of a ", "\n") for one in asked[:COLUMNS]]
+
+
+def shown(rows: Mapping[str, Tensor], columns: list[str], name: str, title: str) -> None:
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    draw.image_grid({row: images[:COLUMNS] for row, images in rows.items()}, columns, FIGURES / f"{name}.png", title)
+
+
+def failures(name: budget.Name) -> None:
+    """Raw above, compressed below: hardly anything left, then few steps."""
+    whole, few = Bench(name, "techniques"), Bench(name, "failures")
+    run, run_few = runs_of(name)["pictures"], runs_of(name, FEW, evidence_failures.IMAGES)["pictures"]
+    rows = {f"raw, {run.steps} steps": whole.pictures("raw", run)}
+    for what in ("all D6", "budget 25%", "budget 10%"):
+        plan = ah.Plan.load(whole.work / f"{what}.json")
+        rows[f"{what.replace('all', 'greedy')}\n({plan.flops().module:.0%} left)"] = whole.pictures(what, run, plan)
+    rows[f"raw, {FEW} steps"] = few.pictures(f"raw {FEW}", run_few)
+    for what in evidence_failures.SEARCHES:
+        plan = ah.Plan.load(few.work / f"{what}, {FEW}.json")
+        label = f"{what}, {FEW} steps\n({plan.flops().module:.0%} left)"
+        rows[label] = few.pictures(f"{what}, {FEW} steps", run_few, plan)
+    title = f"tiny:{name}, the same seed in each column; in brackets what is left of the attention modules' FLOPs"
+    shown(rows, named(whole.case, run.asked), f"failures_{name}", title)
+
+
+def negative() -> None:
+    """Without and with the negative prompt, raw and compressed."""
+    bench, plain, steered = Bench(evidence_negative.NAME, "negative"), evidence_negative.PLAIN, evidence_negative.STEERED
+    rows = {"raw": bench.pictures("raw", plain), "raw, negative": bench.pictures("raw, steered", steered)}
+    for what in ("greedy D6", "budget 25%"):
+        label = f"{what}, found without"
+        plan = ah.Plan.load(bench.work / f"{what}.json")
+        rows[what] = bench.pictures(label, plain, plan)
+        rows[f"{what}, negative"] = bench.pictures(f"{label}, steered", steered, plan)
+    title = f"tiny:mmdit32, without and with the negative prompt “{evidence_negative.NEGATIVE}”, the same seed in each column"
+    shown(rows, named(bench.case, plain.asked), "negative_pictures", title)
+
+
+def plans() -> None:
+    """D1 to D6 on the MMDiT, as budget.py has found them (DiTFastAttn, Figure 5)."""
+    work = budget.work_of(budget.Name.MMDIT32)
+    found = {name: ah.Plan.load(path) for name in THRESHOLDS if (path := work / f"greedy {name}.json").exists()}
+    if missing := set(THRESHOLDS) - set(found):
+        typer.echo(f"plans: {', '.join(sorted(missing))} not there; budget.py search mmdit32 finds them")
+    if found:
+        title = "DiTFastAttn's plans for the MMDiT on emoji, 28 steps, six layers"
+        draw.plan_map(found, FIGURES / "plans_mmdit32.png", title)
+
+
+def draw_all() -> None:
+    failures(budget.Name.DIT)
+    failures(budget.Name.MMDIT32)
+    negative()
+    plans()

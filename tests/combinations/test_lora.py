@@ -41,7 +41,9 @@ def drawn(here, mechanism, seed):
 def load(here, lora, name="one"):
     """Into a pipeline as users do; into one's own module by peft."""
     if here.adapter is None:
-        parts = {f"transformer.{path}.lora_{w}.weight": m for path, both in lora.items() for w, m in zip("AB", both, strict=True)}
+        parts = {
+            f"transformer.{path}.lora_{w}.weight": m for path, both in lora.items() for w, m in zip("AB", both, strict=True)
+        }
         here.pipe.load_lora_weights(parts, adapter_name=name)
         return
     inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=[*lora]), here.transformer, name)

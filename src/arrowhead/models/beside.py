@@ -1,4 +1,4 @@
-"""What else may be on a transformer with which no plan goes: diffusers' caches, IP-Adapters, shares of it in other processes."""
+"""What may be on a transformer that no plan goes with: diffusers' caches, IP-Adapters, shares of it in other processes."""
 
 import sys
 from collections.abc import Iterable, Iterator

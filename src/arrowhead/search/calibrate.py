@@ -27,6 +27,7 @@ from arrowhead.methods import FULL, Attend, Cell, refreshes_residual, residual_r
 from arrowhead.models import Model, Own
 from arrowhead.search.lockstep import blank, fill, meet, together
 from arrowhead.search.outputs import output_with, samples_of
+from arrowhead.search.shared import share_of
 from arrowhead.tally import Tally
 
 
@@ -131,6 +132,7 @@ class Calibration:
                         stand_in = self._stand_in(call)
                         calls.append(worker.switch(stand_in))
                     self.rows = sum(call.rows for call in calls)
+                    share_of(self._inputs).of_all(self.rows // (self.branches.samples * self.branches.calls))
                     step = Step(self._begin(calls), self, [call.run for call in calls], call.returned)
                     inner = torch.is_grad_enabled()
                     with torch.inference_mode(inference):

@@ -1,7 +1,7 @@
 """One of several processes: searches on its part of the prompts, by gloo.
 
-Run as `processes.py STORE OUT [NAME:SEARCH ...]`, with RANK and WORLD_SIZE set; STORE is a file, or `launch` where accelerate
-launches it.
+Run as `processes.py STORE OUT [NAME:SEARCH ...]`, with RANK and WORLD_SIZE set; STORE is a file, or `launch` under
+`torchrun`, where accelerate's PartialState finds what it needs.
 """
 
 import os

@@ -157,13 +157,12 @@ def test_one_process_has_all_prompts(alone):
     assert ah.search(here.pipe, given, shard=processes.shard_of(given), **asked) == ah.search(there.pipe, given, **asked)
 
 
-def launched(folder, asked, *, by_accelerate=False):
+def launched(folder, asked, *, by_torchrun=False):
     """What each of two processes found."""
     script, paths = str(Path(processes.__file__)), os.pathsep.join(sys.path)
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    if by_accelerate:
-        how = ["-m", "accelerate.commands.launch", "--num_processes=2", "--cpu", "--num_machines=1", "--mixed_precision=no"]
-        how += ["--dynamo_backend=no", "--main_process_port=0"]
+    if by_torchrun:
+        how = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]  # `accelerate launch` on CPUs needs MPI
         running = [subprocess.Popen([sys.executable, *how, script, "launch", str(folder / "out"), *asked], env=env)]
     else:
         command = [sys.executable, script, str(folder / "store"), str(folder / "out"), *asked]
@@ -222,8 +221,8 @@ def test_two_processes(mechanism, outcome, tmp_path):
                 raise AssertionError(found["refused"][what])
 
 
-@combines(GROUP, "prompts of a search shared out by accelerate launch", dict.fromkeys(("sd3", "flux"), "works"))
+@combines(GROUP, "prompts of a search shared out, with accelerate's PartialState", dict.fromkeys(("sd3", "flux"), "works"))
 @pytest.mark.slow
 def test_all_searches_under_accelerate(mechanism, outcome, tmp_path):
     asked = [f"{mechanism}:{what}" for what in (*processes.SEARCHES, "table")]
-    check(launched(tmp_path, asked, by_accelerate=True), asked)
+    check(launched(tmp_path, asked, by_torchrun=True), asked)

@@ -124,6 +124,14 @@ def test_searches(mechanism, outcome, change):
         assert here.search(threshold=0.4, **asked).cells == there.search(threshold=0.4, **asked).cells
 
 
+@combines(GROUP, "calibration_bytes under layerwise casting, by what is computed in", {"sd3": "works", "flux": "works"})
+def test_bytes_are_of_what_is_computed_in(mechanism, outcome):
+    here, there = (subject(mechanism, torch.float32) for _ in range(2))
+    apply_layerwise_casting(here.transformer, FLOAT8, torch.float32, skip_modules_pattern=("norm",))
+    assert next(here.transformer.parameters()).dtype == FLOAT8 or mechanism == "sd3"
+    assert ah.calibration_bytes(here.pipe, here.inputs()) == ah.calibration_bytes(there.pipe, there.inputs())
+
+
 FUSED = "fuse_qkv_projections, before the plan or while it is applied"
 SETS = "works: before the plan; while it is applied a processor is set, which the next generation names"
 

@@ -74,8 +74,10 @@ def calibration_bytes(
     with closing(calibration.steps()) as steps:
         if next(steps, None) is None:
             raise NotIntercepted("the pipeline never called its transformer; wanted at least one denoising step")
-        itemsize = next(model.transformer.parameters()).itemsize
-        return extent.held(model.sites, calibration.tokens) * calibration.rows * itemsize
+        computes = getattr(
+            model.transformer, "dtype", next(model.transformer.parameters()).dtype
+        )  # weights may be kept in less
+        return extent.held(model.sites, calibration.tokens) * calibration.rows * computes.itemsize
 
 
 def budgeted(

@@ -91,7 +91,7 @@ def record(
     blocks = blocks_of(pipe, extent, target.sites)
     told = about(pipe, inputs, vars(extent))
     sampling = sampling.of_all(share) if isinstance(sampling, Sampling) else sampling
-    table = recorder.table(sampling, calibration.branches, target, blocks, told, calibration.switch)
+    table = share.agreed(recorder.table(sampling, calibration.branches, target, blocks, told, calibration.switch))
     return Recording(table, sampling.latents(), calibration.passes, calibration.cost)
 
 

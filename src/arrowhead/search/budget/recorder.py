@@ -174,30 +174,28 @@ class Recorder:
             weights = self._weights.fitted(len(self._products)).repeat_interleave(heads, 1)  # (S, H)
             products = [own * weights[(...,) + (None,) * (own.ndim - 2)] for own in products]
         outputs, residuals, roundings = (own.float() for own in products)
-        return self._share.agreed(
-            Table(
-                target=target,
-                tokens=self._tokens,
-                branches=branches,
-                radii=self._radii,
-                ages=self._extent.ages,
-                outputs=outputs,
-                residuals=residuals,
-                gains=tuple(gain * answer**feedback for gain, answer in zip(gains, answers, strict=True)),
-                answers=answers,
-                feedback=feedback,
-                blocks=blocks,
-                final=float(final.square().mean()),
-                elements=final[0].numel(),
-                other_flops=self._other_flops,
-                images=images,
-                regions=self._regions,
-                itemsize=next(iter(self._kept.values()))[0].output.itemsize,
-                about=about,
-                switch=switch,
-                precisions=tuple(self._extent.precisions),
-                roundings=roundings if self._extent.precisions else None,
-            )
+        return Table(
+            target=target,
+            tokens=self._tokens,
+            branches=branches,
+            radii=self._radii,
+            ages=self._extent.ages,
+            outputs=outputs,
+            residuals=residuals,
+            gains=tuple(gain * answer**feedback for gain, answer in zip(gains, answers, strict=True)),
+            answers=answers,
+            feedback=feedback,
+            blocks=blocks,
+            final=float(final.square().mean()),
+            elements=final[0].numel(),
+            other_flops=self._other_flops,
+            images=images,
+            regions=self._regions,
+            itemsize=next(iter(self._kept.values()))[0].output.itemsize,
+            about=about,
+            switch=switch,
+            precisions=tuple(self._extent.precisions),
+            roundings=roundings if self._extent.precisions else None,
         )
 
     def _of_all(self, products: Tensor) -> Tensor:

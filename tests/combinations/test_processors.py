@@ -9,7 +9,7 @@ from subjects import subject
 from untouched import parts
 
 import arrowhead as ah
-from arrowhead.errors import ProcessorReplaced, SiteNotReached, UnsupportedPipeline
+from arrowhead.errors import PlanMismatch, ProcessorReplaced, SiteNotReached, UnsupportedPipeline
 
 GROUP = "Processors"
 NAMED = "refused: named when the next generation begins; such sites are full"
@@ -96,3 +96,24 @@ def test_an_ip_adapter(mechanism, outcome):
     with pytest.raises(UnsupportedPipeline, match="IP-Adapter"):
         here.search()
     assert parts(here.pipe) == before
+
+
+@combines(
+    GROUP, "forward of one's own module wrapped while a plan is applied", {"own": "works: replaced by another, it is refused"}
+)
+def test_the_models_own_forward(mechanism, outcome):
+    """Wrapped by whatever calls on; replaced by the class's own, nobody would count the steps."""
+    here = subject(mechanism)
+    plan, untouched = here.plan(3), here.generate(1)
+    wanted = here.compressed(plan, 1)
+    with here.applied(plan):
+        ours = here.transformer.forward
+        here.transformer.forward = lambda *args, **kwargs: ours(*args, **kwargs)  # noqa: PLW0108 - another function
+        assert torch.equal(here.generate(1), wanted)
+        here.transformer.forward = ours
+        assert torch.equal(here.generate(1), wanted)
+        del here.transformer.forward
+        with pytest.raises(PlanMismatch, match=r"forward of the STDiT2 was replaced.*call close\(\) of the run"):
+            here.generate(1)
+    assert torch.equal(here.generate(1), untouched)
+    assert torch.equal(here.compressed(plan, 1), wanted)

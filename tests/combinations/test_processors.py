@@ -12,7 +12,7 @@ import arrowhead as ah
 from arrowhead.errors import PlanMismatch, ProcessorReplaced, SiteNotReached, UnsupportedPipeline
 
 GROUP = "Processors"
-NAMED = "refused: named when the next generation begins; such sites are full"
+NAMED = "works: full attention there, with a warning as the next generation begins"
 
 
 def attentions(here):

@@ -12,7 +12,7 @@ import arrowhead
 ROOT = Path(arrowhead.__file__).parent
 LAYERS = [  # lowest first: a room imports from the layers below its own, and from itself
     {"heads"},
-    {"errors", "methods", "layout", "project", "versions"},
+    {"errors", "forwards", "methods", "layout", "project", "versions"},
     {"lifetimes", "kernels", "models", "pace", "files", "stored"},
     {"cost", "cache", "route"},
     {"resample"},

@@ -154,7 +154,7 @@ class Run:
         self._pace = Pace()
         if replaced := self._interception.replaced():
             self._note(
-                f"processors were replaced after the plan was applied, so nothing is compressed there: {', '.join(replaced)}",
+                f"processors or forwards were replaced after the plan was applied, and may be full: {', '.join(replaced)}",
                 "remove the plan, and apply it again after whatever replaces them; an IP-Adapter goes with no plan",
                 ProcessorReplaced,
             )
@@ -289,17 +289,18 @@ class OwnRun(Run):
                 self._end()
             return out
 
-        self._forward = functools.update_wrapper(Carrying(forward), own)
+        self._forward = Carrying(forward)
+        functools.update_wrapper(self._forward, own)
         self._forward.arrowhead_run = self
         before = put(self._model.transformer, self._forward)
         clock.callback(take_off, self._model.transformer, self._forward, before)
         return clock
 
     def _around(self, call: SiteCall) -> Output:
-        if not reached(self._model.transformer, self._forward):
+        if self._generation is None and not reached(self._model.transformer, self._forward):
             raise PlanMismatch(
-                f"the forward of the {self._model.family.name} was replaced after the plan was applied, so that its steps cannot "
-                "be counted; wanted it as it was, or with hooks around it; call close() of the run, and apply the plan again"
+                f"the forward of the {self._model.family.name} was replaced after the plan was applied, so its steps cannot be "
+                "counted; wanted it as it was, or with hooks around it; call close() of the run, and apply the plan again"
             )
         return super()._around(call)
 

@@ -1,4 +1,4 @@
-"""A module's forward, replaced on the instance, as accelerate's and diffusers' hooks do it, too: put there, looked for, taken off."""
+"""A module's forward, replaced on the instance as accelerate's and diffusers' hooks do it: put there, looked for, taken off."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ OURS = ("arrowhead_around", "arrowhead_run")
 
 
 class Carrying(functools.partial[Any]):
-    """A forward that carries a run, and is copied as that is, if at all: functions are copied as they are, with what they know."""
+    """A forward that carries a run, and is copied as that is, if at all: of a function a copy is the function itself."""
 
     arrowhead_run: Any
 
@@ -35,7 +35,7 @@ def reached(module: nn.Module, forward: Forward) -> bool:
 
 
 def take_off(module: nn.Module, forward: Forward, before: Forward | None) -> bool:
-    """Take a forward off, from beneath hooks that were added since, too; False, and nothing is changed, where it is not found."""
+    """Take a forward off, from beneath hooks that were added since, too; False, and no change, where it is not found."""
     if vars(module).get("forward") is forward:
         if before is None:
             del module.forward

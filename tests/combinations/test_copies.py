@@ -64,7 +64,9 @@ def test_copies_are_refused(mechanism, outcome):
             with pytest.raises(AlreadyApplied, match=r"got a copy.*wanted.*call arrowhead.remove first"):
                 copy.deepcopy(carrier)
             for pickled in (pickle.dumps, lambda what: torch.save(what, io.BytesIO())):
-                by_pickle = () if here.adapter is None else (pickle.PicklingError, AttributeError)  # at a forward, which is first
+                by_pickle = (
+                    () if here.adapter is None else (pickle.PicklingError, AttributeError)
+                )  # at a forward, which is first
                 with pytest.raises((AlreadyApplied, *by_pickle)):
                     pickled(carrier)
         if here.adapter is None:
@@ -135,9 +137,7 @@ def test_another_pipeline_of_the_same_transformer(mechanism, outcome):
     wanted = started(starting.from_pipe(here.pipe, dtype=torch.float64))
     with here.applied(plan) as run:
         compressed = here.generate(1)
-        other, image = (
-            cls.from_pipe(here.pipe, dtype=torch.float64) for cls in (base, starting)
-        )
+        other, image = (cls.from_pipe(here.pipe, dtype=torch.float64) for cls in (base, starting))
         assert type(other) is base
         other.set_progress_bar_config(disable=True)
         assert torch.equal(other(**here.inputs(1))[0], untouched)

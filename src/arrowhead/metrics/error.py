@@ -27,7 +27,18 @@ def relative_squared_error(reference: Tensor, output: Tensor) -> Tensor:
     Both (B, H, N, D); (H,) in float32. A head whose full output is constant has no variance: its error is 0 if it is met
     exactly, else infinite.
     """
+    return of_moments(moments(reference, output))
+
+
+def moments(reference: Tensor, output: Tensor) -> Tensor:
+    """What `relative_squared_error` is made of, (3, H): mean (O_m − O)², mean O, and mean (O − Ō)²."""
     full, other = reference.float(), output.float()
-    squared = (other - full).square().mean((0, 2, 3))
-    variance = (full - full.mean((0, 2, 3), keepdim=True)).square().mean((0, 2, 3))
+    mean = full.mean((0, 2, 3), keepdim=True)
+    squared, variance = ((a - b).square().mean((0, 2, 3)) for a, b in ((other, full), (full, mean)))
+    return torch.stack([squared, mean.flatten(), variance])
+
+
+def of_moments(found: Tensor) -> Tensor:
+    """The error that follows from moments (3, …)."""
+    squared, _, variance = found
     return torch.where(squared == 0, 0.0, squared / variance)

@@ -1,4 +1,4 @@
-"""What else may be on a transformer with which no plan goes: diffusers' caches, and shares of it in other processes."""
+"""What may be on a transformer that no plan goes with: diffusers' caches, IP-Adapters, shares of it in other processes."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -34,6 +34,11 @@ def require_whole(transformers: Iterable[nn.Module]) -> None:
                 "two would know what the other computed; wanted one of them; call disable_cache() on the transformer, or load "
                 "it anew, or remove the plan"
             )
+        if path := next(_adapted(transformer), None):
+            raise UnsupportedPipeline(
+                f"got a {name} with an IP-Adapter at {path}, which attends twice, to the picture as well; wanted none; call "
+                "unload_ip_adapter() of the pipeline, or remove the plan"
+            )
         if shared := _shared_out(transformer):
             raise UnsupportedPipeline(
                 f"got a {name} {shared}; wanted all heads and tokens in one process; generate with whole transformers, "
@@ -47,6 +52,12 @@ def _caches(transformer: nn.Module) -> Iterator[str]:
         for hook in hooks.values():
             if (cache := CACHES.get(type(hook).__module__.rpartition(".")[2])) is not None:
                 yield cache
+
+
+def _adapted(transformer: nn.Module) -> Iterator[str]:
+    for path, module in transformer.named_modules():
+        if "IPAdapter" in type(getattr(module, "processor", None)).__name__:
+            yield path
 
 
 def _shared_out(transformer: nn.Module) -> str | None:

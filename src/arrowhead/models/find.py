@@ -249,7 +249,7 @@ def _own_site(family: Family, path: str, module: nn.Module, attention: Attention
     """Its sizes: all that its linear layers multiply is taken for four projections."""
     if attention.instead() is None and hasattr(module, "processor") and hasattr(module, "to_q"):
         return replace(_site(family, path, module), joint=attention.joint, over=attention.over)
-    linears = [linear for linear in module.modules() if isinstance(linear, nn.Linear)]
+    linears = [*_linears(module).values()]
     heads = attention.head_count(module)
     channels = attention.channels or (linears[0].in_features if linears else 0)
     head_dim = attention.head_dim
@@ -310,7 +310,7 @@ def _projected(module: Any) -> Literal["all", "visual", "none"]:
 
 
 def _feed_forward(family: Family, path: str, module: nn.Module) -> Site:
-    linears = [linear for linear in module.modules() if isinstance(linear, nn.Linear)]
+    linears = [*_linears(module).values()]
     channels, weights = linears[0].in_features, sum(map(_size, linears))
     joint = bool(re.fullmatch(family.joint_pattern, path))
     return Site(path, 1, channels, channels, joint, heads_apart=False, kind="feed_forward", weights=weights)
@@ -329,10 +329,9 @@ def _block(family: Family, path: str, module: Any) -> Site:
     """
     within = tuple(site for site, _ in _sites(family, module, EVERYTHING - {"block"}, f"{path}."))
     elsewhere = tuple(f"{site.path}." for site in within)
-    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
     own = {
         name: _size(layer)
-        for name, layer in layers.items()
+        for name, layer in _linears(module).items()
         if not (re.fullmatch(family.per_sample_pattern, name) or f"{path}.{name}".startswith(elsewhere))
     }
     of_text = sum(size for name, size in own.items() if re.fullmatch(family.text_pattern, name))
@@ -348,6 +347,15 @@ def _block(family: Family, path: str, module: Any) -> Site:
         text_weights=of_text,
         within=within,
     )
+
+
+def _linears(module: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers within a module, by their paths, as if there were no LoRA, which peft puts around and beside them.
+
+    So a plan fits whether one is loaded or not; what it multiplies counts, if at all, as outside of all sites.
+    """
+    found = {path: layer for path, layer in module.named_modules() if isinstance(layer, nn.Linear)}
+    return {path.removesuffix(".base_layer"): layer for path, layer in found.items() if ".lora_" not in path}
 
 
 def _size(linear: nn.Linear) -> int:

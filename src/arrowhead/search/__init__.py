@@ -1,7 +1,7 @@
 """Find a plan for a pipeline: `search` is the door, `greedy`, `headwise` and `budget` the strategies, `calibrate` their run."""
 
 import warnings
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -21,6 +21,7 @@ from arrowhead.search.budget.table import Table
 from arrowhead.search.calibrate import Found
 from arrowhead.search.greedy import Greedy, Trial, greedy_trials
 from arrowhead.search.headwise import Choice, Headwise, headwise_choices
+from arrowhead.search.shared import part_of, share_of
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
     from diffusers import DiffusionPipeline
@@ -39,6 +40,7 @@ def search(
     loss: LossForm = "paper",
     extent: Extent | None = None,
     table: Table | None = None,
+    shard: Sequence[str] | None = None,
     progress: bool = True,
 ) -> Plan:
     """Find a plan on one calibration run of the pipeline.
@@ -63,6 +65,9 @@ def search(
         loss: for `greedy`, the error's form, see `metrics.error.relative_error`.
         extent: for `budget`, how far the calibration looks, and with how much memory.
         table: for `budget`, what `calibrate` gave for these inputs, instead of another calibration.
+        shard: names of the inputs that have one entry for each prompt, the list of generators among them, to be split among the
+            processes of `torch.distributed`, all of which are given the same. Each runs the pipeline on its own prompts, and
+            all end with the same plan: the one of all prompts in one process, but for rounding. None: nothing is split.
         progress: show a tqdm bar.
 
     Raises:
@@ -78,6 +83,7 @@ def search(
     _check_arguments(named, budget, threshold, loss, extent, table)
     pipe = described(pipe, adapter)
     inputs = generating(pipe, inputs)
+    inputs = inputs if shard is None else part_of(pipe, inputs, shard)
     if named == "budget":
         wanted = Budget(error=PRESETS[budget or "balanced"]) if budget is None or isinstance(budget, str) else budget
         plan = budgeted(pipe, inputs, wanted, extent=extent, table=table, progress=progress)
@@ -87,6 +93,7 @@ def search(
         delta = _threshold(threshold if threshold is not None else 0.1 if isinstance(settings, Greedy) else 0.6)
         plan = _thresholded(pipe, inputs, settings, delta, loss, progress)
         asked, value, may_lose = "threshold", delta, delta > 0
+    plan = share_of(inputs).agreed(plan)
     if may_lose and set(plan.count()) == {"full"}:
         warnings.warn(
             f"nothing could be left out within {asked} = {value}, so the plan is full attention everywhere; allow more",

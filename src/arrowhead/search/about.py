@@ -8,6 +8,7 @@ import torch
 
 from arrowhead.apply import plain
 from arrowhead.models import Own, transformers_of
+from arrowhead.search.shared import Part
 from arrowhead.versions import versions
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
@@ -18,6 +19,7 @@ def about(
     pipe: "DiffusionPipeline", inputs: Mapping[str, Any], settings: Mapping[str, Any], what: str = "search"
 ) -> dict[str, Any]:
     """The pipeline, the settings of the search, or of `what` else it is, the inputs of its run, and versions, for JSON."""
+    inputs = inputs.whole if isinstance(inputs, Part) else inputs
     generator = inputs.get("generator")
     transformer, *_ = transformers_of(pipe)
     own, weight = isinstance(pipe, Own), next(transformer.parameters())

@@ -28,6 +28,7 @@ from arrowhead.models import Model
 from arrowhead.search.alone import alone, quiet
 from arrowhead.search.lockstep import blank, fill, meet, together
 from arrowhead.search.outputs import output_with, samples_of
+from arrowhead.search.shared import share_of
 from arrowhead.tally import Tally
 
 
@@ -140,6 +141,8 @@ class Calibration:
                             raise InputsInvalid(
                                 f"got one call of the transformer in a step, wanted one for each CFG branch; {LEAVE_OUT}"
                             )
+                    images = sum(call.rows for call in calls) // (self.branches.samples * self.branches.calls)
+                    share_of(self._inputs).of_all(images)
                     step = Step(self._begin(calls), self, [call.run for call in calls], call.returned)
                     inner = torch.is_grad_enabled()
                     with torch.inference_mode(inference):

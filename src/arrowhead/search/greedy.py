@@ -11,6 +11,7 @@ from arrowhead.metrics.error import LossForm, relative_error
 from arrowhead.models import find
 from arrowhead.search.calibrate import Calibration, Found
 from arrowhead.search.radii import narrower, require_radii
+from arrowhead.search.shared import share_of
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
     from diffusers import DiffusionPipeline
@@ -72,7 +73,7 @@ def greedy_trials(
     Raises what `arrowhead.search` raises.
     """
     model = find(pipe)
-    calibration = Calibration(model, inputs)
+    calibration, share = Calibration(model, inputs), share_of(inputs)
     layers = len(model.sites)
     rows: list[tuple[Cell, ...]] = []
     for step in calibration.steps():
@@ -81,7 +82,7 @@ def greedy_trials(
         }
         chosen: list[Cell] = [FULL] * layers
         if not step.first and threshold > 0:
-            reference = step.full()
+            reference = share.joined(step.full())
             if not reference.isfinite().all():
                 raise InputsInvalid(
                     f"at step {step.index} the transformer gave values that are not finite, with full attention; wanted finite "
@@ -90,8 +91,8 @@ def greedy_trials(
             for layer, site in enumerate(model.sites):
                 bound = (layer + 1) / layers * threshold
                 for cell in candidates[site]:
-                    output = step.output([*chosen[:layer], cell, *chosen[layer + 1 :]])
-                    error = relative_error(reference, output, loss)
+                    output = share.joined(step.output([*chosen[:layer], cell, *chosen[layer + 1 :]]))
+                    error = share.agreed(relative_error(reference, output, loss))
                     trial = Trial(step.index, calibration.step_count, site.path, cell, error, bound)
                     yield trial
                     if trial.accepted:

@@ -15,12 +15,13 @@ from arrowhead.intercept import SiteCall
 from arrowhead.layout import Site, Tokens
 from arrowhead.lifetimes import FOREVER, Writes
 from arrowhead.methods import FULL, Arrow, Attend, Box, Cached, Cell, Full, Method, Radius, grouped
-from arrowhead.metrics.error import relative_squared_error
+from arrowhead.metrics.error import moments, of_moments
 from arrowhead.models import find
 from arrowhead.route import AttentionCall
 from arrowhead.search.calibrate import Calibration, Found, require_finite
 from arrowhead.search.choose import choose
 from arrowhead.search.radii import narrower, require_radii
+from arrowhead.search.shared import ALONE, Share, share_of
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
     from diffusers import DiffusionPipeline
@@ -92,7 +93,7 @@ def headwise_choices(
     calibration = Calibration(find(pipe), inputs)
     rows: list[list[Cell]] = []
     for step in calibration.steps():
-        chooser = Chooser(settings, 0.0 if step.first else threshold)
+        chooser = Chooser(settings, 0.0 if step.first else threshold, share_of(inputs))
         step.finish_by(chooser.at_site)
         rows.append([chooser.chosen[site][0] for site in step.sites])
         for site, (cell, error) in chooser.chosen.items():
@@ -103,9 +104,9 @@ def headwise_choices(
 class Chooser:
     """The choices of one step: site by site, as the transformer comes to them."""
 
-    def __init__(self, settings: Headwise, threshold: float) -> None:
+    def __init__(self, settings: Headwise, threshold: float, share: Share = ALONE) -> None:
         self.chosen: dict[Site, tuple[Attend, float]] = {}
-        self._settings, self._threshold = settings, threshold
+        self._settings, self._threshold, self._share = settings, threshold, share
 
     def at_site(self, call: SiteCall, state: Generation) -> Output:
         """Run the site's module with the heads chosen; remember what they gave."""
@@ -120,7 +121,7 @@ class Chooser:
         full = attention.native()  # (B, H, N, D)
         require_finite(full, call, state)
         count(passage, passage.methods, len(full), "native")
-        site = _AtSite(self._settings, attention, passage, full)
+        site = _AtSite(self._settings, attention, passage, full, self._share)
         cell, error = site.choose(self._threshold) if self._threshold > 0 else (FULL, 0.0)
         self.chosen[call.site] = cell, error
         out = full if cell == FULL else site.output(cell)
@@ -136,6 +137,7 @@ class _AtSite:
     attention: AttentionCall
     passage: Passage
     full: Tensor  # (B, H, N, D)
+    share: Share
 
     @property
     def methods(self) -> tuple[Method, ...]:
@@ -168,15 +170,15 @@ class _AtSite:
     def _errors(self, shares: Sequence[bool]) -> Tensor:
         """(shares, H, methods), on the CPU."""
         heads = self.passage.call.site.heads
-        errors = torch.zeros(len(shares), heads, len(self.methods))
+        found = torch.zeros(3, len(shares), heads, len(self.methods))
         for m, method in enumerate(self.methods):
             for some in _runs(heads, HEADS_AT_ONCE):
                 candidate = self._heads(method, some, slice(None))
                 for s, share in enumerate(shares):
                     other = both_branches(candidate[self.conditional]) if share else candidate
                     assert isinstance(other, Tensor)
-                    errors[s, some[0] : some[-1] + 1, m] = relative_squared_error(self.full[:, some], other).cpu()
-        return errors
+                    found[:, s, some[0] : some[-1] + 1, m] = moments(self.full[:, some], other).cpu()
+        return self.share.agreed(of_moments(self.share.pooled(found)))
 
     def output(self, cell: Attend) -> Tensor:
         """What the heads give under a cell, for both branches: (B, H, N, D)."""

@@ -1,6 +1,6 @@
 """The search under a budget for the whole generation: calibrate once, solve, check."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from arrowhead.search.budget.solved import solve, sweep, told
 from arrowhead.search.budget.table import Table
 from arrowhead.search.budget.tried import corrected, fast_enough, within_error
 from arrowhead.search.calibrate import Calibration
+from arrowhead.search.shared import part_of, share_of
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
     from diffusers import DiffusionPipeline
@@ -32,6 +33,7 @@ def calibrate(
     *,
     adapter: Adapter | None = None,
     extent: Extent | None = None,
+    shard: Sequence[str] | None = None,
     progress: bool = True,
 ) -> Table:
     """Run the pipeline once with `inputs`, and note what skipping anything would do; the table serves any budget.
@@ -42,12 +44,15 @@ def calibrate(
             callable that generates once, as `search` has it.
         adapter: of a module.
         extent: how far to look: radii, ages, random vectors.
+        shard: as `search` has it; all processes end with the table of all prompts.
         progress: show a tqdm bar.
 
     Raises what `arrowhead.search` raises.
     """
     pipe = described(pipe, adapter)
-    return _recorded(pipe, generating(pipe, inputs), extent or Extent(), progress).table
+    inputs = generating(pipe, inputs)
+    inputs = inputs if shard is None else part_of(pipe, inputs, shard)
+    return _recorded(pipe, inputs, extent or Extent(), progress).table
 
 
 def calibration_bytes(
@@ -69,8 +74,10 @@ def calibration_bytes(
     with closing(calibration.steps()) as steps:
         if next(steps, None) is None:
             raise NotIntercepted("the pipeline never called its transformer; wanted at least one denoising step")
-        itemsize = next(model.transformer.parameters()).itemsize
-        return extent.held(model.sites, calibration.tokens) * calibration.rows * itemsize
+        computes = getattr(
+            model.transformer, "dtype", next(model.transformer.parameters()).dtype
+        )  # weights may be kept in less
+        return extent.held(model.sites, calibration.tokens) * calibration.rows * computes.itemsize
 
 
 def budgeted(
@@ -84,6 +91,8 @@ def budgeted(
 ) -> Plan:
     """Calibrate, solve, and check by generating once more. Raises what `arrowhead.search` raises."""
     name, _ = budget.asked
+    if name == "speedup" and not share_of(inputs).alone:
+        raise InputsInvalid("got a budget of speedup with shard, wanted FLOPs or an error: seconds are each process's own")
     for site in find(pipe).sites:
         group_size(budget.granularity or "head", site)  # now, rather than after minutes
     kinds = extent.kinds if extent is not None and table is None else None

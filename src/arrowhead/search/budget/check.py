@@ -17,6 +17,7 @@ from arrowhead.plan import Plan
 from arrowhead.search.alone import quiet
 from arrowhead.search.budget.loops import final_of
 from arrowhead.search.budget.samplers import observed
+from arrowhead.search.shared import share_of
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
     from diffusers import DiffusionPipeline
@@ -37,7 +38,7 @@ class Errors:
 def measured_errors(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], plan: Plan, raw: Tensor) -> Errors:
     """Of one generation with the plan; `raw` are the latents without."""
     with applied(pipe, plan):
-        return errors_of(final_latents(pipe, inputs), raw)
+        return share_of(inputs).agreed(errors_of(final_latents(pipe, inputs), raw))
 
 
 def errors_of(latents: Tensor, raw: Tensor) -> Errors:
@@ -54,13 +55,13 @@ def _differences(latents: Tensor) -> Tensor:
 
 
 def final_latents(pipe: "DiffusionPipeline", inputs: Mapping[str, Any]) -> Tensor:
-    """Of one generation, float32."""
+    """Of one generation, float32; of all processes' images."""
     if isinstance(pipe, Own):
         with quiet(pipe, None):
             return final_of(pipe(**inputs))
     with observed(pipe.scheduler) as sampling, quiet(pipe, inputs.get("generator")):
         pipe(**inputs)
-    return sampling.latents()
+    return share_of(inputs).joined(sampling.latents())
 
 
 def measured_seconds(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], plan: Plan) -> tuple[float, float]:

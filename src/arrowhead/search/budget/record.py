@@ -16,9 +16,10 @@ from arrowhead.search.budget.extent import Extent
 from arrowhead.search.budget.guidance import Guidance
 from arrowhead.search.budget.loops import Loop
 from arrowhead.search.budget.recorder import Recorder
-from arrowhead.search.budget.samplers import observed
+from arrowhead.search.budget.samplers import Sampling, observed
 from arrowhead.search.budget.table import Table
 from arrowhead.search.calibrate import Calibration
+from arrowhead.search.shared import share_of
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
     from diffusers import DiffusionPipeline
@@ -64,6 +65,9 @@ def record(
             "got weights that were made under torch.inference_mode(), through which no gradient goes; wanted others; load the "
             "pipeline outside of it"
         )
+    share = share_of(inputs)
+    if not (extent.gradients or share.alone):
+        raise InputsInvalid("got gradients=False with shard, wanted gradients, or all prompts in one process")
     target, loop = target_of(model), Loop(model, inputs["generate"]) if isinstance(pipe, Own) else None
     calibration = Calibration(model, inputs if loop is None else {"generate": loop})
     call, guided = model.call_arguments((), inputs), calibration.branches.guided
@@ -75,7 +79,7 @@ def record(
     ):
         for step in calibration.steps():
             scale = model.guidance_scale(call, step.index) if guided else 1.0
-            recorder = recorder or Recorder(step.sites, calibration.tokens, extent)
+            recorder = recorder or Recorder(step.sites, calibration.tokens, extent, share)
             guidance = Guidance(calibration.seen, scale, model.latent_channels)
             if loop is not None:
                 loop.guidance = guidance
@@ -86,7 +90,8 @@ def record(
     target = target.common(target_of(model))  # some schedulers change settings of their own while they run
     blocks = blocks_of(pipe, extent, target.sites)
     told = about(pipe, inputs, vars(extent))
-    table = recorder.table(sampling, calibration.branches, target, blocks, told, calibration.switch)
+    sampling = sampling.of_all(share) if isinstance(sampling, Sampling) else sampling
+    table = share.agreed(recorder.table(sampling, calibration.branches, target, blocks, told, calibration.switch))
     return Recording(table, sampling.latents(), calibration.passes, calibration.cost)
 
 

@@ -29,6 +29,7 @@ from arrowhead.search.budget.samplers import Sampling
 from arrowhead.search.budget.table import Table
 from arrowhead.search.budget.weights import LEAST, Weights
 from arrowhead.search.calibrate import Step, require_finite
+from arrowhead.search.shared import ALONE, Share
 
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
@@ -58,8 +59,8 @@ class _Kept:
 class Recorder:
     """The buffers of the last steps, and the products so far."""
 
-    def __init__(self, sites: Sequence[Site], tokens: Tokens, extent: Extent) -> None:
-        self._sites, self._tokens, self._extent = tuple(sites), tokens, extent
+    def __init__(self, sites: Sequence[Site], tokens: Tokens, extent: Extent, share: Share = ALONE) -> None:
+        self._sites, self._tokens, self._extent, self._share = tuple(sites), tokens, extent, share
         self._guidance: Guidance  # of the step
         self._radii = extent.bands(sites, tokens)
         self._generator = torch.Generator()
@@ -118,7 +119,7 @@ class Recorder:
         if whole is None:
             return
         self._images = len(self._guidance.guided([output.detach() for output in outputs]))
-        self._regions = self._extent.regions or max(1, PRODUCTS // (self._images * self._extent.vectors))
+        self._regions = self._extent.regions or max(1, PRODUCTS // (self._share.of_all(self._images) * self._extent.vectors))
         samples = self._guidance.branches.samples
         known = full_flops(outermost(self._sites), self._tokens, samples).module
         multiplied = whole.get_total_flops() - sum(own.get_total_flops() for own in self._own)
@@ -165,8 +166,9 @@ class Recorder:
     ) -> Table:
         """All steps together."""
         final, feedback = sampling.latents(), self._extent.feedback
-        gains, answers = sampling.gains(len(self._products), self._images)
-        products = [torch.stack(of_steps) for of_steps in zip(*self._products, strict=True)]
+        images = self._share.of_all(self._images)
+        gains, answers = sampling.gains(len(self._products), images)
+        products = [self._of_all(torch.stack(of_steps)) for of_steps in zip(*self._products, strict=True)]
         if not self._extent.gradients:
             heads = torch.tensor([site.heads for site in self._sites])
             weights = self._weights.fitted(len(self._products)).repeat_interleave(heads, 1)  # (S, H)
@@ -187,7 +189,7 @@ class Recorder:
             final=float(final.square().mean()),
             elements=final[0].numel(),
             other_flops=self._other_flops,
-            images=self._images,
+            images=images,
             regions=self._regions,
             itemsize=next(iter(self._kept.values()))[0].output.itemsize,
             about=about,
@@ -195,6 +197,14 @@ class Recorder:
             precisions=tuple(self._extent.precisions),
             roundings=roundings if self._extent.precisions else None,
         )
+
+    def _of_all(self, products: Tensor) -> Tensor:
+        """All processes' products (…, M) of this one's."""
+        if self._share.alone:
+            return products
+        shape = *products.shape[:-1], self._extent.vectors, self._images, self._regions
+        by_image = products.reshape(shape).movedim(-2, 0)
+        return self._share.joined(by_image.contiguous()).movedim(0, -2).flatten(-3)
 
     def _at_site(self, call: SiteCall, state: Generation, probes: dict[str, Tensor] | None) -> Output:
         """The module's output; where its heads' outputs arise, a probe of zeros for gradients to come back to, if they do."""
@@ -265,7 +275,8 @@ class Recorder:
         Of these two, (H, radii or precisions, ages + 1, pairs, M).
         """
         guided = self._guidance.guided([output.detach() for output in outputs])
-        vector = torch.randn(guided.shape, generator=self._generator).to(guided.device, guided.dtype)
+        of_all = torch.randn(self._share.of_all(len(guided)), *guided.shape[1:], generator=self._generator)
+        vector = self._share.own(of_all).to(guided.device, guided.dtype)
         cotangents = self._guidance.cotangents(outputs, vector)
         gradients = torch.autograd.grad(outputs, list(probes.values()), cotangents, retain_graph=not last)
         of_path = dict(zip(probes, gradients, strict=True))

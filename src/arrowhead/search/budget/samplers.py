@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from arrowhead.errors import NotIntercepted
+from arrowhead.search.shared import Share
 
 NUDGE = 1e-2
 """Size of the errors that are tried, in units of the output's own."""
@@ -27,6 +28,22 @@ class Sampling:
     outputs: list[Tensor] = field(default_factory=list)
     arguments: list[tuple[Any, Tensor, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     final: Tensor | None = None
+
+    def of_all(self, share: Share) -> "Sampling":
+        """The same of all processes' images."""
+
+        def whole(value: Any, rows: int) -> Any:
+            return share.joined(value) if isinstance(value, Tensor) and value.ndim and len(value) == rows else value
+
+        def call(timestep: Any, sample: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            rows = len(sample)
+            named = {name: whole(value, rows) for name, value in kwargs.items()}
+            return timestep, share.joined(sample), tuple(whole(value, rows) for value in args), named
+
+        if share.alone:
+            return self
+        arguments, final = [call(*each) for each in self.arguments], share.joined(self.latents())
+        return Sampling(self.scheduler, list(map(share.joined, self.outputs)), arguments, final)
 
     def latents(self) -> Tensor:
         """The run's final latents, float32.

@@ -1,0 +1,119 @@
+"""Processors that somebody sets while a plan is applied, and such as attend twice."""
+
+import pytest
+import torch
+from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
+from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+from matrix import combines
+from subjects import subject
+from untouched import parts
+
+import arrowhead as ah
+from arrowhead.errors import PlanMismatch, ProcessorReplaced, SiteNotReached, UnsupportedPipeline
+
+GROUP = "Processors"
+NAMED = "works: full attention there, with a warning as the next generation begins"
+
+
+def attentions(here):
+    return [module for path, module in here.transformer.named_modules() if path.endswith(".attn")]
+
+
+def by_fusing(here):
+    here.transformer.fuse_qkv_projections()  # which sets another one
+
+
+def by_set_attn_processor(here):
+    here.transformer.set_attn_processor(type(attentions(here)[0].processor).__mro__[1]())
+
+
+def by_set_processor(here):
+    for attn in attentions(here):
+        attn.set_processor(type(attn.processor).__mro__[1]())
+
+
+def by_attribute(here):
+    attn = attentions(here)[1]
+    attn.processor = type(attn.processor).__mro__[1]()
+
+
+WAYS = {
+    "sd3": [by_fusing, by_set_processor, by_attribute],
+    "flux": [by_set_attn_processor, by_set_processor, by_attribute],
+}
+
+
+@combines(GROUP, "set_attn_processor, set_processor and the like while a plan is applied", {"sd3": NAMED, "flux": NAMED})
+@pytest.mark.parametrize("way", range(3))
+def test_one_that_is_set_is_named_when_generating_begins(mechanism, outcome, way):
+    """Before the transformer runs: whoever makes errors of warnings loses no time."""
+    here = subject(mechanism)
+    plan, untouched = here.plan(3), here.generate(1)
+    run = ah.apply(here.pipe, plan)
+    WAYS[mechanism][way](here)
+    calls = []
+    hook = here.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+    with pytest.raises(ProcessorReplaced, match=r"blocks.1.attn by a .*Processor.*apply it again"):
+        here.generate(1)
+    assert not calls
+    hook.remove()
+    with pytest.warns(ProcessorReplaced), pytest.warns(SiteNotReached):
+        found = here.generate(1)
+    if WAYS[mechanism][way] is not by_attribute:
+        torch.testing.assert_close(found, untouched, rtol=1e-9, atol=1e-9)
+    with pytest.warns(ProcessorReplaced):
+        run.close()
+
+
+TWICE = "refused: it attends twice"
+ADAPTERS = {
+    "sd3": lambda: SD3IPAdapterJointAttnProcessor2_0(24, 24, 8, timesteps_emb_dim=24),
+    "flux": lambda: FluxIPAdapterAttnProcessor(24, 12),
+}
+
+
+@combines(GROUP, "an IP-Adapter, loaded before the plan or while it is applied", {"sd3": TWICE, "flux": TWICE})
+def test_an_ip_adapter(mechanism, outcome):
+    """By its processors, as load_ip_adapter sets them."""
+    here = subject(mechanism)
+    plan = here.plan(3)
+    wanted = here.compressed(plan, 1)
+    attn = attentions(here)[1]
+    own = attn.processor
+    with here.applied(plan):
+        wrapped = attn.processor
+        attn.processor = ADAPTERS[mechanism]().double()
+        with pytest.raises(UnsupportedPipeline, match=r"IP-Adapter at transformer_blocks.1.attn.*unload_ip_adapter"):
+            here.generate(1)
+        del attn.processor  # a module, which other attributes do not take the place of
+        attn.processor = wrapped
+        assert torch.equal(here.generate(1), wanted)
+    assert attn.processor is own
+    attn.processor = ADAPTERS[mechanism]().double()
+    before = parts(here.pipe)
+    with pytest.raises(UnsupportedPipeline, match="IP-Adapter"):
+        ah.apply(here.pipe, plan)
+    with pytest.raises(UnsupportedPipeline, match="IP-Adapter"):
+        here.search()
+    assert parts(here.pipe) == before
+
+
+@combines(
+    GROUP, "forward of one's own module wrapped while a plan is applied", {"own": "works: replaced by another, it is refused"}
+)
+def test_the_models_own_forward(mechanism, outcome):
+    """Wrapped by whatever calls on; replaced by the class's own, nobody would count the steps."""
+    here = subject(mechanism)
+    plan, untouched = here.plan(3), here.generate(1)
+    wanted = here.compressed(plan, 1)
+    with here.applied(plan):
+        ours = here.transformer.forward
+        here.transformer.forward = lambda *args, **kwargs: ours(*args, **kwargs)  # noqa: PLW0108 - another function
+        assert torch.equal(here.generate(1), wanted)
+        here.transformer.forward = ours
+        assert torch.equal(here.generate(1), wanted)
+        del here.transformer.forward
+        with pytest.raises(PlanMismatch, match=r"forward of the STDiT2 was replaced.*call close\(\) of the run"):
+            here.generate(1)
+    assert torch.equal(here.generate(1), untouched)
+    assert torch.equal(here.compressed(plan, 1), wanted)

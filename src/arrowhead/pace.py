@@ -48,6 +48,6 @@ class Pace:
             )
         if self.lost:
             raise PlanMismatch(
-                f"got a call of the transformer that is not the scheduler's for step {step}, wanted one generation's calls, one "
-                "step's after the other's; let a generation with this transformer end before the next begins, or remove the plan"
+                f"got a call of the transformer that is not the scheduler's for step {step}, wanted those of one generation in "
+                "turn; let a generation with this transformer end before the next begins, or remove the plan"
             )

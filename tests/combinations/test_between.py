@@ -187,7 +187,7 @@ def test_two_pipelines_share_a_transformer_at_once(mechanism, outcome, steps, ca
 
     with as_it_was(here), as_it_was(other), here.applied(plan) as run:
         for step in (0, 2, STEPS - 2):
-            with pytest.raises(PlanMismatch, match=r"let a generation with this transformer end|makes more"):
+            with pytest.raises(PlanMismatch, match="let a generation with this transformer end"):
                 here.generate(1, callback_on_step_end=after(step, between))
             assert run.cache_bytes == 0
             assert torch.equal(here.generate(1), wanted)

@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,8 +13,8 @@ from subjects import STEPS, subject
 from test_between import beside
 
 import arrowhead as ah
+from arrowhead import route
 from arrowhead.errors import AlreadyGenerating
-from arrowhead.route import _originals, _users
 
 ROUNDS = 3
 WAIT = 60  # seconds, for a thread that never comes
@@ -94,23 +95,24 @@ def test_a_search_beside_a_generation(mechanism, outcome):
 
 
 @combines("State", "plans put on and taken off in two threads")
-def test_putting_on_and_taking_off_at_once(mechanism, outcome):
-    """Names are routed for the first that needs them, and put back with the last."""
+def test_putting_on_and_taking_off_at_once(mechanism, outcome, monkeypatch):
+    """Names are routed for the first that needs them, and put back with the last; here each takes its time to look them up."""
+    monkeypatch.setattr(route, "_stand_ins", lambda name, own=route._stand_ins: (own(name), time.sleep(1e-4))[0])
     here, there = subject(mechanism), subject(mechanism)
     plans = here.plan(seed=1), there.plan(seed=2)
     together = threading.Barrier(2, timeout=WAIT)
 
     def often(own, plan):
         together.wait()
-        for _ in range(60):
+        for _ in range(15):
             with own.applied(plan):
                 pass
 
-    users = dict(_users)
+    users = dict(route._users)
     with as_it_was(here), as_it_was(there):
         at_once(lambda: often(here, plans[0]), lambda: often(there, plans[1]))
-    assert dict(_users) == users
-    assert _originals.keys() == users.keys()
+    assert dict(route._users) == users
+    assert route._originals.keys() == users.keys()
 
 
 SHARED = "refused"

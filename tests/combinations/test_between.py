@@ -132,8 +132,8 @@ def test_a_generation_on_what_is_searched(mechanism, outcome):
     assert len(turns) > 5
 
 
-SHARED = {"sd3": "works", "flux": "works", "own": "–: a module is itself what carries a plan"}
-WITHIN = {"sd3": "refused", "flux": "refused", "own": "–: a module is itself what carries a plan"}
+SHARED = {"sd3": "works", "flux": "works"}
+WITHIN = {"sd3": "refused", "flux": "refused"}
 
 
 def beside(here, cls=None):
@@ -149,8 +149,6 @@ def beside(here, cls=None):
 
 @combines("State", "two pipelines that share a transformer, a plan on one", SHARED)
 def test_two_pipelines_share_a_transformer(mechanism, outcome):
-    if mechanism == "own":
-        return
     here = subject(mechanism)
     other, plan = beside(here), here.plan(seed=1)
     wanted, untouched = here.compressed(plan, 1), other.generate(2)
@@ -172,8 +170,6 @@ def test_two_pipelines_share_a_transformer(mechanism, outcome):
 @pytest.mark.parametrize("caught", [False, True])
 def test_two_pipelines_share_a_transformer_at_once(mechanism, outcome, steps, caught):
     """Unnoticed, one's calls of the transformer would be taken for the other's steps."""
-    if mechanism == "own":
-        return
     here = subject(mechanism)
     other, plan = beside(here), here.plan(seed=1)
     wanted, untouched = here.compressed(plan, 1), other.generate(2)
@@ -248,13 +244,11 @@ def test_another_number_of_steps(mechanism, outcome):
             assert torch.equal(here.generate(1), undisturbed)
 
 
-OTHER = {"sd3": "refused", "flux": "refused", "own": "–: a loop of one's own has none"}
+OTHER = {"sd3": "refused", "flux": "refused"}
 
 
 @combines("State", "the next call with another scheduler", OTHER)
 def test_another_scheduler(mechanism, outcome):
-    if mechanism == "own":
-        return
     here = subject(mechanism)
     plan = here.plan(seed=1)
     undisturbed, own = here.compressed(plan, 1), here.pipe.scheduler

@@ -23,7 +23,6 @@ from arrowhead.models import Own as StandIn
 from arrowhead.models import find
 from arrowhead.search import Headwise
 
-WITHOUT = "–: a loop of one's own has none"
 SAMPLERS = {
     "HeunDiscreteScheduler": "twice a step",
     "KDPM2DiscreteScheduler": "twice a step",
@@ -207,12 +206,10 @@ TAIL = "refused: search with this strength"
 @combines(
     "Schedulers",
     "from an image: a plan for another strength",
-    {"sd3": TAIL, "flux": TAIL, "own": WITHOUT},
+    {"sd3": TAIL, "flux": TAIL},
 )
 def test_another_strength(mechanism, outcome):
     """The plan's tail reads what the steps that are left out would have kept. The transformer is not called."""
-    if mechanism == "own":
-        return
     here = from_image(mechanism)
     plan = here.plan(seed=3)  # of 5 steps
     undisturbed = here.compressed(plan, 1, strength=1.0)
@@ -233,12 +230,10 @@ def test_another_strength(mechanism, outcome):
 @combines(
     "Schedulers",
     "from an image: a plan for this strength",
-    {"sd3": "works", "flux": "works", "own": WITHOUT},
+    {"sd3": "works", "flux": "works"},
 )
 @pytest.mark.parametrize(("strength", "steps"), [(0.2, 1), (0.6, 3), (1.0, 5)])
 def test_this_strength(mechanism, outcome, strength, steps):
-    if mechanism == "own":
-        return
     here = from_image(mechanism)
     plan, untouched = plan_of(here, steps, seed=5), here.generate(1, strength=strength)
     with by_hand(here, plan):

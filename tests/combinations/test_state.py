@@ -19,8 +19,6 @@ from arrowhead.errors import GenerationUnfinished, InputsInvalid, PlanMismatch
 from arrowhead.methods import FULL, Arrow, Attend, Full
 from arrowhead.models import ATTENTION, find
 
-WITHOUT = "–: a loop of one's own has none"
-
 
 class Stop(Exception):
     """What interrupts a generation."""
@@ -106,12 +104,9 @@ def test_an_interruption_between_steps(mechanism, outcome):
         assert torch.equal(again, undisturbed)
 
 
-@combines("State", "`pipe.interrupt`", {"sd3": "works: and warns", "flux": "works: and warns", "own": WITHOUT})
+@combines("State", "`pipe.interrupt`", {"sd3": "works: and warns", "flux": "works: and warns"})
 def test_interrupting_the_pipeline(mechanism, outcome):
     """The latents are those of the step it got to, which the plan's own generation passes."""
-    if outcome == WITHOUT:
-        assert not hasattr(subject(mechanism).pipe, "interrupt")
-        return
     here = subject(mechanism)
     plan = here.plan(seed=7)
     passed = []
@@ -129,10 +124,8 @@ def test_interrupting_the_pipeline(mechanism, outcome):
         assert run.summary().notes == ()
 
 
-@combines("State", "a search of an interrupted run", {"sd3": "refused", "flux": "refused", "own": WITHOUT})
+@combines("State", "a search of an interrupted run", {"sd3": "refused", "flux": "refused"})
 def test_a_search_that_is_interrupted(mechanism, outcome):
-    if outcome == WITHOUT:
-        return
     here = subject(mechanism)
     stopped = here.inputs(1, callback_on_step_end=after(2, lambda pipe, _: setattr(pipe, "_interrupt", True)))
     with as_it_was(here), pytest.raises(InputsInvalid, match=r"ended after 3 of 5 steps.*leave out"):
@@ -142,11 +135,9 @@ def test_a_search_that_is_interrupted(mechanism, outcome):
 @combines(
     "State",
     "a callback that changes the guidance scale",
-    {"sd3": "works", "flux": "works: the pipeline reads it once", "own": WITHOUT},
+    {"sd3": "works", "flux": "works: the pipeline reads it once"},
 )
 def test_another_guidance_scale_on_the_way(mechanism, outcome):
-    if outcome == WITHOUT:
-        return
     here = subject(mechanism)
     plan = here.plan(seed=8)
     change = {"callback_on_step_end": after(1, lambda pipe, _: setattr(pipe, "_guidance_scale", 6.0))}
@@ -268,8 +259,13 @@ def test_an_odd_batch():
         loop_of(here, Unguided, images=3).sample(1)
 
 
-@states("State", "`guidance_rescale`")
-@pytest.mark.parametrize("name", ["hunyuan_dit", "ltx"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("hunyuan_dit", marks=states("State", "`guidance_rescale`", mechanism="processor with SDPA")),
+        pytest.param("ltx", marks=states("State", "`guidance_rescale`", mechanism="dispatch_attention_fn")),
+    ],
+)
 def test_rescaled_guidance(name):
     bench = MORE[name]()
     model = find(bench.pipe, ATTENTION)
@@ -318,14 +314,13 @@ def test_taken_off_in_the_middle(mechanism, outcome, step):
         same(got, wanted)
 
 
-@combines(
-    "State",
-    "put on in the middle",
-    {"sd3": "works: from the next generation on", "flux": "works: from the next generation on", "own": WITHOUT},
-)
+PUT_ON = "works: from the next generation on"
+
+
+@combines("State", "put on in the middle", {"sd3": PUT_ON, "flux": PUT_ON, "own": "refused: by `run.step`"})
 def test_put_on_in_the_middle(mechanism, outcome):
     """Of a loop nobody knows when it began: `run.step` refuses the rest of it, see the tests of modules of one's own."""
-    if outcome == WITHOUT:
+    if mechanism == "own":
         here = subject(mechanism)
         with here.applied(here.plan(seed=4)) as run, pytest.raises(PlanMismatch, match="got step 2 after 0 whole steps"):
             run.step(2)

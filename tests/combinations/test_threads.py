@@ -151,12 +151,9 @@ def test_two_threads_that_share_a_transformer(mechanism, outcome):
         assert torch.equal(here.generate(1), wanted)
 
 
-@combines("State", "two threads that call one pipeline", SHARED)
+@combines("State", "two threads that call one pipeline", {"sd3": SHARED, "flux": SHARED})
 def test_two_threads_that_call_one_pipeline(mechanism, outcome):
     here = subject(mechanism)
-    if mechanism == "own":  # as above: there is no call of a pipeline
-        assert not hasattr(here.pipe, "scheduler")
-        return
     plan = here.plan(seed=1)
     wanted = here.compressed(plan, 1)
     began, refused = threading.Event(), threading.Event()

@@ -11,10 +11,12 @@ from arrowhead.errors import AlreadyGenerating, PlanMismatch
 class Pace:
     """Where a generation runs, and what its pipeline's scheduler counted at the latest call of the transformer.
 
-    Most schedulers count the steps they make (`step_index`). None: this one does not, or has not made any.
+    Most schedulers count the steps they make (`step_index`). None: this one does not, or has not made any. `lost` says that a
+    call was refused, so that nobody knows which step the next one is.
     """
 
     counted: int | None = None
+    lost: bool = False
     where: greenlet.greenlet = field(default_factory=greenlet.getcurrent)
 
     def require_here(self, name: str) -> None:
@@ -36,13 +38,16 @@ class Pace:
             PlanMismatch: it does not, so that the call is another one's, or one before it is missing.
         """
         before, self.counted = self.counted, counted
-        if call and counted != before:
+        missing = call > 0 and counted != before
+        astray = call == 0 and step > 0 and before is not None and counted != before + 1
+        again, self.lost = self.lost, self.lost or missing or astray
+        if missing and not again:
             raise PlanMismatch(
                 f"got one call of the transformer in step {step}, wanted two in every step, one for each CFG branch; leave out "
                 "what ends guidance on its way, such as a callback, or remove the plan"
             )
-        if step and not call and before is not None and counted != before + 1:
+        if self.lost:
             raise PlanMismatch(
-                f"got a call of the transformer for step {step} with the scheduler at {counted}, wanted {before + 1}: one step "
-                "of it after each; let one generation with this transformer end before the next begins, or remove the plan"
+                f"got a call of the transformer that is not the scheduler's for step {step}, wanted those of one generation in "
+                "turn; let a generation with this transformer end before the next begins, or remove the plan"
             )

@@ -268,7 +268,8 @@ class Plan:
         """
         found = []
         if steps not in (None, self.steps):
-            found.append(f"plan is for {self.steps} steps, pipeline runs {steps}; search again with {steps} steps")
+            remedy = f"search again with {steps} steps, or with this strength where it starts from an image"
+            found.append(f"plan is for {self.steps} steps, pipeline runs {steps}; {remedy}")
         if (tokens if self.tokens.grid else tokens.flat) != self.tokens:
             found.append(f"plan is for {self.tokens}, pipeline runs {tokens}; search again at this resolution")
         if switch != self.switch:

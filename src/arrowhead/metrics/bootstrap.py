@@ -27,7 +27,7 @@ def resampled_means(values: Tensor, resamples: int = RESAMPLES, seed: int = SEED
 
 def interval(figures: Tensor, level: float = LEVEL) -> tuple[float, float]:
     """The range that holds the middle share `level` of resampled figures (resamples,); infinite ones sort like others."""
-    ordered, tail = figures.double().sort().values, (1 - level) / 2 * (len(figures) - 1)
+    ordered, tail = figures.double().sort().values, (1 - level) / 2 * (len(figures) - 1) + 1e-9  # 0.05 × 100 may be less than 5
     return ordered[int(tail)].item(), ordered[-1 - int(tail)].item()
 
 

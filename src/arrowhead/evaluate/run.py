@@ -77,15 +77,23 @@ class Run:
             if measure.features:
                 self._require_enough(measure.features, self.asked.images * frames)
 
+    def require_statistics_of_the_network(self) -> None:
+        """That statistics are of as many features.
+
+        Raises:
+            InputsInvalid: they are not.
+        """
+        for measure in self.measures:
+            if measure.features and isinstance(self.real, Moments) and len(self.real.mean) != measure.features:
+                raise InputsInvalid(
+                    f"the real images' statistics have {len(self.real.mean)} features, the network gives {measure.features}; "
+                    "wanted those of this network, with its resize mode"
+                )
+
     def _require_enough(self, features: int, count: int) -> None:
         counts = {"generated": count}
         if isinstance(self.real, Pictures):
             counts["real"] = self.real.count
-        if isinstance(self.real, Moments) and len(self.real.mean) != features:
-            raise InputsInvalid(
-                f"the real images' statistics have {len(self.real.mean)} features, the network gives {features}; wanted those "
-                "of this network, with its resize mode"
-            )
         if self.real is not None and min(counts.values()) < 2:
             raise InputsInvalid(f"got {counts} images, wanted 2 at least of each for FID and KID; ask for more")
         few = {kind: number for kind, number in counts.items() if number <= features}

@@ -50,20 +50,9 @@ def folder(tmp_path_factory) -> Path:
 
 
 def arguments(folder, work, *more, images=5):
-    asked = [
-        "--plan",
-        folder / "plan.json",
-        "--images",
-        images,
-        "--batch",
-        2,
-        "--work",
-        work,
-        "--real",
-        f"{folder / 'real.npz'}:x",
-    ]
+    asked = ["--plan", folder / "plan.json", "--work", work, "--real", f"{folder / 'real.npz'}:x", "--batch", 2]
     networks = ["--inception", f"{folder / 'networks.py'}:Features", "--lpips", f"{folder / 'networks.py'}:distance"]
-    return [str(a) for a in ("evaluate", "tiny:dit", *INPUTS, *asked, *networks, *more)]
+    return [str(a) for a in ("evaluate", "tiny:dit", *INPUTS, "--images", images, *asked, *networks, *more)]
 
 
 def invoke(arguments, code=0):
@@ -81,13 +70,13 @@ def figures(path):
 
 
 def test_the_table_says_how_it_was_measured_and_what_was_not(folder, tmp_path):
-    said = " ".join(
-        invoke(arguments(folder, tmp_path / "work", "--out", tmp_path / "deep/table.json", "--seed", 7)).output.split()
-    )
+    out = tmp_path / "deep/table.json"
+    said = " ".join(invoke(arguments(folder, tmp_path / "work", "--out", out, "--seed", 7)).output.split())
     for part in (
         "5 images, in batches of 2, seeds 7 to 11, the same for all",
         "resized to 299 × 299 by TensorFlow 1's bilinear",
         "FID and KID against 6 images",
+        "KID: 100 subsets of 2",
         "95% of 1000 times",
         "not measured: accuracy. a TorchScript or FILE.py:NAME",
     ):
@@ -153,17 +142,8 @@ def environment():
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_accelerate_launches_what_one_process_gives(processes, folder, tmp_path):
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-    ]
-    launch += ["--dynamo_backend", "no", "--num_processes", str(processes), "-m", "arrowhead"]
+    launched = f"--multi_gpu --num_machines 1 --num_processes {processes} --mixed_precision no --dynamo_backend no -m arrowhead"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *launched.split()]
     asked = arguments(folder, tmp_path / "parts", "--out", tmp_path / "parts.json", images=9)
     subprocess.run([*launch, *asked], env=environment(), check=True, capture_output=True, timeout=900)
     alone = arguments(folder, tmp_path / "whole", "--out", tmp_path / "whole.json", images=9)

@@ -209,9 +209,8 @@ def test_a_launched_process_knows_its_shard():
     assert Shard.launched({"RANK": "1", "WORLD_SIZE": "4"}) == Shard(1, 4, waits=True)
 
 
-texts = st.lists(
-    st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1, max_size=9), min_size=1, max_size=6
-)
+words = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1, max_size=9)
+texts = st.lists(words, min_size=1, max_size=6)
 
 
 @settings(max_examples=20, deadline=None)

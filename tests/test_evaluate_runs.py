@@ -317,6 +317,6 @@ def test_too_few_images_are_warned_of_before_many_are_made(tmp_path, real):
 
     subject.pipe.transformer.register_forward_pre_hook(stop)
     with pytest.warns(TooFewSamples, match=r"got 7 generated, 9 real images, wanted more than 12"), pytest.raises(Killed):
-        subject.measure(tmp_path, real=real)
+        subject.measure(tmp_path / "a", real=real)
     with pytest.warns(InputsRepeated, match=r"3 inputs for 7 images: the first 1 are drawn once more.*such as 6"):
         Subject().measure(tmp_path / "b", networks=Networks())

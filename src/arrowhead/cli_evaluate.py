@@ -139,6 +139,7 @@ SAID = {
     "hpsv2": "HPSv2",
     "image_reward": "ImageReward",
 }
+NETWORKS = {"inception": "FID, KID, IS", "lpips": "LPIPS", "clip": "CLIP score"}
 SCALES = {"kid": 1000.0}
 
 
@@ -176,8 +177,10 @@ def notes(found: "Measured") -> list[str]:
         f"memory: {setting['peak_memory']}",
     ]
     if "real" in setting:
-        lines.append(f"FID and KID against {setting['real']}; KID of {setting['kid']}")
-    lines += [f"{SAID.get(name, name)}: {about}" for name, about in setting["measures"].items()]
+        lines.append(f"FID and KID against {setting['real']}")
+    if "kid_subsets" in setting:
+        lines.append(f"KID: {setting['kid_subsets']}")
+    lines += [f"{NETWORKS.get(name, name)}: {about}" for name, about in setting["measures"].items()]
     return lines + [f"not measured: {name}. {why}" for name, why in found.not_measured.items()]
 
 

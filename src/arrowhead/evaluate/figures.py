@@ -13,7 +13,7 @@ from arrowhead.metrics.distributions import Moments, frechet, kernel_distances, 
 from arrowhead.metrics.images import decibels
 
 SUBSETS, SUBSET_SIZE = 100, 1000
-"""Of the kernel distance, as usual; smaller where there are fewer images."""
+"""Of the kernel distance, as usual."""
 SPLIT = 5000
 """Images that the inception score is taken over at once: ten splits of 50,000, as usual."""
 
@@ -63,12 +63,17 @@ def distributions(measure: Measure, values: Tensor, real: Reference | None) -> d
     if real is not None:
         found["fid"] = Figure(frechet(moments(features), real.moments, real.root))
         if real.features is not None:
-            size = min(SUBSET_SIZE, len(features), len(real.features))
+            size = subset_size(len(features), len(real.features))
             distances = kernel_distances(features, real.features, SUBSETS, size)
             found["kid"] = Figure(distances.mean().item(), deviation=distances.std(correction=0).item())
     if measure.logits:
         found["is"] = inception_score(values[:, measure.features :])
     return found
+
+
+def subset_size(made: int, real: int) -> int:
+    """As usual, or half of the images where there are few: subsets that were all of them would not differ."""
+    return min(SUBSET_SIZE, max(2, min(made, real) // 2))
 
 
 def inception_score(logits: Tensor) -> Figure:

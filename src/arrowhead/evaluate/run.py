@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from arrowhead.apply import target_of
 from arrowhead.errors import InputsInvalid, TooFewSamples
 from arrowhead.evaluate.asked import Asked, Shard, digest
-from arrowhead.evaluate.figures import SPLIT, SUBSET_SIZE, SUBSETS, Figure, Reference, figures
+from arrowhead.evaluate.figures import SPLIT, SUBSETS, Figure, Reference, figures, subset_size
 from arrowhead.evaluate.kept import Kept, keep_array, load_array
 from arrowhead.evaluate.measures import Batch, Measure
 from arrowhead.evaluate.memory import SAID
@@ -204,7 +204,10 @@ class Run:
     def _setting(self, frames: int) -> dict[str, Any]:
         """How all was measured, for whoever reads the table."""
         asked, transformer = self.asked, transformers_of(self.pipe)[0]
-        compared = {"real": self.real.about} if isinstance(self.real, Pictures) else {}
+        compared = {}
+        if isinstance(self.real, Pictures):
+            size = subset_size(asked.images * frames, self.real.count)
+            compared = {"real": self.real.about, "kid_subsets": f"{SUBSETS} subsets of {size}"}
         if isinstance(self.real, Moments):
             compared = {"real": f"statistics of {self.real.count or 'an unknown number of'} images"}
         return {
@@ -214,8 +217,7 @@ class Run:
             "baseline": "the untouched pipeline, each batch in turn with the plans",
             "measures": {measure.name: measure.about for measure in self.measures if measure.about},
             **compared,
-            "kid": f"{SUBSETS} subsets of at most {SUBSET_SIZE}",
-            "is": f"splits of {SPLIT}",
+            "is_splits_of": SPLIT,
             "intervals": {
                 "level": LEVEL,
                 "resamples": RESAMPLES,

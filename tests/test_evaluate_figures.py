@@ -16,12 +16,12 @@ from torchmetrics.image.inception import InceptionScore
 
 from arrowhead.errors import InputsInvalid
 from arrowhead.evaluate import measures
-from arrowhead.evaluate.figures import Reference, distributions, figures, inception_score
+from arrowhead.evaluate.figures import Reference, distributions, figures, frechet_distance, inception_score
 from arrowhead.evaluate.measures import Batch, Measure
 from arrowhead.evaluate.memory import Peak
 from arrowhead.evaluate.real import real
 from arrowhead.metrics.bootstrap import bootstrap, interval, resampled_means
-from arrowhead.metrics.distributions import frechet, kernel_distances, moments
+from arrowhead.metrics.distributions import frechet, kernel_distances, moments, without_each
 from arrowhead.metrics.images import decibels, psnr, squared_errors, ssim, ssim_each
 from arrowhead.metrics.resize import MODES, tf1
 
@@ -160,29 +160,57 @@ def test_images_one_by_one_are_those_of_all():
 def test_a_difference_is_drawn_in_pairs():
     """A value that is larger by 1 for every image has an interval of no width, however much the images differ."""
     raw = torch.randn(30, 1)
-    found = figures(Measure("reward", "reward", None), raw + 1, raw, 1, None)["reward"]
+    found = figures(Measure("reward", "reward", None), raw + 1, raw, 1)["reward"]
     assert found.change == pytest.approx((1, 1), abs=1e-6)
     assert found.interval[1] - found.interval[0] > 0.2
 
 
 def test_a_video_s_frames_are_one_sample():
     frames = torch.randn(6, 1).repeat_interleave(50, 0)
-    found = figures(Measure("reward", "reward", None), frames, None, 50, None)["reward"]
-    alone = figures(Measure("reward", "reward", None), frames[::50], None, 1, None)["reward"]
+    found = figures(Measure("reward", "reward", None), frames, None, 50)["reward"]
+    alone = figures(Measure("reward", "reward", None), frames[::50], None, 1)["reward"]
     assert found.value == pytest.approx(alone.value)
     assert found.interval == pytest.approx(alone.interval)
+
+
+def test_moments_without_each_group_are_those_of_the_rest():
+    features, groups = correlated(23, 4, shift=10), torch.arange(23) % 3
+    for group, found in enumerate(without_each(features, groups)):
+        rest = features[groups != group].double().numpy()
+        assert found.count == len(rest)
+        np.testing.assert_allclose(found.mean, rest.mean(0))
+        np.testing.assert_allclose(found.covariance, np.cov(rest, rowvar=False), rtol=1e-7, atol=1e-8)
+
+
+def test_intervals_of_fid_and_of_its_change_are_as_wide_as_fids_of_other_draws_vary():
+    """Two settings whose images differ by little: the change is known far better than either."""
+    real, measured, changed, wide, narrow = Reference.of(torch.randn(3000, 3)), [], [], [], []
+    for _ in range(60):
+        raw = torch.randn(400, 3) + 0.5
+        untouched = frechet_distance(raw, real, None, 1)
+        found = frechet_distance(raw * 1.05 + 0.02 * torch.randn_like(raw), real, untouched, 1)
+        measured.append(found.value)
+        changed.append(found.value - untouched.value)
+        wide.append((found.interval[1] - found.interval[0]) ** 2)
+        narrow.append((found.change[1] - found.change[0]) ** 2)
+        assert sum(found.change) / 2 == pytest.approx(changed[-1])
+    for values, widths in ((measured, wide), (changed, narrow)):
+        assert np.mean(widths) ** 0.5 / (2 * 1.96) == pytest.approx(np.std(values), rel=0.4)
+    assert np.mean(narrow) < np.mean(wide) / 4
+    assert frechet_distance(torch.randn(19, 3), real, None, 1).interval is None
+    assert frechet_distance(torch.randn(40, 3), real, None, 4).interval is None
 
 
 def test_features_and_logits_lie_side_by_side():
     features, logits, theirs = correlated(30, 6), torch.randn(30, 4), correlated(25, 6)
     measure = Measure("inception", "inception", None, features=6, logits=4)
-    found = distributions(measure, torch.cat([features, logits], 1), Reference.of(theirs))
+    found = distributions(measure, torch.cat([features, logits], 1), Reference.of(theirs), None, 1)
     assert found["fid"].value == pytest.approx(frechet(moments(features), moments(theirs)))
     assert found["is"].value == pytest.approx(inception_score(logits).value)
     assert found["kid"].value == pytest.approx(kernel_distances(features, theirs, 100, 12).mean().item())
-    assert set(distributions(measure, torch.cat([features, logits], 1), None)) == {"is"}
+    assert set(distributions(measure, torch.cat([features, logits], 1), None, None, 1)) == {"is"}
     statistics = Reference.of(moments(theirs))
-    assert set(distributions(measure, torch.cat([features, logits], 1), statistics)) == {"fid", "is"}
+    assert set(distributions(measure, torch.cat([features, logits], 1), statistics, None, 1)) == {"fid", "is"}
 
 
 @needs_tools

@@ -173,7 +173,7 @@ def notes(found: "Measured") -> list[str]:
         f"{found.images} images, in batches of {setting['batch']}, seeds {seeds['first']} to {seeds['last']}, the same for "
         f"all; {found.raw.cost.seconds_per_image:.2f} s an image untouched, {setting['device']}, {setting['dtype']}",
         f"[…]: {level:.0%} of {setting['intervals']['resamples']} times that images were drawn again; Δ: of the difference to "
-        "raw, in pairs; ±: of KID's subsets; FID has neither, since images drawn twice make it larger",
+        "raw, in pairs; of FID by the {setting['fid_intervals']}, where there are enough images; ±: of KID's subsets",
         f"memory: {setting['peak_memory']}",
     ]
     if "real" in setting:

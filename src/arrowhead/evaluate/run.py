@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from arrowhead.apply import target_of
 from arrowhead.errors import InputsInvalid, TooFewSamples
 from arrowhead.evaluate.asked import Asked, Shard, digest
-from arrowhead.evaluate.figures import SPLIT, SUBSETS, Figure, Reference, figures, subset_size
+from arrowhead.evaluate.figures import GROUPS, SPLIT, SUBSETS, Figure, Reference, distributions, figures, subset_size
 from arrowhead.evaluate.kept import Kept, keep_array, load_array
 from arrowhead.evaluate.measures import Batch, Measure
 from arrowhead.evaluate.memory import SAID
@@ -187,12 +187,17 @@ class Run:
             elif m.features and isinstance(self.real, Pictures):
                 values = torch.cat([torch.from_numpy(load_array(self._real_path(m, images))) for images in self.real.batches])
                 references[m.key] = Reference.of(values[:, : m.features])
-        rows = []
+        rows: list[Row] = []
         for kept in self.settings:
             found: dict[str, Figure] = {}
             for m in self._wanted(kept):
-                theirs = None if m.paired or m.features or kept.plan is None else raw.values(m.key, batches)
-                found |= figures(m, kept.values(m.key, batches), theirs, frames, references.get(m.key))
+                values = kept.values(m.key, batches)
+                if m.features:
+                    untouched = rows[0].figures.get("fid") if rows else None
+                    found |= distributions(m, values, references.get(m.key), untouched, frames)
+                else:
+                    theirs = None if m.paired or kept.plan is None else raw.values(m.key, batches)
+                    found |= figures(m, values, theirs, frames)
             rows.append(Row(kept.name, kept.plan, Cost.of(kept, raw, batches), found))
         unknown = {}
         if any(row.cost.peak_memory_bytes is None for row in rows):
@@ -218,6 +223,7 @@ class Run:
             "measures": {measure.name: measure.about for measure in self.measures if measure.about},
             **compared,
             "is_splits_of": SPLIT,
+            "fid_intervals": f"jackknife over {GROUPS} groups",
             "intervals": {
                 "level": LEVEL,
                 "resamples": RESAMPLES,

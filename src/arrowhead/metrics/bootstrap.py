@@ -31,9 +31,14 @@ def interval(figures: Tensor, level: float = LEVEL) -> tuple[float, float]:
     return ordered[int(tail)].item(), ordered[-1 - int(tail)].item()
 
 
+def jackknife_error(without: Tensor) -> float:
+    """Standard error of a figure, from what it is without each of (groups,) equal parts of the data."""
+    return (without.var(correction=0) * (len(without) - 1)).sqrt().item()
+
+
 def bootstrap(values: Tensor, of: Callable[[Tensor], Tensor] = lambda means: means[..., 0]) -> tuple[float, float]:
     """Interval of `of`, a function of means (…, d) that gives (…,), from values (n, d)."""
     return interval(of(resampled_means(values)))
 
 
-__all__ = ["LEVEL", "RESAMPLES", "SEED", "bootstrap", "interval", "resampled_means"]
+__all__ = ["LEVEL", "RESAMPLES", "SEED", "bootstrap", "interval", "jackknife_error", "resampled_means"]

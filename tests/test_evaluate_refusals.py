@@ -186,6 +186,8 @@ def test_a_folder_that_is_somebody_else_s(tmp_path):
     subject = Subject()
     with pytest.raises(InputsInvalid, match="not empty, and no evaluation's"):
         subject.measure(tmp_path)
+    (tmp_path / "thesis.tex").rename(tmp_path / ".evaluation.json.7")  # as another process leaves it for a moment
+    assert subject.measure(tmp_path, images=2, plans={}) is not None
     (tmp_path / "evaluation.json").write_text("{")
     with pytest.raises(InputsInvalid, match=r"cannot read .*evaluation.json"):
         subject.measure(tmp_path)

@@ -285,7 +285,10 @@ def test_prompts_reach_rewards_image_by_image(tmp_path):
     pictures = [np.array(Image.open(path)) for path in sorted((tmp_path / "raw/images").iterdir())]
     expected = np.mean([p.mean() / 255 + len(inputs["prompt"][i % 2]) for i, p in enumerate(pictures)])
     assert found.raw.figures["hpsv2"].value == pytest.approx(expected, rel=1e-5)
-    assert found.rows[0].figures["hpsv2"].change is not None
+    theirs = [np.array(Image.open(path)) for path in sorted(next(tmp_path.glob("p-*")).glob("images/*"))]
+    difference = np.mean([(p / 255.0 - r / 255.0).mean() for p, r in zip(theirs, pictures, strict=True)])
+    low, high = found.rows[0].figures["hpsv2"].change
+    assert low < difference < high
     assert {"CLIP score", "ImageReward"} <= set(found.not_measured)
     assert "hf download" in found.not_measured["CLIP score"]
 

@@ -139,6 +139,7 @@ SAID = {
     "hpsv2": "HPSv2",
     "image_reward": "ImageReward",
 }
+NETWORKS = {"inception": "FID, KID, IS", "lpips": "LPIPS", "clip": "CLIP score"}
 SCALES = {"kid": 1000.0}
 
 
@@ -172,12 +173,14 @@ def notes(found: "Measured") -> list[str]:
         f"{found.images} images, in batches of {setting['batch']}, seeds {seeds['first']} to {seeds['last']}, the same for "
         f"all; {found.raw.cost.seconds_per_image:.2f} s an image untouched, {setting['device']}, {setting['dtype']}",
         f"[…]: {level:.0%} of {setting['intervals']['resamples']} times that images were drawn again; Δ: of the difference to "
-        "raw, in pairs; ±: of KID's subsets; FID has neither, since images drawn twice make it larger",
+        "raw, in pairs; of FID by the {setting['fid_intervals']}, where there are enough images; ±: of KID's subsets",
         f"memory: {setting['peak_memory']}",
     ]
     if "real" in setting:
-        lines.append(f"FID and KID against {setting['real']}; KID of {setting['kid']}")
-    lines += [f"{SAID.get(name, name)}: {about}" for name, about in setting["measures"].items()]
+        lines.append(f"FID and KID against {setting['real']}")
+    if "kid_subsets" in setting:
+        lines.append(f"KID: {setting['kid_subsets']}")
+    lines += [f"{NETWORKS.get(name, name)}: {about}" for name, about in setting["measures"].items()]
     return lines + [f"not measured: {name}. {why}" for name, why in found.not_measured.items()]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from arrowhead.apply import plain
 from arrowhead.errors import InputsInvalid, InputsRepeated
@@ -22,7 +23,10 @@ PER_IMAGE = (
     "negative_prompt_3",
     "class_labels",
 )
-"""Arguments of a pipeline's call that are lists of one for each image; as one value they are the same for all."""
+"""Arguments of a pipeline's call that are lists of one for each image; as one value they are the same for all.
+
+So are tensors that have prompt in their name.
+"""
 RESERVED = ("generator", "output_type", "return_dict", "latents")
 """Arguments that say what the evaluation says by itself."""
 
@@ -36,7 +40,7 @@ class Asked:
     """
 
     common: Mapping[str, Any]
-    rows: Mapping[str, Sequence[Any]]
+    rows: Mapping[str, Sequence[Any] | Tensor]
     images: int
     seed: int = 0
     batch: int = 8
@@ -55,8 +59,13 @@ class Asked:
         for name in ("num_images_per_prompt", "num_videos_per_prompt"):
             if inputs.get(name, 1) != 1:
                 raise InputsInvalid(f"got {name}={inputs[name]}, wanted 1, since every image has a seed; ask for more images")
-        varied = {name: inputs[name] for name in PER_IMAGE if inputs.get(name) is not None}
-        lists = {name: [*value] for name, value in varied.items() if not isinstance(value, str | int)}
+        embedded = [name for name, value in inputs.items() if isinstance(value, Tensor) and "prompt" in name]
+        varied = {name: inputs[name] for name in (*PER_IMAGE, *embedded) if inputs.get(name) is not None}
+        lists = {
+            name: value if isinstance(value, Tensor) else [*value]
+            for name, value in varied.items()
+            if not isinstance(value, str | int)
+        }
         lengths = {name: len(value) for name, value in lists.items()}
         if not varied or len({*lengths.values()}) > 1 or 0 in lengths.values():
             raise InputsInvalid(
@@ -85,10 +94,11 @@ class Asked:
         """The images of each call of the pipeline; the last may have fewer."""
         return [range(at, min(at + self.batch, self.images)) for at in range(0, self.images, self.batch)]
 
-    def row(self, name: str, images: Sequence[int]) -> list[Any]:
-        """What these images have of one of the rows."""
+    def row(self, name: str, images: Sequence[int]) -> Any:
+        """What these images have of one of the rows: a list, or a tensor as it is one."""
         values = self.rows[name]
-        return [values[image % len(values)] for image in images]
+        places = [image % len(values) for image in images]
+        return values[places] if isinstance(values, Tensor) else [values[place] for place in places]
 
     def call(self, images: Sequence[int]) -> dict[str, Any]:
         """Arguments of the pipeline's call that generates these images, on the CPU's generators, as diffusers advises."""
@@ -98,11 +108,17 @@ class Asked:
     def about(self) -> dict[str, Any]:
         """What decides the images, as JSON holds it; of long lists their length and hash. How many there are decides none."""
         rows = {
-            name: values if len(values) <= 16 else {"count": len(values), "sha256": digest(values)}
-            for name, values in ((name, plain(list(values))) for name, values in self.rows.items())
+            name: values
+            if len(values) <= 16 and not isinstance(values[0], list)
+            else {"count": len(values), "sha256": digest(values)}
+            for name, values in ((name, plain(_listed(values))) for name, values in self.rows.items())
         }
         common = {name: plain(value) for name, value in self.common.items()}
         return {"inputs": common, "per_image": rows, "first_seed": self.seed, "batch": self.batch}
+
+
+def _listed(values: Sequence[Any] | Tensor) -> list[Any]:
+    return values.tolist() if isinstance(values, Tensor) else list(values)
 
 
 def digest(value: Any) -> str:

@@ -2,18 +2,30 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from arrowhead.evaluate.measures import Measure
-from arrowhead.metrics.bootstrap import bootstrap, interval, resampled_means
-from arrowhead.metrics.distributions import Moments, frechet, kernel_distances, moments, root, score_of, score_terms
+from arrowhead.metrics.bootstrap import LEVEL, SEED, bootstrap, interval, jackknife_error, resampled_means
+from arrowhead.metrics.distributions import (
+    Moments,
+    frechet,
+    kernel_distances,
+    moments,
+    root,
+    score_of,
+    score_terms,
+    without_each,
+)
 from arrowhead.metrics.images import decibels
 
 SUBSETS, SUBSET_SIZE = 100, 1000
-"""Of the kernel distance, as usual; smaller where there are fewer images."""
+"""Of the kernel distance, as usual."""
+GROUPS = 10
+"""Of images, each of which is left out once for FID's interval."""
 SPLIT = 5000
 """Images that the inception score is taken over at once: ten splits of 50,000, as usual."""
 
@@ -22,13 +34,15 @@ SPLIT = 5000
 class Figure:
     """A value, the interval that images drawn again give it, and the interval of its difference to raw, drawn in pairs.
 
-    `deviation` is the kernel distance's over its subsets.
+    `deviation` is the kernel distance's over its subsets. `without` are FIDs without each of `GROUPS` groups of images, the
+    same for all settings: images drawn twice make FID larger, so its intervals are the jackknife's.
     """
 
     value: float
     interval: tuple[float, float] | None = None
     change: tuple[float, float] | None = None
     deviation: float | None = None
+    without: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,10 +60,8 @@ class Reference:
         return cls(found, root(found.covariance), None if isinstance(given, Moments) else given)
 
 
-def figures(measure: Measure, values: Tensor, raw: Tensor | None, frames: int, real: Reference | None) -> dict[str, Figure]:
-    """Of values (images · frames, d) and those of the raw images, None for these themselves, or of a measure that is paired."""
-    if measure.features:
-        return distributions(measure, values, real)
+def figures(measure: Measure, values: Tensor, raw: Tensor | None, frames: int) -> dict[str, Figure]:
+    """Of values (images · frames, 1) and those of the raw images, None for these themselves, or of a measure that is paired."""
     own, theirs = per_image(values, frames), None if raw is None else per_image(raw, frames)
     if measure.name == "psnr":
         return {"psnr": Figure(decibels(own.mean()).item(), bootstrap(own, lambda means: decibels(means[..., 0])))}
@@ -57,18 +69,46 @@ def figures(measure: Measure, values: Tensor, raw: Tensor | None, frames: int, r
     return {measure.name: Figure(own.mean().item(), bootstrap(own), change)}
 
 
-def distributions(measure: Measure, values: Tensor, real: Reference | None) -> dict[str, Figure]:
-    """FID and KID where there is something to compare with, IS where there are logits."""
+def distributions(
+    measure: Measure, values: Tensor, real: Reference | None, raw: Figure | None, frames: int
+) -> dict[str, Figure]:
+    """FID and KID where there is something to compare with, IS where there are logits; `raw` is the raw images' FID."""
     features, found = values[:, : measure.features], {}
     if real is not None:
-        found["fid"] = Figure(frechet(moments(features), real.moments, real.root))
+        found["fid"] = frechet_distance(features, real, raw, frames)
         if real.features is not None:
-            size = min(SUBSET_SIZE, len(features), len(real.features))
+            size = subset_size(len(features), len(real.features))
             distances = kernel_distances(features, real.features, SUBSETS, size)
             found["kid"] = Figure(distances.mean().item(), deviation=distances.std(correction=0).item())
     if measure.logits:
         found["is"] = inception_score(values[:, measure.features :])
     return found
+
+
+def frechet_distance(features: Tensor, real: Reference, raw: Figure | None, frames: int) -> Figure:
+    """FID, with intervals where there are enough images for a covariance without any group."""
+    value = frechet(moments(features), real.moments, real.root)
+    images = len(features) // frames
+    if len(features) * (GROUPS - 1) // GROUPS <= features.shape[1] or images < 2 * GROUPS:
+        return Figure(value)
+    order = torch.randperm(images, generator=torch.Generator().manual_seed(SEED))  # since inputs come in turn
+    groups = (order % GROUPS).repeat_interleave(frames)
+    without = torch.tensor([frechet(made, real.moments, real.root) for made in without_each(features, groups)])
+    change = None
+    if raw is not None and raw.without is not None:
+        change = _around(value - raw.value, jackknife_error(without - torch.tensor(raw.without)))
+    return Figure(value, _around(value, jackknife_error(without)), change, without=tuple(without.tolist()))
+
+
+def _around(value: float, error: float) -> tuple[float, float]:
+    """The normal distribution's interval."""
+    reach = error * NormalDist().inv_cdf((1 + LEVEL) / 2)
+    return value - reach, value + reach
+
+
+def subset_size(made: int, real: int) -> int:
+    """As usual, or half of the images where there are few: subsets that were all of them would not differ."""
+    return min(SUBSET_SIZE, max(2, min(made, real) // 2))
 
 
 def inception_score(logits: Tensor) -> Figure:

@@ -54,7 +54,8 @@ def open_work(folder: Path, about: Mapping[str, Any]) -> None:
     """
     path = folder / MANIFEST
     if not path.exists():
-        if folder.exists() and any(folder.iterdir()):
+        strangers = [each for each in folder.glob("[!.]*") if each.name != MANIFEST]
+        if strangers and not path.exists():  # asked again, since another process may have begun it meanwhile
             raise InputsInvalid(f"{folder} is not empty, and no evaluation's; wanted a folder of its own for --work")
         write_json(path, about)
     try:

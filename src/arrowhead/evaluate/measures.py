@@ -120,8 +120,9 @@ def inception(given: Given, resize: str = "tf1", device: torch.device | str = "c
     )
 
 
-def clip(folder: Path, device: torch.device | str = "cpu") -> Measure:
+def clip(given: str | Path, device: torch.device | str = "cpu") -> Measure:
     """100 · max(0, cos) of a CLIP's embeddings of images and their captions, from a folder that transformers can load."""
+    folder = Path(given)
     try:
         from transformers import AutoTokenizer, CLIPModel  # noqa: PLC0415  # takes seconds
 

@@ -62,14 +62,16 @@ def measure(
     if isinstance(against, Pictures) and real_images is not None:
         against = against.first(real_images)
     run = Run(pipe, asked, measured, against, Path(work), plans, progress)
+    run.require_statistics_of_the_network()
     open_work(run.work, run.about())
-    run.look_at_real(shard)
-    if share := shard.of(asked.batches):
-        todo = missing(run.settings, share)
-        tried = todo[0] if todo else share[0]
+    share = shard.of(asked.batches)
+    todo = missing(run.settings, share)
+    if share:
+        tried = (todo or share)[0]
         run.try_measures(tried, warm_up(pipe, asked, [*plans.values()], tried) if todo else run.raw.pixels(tried))
-        make(pipe, asked, run.settings, todo, progress=progress)
-        run.look(shard)
+    run.look_at_real(shard)
+    make(pipe, asked, run.settings, todo, progress=progress)
+    run.look(shard)
     if shard.count > 1 and not (shard.waits and shard.index == 0):
         return None
     if shard.waits:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from arrowhead.apply import target_of
 from arrowhead.errors import InputsInvalid, TooFewSamples
 from arrowhead.evaluate.asked import Asked, Shard, digest
-from arrowhead.evaluate.figures import SPLIT, SUBSET_SIZE, SUBSETS, Figure, Reference, figures
+from arrowhead.evaluate.figures import GROUPS, SPLIT, SUBSETS, Figure, Reference, distributions, figures, subset_size
 from arrowhead.evaluate.kept import Kept, keep_array, load_array
 from arrowhead.evaluate.measures import Batch, Measure
 from arrowhead.evaluate.memory import SAID
@@ -77,15 +77,23 @@ class Run:
             if measure.features:
                 self._require_enough(measure.features, self.asked.images * frames)
 
+    def require_statistics_of_the_network(self) -> None:
+        """That statistics are of as many features.
+
+        Raises:
+            InputsInvalid: they are not.
+        """
+        for measure in self.measures:
+            if measure.features and isinstance(self.real, Moments) and len(self.real.mean) != measure.features:
+                raise InputsInvalid(
+                    f"the real images' statistics have {len(self.real.mean)} features, the network gives {measure.features}; "
+                    "wanted those of this network, with its resize mode"
+                )
+
     def _require_enough(self, features: int, count: int) -> None:
         counts = {"generated": count}
         if isinstance(self.real, Pictures):
             counts["real"] = self.real.count
-        if isinstance(self.real, Moments) and len(self.real.mean) != features:
-            raise InputsInvalid(
-                f"the real images' statistics have {len(self.real.mean)} features, the network gives {features}; wanted those "
-                "of this network, with its resize mode"
-            )
         if self.real is not None and min(counts.values()) < 2:
             raise InputsInvalid(f"got {counts} images, wanted 2 at least of each for FID and KID; ask for more")
         few = {kind: number for kind, number in counts.items() if number <= features}
@@ -179,12 +187,17 @@ class Run:
             elif m.features and isinstance(self.real, Pictures):
                 values = torch.cat([torch.from_numpy(load_array(self._real_path(m, images))) for images in self.real.batches])
                 references[m.key] = Reference.of(values[:, : m.features])
-        rows = []
+        rows: list[Row] = []
         for kept in self.settings:
             found: dict[str, Figure] = {}
             for m in self._wanted(kept):
-                theirs = None if m.paired or m.features or kept.plan is None else raw.values(m.key, batches)
-                found |= figures(m, kept.values(m.key, batches), theirs, frames, references.get(m.key))
+                values = kept.values(m.key, batches)
+                if m.features:
+                    untouched = rows[0].figures.get("fid") if rows else None
+                    found |= distributions(m, values, references.get(m.key), untouched, frames)
+                else:
+                    theirs = None if m.paired or kept.plan is None else raw.values(m.key, batches)
+                    found |= figures(m, values, theirs, frames)
             rows.append(Row(kept.name, kept.plan, Cost.of(kept, raw, batches), found))
         unknown = {}
         if any(row.cost.peak_memory_bytes is None for row in rows):
@@ -196,7 +209,10 @@ class Run:
     def _setting(self, frames: int) -> dict[str, Any]:
         """How all was measured, for whoever reads the table."""
         asked, transformer = self.asked, transformers_of(self.pipe)[0]
-        compared = {"real": self.real.about} if isinstance(self.real, Pictures) else {}
+        compared = {}
+        if isinstance(self.real, Pictures):
+            size = subset_size(asked.images * frames, self.real.count)
+            compared = {"real": self.real.about, "kid_subsets": f"{SUBSETS} subsets of {size}"}
         if isinstance(self.real, Moments):
             compared = {"real": f"statistics of {self.real.count or 'an unknown number of'} images"}
         return {
@@ -206,8 +222,8 @@ class Run:
             "baseline": "the untouched pipeline, each batch in turn with the plans",
             "measures": {measure.name: measure.about for measure in self.measures if measure.about},
             **compared,
-            "kid": f"{SUBSETS} subsets of at most {SUBSET_SIZE}",
-            "is": f"splits of {SPLIT}",
+            "is_splits_of": SPLIT,
+            "fid_intervals": f"jackknife over {GROUPS} groups",
             "intervals": {
                 "level": LEVEL,
                 "resamples": RESAMPLES,

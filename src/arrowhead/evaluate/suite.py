@@ -54,7 +54,7 @@ class Networks:
         if self.inception is not None:
             found.append(measures.inception(self.inception, self.resize, device))
         if self.clip is not None:
-            found.append(measures.clip(Path(self.clip), device))
+            found.append(measures.clip(self.clip, device))
         if self.classifier is not None:
             found.append(measures.accuracy(self.classifier, device))
         return [*found, *(measures.reward(name, given, device) for name, given in self.rewards.items())]

@@ -27,8 +27,13 @@ def resampled_means(values: Tensor, resamples: int = RESAMPLES, seed: int = SEED
 
 def interval(figures: Tensor, level: float = LEVEL) -> tuple[float, float]:
     """The range that holds the middle share `level` of resampled figures (resamples,); infinite ones sort like others."""
-    ordered, tail = figures.double().sort().values, (1 - level) / 2 * (len(figures) - 1)
+    ordered, tail = figures.double().sort().values, (1 - level) / 2 * (len(figures) - 1) + 1e-9  # 0.05 × 100 may be less than 5
     return ordered[int(tail)].item(), ordered[-1 - int(tail)].item()
+
+
+def jackknife_error(without: Tensor) -> float:
+    """Standard error of a figure, from what it is without each of (groups,) equal parts of the data."""
+    return (without.var(correction=0) * (len(without) - 1)).sqrt().item()
 
 
 def bootstrap(values: Tensor, of: Callable[[Tensor], Tensor] = lambda means: means[..., 0]) -> tuple[float, float]:
@@ -36,4 +41,4 @@ def bootstrap(values: Tensor, of: Callable[[Tensor], Tensor] = lambda means: mea
     return interval(of(resampled_means(values)))
 
 
-__all__ = ["LEVEL", "RESAMPLES", "SEED", "bootstrap", "interval", "resampled_means"]
+__all__ = ["LEVEL", "RESAMPLES", "SEED", "bootstrap", "interval", "jackknife_error", "resampled_means"]

@@ -4,6 +4,7 @@ All in float64. Fréchet distance: Heusel et al., arXiv:1706.08500. Kernel dista
 Inception score: Salimans et al., arXiv:1606.03498.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +49,17 @@ def frechet(made: Moments, real: Moments, real_root: Tensor | None = None) -> fl
     cross = torch.linalg.eigvalsh(half @ made.covariance @ half).clamp(min=0).sqrt().sum()
     apart = (made.mean - real.mean).square().sum()
     return float(apart + made.covariance.trace() + real.covariance.trace() - 2 * cross)
+
+
+def without_each(features: Tensor, groups: Tensor) -> Iterator[Moments]:
+    """Moments of features (n, d) with one group left out, for each in turn; `groups` (n,) numbers them from 0."""
+    whole = moments(features)
+    for group in range(int(groups.max()) + 1):
+        left_out = features[groups == group].double() - whole.mean
+        count = whole.count - len(left_out)
+        shift = -left_out.sum(0) / count  # of the mean
+        squares = whole.covariance * (whole.count - 1) - left_out.T @ left_out - count * shift.outer(shift)
+        yield Moments(count, whole.mean + shift, squares / (count - 1))
 
 
 def kernel_distances(made: Tensor, real: Tensor, subsets: int, size: int, seed: int = 0) -> Tensor:

@@ -213,6 +213,8 @@ class _Meta(pydantic.BaseModel, extra="forbid"):
     def with_map(self, arrays: dict[str, Any]) -> dict[str, Any]:
         """The arrays, that of the map in its place."""
         if self.map is None:
+            if "attention_map" in arrays:
+                raise ValueError("got an attention map that nothing is said of")
             return arrays
         rest = {name: array for name, array in arrays.items() if name != "attention_map"}
         at = AttentionMap(self.map.site, self.map.step, self.map.heads, self.map.tokens, arrays["attention_map"])
@@ -231,7 +233,7 @@ def _array(file: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[Any]:
     except (RecursionError, MemoryError, SyntaxError) as error:
         raise ValueError(f"got a header of {member.filename} that is none ({type(error).__name__})") from error
     values = stream.read()
-    if dtype.hasobject or dtype.itemsize * math.prod(shape) != len(values) or not dtype.itemsize:
+    if dtype.hasobject or not dtype.itemsize or min(shape, default=0) < 0 or dtype.itemsize * math.prod(shape) != len(values):
         raise ValueError(f"got {len(values)} bytes of {member.filename}, wanted {dtype} of shape {shape}")
     return np.frombuffer(values, dtype).reshape(shape, order="F" if columns_first else "C").copy()
 

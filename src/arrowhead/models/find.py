@@ -4,13 +4,14 @@ import inspect
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
 from arrowhead.errors import InputsInvalid, UnsupportedPipeline
 from arrowhead.layout import Branches, BranchOrder, Kind, Site, Tokens, seen
-from arrowhead.models.adapter import Attention, Forward, Own
+from arrowhead.models.adapter import Adapter, Attention, Forward, Own
 from arrowhead.models.families import FAMILIES
 from arrowhead.models.family import NONE, Family
 from arrowhead.models.refused import REFUSED
@@ -213,7 +214,7 @@ def _described(own: Own, kinds: Collection[Kind]) -> Model:
         feed_forward_pattern=adapter.feed_forward,
         block_pattern=NONE,
         branch_order={},
-        tokens=adapter.tokens,
+        tokens=partial(_tokens, adapter),
         guided=lambda _: adapter.cfg is not None,
         guidance_scale=lambda _: adapter.guidance_scale,
     )
@@ -234,6 +235,24 @@ def _described(own: Own, kinds: Collection[Kind]) -> Model:
     order = {path: place for place, (path, _) in enumerate(root.named_modules())}
     in_order = dict(sorted(modules.items(), key=lambda item: order[item[0].path]))
     return Model(own, (root,), family, adapter.cfg or "cond_first", in_order, forwards)
+
+
+def _tokens(adapter: Adapter, root: nn.Module, call: Mapping[str, Any]) -> Tokens:
+    """What an adapter says of a call.
+
+    Raises:
+        InputsInvalid: it fails, or says something else.
+    """
+    try:
+        found = adapter.tokens(root, call)
+    except Exception as error:
+        raise InputsInvalid(
+            f"got {type(error).__name__} ({error}) from the adapter's tokens(model, call) with {', '.join(call)}; wanted "
+            "arrowhead.Tokens"
+        ) from error
+    if not isinstance(found, Tokens):
+        raise InputsInvalid(f"got a {type(found).__name__} from the adapter's tokens(model, call), wanted arrowhead.Tokens")
+    return found
 
 
 def _own_site(family: Family, path: str, module: nn.Module, attention: Attention) -> Site:
@@ -302,6 +321,11 @@ def _projected(module: Any) -> Literal["all", "visual", "none"]:
 
 def _feed_forward(family: Family, path: str, module: nn.Module) -> Site:
     linears = [linear for linear in module.modules() if isinstance(linear, nn.Linear)]
+    if not linears:
+        raise UnsupportedPipeline(
+            f"{path}: got a {type(module).__name__} without linear layers for a feed-forward; wanted a pattern for feed-forwards "
+            "alone"
+        )
     channels, weights = linears[0].in_features, sum(map(_size, linears))
     joint = bool(re.fullmatch(family.joint_pattern, path))
     return Site(path, 1, channels, channels, joint, heads_apart=False, kind="feed_forward", weights=weights)

@@ -21,6 +21,7 @@ from arrowhead.search.budget.solved import solve, sweep, told
 from arrowhead.search.budget.table import Table
 from arrowhead.search.budget.tried import corrected, fast_enough, within_error
 from arrowhead.search.calibrate import Calibration
+from arrowhead.search.settings import require_a
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
     from diffusers import DiffusionPipeline
@@ -46,8 +47,9 @@ def calibrate(
 
     Raises what `arrowhead.search` raises.
     """
+    extent = _extent(extent)
     pipe = described(pipe, adapter)
-    return _recorded(pipe, generating(pipe, inputs), extent or Extent(), progress).table
+    return _recorded(pipe, generating(pipe, inputs), extent, progress).table
 
 
 def calibration_bytes(
@@ -62,7 +64,7 @@ def calibration_bytes(
     A pass with gradients keeps its activations for the way back; with `checkpoint` one block's and each block's input, without
     gradients none. The pipeline runs up to the first call of its transformer. Raises what `arrowhead.search` raises.
     """
-    extent = extent or Extent()
+    extent = _extent(extent)
     pipe = described(pipe, adapter)
     model = sites_of(pipe, extent)
     calibration = Calibration(model, generating(pipe, inputs))
@@ -71,6 +73,12 @@ def calibration_bytes(
             raise NotIntercepted("the pipeline never called its transformer; wanted at least one denoising step")
         itemsize = next(model.transformer.parameters()).itemsize
         return extent.held(model.sites, calibration.tokens) * calibration.rows * itemsize
+
+
+def _extent(extent: Extent | None) -> Extent:
+    if extent is not None:
+        require_a(Extent, extent, "extent")
+    return extent or Extent()
 
 
 def budgeted(

@@ -113,7 +113,9 @@ class TestPlans:
         read_or_refused(tmp_path / "plan", tmp_path)
 
     @some
-    @given(data=st.binary(max_size=40) | st.recursive(ODD, st.lists, max_leaves=4).map(lambda value: json.dumps(value).encode()))
+    @given(
+        data=st.binary(max_size=40) | st.recursive(ODD, st.lists, max_leaves=4).map(lambda value: json.dumps(value).encode())
+    )
     def test_anything_at_all(self, data, tmp_path):
         (tmp_path / "plan").write_bytes(data)
         with pytest.raises(PlanInvalid, match=r"wanted"):
@@ -237,7 +239,9 @@ class TestTables:
         (tmp_path / "changed").write_bytes(content)
         self.read_or_refused(tmp_path / "changed")
 
-    @pytest.mark.parametrize("change", [{"tokens": {"visual": 10**18}}, {"radii": [10**30], "tokens": {"visual": 10**12}}], ids=str)
+    @pytest.mark.parametrize(
+        "change", [{"tokens": {"visual": 10**18}}, {"radii": [10**30], "tokens": {"visual": 10**12}}], ids=str
+    )
     def test_sizes_that_nothing_real_has(self, change, tmp_path):
         synthetic(0, steps=3, radii=(4,)).save(tmp_path / "table")
         with safe_open(tmp_path / "table", "pt") as file:
@@ -406,7 +410,10 @@ print(json.dumps(seen))
 @pytest.mark.parametrize("kind", ["plan", "table", "analysis"])
 def test_reading_opens_one_file_and_runs_nothing(kind, tmp_path):
     """By the interpreter's own audit events; words in the file that name files and code stay words."""
-    path, words = tmp_path / "file", {"model": "/etc/hostname", "search": "__import__('os').system('id')", "url": "http://localhost"}
+    path, words = (
+        tmp_path / "file",
+        {"model": "/etc/hostname", "search": "__import__('os').system('id')", "url": "http://localhost"},
+    )
     made = {"plan": sound(), "table": synthetic(0, steps=3), "analysis": analysis()}[kind]
     replace(made, about=words).save(path)
     done = subprocess.run([sys.executable, "-c", WATCHED, kind, path], capture_output=True, text=True, check=True)

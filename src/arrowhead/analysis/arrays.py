@@ -149,7 +149,16 @@ class Analysis:
             files.parsed(text)
             meta = _Meta.model_validate_json(text, strict=True)
             return cls(**meta.fields(), **meta.with_map(arrays))
-        except (OSError, ValueError, KeyError, TypeError, EOFError, NotImplementedError, zlib.error, zipfile.BadZipFile) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            EOFError,
+            NotImplementedError,
+            zlib.error,
+            zipfile.BadZipFile,
+        ) as error:
             raise InputsInvalid(
                 f"got {path}, which is no analysis ({files.short(error)}); wanted an npz that Analysis.save wrote"
             ) from error

@@ -1,11 +1,11 @@
 """Describe a module of one's own: where its attention is, how it is reached, how its tokens and CFG branches come."""
 
 import re
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from arrowhead.errors import InputsInvalid, UnsupportedPipeline
@@ -167,9 +167,11 @@ class Adapter:
         if not callable(self.tokens):
             raise InputsInvalid(f"got tokens={self.tokens!r:.200}, wanted tokens(model, call), which gives arrowhead.Tokens")
         if self.cfg is not None and not (isinstance(self.cfg, str) and self.cfg in get_args(BranchOrder)):
-            raise InputsInvalid(f"got cfg={self.cfg!r}, wanted one of {', '.join(get_args(BranchOrder))}, or None without guidance")
+            raise InputsInvalid(
+                f"got cfg={self.cfg!r}, wanted one of {', '.join(get_args(BranchOrder))}, or None without guidance"
+            )
         scale = self.guidance_scale
-        if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= sys.float_info.max:
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= torch.finfo(torch.float32).max:
             raise InputsInvalid(f"got guidance_scale={scale!r}, wanted a finite number")
         if self.latent_channels is not None and not _counts(self.latent_channels):
             raise InputsInvalid(
@@ -189,6 +191,61 @@ def _require_pattern(pattern: Any) -> None:
     except (re.error, OverflowError, RecursionError) as error:
         why = str(error)
     raise InputsInvalid(f"got the pattern {pattern!r:.200} ({why}), wanted a regular expression for paths of modules")
+
+
+def matching(pattern: str, root: nn.Module) -> list[str]:
+    """The paths that a pattern of an adapter names.
+
+    Raises:
+        UnsupportedPipeline: there are none.
+    """
+    if not (found := [path for path, _ in root.named_modules() if re.fullmatch(pattern, path)]):
+        raise UnsupportedPipeline(
+            f"got an adapter with {pattern!r}, which no path in a {type(root).__name__} matches; wanted a regular expression for "
+            "whole paths, as model.named_modules() has them"
+        )
+    return found
+
+
+def require_apart(adapter: Adapter, root: nn.Module) -> None:
+    """Check that each module is named once, and none lies within another: it would be left out twice.
+
+    Raises:
+        UnsupportedPipeline: it is not so, or a pattern names nothing.
+    """
+    patterns = [*adapter.attention, *([] if adapter.feed_forward == NONE else [adapter.feed_forward])]
+    paths = sorted(path for pattern in patterns for path in matching(pattern, root))
+    named = set(paths)
+    within = (path for path in paths if any(path[:place] in named for place, c in enumerate(path) if c == "."))
+    if len(paths) > 1 and "" in named:
+        wrong = f"the whole {type(root).__name__} and {paths[1]}"
+    elif len(named) < len(paths):
+        wrong = f"{next(path for path, other in zip(paths, paths[1:], strict=False) if path == other)} twice"
+    elif (inner := next(within, None)) is not None:
+        wrong = f"{inner} and a module around it"
+    else:
+        return
+    raise UnsupportedPipeline(
+        f"got an adapter whose patterns name {wrong}; wanted attention modules and feed-forwards apart from one another"
+    )
+
+
+def tokens_of(adapter: Adapter, root: nn.Module, call: Mapping[str, Any]) -> Tokens:
+    """What an adapter says of a call.
+
+    Raises:
+        InputsInvalid: it fails, or says something else.
+    """
+    try:
+        found = adapter.tokens(root, call)
+    except Exception as error:
+        raise InputsInvalid(
+            f"got {type(error).__name__} ({error}) from the adapter's tokens(model, call) with {', '.join(call)}; wanted "
+            "arrowhead.Tokens"
+        ) from error
+    if not isinstance(found, Tokens):
+        raise InputsInvalid(f"got a {type(found).__name__} from the adapter's tokens(model, call), wanted arrowhead.Tokens")
+    return found
 
 
 class Own:

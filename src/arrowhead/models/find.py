@@ -11,7 +11,7 @@ from torch import nn
 
 from arrowhead.errors import InputsInvalid, UnsupportedPipeline
 from arrowhead.layout import Branches, BranchOrder, Kind, Site, Tokens, seen
-from arrowhead.models.adapter import Adapter, Attention, Forward, Own
+from arrowhead.models.adapter import Attention, Forward, Own, matching, require_apart, tokens_of
 from arrowhead.models.families import FAMILIES
 from arrowhead.models.family import NONE, Family
 from arrowhead.models.refused import REFUSED
@@ -138,7 +138,13 @@ class Model:
         """
         if refused := self.family.refused(call):
             raise InputsInvalid(f"got {refused}; wanted a call without it; leave it out, or remove the plan")
-        return Branches(self.branch_order, self.family.guided(dict(getattr(self.pipe, "config", {})) | dict(call)))
+        try:
+            guided = self.family.guided(dict(getattr(self.pipe, "config", {})) | dict(call))
+        except (TypeError, ValueError) as error:
+            raise InputsInvalid(
+                f"got guidance that is no number ({error}); wanted one; correct the call's arguments"
+            ) from error
+        return Branches(self.branch_order, guided)
 
 
 def find(pipe: "DiffusionPipeline | Own", kinds: Collection[Kind] = ATTENTION) -> Model:
@@ -214,19 +220,15 @@ def _described(own: Own, kinds: Collection[Kind]) -> Model:
         feed_forward_pattern=adapter.feed_forward,
         block_pattern=NONE,
         branch_order={},
-        tokens=partial(_tokens, adapter),
+        tokens=partial(tokens_of, adapter),
         guided=lambda _: adapter.cfg is not None,
         guidance_scale=lambda _: adapter.guidance_scale,
     )
+    require_apart(adapter, root)
     modules, forwards = dict(_sites(family, root, kinds)), dict[str, Forward]()
     for pattern, attention in adapter.attention.items() if "self_attention" in kinds else ():
-        matching = [(path, module) for path, module in root.named_modules() if re.fullmatch(pattern, path)]
-        if not matching:
-            raise UnsupportedPipeline(
-                f"got an adapter with {pattern!r}, which no path in a {family.name} matches; wanted a regular expression for "
-                "whole paths, as model.named_modules() has them"
-            )
-        for path, module in matching:
+        for path in matching(pattern, root):
+            module = root.get_submodule(path)
             modules[_own_site(family, path, module, attention)] = module
             if (instead := attention.instead()) is not None:
                 forwards[path] = instead
@@ -235,24 +237,6 @@ def _described(own: Own, kinds: Collection[Kind]) -> Model:
     order = {path: place for place, (path, _) in enumerate(root.named_modules())}
     in_order = dict(sorted(modules.items(), key=lambda item: order[item[0].path]))
     return Model(own, (root,), family, adapter.cfg or "cond_first", in_order, forwards)
-
-
-def _tokens(adapter: Adapter, root: nn.Module, call: Mapping[str, Any]) -> Tokens:
-    """What an adapter says of a call.
-
-    Raises:
-        InputsInvalid: it fails, or says something else.
-    """
-    try:
-        found = adapter.tokens(root, call)
-    except Exception as error:
-        raise InputsInvalid(
-            f"got {type(error).__name__} ({error}) from the adapter's tokens(model, call) with {', '.join(call)}; wanted "
-            "arrowhead.Tokens"
-        ) from error
-    if not isinstance(found, Tokens):
-        raise InputsInvalid(f"got a {type(found).__name__} from the adapter's tokens(model, call), wanted arrowhead.Tokens")
-    return found
 
 
 def _own_site(family: Family, path: str, module: nn.Module, attention: Attention) -> Site:

@@ -129,6 +129,11 @@ class Calibration:
                     if self.branches.calls == 2:
                         stand_in = self._stand_in(call)
                         calls.append(worker.switch(stand_in))
+                        if not isinstance(calls[1], _Call):
+                            raise InputsInvalid(
+                                "got an odd number of calls of the transformer in a run, wanted two in each step, one for each CFG "
+                                "branch; where both come in one batch, say so: cfg of the adapter"
+                            )
                     self.rows = sum(call.rows for call in calls)
                     step = Step(self._begin(calls), self, [call.run for call in calls], call.returned)
                     inner = torch.is_grad_enabled()
@@ -341,7 +346,7 @@ def _writes(candidates: Sequence[Cell], cell: Cell) -> Writes:
 
 def require_finite(out: Tensor, call: SiteCall, state: Generation) -> None:
     """Raises InputsInvalid for what a site gave with full attention, unless it is finite."""
-    if not out.detach().sum(dtype=torch.float64).isfinite():  # one pass, and nothing allocated
+    if not all(bool(end.isfinite()) for end in out.detach().aminmax()):  # one pass, and nothing allocated; NaN is either end
         raise InputsInvalid(
             f"at step {state.step} {call.site.path} gave values that are not finite, with full attention; wanted finite ones; "
             "use bfloat16 or float32"
@@ -359,7 +364,9 @@ def quiet(pipe: Any, generator: torch.Generator | Sequence[torch.Generator] | No
 
 @contextmanager
 def _random_state_kept(generator: torch.Generator | Sequence[torch.Generator] | None, device: torch.device) -> Iterator[None]:
-    generators = [generator] if isinstance(generator, torch.Generator) else list(generator or ())
+    generators = [generator] if isinstance(generator, torch.Generator) else generator or ()
+    if not isinstance(generators, Sequence) or not all(isinstance(own, torch.Generator) for own in generators):
+        raise InputsInvalid(f"got generator={generator!r:.200}, wanted a torch.Generator, or a list with one for each image")
     states = [g.get_state() for g in generators]
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:

@@ -282,7 +282,9 @@ class Table:
                 header = _Header.model_validate_json(content, strict=True)
                 tensors = {name: file.get_tensor(name) for name in _tensors_of(header.precisions)}
         except (OSError, SafetensorError, ValueError) as error:  # a ValidationError is a ValueError
-            raise InputsInvalid(f"{path} is no sound table; wanted a file that Table.save wrote. {files.short(error)}") from error
+            raise InputsInvalid(
+                f"{path} is no sound table; wanted a file that Table.save wrote. {files.short(error)}"
+            ) from error
         if found := header.faults(tensors):
             raise InputsInvalid(f"{path} is no sound table; wanted a file that Table.save wrote. {found}")
         fields = {name: getattr(header, name) for name in type(header).model_fields if name != "format"}

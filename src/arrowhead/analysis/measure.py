@@ -259,7 +259,7 @@ def _map(call: AttentionCall, row: int, heads: Sequence[int]) -> Floats:
 def _parts(only: Collection[Part] | None, guided: bool) -> frozenset[Part]:
     if only is None:
         return frozenset(PARTS) if guided else frozenset(PARTS) - {"branches"}
-    words = isinstance(only, Collection) and not isinstance(only, str) and all(isinstance(part, str) for part in only)
+    words = isinstance(only, tuple | list | set | frozenset) and all(isinstance(part, str) for part in only)
     if not words or not only or not {*only} <= {*PARTS}:
         raise InputsInvalid(f"got only={only!r}, wanted some of {', '.join(PARTS)}")
     if "branches" in only and not guided:

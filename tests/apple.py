@@ -1,9 +1,9 @@
-"""A stand-in for Apple's MPS on any machine: tensors that say they lie there, computed on the CPU, with what MPS refuses refused.
+"""A stand-in for Apple's MPS on any machine: tensors that say they lie there, computed on the CPU; what MPS refuses is refused.
 
 It knows no float64, and mixes no devices but for numbers. What its kernels compute nobody sees here.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-DEVICE = torch.device("mps")
+_setup_privateuseone_for_python_backend("apple")
+DEVICE = torch.device("apple")
 
 
 class There(Tensor):
@@ -48,7 +50,7 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     here = [value for value in tensors if not isinstance(value, There) and value.ndim > 0]
     if there and here and not moves and not func.__name__.startswith("index"):  # indices may lie on the CPU
         raise RuntimeError(f"{func}: expected all tensors to be on the same device, but found at least two, mps and cpu")
-    on_device = wanted is not None and torch.device(wanted).type == "mps" or (wanted is None and bool(there))
+    on_device = (wanted is not None and torch.device(wanted).type == DEVICE.type) or (wanted is None and bool(there))
     inside = {name: torch.device("cpu") if name == "device" and value is not None else value for name, value in kwargs.items()}
     if inside.get("pin_memory"):
         raise RuntimeError("pinned memory is CUDA's")
@@ -60,7 +62,9 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if not on_device:
         return out
     own = {id(value.inner): value for value in there}  # in place: the same tensor comes back
-    return tree_map(lambda value: own.get(id(value)) or There(value) if isinstance(value, Tensor) else value, out)
+    return tree_map(
+        lambda value: (own[id(value)] if id(value) in own else There(value)) if isinstance(value, Tensor) else value, out
+    )
 
 
 class _Dispatch(TorchDispatchMode):
@@ -70,18 +74,38 @@ class _Dispatch(TorchDispatchMode):
         return _computed(func, args, kwargs or {})
 
 
-class _Attention(TorchFunctionMode):
-    """Torch's own choice of attention knows no such tensors: from its definition."""
+class _Functions(TorchFunctionMode):
+    """What torch decides by the device before any operator: how to attend (here from the definition), and moves there."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch._C._nn.scaled_dot_product_attention and isinstance(args[0], There):
             return _attention(*args, **kwargs)
+        if func in (Tensor.__getitem__, Tensor.__setitem__):  # a list of places becomes a tensor of them
+            own, index, *rest = args
+            whole = index if isinstance(index, tuple) else (index,)
+            places = tuple(torch.tensor(part) if isinstance(part, list) else part for part in whole)
+            return func(own, places if isinstance(index, tuple) else places[0], *rest)
+        if func is Tensor.to and not isinstance(args[0], There):
+            own, *where = args
+            targets = [value.device if isinstance(value, Tensor) else value for value in (*where, *kwargs.values())]
+            if any(isinstance(value, str | torch.device) and torch.device(value).type == DEVICE.type for value in targets):
+                dtypes = [value.dtype if isinstance(value, Tensor) else value for value in (*where, *kwargs.values())]
+                dtype = next((value for value in dtypes if isinstance(value, torch.dtype)), own.dtype)
+                return There(func(own, dtype).clone())
+        if func in (torch.tensor, torch.as_tensor) and torch.device(kwargs.get("device") or "cpu").type == DEVICE.type:
+            return There(func(*args, **{name: value for name, value in kwargs.items() if name != "device"}))
         return func(*args, **kwargs)
 
 
 def _attention(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False, **how: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **how: Any,
 ) -> Tensor:
     assert not is_causal
     assert not dropout_p
@@ -95,7 +119,7 @@ def _attention(
 @contextmanager
 def machine() -> Iterator[None]:
     """Within the block there is such a device."""
-    with _Dispatch(), _Attention():
+    with _Dispatch(), _Functions():
         yield
 
 
@@ -111,6 +135,6 @@ def moved(module: nn.Module) -> nn.Module:
     return module
 
 
-def back(value: Callable[..., Any] | Tensor) -> Any:
+def back(value: Any) -> Any:
     """What a tensor holds, here."""
     return _inner(value)

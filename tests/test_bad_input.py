@@ -1,4 +1,4 @@
-"""Arguments of any type and value: each means something, or is refused in words before the pipeline runs, which stays as it was."""
+"""Arguments of any type and value: each means something, or is refused in words before the pipeline runs."""
 
 import inspect
 import math
@@ -269,10 +269,10 @@ def test_searches_with_anything(armed, name):
     {
         "search": lambda pipe, value: ah.search(pipe, value, progress=False),
         "calibrate": lambda pipe, value: ah.calibrate(pipe, value, progress=False),
-        "calibration_bytes": lambda pipe, value: ah.calibration_bytes(pipe, value),
+        "calibration_bytes": ah.calibration_bytes,
         "analyze": lambda pipe, value: ah.analyze(pipe, value, progress=False),
         "extent": lambda pipe, value: ah.calibrate(pipe, {"class_labels": [1]}, extent=value, progress=False),
-        "apply": lambda pipe, value: ah.apply(pipe, value),
+        "apply": ah.apply,
         "solve's table": lambda pipe, value: ah.solve(value, ah.Budget(module_flops=0.5)),
         "solve's budget": lambda pipe, value: ah.solve(synthetic(0), value),
         "sweep": lambda pipe, value: ah.sweep(synthetic(0), value),
@@ -393,9 +393,9 @@ def test_adapters_that_do_not_describe_the_module(change):
     """Refused by name, and the module is left as it was."""
     adapter, before = replace(OWN.adapter, **change), left_alone(OWN.model)
     searches = [{}] if change in FOR_BUDGETS.values() else [{}, {"threshold": 0.1}]
-    for settings in searches:
+    for how in searches:
         with pytest.raises((InputsInvalid, UnsupportedPipeline, NotIntercepted, PlanMismatch), match=IN_WORDS):
-            ah.search(OWN.model, OWN.sample, adapter=adapter, progress=False, **settings)
+            ah.search(OWN.model, OWN.sample, adapter=adapter, progress=False, **how)
         assert left_alone(OWN.model) == before
 
 

@@ -137,13 +137,13 @@ class TestPlans:
             Plan.load(tmp_path / "plan")
 
     def test_a_folder(self, tmp_path):
-        with pytest.raises(PlanInvalid, match="got a folder.*wanted a file"):
+        with pytest.raises(PlanInvalid, match=r"got a folder.*wanted a file"):
             Plan.load(tmp_path)
 
 
-def sound(steps=2, sites=1, heads=2, tokens=Tokens(64)):
+def sound(steps=2, sites=1, heads=2):
     site = [Site(f"blocks.{i}", heads, 8, 16) for i in range(sites)]
-    return Plan(((FULL,) * sites,) * steps, Target("T", "S", {}, tuple(site)), tokens, guided=True)
+    return Plan(((FULL,) * sites,) * steps, Target("T", "S", {}, tuple(site)), Tokens(64), guided=True)
 
 
 LARGE = {
@@ -179,7 +179,7 @@ def test_a_file_that_is_too_long(tmp_path, monkeypatch):
     (tmp_path / "plan").write_text(plan.text() + " ")
     with pytest.raises(PlanInvalid, match=f"more than {length} bytes"):
         Plan.load(tmp_path / "plan")
-    with pytest.raises(PlanInvalid, match="wanted .* at most"):  # nor is one written that could not be read
+    with pytest.raises(PlanInvalid, match=r"wanted .* at most"):  # nor is one written that could not be read
         replace(plan, about={"more": "words"}).save(tmp_path / "longer")
     assert not (tmp_path / "longer").exists()
 
@@ -337,7 +337,7 @@ class TestAnalyses:
     def test_shapes_that_the_bytes_are_not_of(self, shape, saved, tmp_path):
         """Refused before anything is allocated."""
         self.rewritten(saved, tmp_path / "changed", band_mass=npy(np.zeros((3, 3), np.float32), shape=shape))
-        with pytest.raises(InputsInvalid, match="band_mass.*wanted"):
+        with pytest.raises(InputsInvalid, match=r"band_mass.*wanted"):
             ah.Analysis.load(tmp_path / "changed")
 
     @pytest.mark.parametrize(
@@ -375,7 +375,7 @@ class TestAnalyses:
             {"sites": ("a",)},
             {"heads": (3, 0)},
         ],
-        ids=lambda change: ", ".join(change),
+        ids=", ".join,
     )
     def test_numbers_that_mean_nothing(self, change):
         with pytest.raises(InputsInvalid, match=r"got .*wanted"):

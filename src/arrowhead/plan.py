@@ -158,7 +158,7 @@ class Plan:
         if not all(isinstance(row, tuple) and all(isinstance(cell, Attend | Reuse) for cell in row) for row in rows):
             raise PlanInvalid("got cells of something else, wanted a tuple of tuples, steps × sites, of Attend and Reuse")
         kinds = {"target": Target, "tokens": Tokens, "about": Mapping, "guided": bool, "calls": int, "switch": int | None}
-        if wrong := [name for name, kind in kinds.items() if not isinstance(getattr(self, name), kind)]:  # type: ignore[arg-type]
+        if wrong := [name for name, kind in kinds.items() if not isinstance(getattr(self, name), kind)]:
             found = {name: type(getattr(self, name)).__name__ for name in wrong}
             raise PlanInvalid(f"got {found}, wanted {', '.join(f'{name}: {kinds[name]}' for name in wrong)}")
 

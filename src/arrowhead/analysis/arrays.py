@@ -99,8 +99,8 @@ class Analysis:
     def _require_numbers(self) -> None:
         if len(self.sites) != len(self.heads) or not self.sites or min(self.heads) < 1 or self.steps < 1 or self.radius < 0:
             raise InputsInvalid(
-                f"got {len(self.sites)} sites with heads {self.heads[:8]}, {self.steps} steps and a radius of {self.radius}; wanted "
-                "sites with a number of heads each, one step or more, and a radius of 0 or more"
+                f"got {len(self.sites)} sites with heads {self.heads[:8]}, {self.steps} steps and a radius of {self.radius}; "
+                "wanted sites with a number of heads each, one step or more, and a radius of 0 or more"
             )
         if (at := self.attention_map) is None:
             return

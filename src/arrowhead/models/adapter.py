@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import torch
@@ -201,8 +202,8 @@ def matching(pattern: str, root: nn.Module) -> list[str]:
     """
     if not (found := [path for path, _ in root.named_modules() if re.fullmatch(pattern, path)]):
         raise UnsupportedPipeline(
-            f"got an adapter with {pattern!r}, which no path in a {type(root).__name__} matches; wanted a regular expression for "
-            "whole paths, as model.named_modules() has them"
+            f"got an adapter with {pattern!r}, which no path in a {type(root).__name__} matches; wanted a regular expression "
+            "for whole paths, as model.named_modules() has them"
         )
     return found
 
@@ -220,7 +221,7 @@ def require_apart(adapter: Adapter, root: nn.Module) -> None:
     if len(paths) > 1 and "" in named:
         wrong = f"the whole {type(root).__name__} and {paths[1]}"
     elif len(named) < len(paths):
-        wrong = f"{next(path for path, other in zip(paths, paths[1:], strict=False) if path == other)} twice"
+        wrong = f"{next(path for path, other in pairwise(paths) if path == other)} twice"
     elif (inner := next(within, None)) is not None:
         wrong = f"{inner} and a module around it"
     else:

@@ -307,8 +307,8 @@ def _feed_forward(family: Family, path: str, module: nn.Module) -> Site:
     linears = [linear for linear in module.modules() if isinstance(linear, nn.Linear)]
     if not linears:
         raise UnsupportedPipeline(
-            f"{path}: got a {type(module).__name__} without linear layers for a feed-forward; wanted a pattern for feed-forwards "
-            "alone"
+            f"{path}: got a {type(module).__name__} without linear layers for a feed-forward; wanted a pattern for "
+            "feed-forwards alone"
         )
     channels, weights = linears[0].in_features, sum(map(_size, linears))
     joint = bool(re.fullmatch(family.joint_pattern, path))

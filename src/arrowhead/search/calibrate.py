@@ -131,8 +131,8 @@ class Calibration:
                         calls.append(worker.switch(stand_in))
                         if not isinstance(calls[1], _Call):
                             raise InputsInvalid(
-                                "got an odd number of calls of the transformer in a run, wanted two in each step, one for each CFG "
-                                "branch; where both come in one batch, say so: cfg of the adapter"
+                                "got an odd number of calls of the transformer in a run, wanted two in each step, one for each "
+                                "CFG branch; where both come in one batch, say so: cfg of the adapter"
                             )
                     self.rows = sum(call.rows for call in calls)
                     step = Step(self._begin(calls), self, [call.run for call in calls], call.returned)
@@ -368,12 +368,15 @@ def _random_state_kept(generator: torch.Generator | Sequence[torch.Generator] | 
     if not isinstance(generators, Sequence) or not all(isinstance(own, torch.Generator) for own in generators):
         raise InputsInvalid(f"got generator={generator!r:.200}, wanted a torch.Generator, or a list with one for each image")
     states = [g.get_state() for g in generators]
+    on_mps = torch.mps.get_rng_state() if device.type == "mps" else None
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
             yield
         finally:
             for g, state in zip(generators, states, strict=True):
                 g.set_state(state)
+            if on_mps is not None:
+                torch.mps.set_rng_state(on_mps)
 
 
 @contextmanager

@@ -90,6 +90,7 @@ def test_a_bare_machine():
 
 
 @states("Machines", "Apple's MPS", "works: in a stand-in that has no float64, gradients left out; no Mac has run it")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dit", "sd3"])
 def test_a_stand_in_for_apple(name):
     """Plans, three searches and an analysis: what the CPU gives, and no float64 or tensor of another device on the way."""

@@ -18,6 +18,7 @@ from arrowhead.errors import (
     ArrowheadError,
     BandCoversAll,
     GenerationUnfinished,
+    InputsInvalid,
     PlanDerived,
     PlanMismatch,
     ProcessorReplaced,
@@ -351,6 +352,7 @@ def apply(
     Raises:
         InputsInvalid: there is no such dtype, or device.
         UnsupportedPipeline: no attention sites are known for this pipeline.
+        InputsInvalid: what is given is no plan.
         PlanMismatch: the plan was made for something else; the message names every difference.
         AlreadyApplied: the pipeline carries a plan.
         KernelUnavailable: there is no such kernel here.
@@ -358,6 +360,8 @@ def apply(
     encoding = Encoding.of(cache_dtype, cache_device)
     if _run_on(pipe):
         raise AlreadyApplied("this pipeline carries a plan already; call arrowhead.remove(pipe) first")
+    if not isinstance(plan, Plan):
+        raise InputsInvalid(f"got a {type(plan).__name__} for a plan, wanted what search gives, or Plan.load(path)")
     pipe, sites = described(pipe, adapter), plan.target.sites
     model = find(pipe, {site.kind for site in sites}).beside(sites)
     return (OwnRun if isinstance(pipe, Own) else Run)(model, plan, kernel, encoding)

@@ -318,7 +318,7 @@ def bands(
         PlanMismatch: the model's attention is causal, or drops weights, or is over other tokens than the site's.
     """
     site = passage.call.site
-    _require_sizes(call, passage)
+    require_sizes(call, passage)
     if call.causal:
         raise PlanMismatch(
             f"{site.path}: got a plan with a band, int8 or heads of several kinds where the model's attention is causal or "
@@ -341,7 +341,7 @@ def bands(
     return dispatch.attend(asked, kernel)
 
 
-def _require_sizes(call: AttentionCall, passage: Passage) -> None:
+def require_sizes(call: AttentionCall, passage: Passage) -> None:
     """Check that tokens are where masks take them to be: an adapter may say otherwise, and no kernel would notice."""
     site, tokens, (heads, queries, width) = passage.call.site, passage.tokens.total, call.q.shape[1:]
     wanted = len(passage.heads), tokens, tokens, site.head_dim

@@ -16,4 +16,4 @@ def places(heads: tuple[int, ...], device: torch.device) -> slice | Tensor:
         return slice(heads[0], heads[-1] + 1)
     with torch.inference_mode(False):  # it is kept, and is not always read in inference mode
         made = torch.tensor(heads, pin_memory=device.type == "cuda")
-        return made.to(device, non_blocking=True)
+        return made.to(device, non_blocking=device.type == "cuda")  # from other memory it may be read before it is there

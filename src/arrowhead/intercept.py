@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes  # torch does not offer it otherwise
 
 from arrowhead.cache import Output, along
-from arrowhead.errors import AlreadyApplied, NotIntercepted, ProcessorReplaced
+from arrowhead.errors import AlreadyApplied, ArrowheadError, NotIntercepted, ProcessorReplaced
 from arrowhead.forwards import put, reached, take_off
 from arrowhead.layout import Site
 from arrowhead.models.adapter import Forward
@@ -332,14 +332,20 @@ def _require_alike(call: ForwardSiteCall) -> None:
     one = slice(0, 1)
     call = replace(call, args=tuple(map(_detached, call.args)), kwargs={n: _detached(v) for n, v in call.kwargs.items()})
     with _disable_current_modes():  # no counter of FLOPs counts it
-        wanted, got = call.native(one), call.run(lambda attention: attention.native(), one)
+        wanted = call.native(one)
+        try:
+            got: Any = call.run(lambda attention: attention.native(), one)
+        except ArrowheadError:
+            raise
+        except Exception as error:  # whatever somebody's forward runs into
+            got = error
     if isinstance(wanted, Tensor) and isinstance(got, Tensor) and wanted.shape == got.shape:
         off = float((got - wanted).float().norm() / wanted.float().norm().clamp_min(1e-12))
         if off <= max(SAME, 8 * torch.finfo(wanted.dtype).eps) or not wanted.isfinite().all():
             return
         found = f"what is off by {off:.1%}"
     else:
-        found = f"{_shape(got)} where the module gives {_shape(wanted)}"
+        found = f"{_given(got)} where the module gives {_given(wanted)}"
     raise NotIntercepted(
         f"{call.site.path}: the forward given for a {type(call.module).__name__} gives {found}; wanted what the module itself "
         "gives; look at the order of norms and rotary embeddings, at the scale, and at the order of heads in its projection"
@@ -350,7 +356,9 @@ def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-def _shape(out: Output) -> str:
+def _given(out: Any) -> str:
+    if isinstance(out, Exception):
+        return f"{type(out).__name__} ({out})"
     return f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
 
 

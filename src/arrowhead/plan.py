@@ -159,16 +159,10 @@ class Plan:
         rows = self.cells if isinstance(self.cells, tuple) else (None,)
         if not all(isinstance(row, tuple) and all(isinstance(cell, Attend | Reuse) for cell in row) for row in rows):
             raise PlanInvalid("got cells of something else, wanted a tuple of tuples, steps × sites, of Attend and Reuse")
-        if not (isinstance(self.target, Target) and isinstance(self.tokens, Tokens) and isinstance(self.about, Mapping)):
-            raise PlanInvalid(
-                f"got a {type(self.target).__name__}, a {type(self.tokens).__name__} and a {type(self.about).__name__}, wanted "
-                "a Target, Tokens, and a mapping that says how the plan was made"
-            )
-        if not isinstance(self.guided, bool) or isinstance(self.calls, bool) or type(self.switch) not in (int, type(None)):
-            raise PlanInvalid(
-                f"got guided={self.guided!r}, calls={self.calls!r} and switch={self.switch!r}, wanted True or False, 1 or 2, "
-                "and a step or None"
-            )
+        kinds = {"target": Target, "tokens": Tokens, "about": Mapping, "guided": bool, "calls": int, "switch": int | None}
+        if wrong := [name for name, kind in kinds.items() if not isinstance(getattr(self, name), kind)]:
+            found = {name: type(getattr(self, name)).__name__ for name in wrong}
+            raise PlanInvalid(f"got {found}, wanted {', '.join(f'{name}: {kinds[name]}' for name in wrong)}")
 
     @property
     def steps(self) -> int:
@@ -285,9 +279,8 @@ class Plan:
         Raises:
             PlanInvalid: it is larger than `load` reads.
         """
-        text = self.text()
         try:
-            files.require_length(text)
+            files.require_length(text := self.text())
         except ValueError as error:
             raise PlanInvalid(f"{error}; a plan of fewer steps, or of whole sites, is shorter") from error
         Path(path).write_text(text)

@@ -99,8 +99,8 @@ class Analysis:
     def _require_numbers(self) -> None:
         if len(self.sites) != len(self.heads) or not self.sites or min(self.heads) < 1 or self.steps < 1 or self.radius < 0:
             raise InputsInvalid(
-                f"got {len(self.sites)} sites with heads {self.heads[:8]}, {self.steps} steps and a radius of {self.radius}; wanted "
-                "sites with a number of heads each, one step or more, and a radius of 0 or more"
+                f"got {len(self.sites)} sites with heads {self.heads[:8]}, {self.steps} steps and a radius of {self.radius}; "
+                "wanted sites with a number of heads each, one step or more, and a radius of 0 or more"
             )
         if (at := self.attention_map) is None:
             return
@@ -149,7 +149,16 @@ class Analysis:
             files.parsed(text)
             meta = _Meta.model_validate_json(text, strict=True)
             return cls(**meta.fields(), **meta.with_map(arrays))
-        except (OSError, ValueError, KeyError, TypeError, EOFError, NotImplementedError, zlib.error, zipfile.BadZipFile) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            EOFError,
+            NotImplementedError,
+            zlib.error,
+            zipfile.BadZipFile,
+        ) as error:
             raise InputsInvalid(
                 f"got {path}, which is no analysis ({files.short(error)}); wanted an npz that Analysis.save wrote"
             ) from error
@@ -213,6 +222,8 @@ class _Meta(pydantic.BaseModel, extra="forbid"):
     def with_map(self, arrays: dict[str, Any]) -> dict[str, Any]:
         """The arrays, that of the map in its place."""
         if self.map is None:
+            if "attention_map" in arrays:
+                raise ValueError("got an attention map that nothing is said of")
             return arrays
         rest = {name: array for name, array in arrays.items() if name != "attention_map"}
         at = AttentionMap(self.map.site, self.map.step, self.map.heads, self.map.tokens, arrays["attention_map"])
@@ -231,7 +242,7 @@ def _array(file: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[Any]:
     except (RecursionError, MemoryError, SyntaxError) as error:
         raise ValueError(f"got a header of {member.filename} that is none ({type(error).__name__})") from error
     values = stream.read()
-    if dtype.hasobject or dtype.itemsize * math.prod(shape) != len(values) or not dtype.itemsize:
+    if dtype.hasobject or not dtype.itemsize or min(shape, default=0) < 0 or dtype.itemsize * math.prod(shape) != len(values):
         raise ValueError(f"got {len(values)} bytes of {member.filename}, wanted {dtype} of shape {shape}")
     return np.frombuffer(values, dtype).reshape(shape, order="F" if columns_first else "C").copy()
 

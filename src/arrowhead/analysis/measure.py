@@ -21,7 +21,7 @@ from arrowhead.layout import Site, Tokens
 from arrowhead.lifetimes import Writes
 from arrowhead.methods import FULL, Arrow
 from arrowhead.metrics.error import relative_squared_error
-from arrowhead.models import find
+from arrowhead.models import find, generating
 from arrowhead.route import AttentionCall
 from arrowhead.search.about import about
 from arrowhead.search.calibrate import Calibration, require_finite
@@ -85,7 +85,7 @@ def analyze(
         NotIntercepted: attention was computed where it could not be seen.
     """
     model = find(pipe)
-    calibration = Calibration(model, inputs)
+    calibration = Calibration(model, generating(pipe, inputs))
     parts = _parts(only, calibration.branches.guided)
     place = _place(model.sites, site)
     _check(model.sites[place], heads, step, radius, sampled)
@@ -259,7 +259,8 @@ def _map(call: AttentionCall, row: int, heads: Sequence[int]) -> Floats:
 def _parts(only: Collection[Part] | None, guided: bool) -> frozenset[Part]:
     if only is None:
         return frozenset(PARTS) if guided else frozenset(PARTS) - {"branches"}
-    if isinstance(only, str) or not only or not {*only} <= {*PARTS}:
+    words = isinstance(only, tuple | list | set | frozenset) and all(isinstance(part, str) for part in only)
+    if not words or not only or not {*only} <= {*PARTS}:
         raise InputsInvalid(f"got only={only!r}, wanted some of {', '.join(PARTS)}")
     if "branches" in only and not guided:
         raise InputsInvalid(
@@ -273,7 +274,7 @@ def _place(sites: Sequence[Site], wanted: int | str | None) -> int:
     paths = [site.path for site in sites]
     if wanted is None:
         return len(paths) // 2
-    if wanted in paths:
+    if isinstance(wanted, str) and wanted in paths:
         return paths.index(wanted)
     if isinstance(wanted, int) and not isinstance(wanted, bool) and 0 <= wanted < len(paths):
         return wanted

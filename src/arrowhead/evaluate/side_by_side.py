@@ -84,9 +84,10 @@ def evaluate(
     with the first plan. Nothing of `inputs` may be a generator: `seeds` says them.
 
     Raises:
-        InputsInvalid: there is no seed or no plan, or the inputs bring a generator.
+        InputsInvalid: there is no seed or no plan, one is something else, or the inputs bring a generator.
         PlanMismatch: a plan was made for something else.
     """
+    _check_types(plans, inputs, seeds, metrics)
     if not seeds or not plans or "raw" in plans or "generator" in inputs:
         raise InputsInvalid(
             f"got {len(seeds)} seeds, plans {sorted(plans)} and inputs {sorted(inputs)}; wanted at least one seed, one plan, "
@@ -126,6 +127,17 @@ def evaluate(
         "baseline": "the untouched pipeline, each seed in turn with the plans",
     }
     return Evaluation(raw, median(seconds["raw"]), tuple(scores), setting)
+
+
+def _check_types(plans: Any, inputs: Any, seeds: Any, metrics: Any) -> None:
+    if not isinstance(plans, Mapping) or not all(isinstance(plan, Plan) for plan in plans.values()):
+        raise InputsInvalid(f"got plans {plans!r:.200}, wanted a mapping of names to what search gives, or Plan.load(path)")
+    if not isinstance(inputs, Mapping) or not all(isinstance(name, str) for name in (*inputs, *plans)):
+        raise InputsInvalid(f"got inputs {inputs!r:.200}, wanted a mapping of the pipeline call's keyword arguments")
+    if not isinstance(seeds, Sequence) or not all(type(seed) is int and 0 <= seed < 2**64 for seed in seeds):
+        raise InputsInvalid(f"got seeds {seeds!r:.200}, wanted a list of whole numbers from 0 to 2**64 - 1")
+    if not isinstance(metrics, Mapping) or not all(map(callable, metrics.values())):
+        raise InputsInvalid(f"got metrics {metrics!r:.200}, wanted a mapping of names to functions of two batches of images")
 
 
 class _Begun(Exception):

@@ -27,7 +27,7 @@ def known(name: str) -> str:
     Raises:
         KernelUnavailable: there is no kernel of this name.
     """
-    if name != "auto" and name not in KERNELS:
+    if not isinstance(name, str) or (name != "auto" and name not in KERNELS):
         raise KernelUnavailable(f"got kernel={name!r}, wanted one of auto, {', '.join(sorted(KERNELS))}")
     return name
 

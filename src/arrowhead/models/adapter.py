@@ -1,15 +1,19 @@
 """Describe a module of one's own: where its attention is, how it is reached, how its tokens and CFG branches come."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from itertools import pairwise
+from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from arrowhead.errors import InputsInvalid, UnsupportedPipeline
 from arrowhead.layout import BranchOrder, Tokens
 from arrowhead.models.family import NONE
 
+Over = Literal["all", "space", "time"]
 Forward = Callable[..., Any]
 """A forward in place of a module's own: its arguments are the module, `attend`, and what the module is called with."""
 
@@ -36,13 +40,36 @@ class Attention:
     heads: str | int = "num_heads"
     head_dim: int | None = None
     channels: int | None = None
-    over: Literal["all", "space", "time"] = "all"
+    over: Over = "all"
     joint: bool = False
     forward: Forward | None = None
 
+    def __post_init__(self) -> None:
+        if not (isinstance(self.heads, str) or _counts(self.heads)):
+            raise InputsInvalid(f"got heads={self.heads!r}, wanted a number of 1 or more, or the attribute that says it")
+        for name in ("head_dim", "channels"):
+            if (value := getattr(self, name)) is not None and not _counts(value):
+                raise InputsInvalid(f"got {name}={value!r}, wanted a number of 1 or more, or None for what the layers say")
+        if not isinstance(self.over, str) or self.over not in get_args(Over):
+            raise InputsInvalid(f"got over={self.over!r}, wanted one of {', '.join(get_args(Over))}")
+        if not isinstance(self.joint, bool):
+            raise InputsInvalid(f"got joint={self.joint!r}, wanted True or False")
+        if self.forward is not None and not callable(self.forward):
+            raise InputsInvalid(f"got forward={self.forward!r}, wanted forward(module, attend, *args, **kwargs), or None")
+
     def head_count(self, module: nn.Module) -> int:
-        """The module's heads."""
-        return self.heads if isinstance(self.heads, int) else int(_named(module, self.heads))
+        """The module's heads.
+
+        Raises:
+            UnsupportedPipeline: it does not say how many.
+        """
+        found = self.heads if isinstance(self.heads, int) else _named(module, self.heads)
+        if not _counts(found):
+            raise UnsupportedPipeline(
+                f"got a {type(module).__name__} whose {self.heads!r} is {found!r:.200}; wanted a number of 1 or more; name the "
+                "attribute that says it, or the number, as arrowhead.Attention(heads=...)"
+            )
+        return int(found)
 
     def instead(self) -> Forward | None:
         """What takes the place of a module's forward, if anything has to."""
@@ -69,6 +96,15 @@ class FusedQKV(Attention):
     rotary: str | None = None
     rotary_first: bool = False
     proj: str = "proj"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        named = {"qkv": self.qkv, "proj": self.proj}
+        parts = {name: value for name in ("q_norm", "k_norm", "rotary") if (value := getattr(self, name)) is not None}
+        if wrong := {name: value for name, value in (named | parts).items() if not isinstance(value, str)}:
+            raise InputsInvalid(f"got {wrong}, wanted names of a module's parts, or None for norms and rotary that it lacks")
+        if not isinstance(self.rotary_first, bool):
+            raise InputsInvalid(f"got rotary_first={self.rotary_first!r}, wanted True or False")
 
     def instead(self) -> Forward:
         """The module put together from its parts."""
@@ -122,6 +158,96 @@ class Adapter:
     guidance_scale: float = 1.0
     latent_channels: int | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.attention, Mapping) or not all(isinstance(a, Attention) for a in self.attention.values()):
+            raise InputsInvalid(
+                f"got attention={self.attention!r:.200}, wanted regular expressions for paths, each with an arrowhead.Attention"
+            )
+        for pattern in (*self.attention, self.feed_forward):
+            _require_pattern(pattern)
+        if not callable(self.tokens):
+            raise InputsInvalid(f"got tokens={self.tokens!r:.200}, wanted tokens(model, call), which gives arrowhead.Tokens")
+        if self.cfg is not None and not (isinstance(self.cfg, str) and self.cfg in get_args(BranchOrder)):
+            raise InputsInvalid(
+                f"got cfg={self.cfg!r}, wanted one of {', '.join(get_args(BranchOrder))}, or None without guidance"
+            )
+        scale = self.guidance_scale
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= torch.finfo(torch.float32).max:
+            raise InputsInvalid(f"got guidance_scale={scale!r}, wanted a finite number")
+        if self.latent_channels is not None and not _counts(self.latent_channels):
+            raise InputsInvalid(
+                f"got latent_channels={self.latent_channels!r}, wanted a number of 1 or more, or None for all channels"
+            )
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _require_pattern(pattern: Any) -> None:
+    try:
+        if isinstance(pattern, str) and re.compile(pattern):
+            return
+        why = "no text"
+    except (re.error, OverflowError, RecursionError) as error:
+        why = str(error)
+    raise InputsInvalid(f"got the pattern {pattern!r:.200} ({why}), wanted a regular expression for paths of modules")
+
+
+def matching(pattern: str, root: nn.Module) -> list[str]:
+    """The paths that a pattern of an adapter names.
+
+    Raises:
+        UnsupportedPipeline: there are none.
+    """
+    if not (found := [path for path, _ in root.named_modules() if re.fullmatch(pattern, path)]):
+        raise UnsupportedPipeline(
+            f"got an adapter with {pattern!r}, which no path in a {type(root).__name__} matches; wanted a regular expression "
+            "for whole paths, as model.named_modules() has them"
+        )
+    return found
+
+
+def require_apart(adapter: Adapter, root: nn.Module) -> None:
+    """Check that each module is named once, and none lies within another: it would be left out twice.
+
+    Raises:
+        UnsupportedPipeline: it is not so, or a pattern names nothing.
+    """
+    patterns = [*adapter.attention, *([] if adapter.feed_forward == NONE else [adapter.feed_forward])]
+    paths = sorted(path for pattern in patterns for path in matching(pattern, root))
+    named = set(paths)
+    within = (path for path in paths if any(path[:place] in named for place, c in enumerate(path) if c == "."))
+    if len(paths) > 1 and "" in named:
+        wrong = f"the whole {type(root).__name__} and {paths[1]}"
+    elif len(named) < len(paths):
+        wrong = f"{next(path for path, other in pairwise(paths) if path == other)} twice"
+    elif (inner := next(within, None)) is not None:
+        wrong = f"{inner} and a module around it"
+    else:
+        return
+    raise UnsupportedPipeline(
+        f"got an adapter whose patterns name {wrong}; wanted attention modules and feed-forwards apart from one another"
+    )
+
+
+def tokens_of(adapter: Adapter, root: nn.Module, call: Mapping[str, Any]) -> Tokens:
+    """What an adapter says of a call.
+
+    Raises:
+        InputsInvalid: it fails, or says something else.
+    """
+    try:
+        found = adapter.tokens(root, call)
+    except Exception as error:
+        raise InputsInvalid(
+            f"got {type(error).__name__} ({error}) from the adapter's tokens(model, call) with {', '.join(call)}; wanted "
+            "arrowhead.Tokens"
+        ) from error
+    if not isinstance(found, Tokens):
+        raise InputsInvalid(f"got a {type(found).__name__} from the adapter's tokens(model, call), wanted arrowhead.Tokens")
+    return found
+
 
 class Own:
     """A module with its adapter, which stands where a pipeline does; its call generates by whatever callable it is given."""
@@ -166,4 +292,8 @@ def generating(pipe: Any, inputs: Any) -> Mapping[str, Any]:
         wanted = "a callable that generates once, such as lambda: sample(model)"
         wanted = wanted if isinstance(pipe, Own) else "a mapping of the pipeline call's keyword arguments"
         raise InputsInvalid(f"got inputs of type {type(inputs).__name__}, wanted {wanted}")
-    return {"generate": inputs} if isinstance(pipe, Own) else inputs
+    if isinstance(pipe, Own):
+        return {"generate": inputs}
+    if not isinstance(inputs, Mapping) or not all(isinstance(name, str) for name in inputs):
+        raise InputsInvalid(f"got inputs {inputs!r:.200}, wanted a mapping of the pipeline call's keyword arguments")
+    return inputs

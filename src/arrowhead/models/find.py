@@ -4,13 +4,14 @@ import inspect
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
 from arrowhead.errors import InputsInvalid, UnsupportedPipeline
 from arrowhead.layout import Branches, BranchOrder, Kind, Site, Tokens, seen
-from arrowhead.models.adapter import Attention, Forward, Own
+from arrowhead.models.adapter import Attention, Forward, Own, matching, require_apart, tokens_of
 from arrowhead.models.beside import require_whole
 from arrowhead.models.families import FAMILIES
 from arrowhead.models.family import NONE, Family
@@ -143,7 +144,13 @@ class Model:
         """
         if refused := self.family.refused(call):
             raise InputsInvalid(f"got {refused}; wanted a call without it; leave it out, or remove the plan")
-        return Branches(self.branch_order, self.family.guided(dict(getattr(self.pipe, "config", {})) | dict(call)))
+        try:
+            guided = self.family.guided(dict(getattr(self.pipe, "config", {})) | dict(call))
+        except (TypeError, ValueError) as error:
+            raise InputsInvalid(
+                f"got guidance that is no number ({error}); wanted one; correct the call's arguments"
+            ) from error
+        return Branches(self.branch_order, guided)
 
 
 def find(pipe: "DiffusionPipeline | Own", kinds: Collection[Kind] = ATTENTION) -> Model:
@@ -222,19 +229,15 @@ def _described(own: Own, kinds: Collection[Kind]) -> Model:
         feed_forward_pattern=adapter.feed_forward,
         block_pattern=NONE,
         branch_order={},
-        tokens=adapter.tokens,
+        tokens=partial(tokens_of, adapter),
         guided=lambda _: adapter.cfg is not None,
         guidance_scale=lambda _: adapter.guidance_scale,
     )
+    require_apart(adapter, root)
     modules, forwards = dict(_sites(family, root, kinds)), dict[str, Forward]()
     for pattern, attention in adapter.attention.items() if "self_attention" in kinds else ():
-        matching = [(path, module) for path, module in root.named_modules() if re.fullmatch(pattern, path)]
-        if not matching:
-            raise UnsupportedPipeline(
-                f"got an adapter with {pattern!r}, which no path in a {family.name} matches; wanted a regular expression for "
-                "whole paths, as model.named_modules() has them"
-            )
-        for path, module in matching:
+        for path in matching(pattern, root):
+            module = root.get_submodule(path)
             modules[_own_site(family, path, module, attention)] = module
             if (instead := attention.instead()) is not None:
                 forwards[path] = instead
@@ -311,6 +314,11 @@ def _projected(module: Any) -> Literal["all", "visual", "none"]:
 
 def _feed_forward(family: Family, path: str, module: nn.Module) -> Site:
     linears = [*_linears(module).values()]
+    if not linears:
+        raise UnsupportedPipeline(
+            f"{path}: got a {type(module).__name__} without linear layers for a feed-forward; wanted a pattern for "
+            "feed-forwards alone"
+        )
     channels, weights = linears[0].in_features, sum(map(_size, linears))
     joint = bool(re.fullmatch(family.joint_pattern, path))
     return Site(path, 1, channels, channels, joint, heads_apart=False, kind="feed_forward", weights=weights)

@@ -2,7 +2,8 @@
 
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from torch import nn
@@ -79,7 +80,7 @@ def search(
     Warns:
         NothingCompressed: something may be lost, but every cell stayed full.
     """
-    named = strategy or ("greedy" if threshold is not None and budget is None else "budget")
+    named = strategy if strategy is not None else ("greedy" if threshold is not None and budget is None else "budget")
     _check_arguments(named, budget, threshold, loss, extent, table)
     pipe = described(pipe, adapter)
     inputs = generating(pipe, inputs)
@@ -111,9 +112,10 @@ def _check_arguments(
     extent: Extent | None,
     table: Table | None,
 ) -> None:
-    if not isinstance(named, Greedy | Headwise) and named not in ("greedy", "headwise", "budget"):
+    known = isinstance(named, str) and named in ("greedy", "headwise", "budget")
+    if not isinstance(named, Greedy | Headwise) and not known:
         raise InputsInvalid(f"got strategy={named!r}, wanted 'greedy', 'headwise', a Greedy or a Headwise, or 'budget'")
-    if loss not in ("paper", "signed"):
+    if not isinstance(loss, str) or loss not in ("paper", "signed"):
         raise InputsInvalid(f"got loss={loss!r}, wanted 'paper' or 'signed'")
     if not (isinstance(named, Greedy) or named == "greedy") and (loss != "paper" or isinstance(threshold, str)):
         raise InputsInvalid(
@@ -159,11 +161,11 @@ def _thresholded(
 
 
 def _threshold(value: float | str) -> float:
-    try:
-        number = float(THRESHOLDS.get(value, value) if isinstance(value, str) else value)
-    except (TypeError, ValueError):
-        number = -1
-    if isinstance(value, bool) or not 0 <= number < float("inf"):
+    number = -1.0
+    if isinstance(value, str | Real) and not isinstance(value, bool):
+        with suppress(ValueError, OverflowError):  # words, and more digits than a float has
+            number = float(THRESHOLDS.get(value, value) if isinstance(value, str) else value)
+    if not 0 <= number < float("inf"):
         raise InputsInvalid(f"got threshold={value!r}, wanted a number of 0 or more, or one of {', '.join(THRESHOLDS)}")
     return number
 

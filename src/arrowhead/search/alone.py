@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from arrowhead.errors import AlreadyGenerating
+from arrowhead.errors import AlreadyGenerating, InputsInvalid
 from arrowhead.models import Own
 
 
@@ -43,14 +43,19 @@ def quiet(pipe: Any, generator: torch.Generator | Sequence[torch.Generator] | No
 
 @contextmanager
 def _random_state_kept(generator: torch.Generator | Sequence[torch.Generator] | None, device: torch.device) -> Iterator[None]:
-    generators = [generator] if isinstance(generator, torch.Generator) else list(generator or ())
+    generators = [generator] if isinstance(generator, torch.Generator) else generator or ()
+    if not isinstance(generators, Sequence) or not all(isinstance(own, torch.Generator) for own in generators):
+        raise InputsInvalid(f"got generator={generator!r:.200}, wanted a torch.Generator, or a list with one for each image")
     states = [g.get_state() for g in generators]
+    on_mps = torch.mps.get_rng_state() if device.type == "mps" else None
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
             yield
         finally:
             for g, state in zip(generators, states, strict=True):
                 g.set_state(state)
+            if on_mps is not None:
+                torch.mps.set_rng_state(on_mps)
 
 
 @contextmanager

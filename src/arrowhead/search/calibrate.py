@@ -139,7 +139,8 @@ class Calibration:
                         calls.append(worker.switch(stand_in))
                         if worker.dead or calls[1].counted != call.counted:
                             raise InputsInvalid(
-                                f"got one call of the transformer in a step, wanted one for each CFG branch; {LEAVE_OUT}"
+                                "got one call of the transformer in a step, wanted one for each CFG branch; where both come in "
+                                f"one batch, say so: cfg of the adapter; {LEAVE_OUT}"
                             )
                     images = sum(call.rows for call in calls) // (self.branches.samples * self.branches.calls)
                     share_of(self._inputs).of_all(images)
@@ -364,7 +365,7 @@ def _writes(candidates: Sequence[Cell], cell: Cell) -> Writes:
 
 def require_finite(out: Tensor, call: SiteCall, state: Generation) -> None:
     """Raises InputsInvalid for what a site gave with full attention, unless it is finite."""
-    if not out.detach().sum(dtype=torch.float64).isfinite():  # one pass, and nothing allocated
+    if not all(bool(end.isfinite()) for end in out.detach().aminmax()):  # one pass, and nothing allocated; NaN is either end
         raise InputsInvalid(
             f"at step {state.step} {call.site.path} gave values that are not finite, with full attention; wanted finite ones; "
             "use bfloat16 or float32"

@@ -21,6 +21,7 @@ from arrowhead.route import AttentionCall
 from arrowhead.search.calibrate import Calibration, Found, require_finite
 from arrowhead.search.choose import choose
 from arrowhead.search.radii import narrower, require_radii
+from arrowhead.search.settings import is_number, require_flags
 from arrowhead.search.shared import ALONE, Share, share_of
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
@@ -54,9 +55,10 @@ class Headwise:
 
     def __post_init__(self) -> None:
         require_radii(self.radii)
-        if self.prefilter is not None and not self.prefilter > 0:
+        require_flags(self, "caching", "share_cfg", "residual")
+        if self.prefilter is not None and not (is_number(self.prefilter) and self.prefilter > 0):
             raise InputsInvalid(f"got prefilter={self.prefilter!r}, wanted a number above 0, or None")
-        if self.savings not in ("flops", "paper"):
+        if not isinstance(self.savings, str) or self.savings not in ("flops", "paper"):
             raise InputsInvalid(f"got savings={self.savings!r}, wanted 'flops' or 'paper'")
         if self.savings == "paper" and any(isinstance(radius, Box) for radius in self.radii or ()):
             raise InputsInvalid(f"got savings='paper' with radii={self.radii!r}, wanted radii in tokens; or savings='flops'")

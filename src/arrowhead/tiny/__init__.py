@@ -28,7 +28,7 @@ def load(name: str = "dit", *, dtype: torch.dtype = torch.float32) -> Any:
     Raises:
         InputsInvalid: there is no bundled pipeline of this name.
     """
-    if name not in PIPELINES:
+    if not isinstance(name, str) or name not in PIPELINES:
         raise InputsInvalid(f"got {name!r}, wanted the name of a bundled pipeline: {', '.join(map(repr, PIPELINES))}")
     room, cls = PIPELINES[name]
     pipeline = getattr(import_module(f"arrowhead.tiny.{room}"), cls)  # now: diffusers takes seconds to import

@@ -21,6 +21,7 @@ from arrowhead.search.budget.solved import solve, sweep, told
 from arrowhead.search.budget.table import Table
 from arrowhead.search.budget.tried import corrected, fast_enough, within_error
 from arrowhead.search.calibrate import Calibration
+from arrowhead.search.settings import require_a
 from arrowhead.search.shared import part_of, share_of
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
@@ -49,10 +50,11 @@ def calibrate(
 
     Raises what `arrowhead.search` raises.
     """
+    extent = _extent(extent)
     pipe = described(pipe, adapter)
     inputs = generating(pipe, inputs)
     inputs = inputs if shard is None else part_of(pipe, inputs, shard)
-    return _recorded(pipe, inputs, extent or Extent(), progress).table
+    return _recorded(pipe, inputs, extent, progress).table
 
 
 def calibration_bytes(
@@ -67,7 +69,7 @@ def calibration_bytes(
     A pass with gradients keeps its activations for the way back; with `checkpoint` one block's and each block's input, without
     gradients none. The pipeline runs up to the first call of its transformer. Raises what `arrowhead.search` raises.
     """
-    extent = extent or Extent()
+    extent = _extent(extent)
     pipe = described(pipe, adapter)
     model = sites_of(pipe, extent)
     calibration = Calibration(model, generating(pipe, inputs))
@@ -78,6 +80,12 @@ def calibration_bytes(
             model.transformer, "dtype", next(model.transformer.parameters()).dtype
         )  # weights may be kept in less
         return extent.held(model.sites, calibration.tokens) * calibration.rows * computes.itemsize
+
+
+def _extent(extent: Extent | None) -> Extent:
+    if extent is not None:
+        require_a(Extent, extent, "extent")
+    return extent or Extent()
 
 
 def budgeted(

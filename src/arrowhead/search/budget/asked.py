@@ -8,6 +8,7 @@ from arrowhead.search.budget.costs import FlopCosts, Measure, SecondCosts
 from arrowhead.search.budget.given import SLOPES, Choices
 from arrowhead.search.budget.problem import Granularity, InStep, Problem
 from arrowhead.search.budget.table import Table
+from arrowhead.search.settings import is_number, require_flags
 
 PRESETS = {"light": 0.03, "balanced": 0.07, "strong": 0.15}
 """Relative errors of the final latents."""
@@ -62,10 +63,12 @@ class Budget:
             )
         ((name, value),) = asked.items()
         above, highest = RANGES.get(name, (0, 1))
-        if isinstance(value, bool) or not isinstance(value, int | float) or not above < value <= highest:
+        if not is_number(value) or not above < value <= highest:
             raise InputsInvalid(f"got {name}={value!r}, wanted a number above {above}, at most {highest:g}")
+        require_flags(self, "share_cfg", "residual", "reuse", "extrapolate", "precision")
         of_groups = type(self.granularity) is int and self.granularity > 0
-        if self.granularity not in (None, "step", "site", "head") and not of_groups:
+        named = self.granularity is None or (isinstance(self.granularity, str) and self.granularity in ("step", "site", "head"))
+        if not named and not of_groups:
             raise InputsInvalid(
                 f"got granularity={self.granularity!r}, wanted 'step', 'site', 'head', or a number of heads, 1 or more"
             )
@@ -74,7 +77,7 @@ class Budget:
                 f"got cache_bytes={self.cache_bytes!r} with a budget of {name}, wanted a whole number of 0 or more, beside "
                 "FLOPs or a speedup; leave it out, or ask for one of these"
             )
-        if not isinstance(self.slopes, tuple) or not all(0 < slope <= 1 for slope in self.slopes):
+        if not isinstance(self.slopes, tuple) or not all(is_number(slope) and 0 < slope <= 1 for slope in self.slopes):
             raise InputsInvalid(f"got slopes={self.slopes!r}, wanted a tuple of numbers above 0 and at most 1; () for no lines")
         if type(self.corrections) is not int or not 0 <= self.corrections < 3:
             raise InputsInvalid(f"got corrections={self.corrections!r}, wanted 0, 1 or 2")

@@ -71,8 +71,8 @@ def measured_seconds(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], plan:
     def timing(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         started = time.perf_counter()
         out = forward(*args, **kwargs)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
         seconds[-1] += time.perf_counter() - started
         return out
 

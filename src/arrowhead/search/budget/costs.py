@@ -171,6 +171,6 @@ def _shape(site: Site) -> Shape:
 def _seconds(run: Callable[[], Any]) -> float:
     started = time.perf_counter()
     run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
     return time.perf_counter() - started

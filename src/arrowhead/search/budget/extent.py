@@ -2,13 +2,17 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 from arrowhead.errors import InputsInvalid
 from arrowhead.layout import Kind, Site, Tokens
 from arrowhead.methods import Precision, Radius
 from arrowhead.models import EVERYTHING
 from arrowhead.search.radii import fewest, narrower, require_radii
+from arrowhead.search.settings import is_number, require_flags
+
+RANGES = {"ages": (1, 2**12), "vectors": (1, 2**12), "regions": (1, 2**26), "seed": (0, 2**64 - 1)}
+"""Steps and tokens are no more than that (`files`), vectors are as many passes; the seed is a generator's."""
 
 
 @dataclass(frozen=True)
@@ -43,21 +47,22 @@ class Extent:
 
     def __post_init__(self) -> None:
         require_radii(self.radii)
-        if self.kinds is not None and (not isinstance(self.kinds, tuple | list) or not set() < set(self.kinds) <= EVERYTHING):
+        require_flags(self, "checkpoint", "gradients")
+        if self.kinds is not None and (not _words(self.kinds) or not set() < set(self.kinds) <= EVERYTHING):
             raise InputsInvalid(f"got kinds={self.kinds!r}, wanted a tuple of some of {', '.join(sorted(EVERYTHING))}, or None")
         others = [precision for precision in get_args(Precision) if precision != "native"]
-        if not isinstance(self.precisions, tuple | list) or sorted(self.precisions) != sorted(set(self.precisions) & {*others}):
+        if not _words(self.precisions) or sorted(self.precisions) != sorted(set(self.precisions) & {*others}):
             raise InputsInvalid(f"got precisions={self.precisions!r}, wanted a tuple of some of {', '.join(others)}, each once")
-        if isinstance(self.feedback, bool) or not isinstance(self.feedback, int | float) or not 0 <= self.feedback <= 1:
+        if not is_number(self.feedback) or not 0 <= self.feedback <= 1:
             raise InputsInvalid(f"got feedback={self.feedback!r}, wanted a number from 0 to 1")
         if self.checkpoint and not self.gradients:
             raise InputsInvalid("got checkpoint=True without gradients, wanted one of the two: nothing is kept for a way back")
-        for name, least in (("ages", 1), ("vectors", 1), ("regions", 1), ("seed", 0)):
+        for name, (least, most) in RANGES.items():
             value = getattr(self, name)
             if value is None and name == "regions":
                 continue
-            if type(value) is not int or value < least:
-                raise InputsInvalid(f"got {name}={value!r}, wanted a whole number of {least} or more")
+            if type(value) is not int or not least <= value <= most:
+                raise InputsInvalid(f"got {name}={value!r}, wanted a whole number of {least} or more, {most} at most")
 
     def held(self, sites: Iterable[Site], tokens: Tokens) -> int:
         """Elements of one sample that are held at most from step to step: of the last steps outputs, residuals, roundings."""
@@ -74,3 +79,7 @@ class Extent:
         least = fewest(sites, tokens)
         wanted = (least.visual // 8, least.visual // 32) if self.radii is None else self.radii
         return narrower(wanted, least)
+
+
+def _words(value: Any) -> bool:
+    return isinstance(value, tuple | list) and all(isinstance(word, str) for word in value)

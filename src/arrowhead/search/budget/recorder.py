@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from arrowhead.attend import Generation, Passage, bands, count
+from arrowhead.attend import Generation, Passage, bands, count, require_sizes
 from arrowhead.cache import Output, each
 from arrowhead.cost import full_flops
-from arrowhead.errors import NotIntercepted
+from arrowhead.errors import InputsInvalid, NotIntercepted
 from arrowhead.intercept import SiteCall
 from arrowhead.layout import Branches, Site, Tokens, outermost
 from arrowhead.lifetimes import Writes
@@ -174,6 +174,11 @@ class Recorder:
             weights = self._weights.fitted(len(self._products)).repeat_interleave(heads, 1)  # (S, H)
             products = [own * weights[(...,) + (None,) * (own.ndim - 2)] for own in products]
         outputs, residuals, roundings = (own.float() for own in products)
+        if not all(bool(own.isfinite().all()) for own in (outputs, residuals, roundings)):
+            raise InputsInvalid(
+                "got products of gradients that float32 does not hold, wanted finite ones; look at the guidance scale, and at "
+                "what the transformer gives"
+            )
         return Table(
             target=target,
             tokens=self._tokens,
@@ -216,6 +221,7 @@ class Recorder:
             return self._of_module(call, state, probes)
 
         def attention(asked: AttentionCall) -> Tensor:
+            require_sizes(asked, passage)
             out = asked.native()  # (B, H, N, D)
             with torch.no_grad(), self._counted():
                 require_finite(out, call, state)
@@ -330,7 +336,7 @@ class Recorder:
             if other is not None and from_other is not None:
                 pairs += [product(other, from_other), product(other, from_conditional)]
             found.append(torch.stack(pairs, 1))
-        return torch.stack(found, 1).double().cpu()
+        return torch.stack(found, 1).cpu().double()
 
 
 def _of_samples(rows: Tensor, site: Site, tokens: Tokens) -> Tensor:

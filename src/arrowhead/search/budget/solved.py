@@ -12,14 +12,18 @@ from arrowhead.search.budget.asked import ASKED, Budget
 from arrowhead.search.budget.costs import FlopCosts
 from arrowhead.search.budget.problem import Problem
 from arrowhead.search.budget.table import Table
+from arrowhead.search.settings import require_a
 
 
 def solve(table: Table, budget: Budget) -> Plan:
     """The plan for a budget of FLOPs, from a table alone; nothing is run.
 
     Raises:
-        InputsInvalid: the budget is an error or a speedup, which the pipeline has to show, or nothing is as cheap.
+        InputsInvalid: these are no table and budget, the budget is an error or a speedup, which the pipeline has to show, or
+            nothing is as cheap.
     """
+    require_a(Table, table, "table")
+    require_a(Budget, budget, "budget")
     name, value = budget.asked
     if name in ("error", "speedup"):
         raise InputsInvalid(
@@ -31,6 +35,8 @@ def solve(table: Table, budget: Budget) -> Plan:
 
 def sweep(table: Table, budgets: Sequence[Budget]) -> list[Plan]:
     """A plan for each budget of FLOPs, from one table. Raises what `solve` raises."""
+    if not isinstance(budgets, Sequence):
+        raise InputsInvalid(f"got budgets of type {type(budgets).__name__}, wanted a list of them; solve takes a single one")
     return [solve(table, budget) for budget in budgets]
 
 

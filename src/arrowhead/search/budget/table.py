@@ -282,8 +282,15 @@ class Table:
                 header = _Header.model_validate_json(content, strict=True)
                 tensors = {name: file.get_tensor(name) for name in _tensors_of(header.precisions)}
         except (OSError, SafetensorError, ValueError) as error:  # a ValidationError is a ValueError
-            raise InputsInvalid(f"{path} is no sound table; wanted a file that Table.save wrote. {files.short(error)}") from error
-        if found := header.faults(tensors):
+            raise InputsInvalid(
+                f"{path} is no sound table; wanted a file that Table.save wrote. {files.short(error)}"
+            ) from error
+        try:
+            found = header.faults(tensors)
+            files.require_sizes(len(header.gains), header.tokens, (*header.target.sites, *header.blocks))
+        except ValueError as error:
+            found = str(error)
+        if found:
             raise InputsInvalid(f"{path} is no sound table; wanted a file that Table.save wrote. {found}")
         fields = {name: getattr(header, name) for name in type(header).model_fields if name != "format"}
         return cls(**fields, **tensors)
@@ -339,10 +346,6 @@ class _Header(pydantic.BaseModel, extra="forbid"):
         sizes |= {} if self.switch is None else {"switch + 1": self.switch + 1, "steps - switch": len(self.gains) - self.switch}
         if small := [f"{name} {value}" for name, value in sizes.items() if value < 1]:
             return f"got {', '.join(small)}, wanted at least 1"
-        try:
-            files.require_sizes(len(self.gains), self.tokens, (*self.target.sites, *self.blocks))
-        except ValueError as error:
-            return str(error)
         of_tokens = [radius for radius in self.radii if isinstance(radius, int)]
         values, above = (*self.gains, self.other_flops, *of_tokens), (*self.answers, self.final)
         if not all(0 <= value < math.inf for value in values) or not all(0 < value < math.inf for value in above):

@@ -1,0 +1,423 @@
+"""Files that something has been done to: what is read is sound by its own checks, or refused in words; nothing else happens."""
+
+import io
+import json
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from budget import synthetic
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from independent import plans
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import arrowhead as ah
+from arrowhead import files
+from arrowhead.analysis.arrays import AttentionMap
+from arrowhead.errors import InputsInvalid, PlanInvalid
+from arrowhead.layout import Site, Tokens
+from arrowhead.methods import FULL
+from arrowhead.plan import Plan, Target
+
+some = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+ODD = (
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 70)
+    | st.sampled_from([10**9, 10**18, -(10**18), 10**30, 2**63, 1e300, -1.5, 1e-320, float("nan"), float("inf"), "x" * 10_000])
+    | st.text(max_size=4)
+    | st.sampled_from([[], {}, [[]], [1, "a"], {"a": {"b": []}}, "full", "F F", "self_attention", "arrow:99999999999999999999"])
+)
+
+
+def places(value, path=()):
+    """Of all that a document holds, by how to get there."""
+    yield path
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from places(inner, (*path, key))
+
+
+def at(value, path):
+    for key in path:
+        value = value[key]
+    return value
+
+
+@st.composite
+def mutated(draw, document):
+    """One to three changes: something else in a place, a thing left out, one renamed, one said twice, one buried deep."""
+    document = json.loads(document)
+    for _ in range(draw(st.integers(1, 3))):
+        everywhere = [path for path in places(document) if path]
+        if not everywhere:
+            break
+        *path, key = draw(st.sampled_from(everywhere))
+        holder = at(document, path)
+        how = draw(st.sampled_from(["retype", "delete", "rename", "repeat", "bury"]))
+        if how == "retype":
+            holder[key] = draw(ODD)
+        elif how == "delete":
+            del holder[key]
+        elif how == "rename" and isinstance(holder, dict):
+            holder[draw(st.text(max_size=5))] = holder.pop(key)
+        elif how == "repeat" and isinstance(holder, list):
+            holder[key:key] = [holder[key]] * draw(st.sampled_from([1, 2, 5000]))
+        elif how == "bury":
+            for _ in range(draw(st.sampled_from([1, 50]))):
+                holder[key] = [holder[key]]
+    return json.dumps(document)
+
+
+def is_sound(plan, tmp_path):
+    """It can be counted, written, and read again as it is."""
+    plan.flops(), plan.count(), plan.count_heads(), plan.cache_bytes()
+    plan.save(tmp_path / "again")
+    assert Plan.load(tmp_path / "again") == plan
+    assert Plan.load(tmp_path / "again").about == plan.about
+
+
+def read_or_refused(path, tmp_path):
+    try:
+        plan = Plan.load(path)
+    except PlanInvalid as error:
+        said = str(error)
+        assert path.name in said
+        assert "wanted" in said
+        assert len(said) < 3 * files.SAID
+        return
+    is_sound(plan, tmp_path)
+
+
+class TestPlans:
+    @some
+    @given(plan=plans(), data=st.data())
+    def test_bytes_that_are_others_missing_or_more(self, plan, data, tmp_path):
+        content = bytearray(plan.text().encode())
+        for _ in range(data.draw(st.integers(1, 4))):
+            place = data.draw(st.integers(0, len(content) - 1))
+            content[place : place + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+        cut = data.draw(st.integers(0, len(content)) | st.just(len(content)))
+        (tmp_path / "plan").write_bytes(content[:cut])
+        read_or_refused(tmp_path / "plan", tmp_path)
+
+    @some
+    @given(plan=plans(), data=st.data())
+    def test_values_that_are_others_missing_or_elsewhere(self, plan, data, tmp_path):
+        (tmp_path / "plan").write_text(data.draw(mutated(plan.text())))
+        read_or_refused(tmp_path / "plan", tmp_path)
+
+    @some
+    @given(
+        data=st.binary(max_size=40) | st.recursive(ODD, st.lists, max_leaves=4).map(lambda value: json.dumps(value).encode())
+    )
+    def test_anything_at_all(self, data, tmp_path):
+        (tmp_path / "plan").write_bytes(data)
+        with pytest.raises(PlanInvalid, match=r"wanted"):
+            Plan.load(tmp_path / "plan")
+
+    @pytest.mark.parametrize("key", ["tokens", "cells", "does", "path", "about"])
+    def test_a_key_that_comes_twice(self, key, tmp_path):
+        """Readers differ in which one they take."""
+        text = sound().text()
+        place = text.index(f'"{key}"')
+        (tmp_path / "plan").write_text(text[:place] + f'"{key}": 1, ' + text[place:])
+        with pytest.raises(PlanInvalid, match=f"'{key}' twice"):
+            Plan.load(tmp_path / "plan")
+
+    @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "1" * 5000])
+    def test_numbers_that_json_does_not_have(self, number, tmp_path):
+        (tmp_path / "plan").write_text(sound().text().replace('"about": {}', f'"about": {{"threshold": {number}}}'))
+        with pytest.raises(PlanInvalid, match="is not JSON"):
+            Plan.load(tmp_path / "plan")
+
+    def test_a_folder(self, tmp_path):
+        with pytest.raises(PlanInvalid, match=r"got a folder.*wanted a file"):
+            Plan.load(tmp_path)
+
+
+def sound(steps=2, sites=1, heads=2):
+    site = [Site(f"blocks.{i}", heads, 8, 16) for i in range(sites)]
+    return Plan(((FULL,) * sites,) * steps, Target("T", "S", {}, tuple(site)), Tokens(64), guided=True)
+
+
+LARGE = {
+    "tokens": lambda c: c["tokens"].update(visual=10**18),
+    "text": lambda c: c["tokens"].update(text=10**18),
+    "heads": lambda c: c["target"]["sites"][0].update(heads=10**9),
+    "heads in many steps": lambda c: (c["target"]["sites"][0].update(heads=2**20), c.update(cells=["F"] * 3)),
+    "width": lambda c: c["target"]["sites"][0].update(head_dim=10**12),
+    "channels": lambda c: c["target"]["sites"][0].update(channels=2**63),
+    "text channels": lambda c: c["target"]["sites"][0].update(text_channels=2**63),
+    "weights": lambda c: c["target"]["sites"][0].update(weights=10**18),
+    "steps": lambda c: c.update(cells=["F"] * (files.STEPS + 1)),
+    "sites": lambda c: c["target"].update(sites=c["target"]["sites"] * (files.SITES + 1)),
+    "sites within": lambda c: c["target"]["sites"][0].update(within=[c["target"]["sites"][0] | {"path": "a"}] * files.SITES),
+}
+
+
+@pytest.mark.parametrize("change", LARGE.values(), ids=LARGE)
+def test_sizes_that_nothing_real_has(change, tmp_path):
+    content = json.loads(sound().text())
+    change(content)
+    (tmp_path / "plan").write_text(json.dumps(content))
+    with pytest.raises(PlanInvalid, match=r"got .*wanted \d+ at most"):
+        Plan.load(tmp_path / "plan")
+
+
+def test_a_file_that_is_too_long(tmp_path, monkeypatch):
+    plan = sound()
+    plan.save(tmp_path / "plan")
+    length = len(plan.text())
+    monkeypatch.setattr(files, "BYTES", length)
+    assert Plan.load(tmp_path / "plan") == plan
+    (tmp_path / "plan").write_text(plan.text() + " ")
+    with pytest.raises(PlanInvalid, match=f"more than {length} bytes"):
+        Plan.load(tmp_path / "plan")
+    with pytest.raises(PlanInvalid, match=r"wanted .* at most"):  # nor is one written that could not be read
+        replace(plan, about={"more": "words"}).save(tmp_path / "longer")
+    assert not (tmp_path / "longer").exists()
+
+
+def test_a_file_without_end_is_not_read_to_it(monkeypatch):
+    monkeypatch.setattr(files, "BYTES", 1000)
+    with pytest.raises(PlanInvalid, match="more than 1000 bytes"):
+        Plan.load("/dev/zero")
+
+
+def test_the_largest_that_is_read_is_read_in_time(tmp_path):
+    """As many steps, and as many heads in all steps, as there may be; what takes longer would show as minutes."""
+    heads = files.HEADS_IN_STEPS // files.STEPS
+    plan = sound(steps=files.STEPS, heads=heads)
+    plan.save(tmp_path / "plan")
+    assert Plan.load(tmp_path / "plan") == plan
+
+
+@st.composite
+def tables(draw):
+    return synthetic(draw(st.integers(0, 99)), steps=3, count=2, heads=2, radii=(4,), ages=2, guided=draw(st.booleans()))
+
+
+class TestTables:
+    """More of them in test_budget_files.py."""
+
+    def read_or_refused(self, path):
+        try:
+            table = ah.Table.load(path)
+        except InputsInvalid as error:
+            assert "wanted a file that Table.save wrote" in str(error)
+            assert len(str(error)) < 3 * files.SAID
+            return
+        try:
+            plan = ah.solve(table, ah.Budget(transformer_flops=0.7, granularity="site"))
+        except InputsInvalid as error:  # there may be nothing as cheap
+            assert "wanted" in str(error)
+        else:
+            assert plan.steps == table.steps
+
+    @some
+    @given(table=tables(), data=st.data())
+    def test_a_header_with_changes(self, table, data, tmp_path):
+        table.save(tmp_path / "table")
+        with safe_open(tmp_path / "table", "pt") as file:
+            header, tensors = file.metadata()["arrowhead"], {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        save_file(tensors, tmp_path / "changed", metadata={"arrowhead": data.draw(mutated(header))})
+        self.read_or_refused(tmp_path / "changed")
+
+    @some
+    @given(table=tables(), data=st.data())
+    def test_bytes_that_are_others(self, table, data, tmp_path):
+        table.save(tmp_path / "table")
+        content = bytearray((tmp_path / "table").read_bytes())
+        for _ in range(3):
+            content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+        (tmp_path / "changed").write_bytes(content)
+        self.read_or_refused(tmp_path / "changed")
+
+    @pytest.mark.parametrize(
+        "change", [{"tokens": {"visual": 10**18}}, {"radii": [10**30], "tokens": {"visual": 10**12}}], ids=str
+    )
+    def test_sizes_that_nothing_real_has(self, change, tmp_path):
+        synthetic(0, steps=3, radii=(4,)).save(tmp_path / "table")
+        with safe_open(tmp_path / "table", "pt") as file:
+            header = json.loads(file.metadata()["arrowhead"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        header = {**header, **change, "tokens": {**header["tokens"], **change["tokens"], "grid": None}}
+        save_file(tensors, tmp_path / "changed", metadata={"arrowhead": json.dumps(header)})
+        with pytest.raises(InputsInvalid, match=r"got tokens: \d+, wanted \d+ at most"):
+            ah.Table.load(tmp_path / "changed")
+
+
+def analysis(steps=3):
+    """Of three heads in two sites."""
+    made = np.random.default_rng(0).random
+    return ah.Analysis(
+        sites=("a", "b"),
+        heads=(2, 1),
+        steps=steps,
+        tokens=Tokens(6),
+        guided=True,
+        radius=1,
+        attention_map=AttentionMap(0, 1, (1,), Tokens(6), made((1, 6, 6), np.float32)),
+        reuse_errors=made((4, 3, steps), np.float32),
+        step_similarity=made((2, steps, steps), np.float32),
+        branch_similarity=made((2, steps), np.float32),
+        band_mass=made((3, steps), np.float32),
+        text_mass=made((3, steps), np.float32),
+        about={"analysis": {"sampled": 512}},
+    )
+
+
+def npy(array, **header):
+    """Its bytes, with a header that says something else."""
+    stream = io.BytesIO()
+    said = {"descr": np.lib.format.dtype_to_descr(array.dtype), "fortran_order": False, "shape": array.shape}
+    np.lib.format.write_array_header_1_0(stream, said | header)
+    return stream.getvalue() + array.tobytes()
+
+
+class TestAnalyses:
+    @pytest.fixture
+    def saved(self, tmp_path):
+        analysis().save(tmp_path / "a.npz")
+        return tmp_path / "a.npz"
+
+    def read_or_refused(self, path):
+        try:
+            found = ah.Analysis.load(path)
+        except InputsInvalid as error:
+            assert "wanted an npz" in str(error)
+            return
+        json.dumps(found.as_dict(), allow_nan=False)
+        found.save(path)
+        assert ah.Analysis.load(path).as_dict() == found.as_dict()
+
+    def rewritten(self, saved, path, **members):
+        """The same file with other bytes in some members."""
+        with zipfile.ZipFile(saved) as file:
+            whole = {member: file.read(member) for member in file.namelist()}
+        whole |= {f"{name}.npy": content for name, content in members.items() if content is not None}
+        with zipfile.ZipFile(path, "w") as file:
+            for name, content in whole.items():
+                if members.get(name.removesuffix(".npy"), b"") is not None:
+                    file.writestr(name, content)
+
+    def meta(self, saved):
+        with np.load(saved) as file:
+            return str(file["meta"])
+
+    def test_it_is_sound_before_it_is_changed(self, saved):
+        found = ah.Analysis.load(saved)
+        assert found.as_dict() == analysis().as_dict()
+        np.testing.assert_equal(found.attention_map.weights, analysis().attention_map.weights)
+
+    @some
+    @given(data=st.data())
+    def test_bytes_that_are_others_or_missing(self, data, saved, tmp_path):
+        content = bytearray(saved.read_bytes())
+        for _ in range(data.draw(st.integers(1, 4))):
+            content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+        cut = data.draw(st.integers(0, len(content)) | st.just(len(content)))
+        (tmp_path / "changed").write_bytes(content[:cut])
+        self.read_or_refused(tmp_path / "changed")
+
+    @some
+    @given(data=st.data())
+    def test_numbers_and_words_that_are_others(self, data, saved, tmp_path):
+        text = data.draw(mutated(self.meta(saved)))
+        self.rewritten(saved, tmp_path / "changed", meta=npy(np.array(text)))
+        self.read_or_refused(tmp_path / "changed")
+
+    @pytest.mark.parametrize("shape", [(10**12,), (10**9, 10**9), (3, 4), (-3, -3), (3,), (0,), ()], ids=str)
+    def test_shapes_that_the_bytes_are_not_of(self, shape, saved, tmp_path):
+        """Refused before anything is allocated."""
+        self.rewritten(saved, tmp_path / "changed", band_mass=npy(np.zeros((3, 3), np.float32), shape=shape))
+        with pytest.raises(InputsInvalid, match=r"band_mass.*wanted"):
+            ah.Analysis.load(tmp_path / "changed")
+
+    @pytest.mark.parametrize(
+        ("name", "array"),
+        [
+            ("band_mass", np.zeros((3, 3))),
+            ("band_mass", np.zeros((3, 3), np.int32)),
+            ("band_mass", np.zeros((3, 3), complex)),
+            ("attention_map", np.zeros((1, 6, 5), np.float32)),
+            ("other", np.zeros(3, np.float32)),
+            ("attention_map", None),
+            ("meta", None),
+        ],
+        ids=lambda value: value if isinstance(value, str) else getattr(value, "dtype", "gone"),
+    )
+    def test_other_arrays(self, name, array, saved, tmp_path):
+        self.rewritten(saved, tmp_path / "changed", **{name: None if array is None else npy(array)})
+        with pytest.raises(InputsInvalid, match="wanted"):
+            ah.Analysis.load(tmp_path / "changed")
+
+    def test_objects_are_not_unpickled(self, saved, tmp_path):
+        stream = io.BytesIO()
+        np.save(stream, np.array([Pickled()]), allow_pickle=True)
+        self.rewritten(saved, tmp_path / "changed", band_mass=stream.getvalue())
+        with pytest.raises(InputsInvalid, match="band_mass"):
+            ah.Analysis.load(tmp_path / "changed")
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"attention_map": AttentionMap(2, 1, (0,), Tokens(6), np.zeros((1, 6, 6), np.float32))},
+            {"attention_map": AttentionMap(0, 3, (0,), Tokens(6), np.zeros((1, 6, 6), np.float32))},
+            {"attention_map": AttentionMap(1, 0, (1,), Tokens(6), np.zeros((1, 6, 6), np.float32))},
+            {"radius": -1},
+            {"sites": ("a",)},
+            {"heads": (3, 0)},
+        ],
+        ids=", ".join,
+    )
+    def test_numbers_that_mean_nothing(self, change):
+        with pytest.raises(InputsInvalid, match=r"got .*wanted"):
+            replace(analysis(), **change)
+
+
+class Pickled:
+    """Whoever unpickles it notices."""
+
+    def __reduce__(self):
+        return exec, ("raise SystemExit('unpickled')",)
+
+
+WATCHED = """
+import json, sys
+import arrowhead as ah
+kind, path = sys.argv[1:]
+load = {"plan": ah.Plan.load, "table": ah.Table.load, "analysis": ah.Analysis.load}[kind]
+load(path)  # once beforehand: what is imported when it first runs is none of the file's doing
+seen, watching = [], True
+def watch(event, args):
+    if watching and event.split(".")[0] in {"open", "exec", "compile", "import", "subprocess", "os", "socket", "pickle",
+                                            "ctypes", "shutil", "glob", "tempfile", "urllib", "marshal"}:
+        seen.append((event, str(args[0]) if args else ""))
+sys.addaudithook(watch)
+load(path)
+watching = False
+print(json.dumps(seen))
+"""
+
+
+@pytest.mark.parametrize("kind", ["plan", "table", "analysis"])
+def test_reading_opens_one_file_and_runs_nothing(kind, tmp_path):
+    """By the interpreter's own audit events; words in the file that name files and code stay words."""
+    path, words = (
+        tmp_path / "file",
+        {"model": "/etc/hostname", "search": "__import__('os').system('id')", "url": "http://localhost"},
+    )
+    made = {"plan": sound(), "table": synthetic(0, steps=3), "analysis": analysis()}[kind]
+    replace(made, about=words).save(path)
+    done = subprocess.run([sys.executable, "-c", WATCHED, kind, path], capture_output=True, text=True, check=True)
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert {what for event, what in seen if event == "open"} <= {str(path)}
+    parsed = {"compile"} if kind == "analysis" else set()  # an array's header is a literal, which numpy parses
+    assert {event for event, _ in seen} <= {"open"} | parsed, seen

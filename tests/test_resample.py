@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from independent import columns, few, grid_layouts, plans, reads, renews, tokens_of
 from pipelines import sd3, tiny
+from typer.testing import CliRunner
 from untouched import left_as_it_was
 
 import arrowhead as ah
+from arrowhead import cli
 from arrowhead.apply import target_of
 from arrowhead.errors import InputsInvalid, PlanDerived, PlanMismatch
 from arrowhead.layout import Site, Tokens
@@ -125,17 +127,11 @@ def test_by_hand(before, steps, after):
 
 def test_what_was_not_written_is_computed():
     """The full step whose residual is read falls between two steps; so does the second output of a line."""
-    narrow, band = Attend(Arrow(2)), wa_rs(2)
-    assert plan_of([(narrow,), (FULL,), (band,), (band,)]).resample(steps=2).cells in (
-        ((narrow,), (FULL,)),
-        ((narrow,), (band,)),
-    )
-    heads = Attend((Arrow(2, residual=True), Cached()))
+    narrow, band, heads = Attend(Arrow(2)), wa_rs(2), Attend((Arrow(2, residual=True), Cached()))
+    assert plan_of([(narrow,), (FULL,), (band,), (band,)]).resample(steps=2).cells == ((narrow,), (FULL,))
     found = plan_of([(narrow,), (FULL,), (heads,), (heads,)]).resample(steps=2)
     assert found.cells == ((narrow,), (Attend((Full(), Cached())),))
     assert plan_of([(FULL,), (FULL,), (FORECAST,), (FORECAST,)]).resample(steps=2).cells == ((FULL,), (FULL,))
-    one = plan_of([(FULL,), (FULL,), (FORECAST,), (FORECAST,), (FORECAST,), (FORECAST,)]).resample(steps=2)
-    assert one.cells == ((FULL,), (FULL,))
 
 
 def test_where_the_second_transformer_takes_over():
@@ -223,6 +219,16 @@ def test_it_says_where_it_comes_from():
     again = found.resample(tokens=Tokens(16))
     assert [list(change) for change in again.about["derived"]] == [["steps", "module_flops"], ["tokens", "module_flops"]]
     assert "visual=16" in again.about["derived"][1]["tokens"]
+
+
+def test_from_the_command_line(tmp_path):
+    plan = plan_of([(FULL,), (AST,)] * 5)
+    plan.save(tmp_path / "plan.json")
+    asked = ["resample", tmp_path / "plan.json", "--steps", 20, "--out", tmp_path / "new.json"]
+    said = CliRunner().invoke(cli.app, list(map(str, asked)), env={"COLUMNS": "120"}, catch_exceptions=False)
+    assert said.exit_code == 0
+    assert "derived: steps 20, was 10" in said.output
+    assert Plan.load(tmp_path / "new.json") == plan.resample(steps=20)
 
 
 def pipeline_plan(bench, rows):

@@ -5,13 +5,17 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from matrix import combines
+from matrix import combines, states
 from subjects import subject
+from typer.testing import CliRunner
 
 import arrowhead as ah
-from arrowhead import stored
+from arrowhead import cli, stored
+from arrowhead.apply import target_of
 from arrowhead.errors import InputsInvalid, PlanDerived
+from arrowhead.layout import Tokens
 from arrowhead.methods import AST, FULL, Reuse
+from arrowhead.models import find
 from arrowhead.plan import Plan
 
 EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -139,3 +143,17 @@ def test_a_derived_plan_runs_with_a_warning(mechanism, outcome):
     assert run.summary().flops.module == pytest.approx(plan.flops().module)
     assert not torch.equal(found, untouched)
     assert torch.equal(here.generate(1, steps=9), untouched)
+
+
+@states("Caches", "`arrowhead generate --cache-dtype`", mechanism="processor with SDPA")
+def test_the_command_line_keeps_in_8_bits(tmp_path):
+    """Of a plan for the bundled model, on which eight bits take less than native ones: so says the summary that is printed."""
+    model = find(ah.tiny.load("dit"))
+    rows = tuple((cell,) * len(model.sites) for cell in (FULL, AST))
+    plan = Plan(rows, target_of(model), Tokens(256), guided=True)
+    plan.save(tmp_path / "plan.json")
+    asked = ["generate", "tiny:dit", "-i", "class_labels=[1]", "-i", "num_inference_steps=2", "--plan", tmp_path / "plan.json"]
+    for dtype in ("native", "int8"):
+        settings = ["--cache-dtype", dtype, "--cache-device", "cpu", "--out", tmp_path / dtype]
+        said = CliRunner().invoke(cli.app, list(map(str, [*asked, *settings])), catch_exceptions=False)
+        assert f"{plan.memory(1, 4, dtype).peak / 2**20:.2f} MiB" in said.output

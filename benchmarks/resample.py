@@ -3,11 +3,11 @@
     python benchmarks/resample.py dit --tools TOOLS
     python benchmarks/resample.py mmdit32 --tools TOOLS
 
-A calibration at 20 steps and one at 40, solved for two budgets; each plan is derived for the other's steps (`Plan.resample`),
-and the other's table solved for what FLOPs that has. Beside both: full in as many steps, evenly, and repeated in the others.
-For `mmdit32`, too: its plans on `mmdit`, which has the same blocks and sampler, other weights, and four times the tokens. Judged
-on four seeds and inputs (two of `mmdit`) that no calibration has seen, by the error of the final latents and of their detail,
-and by LPIPS where TOOLS holds `perceptual.py`, see benchmarks/README.md.
+A calibration at 20 steps and one at 40, of two images each, solved for two budgets; each plan is derived for the other's steps
+(`Plan.resample`), and the other's table solved for what FLOPs that has. Beside both: full in as many steps, evenly, and
+repeated in the others. For `mmdit32`, too: its plans on `mmdit`, which has the same blocks and sampler, other weights, and four
+times the tokens. Judged on four seeds and inputs (two of `mmdit`) that no calibration has seen, by the error of the final
+latents and of their detail, and by LPIPS where TOOLS holds `perceptual.py`, see benchmarks/README.md.
 """
 
 import importlib
@@ -85,7 +85,7 @@ def main(name: budget.Name, tools: Annotated[Path | None, typer.Option(help="fol
     path, results = HERE / f"results/resample_{name}.json", dict[str, Any]()
     pipe = ah.tiny.load(name)
     pipe.set_progress_bar_config(disable=True)
-    tables = {steps: ah.calibrate(pipe, inputs(name, steps, 4, held_out=False)) for steps in STEPS}
+    tables = {steps: ah.calibrate(pipe, inputs(name, steps, 2, held_out=False)) for steps in STEPS}
     plans = {
         (steps, left): ah.solve(table, ah.Budget(module_flops=left, granularity="step"))
         for steps, table in tables.items()

@@ -1,22 +1,10 @@
 """FLOPs and bytes in closed form against counting, and against the table that DiTFastAttn prints."""
 
 import pytest
+from holding import simulated_bytes
 from hypothesis import given
 from hypothesis import strategies as st
-from independent import (
-    WHOLE,
-    by_head,
-    dense_mask,
-    few,
-    for_one_branch,
-    made,
-    plans,
-    readers,
-    reads,
-    sequences_of,
-    token_layouts,
-    tokens_of,
-)
+from independent import by_head, dense_mask, few, for_one_branch, made, plans, sequences_of, token_layouts, tokens_of
 
 from arrowhead.cost import pairs, site_flops
 from arrowhead.layout import Site, Tokens
@@ -151,66 +139,22 @@ def test_sharing_costs_half_under_guidance_and_nothing_changes_without(plan):
     assert both == (2 if plan.guided else 1) * shared > 0
 
 
-def elements(site, what, tokens):
-    """Numbers in one sample of what a site keeps."""
-    visual, text = tokens.visual, tokens.text if site.joint else 0
-    if what in WHOLE:
-        width, of_text = site.heads * site.head_dim, site.text_channels or site.channels
-        of_image = width if site.projects_out == "none" else site.channels
-        return visual * of_image + text * (of_text if site.projects_out == "all" else width)
-    return (visual if what[0] == "residual" else visual + text) * site.head_dim
-
-
-def simulated_bytes(plan, images, itemsize):
-    """The most bytes at any moment of each step, and the bytes at its end: entries are stored, read and freed one by one.
-
-    `held` has (call, site, name): (tensor, bytes), so that a tensor which serves both calls of a step counts once.
-    """
-    held, peaks, ends = {}, [], []
-    for step, cells in enumerate(plan.cells):
-        moments = [sum(dict(held.values()).values())]
-        for call in range(plan.calls):
-            for row, (site, cell) in enumerate(zip(plan.target.sites, cells, strict=True)):
-                column, shared = tuple(cells[row] for cells in plan.cells), getattr(cell, "share_cfg", False)
-                held.pop((call, row, "handed over"), None)
-                for what in reads(column, step, site.heads):
-                    if not readers(column, step, what, site.heads):
-                        held.pop((call, row, what), None)
-                stored = {} if isinstance(cell, Reuse) or (shared and call) else made(column, step, site.heads)
-                for what, who in stored.items():
-                    only = for_one_branch(what, who)
-                    samples = 1 if shared or only else plan.samples // plan.calls
-                    entry = (step, call, row, what), elements(site, what, plan.tokens) * samples * images * itemsize
-                    if not (call and only):
-                        held[call, row, what] = entry
-                    if plan.calls == 2 and shared and not only:
-                        held[1, row, what] = entry
-                if plan.calls == 2 and shared and not call:
-                    tensor = (step, call, row, ("output",))
-                    held[1, row, "handed over"] = tensor, elements(site, ("output",), plan.tokens) * images * itemsize
-                moments.append(sum(dict(held.values()).values()))
-        peaks.append(max(moments))
-        ends.append(moments[-1])
-    assert not held
-    return peaks, ends
-
-
 @few
 @given(plan=plans(), images=st.integers(1, 4), itemsize=st.sampled_from([2, 4]))
 def test_the_greatest_cache_is_what_storing_and_freeing_holds(plan, images, itemsize):
-    assert max(plan.cache_bytes(images, itemsize)) == max(simulated_bytes(plan, images, itemsize)[0])
+    assert max(plan.cache_bytes(images, itemsize)) == max(simulated_bytes(plan, images, itemsize).peaks)
 
 
 @few
 @given(plan=plans(), images=st.integers(1, 4), itemsize=st.sampled_from([2, 4]))
 def test_cache_of_each_step_is_what_storing_and_freeing_holds_at_any_moment(plan, images, itemsize):
-    assert list(plan.cache_bytes(images, itemsize)) == simulated_bytes(plan, images, itemsize)[0]
+    assert list(plan.cache_bytes(images, itemsize)) == simulated_bytes(plan, images, itemsize).peaks
 
 
 @few
 @given(plan=plans())
 def test_cache_of_a_step_is_never_below_what_the_step_leaves_behind(plan):
-    for peak, left in zip(plan.cache_bytes(1, 2), simulated_bytes(plan, 1, 2)[1], strict=True):
+    for peak, left in zip(plan.cache_bytes(1, 2), simulated_bytes(plan, 1, 2).ends, strict=True):
         assert peak >= left
 
 

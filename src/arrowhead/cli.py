@@ -151,6 +151,8 @@ def generate(
     ] = None,
     out: Annotated[Path, typer.Option(help="folder for the images")] = Path("images"),
     kernel: Annotated[str, typer.Option(help="auto, chunked, flex, fused or reference")] = "auto",
+    cache_dtype: Annotated[str, typer.Option(help="what later steps read is kept in: native, int8 or fp8")] = "native",
+    cache_device: Annotated[str | None, typer.Option(help="and where, such as cpu; where it is computed if left out")] = None,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
@@ -162,7 +164,8 @@ def generate(
     if plan is None:
         images = pipe(**call).images
     else:
-        with ah.applied(pipe, Plan.load(plan), kernel=kernel) as run:
+        caches: Any = {"cache_dtype": cache_dtype, "cache_device": cache_device}  # apply says what it takes
+        with ah.applied(pipe, Plan.load(plan), kernel=kernel, **caches) as run:
             images = pipe(**call).images
         console.print(str(run.summary()), highlight=False)
     out.mkdir(parents=True, exist_ok=True)
@@ -215,6 +218,19 @@ def show(
         raise InputsInvalid(f"got --site {site} and nothing to draw into; wanted --png FILE beside it")
 
 
+@app.command()
+def resample(
+    path: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="a plan that search wrote")],
+    steps: Annotated[int, typer.Option(help="the number of steps that it is to be for", min=1)],
+    out: Annotated[Path, typer.Option(help="the derived plan's file")] = Path("resampled.json"),
+) -> None:
+    """Derive a plan for another number of steps, without a search."""
+    plan = Plan.load(path).resample(steps=steps)
+    plan.save(out)
+    show_plan(plan)
+    console.print(f"written to {out}")
+
+
 def _budget(text: str | None) -> ah.Budget | str | None:
     """A preset's name, or NAME=VALUE."""
     name, equals, value = (text or "").partition("=")
@@ -265,6 +281,8 @@ def show_plan(plan: Plan) -> None:
             f"{key} {', '.join(map(str, value)) if isinstance(value, list) else value}" for key, value in searched.items()
         )
         console.print(said.replace("_", " "), highlight=False)
+    for change in plan.about.get("derived", ()):
+        console.print(f"derived: {', '.join(f'{name} {what}' for name, what in change.items())}", highlight=False)
     console.print(
         f"{plan.target.transformer}, {plan.steps} steps × {len(plan.target.sites)} sites, {plan.tokens.visual} visual tokens"
         f"{'' if plan.switch is None else f', a second transformer from step {plan.switch} on'}\n"

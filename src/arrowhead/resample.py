@@ -61,7 +61,7 @@ def derived(
     steps = was.steps if steps is None else steps
     new = Circumstances(steps, was.tokens, _switch(switch, was, steps))
     cells = _in_steps(cells, sites, samples, was, new)
-    if tokens is not None:
+    if tokens not in (None, was.tokens):
         new = replace(new, tokens=_seen(tokens, was.tokens, sites))
         cells = tuple(
             tuple(_reaching(cell, site, was.tokens, new.tokens) for cell, site in zip(row, sites, strict=True)) for row in cells

@@ -7,6 +7,7 @@ import torch
 from pipelines import dit
 from replay import assert_identical, compressed, plan, trace
 
+import arrowhead as ah
 from arrowhead.kernels import dispatch
 from arrowhead.kernels.call import Call, Policy
 from arrowhead.kernels.fused_table import CACHED, FULL
@@ -30,6 +31,18 @@ def test_a_full_plan_changes_no_bit():
     bench.pipe.to("cuda")
     full = plan(bench, ["FFF"] * 5)
     assert_identical(compressed(bench, full, bench.inputs()), trace(bench, bench.inputs()))
+
+
+@pytest.mark.parametrize("cache_dtype", ["native", "int8", "fp8"])
+def test_caches_on_the_cpu_change_no_bit(cache_dtype):
+    """Sent by pinned memory without waiting, and back: heads, residuals, outputs and slopes, of one branch and of both."""
+    bench = dit(torch.float16)
+    bench.pipe.to("cuda")
+    mixed = plan(bench, ["FFF", "WXV", "WCW", "CwR", "VYR"])
+    with ah.applied(bench.pipe, mixed, cache_dtype=cache_dtype):
+        wanted = trace(bench, bench.inputs())
+    with ah.applied(bench.pipe, mixed, cache_dtype=cache_dtype, cache_device="cpu"):
+        assert_identical(trace(bench, bench.inputs()), wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -1,0 +1,49 @@
+"""What a plan says its caches will hold, against storing and freeing one by one; combinations/test_caches.py has real runs."""
+
+import pytest
+import torch
+from holding import simulated_bytes
+from hypothesis import given
+from hypothesis import strategies as st
+from independent import few, plans
+
+from arrowhead.errors import InputsInvalid
+from arrowhead.layout import Site, Tokens
+from arrowhead.methods import ASC, AST, FULL
+from arrowhead.plan import Plan, Target
+
+DTYPES = ("native", "int8", "fp8")
+
+
+@few
+@given(plan=plans(), images=st.integers(1, 4), itemsize=st.sampled_from([2, 4]), dtype=st.sampled_from(DTYPES))
+def test_memory_is_what_storing_and_freeing_holds(plan, images, itemsize, dtype):
+    wanted, found = simulated_bytes(plan, images, itemsize, dtype), plan.memory(images, itemsize, dtype)
+    assert list(found.steps) == wanted.peaks
+    assert found.peak == max(wanted.peaks) == wanted.peaks[found.step]
+    assert found.step == wanted.peaks.index(found.peak)
+    assert dict(found.of) == +wanted.greatest
+    assert sum(found.of.values()) == found.peak
+
+
+def test_memory_by_hand():
+    """A head of 4 in 8 bits takes 4 bytes, and 4 for its scale."""
+    target = Target("Transformer", "Scheduler", {}, (Site("attn", heads=2, head_dim=4, channels=8),))
+    plan = Plan(((FULL,), (AST,)), target, Tokens(10), guided=True)
+    assert plan.memory(3, torch.bfloat16).peak == plan.memory(3, 2).peak == 3 * 2 * 10 * 8 * 2
+    assert plan.memory(3, torch.bfloat16, "int8").peak == plan.memory(3, 4, "fp8").peak == 3 * 2 * 10 * (8 + 2 * 4)
+    assert plan.memory(3, 4, "int8").of == {"output": 3 * 2 * 10 * 16}
+    assert str(plan.memory(2**20, 1)) == "160.00 MiB in step 0 (output 160.00)"
+
+
+def test_in_two_calls_what_is_handed_over_stays_native():
+    target = Target("Transformer", "Scheduler", {}, (Site("attn", heads=1, head_dim=8, channels=8),))
+    plan = Plan(((ASC,), (FULL,)), target, Tokens(10), guided=True, calls=2)
+    assert plan.memory(1, 4, "int8").of == plan.memory(1, 4).of == {"handed over": 10 * 8 * 4}
+
+
+@pytest.mark.parametrize("dtype", ["int4", None, torch.int8])
+def test_memory_of_no_such_dtype(dtype):
+    target = Target("Transformer", "Scheduler", {}, (Site("attn", heads=1, head_dim=8, channels=8),))
+    with pytest.raises(InputsInvalid, match="cache_dtype"):
+        Plan(((FULL,),), target, Tokens(10), guided=True).memory(cache_dtype=dtype)

@@ -1,0 +1,274 @@
+"""Plans for other steps and tokens than they were found for: they can run, and do what the plan did at that part of the run."""
+
+from dataclasses import replace
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from independent import columns, few, grid_layouts, plans, reads, renews, tokens_of
+from pipelines import sd3, tiny
+from typer.testing import CliRunner
+from untouched import left_as_it_was
+
+import arrowhead as ah
+from arrowhead import cli
+from arrowhead.apply import target_of
+from arrowhead.errors import InputsInvalid, PlanDerived, PlanMismatch
+from arrowhead.layout import Site, Tokens
+from arrowhead.methods import ASC, AST, FORECAST, FULL, Arrow, Attend, Box, Cached, Full, Reuse, wa_rs
+from arrowhead.models import find
+from arrowhead.plan import Plan, Target
+
+SITE = Site("attn", heads=2, head_dim=4, channels=8)
+
+
+def plan_of(rows, tokens=Tokens(64), sites=(SITE,), **more):  # noqa: B008  # frozen
+    return Plan(tuple(map(tuple, rows)), Target("Transformer", "Scheduler", {}, tuple(sites)), tokens, True, **more)
+
+
+def require_runs(plan):
+    """Every read finds what some earlier step of the same transformer wrote, lines the outputs of two."""
+    for site, column in zip(plan.target.sites, plan.columns, strict=True):
+        for step, cell in enumerate(column):
+            begin = plan.switch if plan.switch is not None and step >= plan.switch else 0
+            before = range(begin, step)
+            for what in reads(column, step, site.heads):
+                assert any(renews(column[earlier], what, site.heads) for earlier in before), (step, what)
+            if isinstance(cell, Reuse) and cell.extrapolate:
+                assert sum(not isinstance(column[earlier], Reuse) for earlier in before) > 1
+
+
+@st.composite
+def two_transformers(draw):
+    """A plan that begins anew in the middle."""
+    parts = [draw(columns(draw(st.integers(1, 5)), 2)) for _ in range(2)]
+    return plan_of([(cell,) for part in parts for cell in part], switch=len(parts[0]))
+
+
+@few
+@given(plan=plans() | two_transformers(), steps=st.integers(1, 60))
+def test_any_plan_can_run_in_any_number_of_steps(plan, steps):
+    if plan.switch and steps == 1:
+        return
+    found = plan.resample(steps=steps)
+    assert found.steps == steps
+    assert (found.target, found.guided, found.calls) == (plan.target, plan.guided, plan.calls)
+    assert found.tokens in (plan.tokens, plan.tokens.flat)  # the latter if no box is left
+    assert found.cells[0] == plan.cells[0]
+    if plan.switch:
+        assert 0 < found.switch < steps
+        assert found.cells[found.switch] == plan.cells[plan.switch]
+    require_runs(found)
+
+
+@few
+@given(plan=plans(), steps=st.integers(1, 60))
+def test_as_many_steps_change_nothing(plan, steps):
+    assert plan.resample(steps=plan.steps) is plan
+    assert plan.resample(tokens=plan.tokens) is plan
+    assert plan.resample(steps, plan.tokens) == plan.resample(steps)
+
+
+@few
+@given(plan=plans(), steps=st.integers(1, 60))
+def test_a_file_keeps_what_was_derived(plan, steps, tmp_path_factory):
+    path = tmp_path_factory.mktemp("plans") / "plan.json"
+    found = plan.resample(steps).resample(steps + 1)
+    found.save(path)
+    assert Plan.load(path) == found
+    assert Plan.load(path).about == found.about
+
+
+in_step = st.lists(st.sampled_from([FULL, FULL, ASC, AST]), min_size=0, max_size=30).map(lambda cells: [FULL, *cells])
+
+
+@few
+@given(column=in_step, steps=st.integers(1, 60))
+def test_flops_are_those_of_the_plan_to_one_step(column, steps):
+    """Where nothing has to be repaired the FLOPs of every beginning are the plan's by then, to one full step."""
+    plan = plan_of([(cell,) for cell in column])
+    found = plan.resample(steps=steps)
+    worth = {FULL: Fraction(1), ASC: Fraction(1, 2), AST: Fraction(0)}
+    for done in range(1, steps + 1):
+        part = Fraction(done * len(column), steps)
+        whole = int(part)
+        by_then = sum(worth[cell] for cell in column[:whole]) + (part - whole) * (worth[column[whole]] if part > whole else 0)
+        now = sum(worth[cell] for (cell,) in found.cells[:done])
+        assert abs(now - by_then * Fraction(steps, len(column))) <= 1
+
+
+@few
+@given(column=in_step, steps=st.integers(1, 60), draw=st.data())
+def test_every_step_is_what_the_plan_did_within_its_stretch(column, steps, draw):
+    """And what sites did together they still do: a row is a row of the plan."""
+    others = draw.draw(st.permutations(column[1:]))
+    rows = [*zip(column, [FULL, *others], strict=True)]
+    found = plan_of(rows, sites=(SITE, replace(SITE, path="attn2"))).resample(steps=steps)
+    for new, row in enumerate(found.cells[1:], 1):
+        begin, end = Fraction(new * len(rows), steps), Fraction((new + 1) * len(rows), steps)
+        assert row in [old for place, old in enumerate(rows) if place < end and place + 1 > begin]
+
+
+@pytest.mark.parametrize(("before", "steps", "after"), [
+    ("FRFRFRFR", 4, "FRFR"),
+    ("FRRFRRFRR", 3, "FRR"),
+    ("FFRR", 8, "FFFFRRRR"),
+    ("FRFR", 8, "FFRRFFRR"),
+    ("F", 3, "FFF"),
+    ("FRRRRRRR", 1, "F"),
+])  # fmt: skip
+def test_by_hand(before, steps, after):
+    cells = {"F": FULL, "R": AST}
+    found = plan_of([(cells[letter],) for letter in before]).resample(steps=steps)
+    assert found.cells == tuple((cells[letter],) for letter in after)
+
+
+def test_what_was_not_written_is_computed():
+    """The full step whose residual is read falls between two steps; so does the second output of a line."""
+    narrow, band, heads = Attend(Arrow(2)), wa_rs(2), Attend((Arrow(2, residual=True), Cached()))
+    assert plan_of([(narrow,), (FULL,), (band,), (band,)]).resample(steps=2).cells == ((narrow,), (FULL,))
+    found = plan_of([(narrow,), (FULL,), (heads,), (heads,)]).resample(steps=2)
+    assert found.cells == ((narrow,), (Attend((Full(), Cached())),))
+    assert plan_of([(FULL,), (FULL,), (FORECAST,), (FORECAST,)]).resample(steps=2).cells == ((FULL,), (FULL,))
+
+
+def test_where_the_second_transformer_takes_over():
+    plan = plan_of([(FULL,), (AST,), (FULL,), (AST,), (AST,)], switch=2)
+    assert [plan.resample(steps=steps).switch for steps in (2, 3, 10, 50)] == [1, 1, 4, 20]
+    found = plan.resample(steps=10, switch=7)
+    assert (found.switch, found.cells[7]) == (7, (FULL,))
+    require_runs(found)
+    for wrong in ({"steps": 1}, {"steps": 10, "switch": 0}, {"steps": 10, "switch": 10}, {"steps": 10, "switch": -1}):
+        with pytest.raises(InputsInvalid, match="wanted steps for each transformer"):
+            plan.resample(**wrong)
+    with pytest.raises(InputsInvalid, match="wanted steps for each transformer"):
+        plan_of([(FULL,), (AST,)]).resample(steps=4, switch=2)
+
+
+@few
+@given(plan=plans(), tokens=grid_layouts(), steps=st.integers(1, 12))
+def test_bands_reach_over_the_same_part_of_other_tokens(plan, tokens, steps):
+    before = plan.tokens
+    sees_text = any(site.joint for site in plan.target.sites) and before.text > 0
+    tokens = replace(tokens, text=3 if sees_text else 0, text_first=sees_text and before.text_first)
+    if (before.text and not sees_text) or (before.text_first and not before.text):
+        return  # the strategy's: no call of such a model has text that nothing sees
+    found = plan.resample(steps, tokens)
+    require_runs(found)
+    for site, was, new in zip(plan.target.sites, plan.resample(steps).columns, found.columns, strict=True):
+        own, other = tokens_of(site, before), tokens_of(site, tokens)
+        for cell, scaled in zip(was, new, strict=True):
+            if not isinstance(cell, Attend):
+                assert scaled == cell
+                continue
+            assert scaled.share_cfg == cell.share_cfg
+            for a, b in zip(cell.methods(site.heads), scaled.methods(site.heads), strict=True):
+                if not isinstance(a, Arrow):
+                    assert a == b
+                    continue
+                assert replace(a, radius=0) == replace(b, radius=0)
+                if isinstance(a.radius, Box):
+                    sizes = [(getattr(own.grid, n), getattr(other.grid, n)) for n in ("frames", "rows", "columns")]
+                    pairs = [*zip(a.radius.reaches, b.radius.reaches, sizes, strict=True)]
+                else:
+                    pairs = [(a.radius, b.radius, (own.visual, other.visual))]
+                for reach, now, (size, size_now) in pairs:
+                    if not reach:
+                        assert now == reach
+                    else:
+                        assert now >= 1
+                        assert abs(now - reach * size_now / size) <= 0.5 or now == 1
+
+
+def test_radii_at_four_times_the_tokens():
+    image, band, box = Tokens.of_grid(1, 8, 8), wa_rs(8), Attend(Arrow(Box(rows=2, columns=4)))
+    found = plan_of([(FULL,), (band,)], image).resample(tokens=Tokens.of_grid(1, 16, 16))
+    assert found.cells == ((FULL,), (wa_rs(32),))
+    assert found.tokens == Tokens(256)
+    found = plan_of([(FULL,), (box,)], image).resample(tokens=Tokens.of_grid(1, 16, 32))
+    assert found.cells == ((FULL,), (Attend(Arrow(Box(rows=4, columns=16))),))
+    assert found.tokens == Tokens.of_grid(1, 16, 32)
+
+
+def test_tokens_of_another_kind():
+    box = plan_of([(FULL,), (Attend(Arrow(Box(rows=2, columns=4))),)], Tokens.of_grid(1, 8, 8))
+    with pytest.raises(InputsInvalid, match="wanted a grid"):
+        box.resample(tokens=Tokens(256))
+    joint = plan_of([(FULL,), (wa_rs(8),)], Tokens(64, 7), sites=(replace(SITE, joint=True),))
+    assert joint.resample(tokens=Tokens(256, 9)).tokens == Tokens(256, 9)
+    for wrong in (Tokens(256), Tokens(256, 7, text_first=True)):
+        with pytest.raises(InputsInvalid, match="wanted text on the same side"):
+            joint.resample(tokens=wrong)
+
+
+@pytest.mark.parametrize(
+    "asked", [{}, {"steps": 0}, {"steps": -3}, {"steps": 2.5}, {"steps": True}, {"steps": "9"}, {"switch": 1}]
+)
+def test_nothing_that_can_be_asked_for(asked):
+    with pytest.raises(InputsInvalid, match="wanted a number of steps"):
+        plan_of([(FULL,), (AST,)]).resample(**asked)
+
+
+def test_it_says_where_it_comes_from():
+    plan = plan_of([(FULL,), (AST,)] * 10)
+    plan = replace(plan, about={"model": "x", "search": {"asked": "y"}})
+    found = plan.resample(steps=50)
+    assert found.about == {**plan.about, "derived": [{"steps": "50, was 20", "module_flops": "0.500, was 0.500"}]}
+    again = found.resample(tokens=Tokens(16))
+    assert [list(change) for change in again.about["derived"]] == [["steps", "module_flops"], ["tokens", "module_flops"]]
+    assert "visual=16" in again.about["derived"][1]["tokens"]
+
+
+def test_from_the_command_line(tmp_path):
+    plan = plan_of([(FULL,), (AST,)] * 5)
+    plan.save(tmp_path / "plan.json")
+    asked = ["resample", tmp_path / "plan.json", "--steps", 20, "--out", tmp_path / "new.json"]
+    said = CliRunner().invoke(cli.app, list(map(str, asked)), env={"COLUMNS": "120"}, catch_exceptions=False)
+    assert said.exit_code == 0
+    assert "derived: steps 20, was 10" in said.output
+    assert Plan.load(tmp_path / "new.json") == plan.resample(steps=20)
+
+
+def pipeline_plan(bench, rows):
+    model = find(bench.pipe)
+    cells = tuple((cell,) * len(model.sites) for cell in rows)
+    return Plan(cells, target_of(model), Tokens(bench.visual, bench.text), guided=True)
+
+
+def test_a_derived_plan_is_warned_of_once_and_runs():
+    bench = sd3()
+    plan = pipeline_plan(bench, [FULL, wa_rs(4), AST, FULL, ASC])
+    found = plan.resample(steps=8)
+    with left_as_it_was(bench, steps=8):
+        with pytest.warns(PlanDerived, match=r"steps 8, was 5, module_flops 0\.\d+, was 0\.\d+; search again") as warned:
+            run = ah.apply(bench.pipe, found)
+        bench.pipe(**bench.inputs(steps=8))
+        bench.pipe(**bench.inputs(1, steps=8))
+        assert run.summary().flops.module == pytest.approx(found.flops().module)
+        with pytest.raises(PlanMismatch, match="plan is for 8 steps, pipeline runs 5"):
+            bench.pipe(**bench.inputs(steps=5))
+        ah.remove(bench.pipe)
+    assert len([one for one in warned if one.category is PlanDerived]) == 1
+
+
+def test_a_larger_picture():
+    """A plan for 16 tokens, on 64: of the same model, whose positions are computed for any size."""
+    bench = sd3(pos_embed_max_size=16)
+    found = pipeline_plan(bench, [FULL, wa_rs(2), AST, wa_rs(2), FULL]).resample(tokens=Tokens(64, bench.text))
+    assert found.cells[1][0] == wa_rs(8)
+    with pytest.warns(PlanDerived, match="tokens Tokens"):
+        run = ah.apply(bench.pipe, found)
+    bench.pipe(**bench.inputs(height=32, width=32))
+    assert run.summary().flops.attention == pytest.approx(found.flops().attention)
+    with pytest.raises(PlanMismatch, match="search again at this resolution"):
+        bench.pipe(**bench.inputs())
+
+
+def test_full_plans_stay_bit_for_bit():
+    bench = tiny()
+    full = pipeline_plan(bench, [FULL] * 3).resample(steps=7)
+    untouched = bench.pipe(**bench.inputs(steps=7)).images
+    with pytest.warns(PlanDerived), ah.applied(bench.pipe, full):
+        assert torch.equal(bench.pipe(**bench.inputs(steps=7)).images, untouched)

@@ -12,10 +12,11 @@ from typing import Any
 import budget
 import typer
 from evidence import Bench, Judge, Run, Tools, left, write
-from evidence_techniques import IMAGES, runs_of
+from evidence_techniques import runs_of
 
 import arrowhead as ah
 
+IMAGES = 8
 GUIDANCE = {budget.Name.DIT: (1.5, 6.0), budget.Name.MMDIT32: (2.0, 8.0)}
 SEARCHES: dict[str, dict[str, Any]] = {
     "headwise 0.6": {"strategy": "headwise", "threshold": 0.6},

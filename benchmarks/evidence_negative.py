@@ -17,11 +17,10 @@ from torch import Tensor
 import arrowhead as ah
 
 NEGATIVE = "a noto of a yellow face"
-NAME = budget.Name.MMDIT32
-CALIBRATION, PLAIN = runs_of(NAME).values()
+NAME, IMAGES = budget.Name.MMDIT32, 8
+CALIBRATION, PLAIN = runs_of(NAME, images=IMAGES).values()
 STEERED = replace(PLAIN, negative=NEGATIVE)
 SETTINGS: dict[str, dict[str, Any]] = {
-    "greedy D4": {"strategy": Offered(), "threshold": "D4"},
     "greedy D6": {"strategy": Offered(), "threshold": "D6"},
     "budget 40%": {"table": "table", "budget": ah.Budget(module_flops=0.4)},
     "budget 25%": {"table": "table", "budget": ah.Budget(module_flops=0.25)},

@@ -18,6 +18,7 @@ import matplotlib.pyplot as plt
 import typer
 from evidence import FIGURES, HERE
 from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from arrowhead.analysis.palette import COLOURS
 
@@ -41,14 +42,31 @@ def read(name: str) -> Any:
     return json.loads((HERE / f"results/{name}.json").read_text())
 
 
+def models_of(part: str) -> dict[str, str]:
+    """The bundled models that there are results of."""
+    found = {model: title for model, title in MODELS.items() if (HERE / f"results/evidence_{part}_{model}.json").exists()}
+    if not found:
+        raise FileNotFoundError(2, "no results", f"evidence_{part}_*.json")
+    return found
+
+
 def tidy(axis: Axes, title: str, x: str, y: str) -> None:
     """What every chart has."""
     axis.set_title(title, loc="left", fontsize=10)
     axis.set_xlabel(x, fontsize=9)
     axis.set_ylabel(y, fontsize=9)
     axis.tick_params(labelsize=8)
+    axis.set_axisbelow(True)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def logged(axis: Axes) -> None:
+    """A logarithmic axis upwards, with numbers that can be read."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def save(figure: Any, name: str) -> None:
@@ -69,7 +87,7 @@ def of_kind(settings: Any, kind: str) -> list[Any]:
     return [row for name, row in settings.items() if name.rpartition(" ")[0] == kind]
 
 
-FLOPS, LPIPS = "attention modules' FLOPs left, %", "LPIPS to raw pictures of the same seeds (less is better)"
+FLOPS, LPIPS = "attention modules' FLOPs left, %", "LPIPS to raw pictures (less is better)"
 
 
 def table_one() -> None:
@@ -91,27 +109,37 @@ def table_one() -> None:
 
 def techniques() -> None:
     """Each technique alone and all together, on both models."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained", sharey=True)
-    for axis, (model, title) in zip(axes, MODELS.items(), strict=True):
+    models = models_of("techniques")
+    size = (5.5 * len(models), 4.6)
+    figure, (axes,) = plt.subplots(1, len(models), figsize=size, layout="constrained", sharey=True, squeeze=False)
+    for axis, (model, title) in zip(axes, models.items(), strict=True):
         settings = read(f"evidence_techniques_{model}")["settings"]
         for kind, (label, colour, style) in TECHNIQUES.items():
             curve(axis, of_kind(settings, kind), label, colour, style)
-        axis.set_yscale("log")
+        logged(axis)
         tidy(axis, f"{title}: thresholds D2, D4, D6", FLOPS, LPIPS if axis is axes[0] else "")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=3 if len(models) > 1 else 2,
+        frameon=False,
+        fontsize=8,
+    )
     save(figure, "techniques")
 
 
 def searches() -> None:
     """Quality over FLOPs for the three searches, and what each takes."""
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained", width_ratios=(3, 2))
+    models = models_of("techniques")
+    size = (11, 3.5 * len(models))
+    figure, axes = plt.subplots(len(models), 2, figsize=size, layout="constrained", width_ratios=(3, 2), squeeze=False)
     names = {"all": "greedy (DiTFastAttn)", "headwise": "head by head (DiTFastAttnV2)", "budget": "one budget (arrowhead)"}
-    for (left, right), (model, title) in zip(axes, MODELS.items(), strict=True):
+    for (left, right), (model, title) in zip(axes, models.items(), strict=True):
         result = read(f"evidence_techniques_{model}")
         settings, raw = result["settings"], result["raw_cpu_seconds"]
         for kind, label in names.items():
             curve(left, of_kind(settings, kind), label, SEARCH[kind])
-        left.set_yscale("log")
+        logged(left)
         tidy(left, f"{title}: quality", FLOPS, LPIPS)
         left.legend(frameon=False, fontsize=8)
         taken = {n: row["search_cpu_seconds"] / raw for n, row in settings.items() if n.rpartition(" ")[0] in names}
@@ -119,7 +147,7 @@ def searches() -> None:
         right.barh(labels, list(taken.values()), color=[SEARCH[name.rpartition(" ")[0]] for name in taken])
         right.bar_label(right.containers[0], fmt="%.1f", fontsize=8, padding=2)
         right.invert_yaxis()
-        tidy(right, "what the search takes", "CPU time, in raw generations of its own inputs", "")
+        tidy(right, f"{title.partition(' ')[0]}: what the search takes", "CPU time, in raw generations of its own inputs", "")
     save(figure, "searches")
 
 
@@ -127,7 +155,7 @@ def steps() -> None:
     """The same threshold at few and many steps, and a budget of the same FLOPs."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     styles = {"dit": "o-", "mmdit32": "s--"}
-    for model, title in MODELS.items():
+    for model, title in models_of("steps").items():
         read_in = read(f"evidence_steps_{model}")
         result, threshold = read_in["steps"], read_in["threshold"]
         at = [int(number) for number in result]
@@ -142,7 +170,7 @@ def steps() -> None:
         axis.set_xscale("log")
         axis.set_xticks([14, 20, 28, 50, 100, 200], [14, 20, 28, 50, 100, 200])
         axis.minorticks_off()
-    axes[1].set_yscale("log")
+    logged(axes[1])
     axes[0].set_ylim(0, 100)
     tidy(axes[0], f"What threshold {threshold} leaves", "denoising steps", FLOPS)
     tidy(axes[1], "What it costs", "denoising steps", "LPIPS to raw pictures of as many steps")
@@ -166,24 +194,25 @@ def negative() -> None:
         ("found with", "error with", "error with it, plan found with it", "#c8553d"),
     )
     for i, (which, what, label, colour) in enumerate(bars):
-        rows = [settings[f"{kind}, {which}"][what] for kind in kinds]
-        values, errors = [row["lpips"] for row in rows], [row["lpips_standard_error"] for row in rows]
-        at = [k + (i - 1.5) * 0.2 for k in range(len(kinds))]
+        of_kinds = {k: settings[name][what] for k, kind in enumerate(kinds) if (name := f"{kind}, {which}") in settings}
+        values, errors = ([row[key] for row in of_kinds.values()] for key in ("lpips", "lpips_standard_error"))
+        at = [k + (i - 1.5) * 0.2 for k in of_kinds]
         axis.bar(at, values, 0.2, yerr=errors, color=colour, label=label, error_kw={"linewidth": 0.8})
     share = [settings[f"{kind}, found without"]["module_flops"] for kind in kinds]
     names = [f"{kind}\n{left:.0%} of FLOPs left" for kind, left in zip(kinds, share, strict=True)]
     axis.set_xticks(range(len(kinds)), names)
     tidy(axis, f"MMDiT, negative prompt “{result['negative_prompt']}”", "", "LPIPS")
     axis.grid(visible=False, axis="x")
-    axis.set_ylim(0, 1.75 * max(raw, *(settings[f"{k}, found with"]["error with"]["lpips"] for k in kinds)))
+    axis.set_ylim(0, 1.75 * max(raw, *(row["error with"]["lpips"] for name, row in settings.items() if name != "raw")))
     axis.legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
     save(figure, "negative")
 
 
 def transfer() -> None:
     """Plans on what they were not found for, and plans that were."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for axis, (model, title) in zip(axes, MODELS.items(), strict=True):
+    models = models_of("transfer")
+    figure, (axes,) = plt.subplots(1, len(models), figsize=(6 * len(models), 4.4), layout="constrained", squeeze=False)
+    for axis, (model, title) in zip(axes, models.items(), strict=True):
         kinds = read(f"evidence_transfer_{model}")["pictures"]
         searches = [name.partition(",")[0] for name in kinds["home"]]
         for s, search in enumerate(searches):
@@ -197,7 +226,7 @@ def transfer() -> None:
                 for x, value, row in zip(at, values, rows, strict=True):
                     where = {"textcoords": "offset points", "xytext": (4, 5), "fontsize": 6, "color": "#555555"}
                     axis.annotate(f"{row['module_flops']:.0%}", (x, value), **where)
-        axis.set_yscale("log")
+        logged(axis)
         axis.set_xticks(range(len(kinds)), list(kinds))
         tidy(axis, title, "pictures of (small: module FLOPs left)", "LPIPS to raw pictures of the same seeds")
         axis.legend(frameon=False, fontsize=7, loc="best")
@@ -206,9 +235,11 @@ def transfer() -> None:
 
 def few_steps() -> None:
     """What is lost where few steps are taken."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
-    colours = {"greedy D6": SEARCH["greedy"], "budget 75%": "#7fa3cf", "budget 50%": SEARCH["budget"]}
-    for axis, (model, title) in zip(axes, MODELS.items(), strict=True):
+    models = models_of("failures")
+    size = (5.5 * len(models), 4)
+    figure, (axes,) = plt.subplots(1, len(models), figsize=size, layout="constrained", sharey=True, squeeze=False)
+    colours = {"greedy D6": SEARCH["greedy"], "budget 50%": SEARCH["budget"]}
+    for axis, (model, title) in zip(axes, models.items(), strict=True):
         result = read(f"evidence_failures_{model}")["steps"]
         for what, colour in colours.items():
             rows = [of[what] for of in result.values()]
@@ -217,7 +248,7 @@ def few_steps() -> None:
             axis.errorbar(at, values, errors, fmt="o-", color=colour, label=what, capsize=2, markersize=5)
             for x, value, row in zip(at, values, rows, strict=True):
                 axis.annotate(f"{row['module_flops']:.0%}", (x, value), textcoords="offset points", xytext=(4, 4), fontsize=7)
-        axis.set_yscale("log")
+        logged(axis)
         axis.set_xticks([int(number) for number in result])
         tidy(axis, f"{title}: few steps", "denoising steps (small: module FLOPs left)", LPIPS if axis is axes[0] else "")
         axis.legend(frameon=False, fontsize=8)

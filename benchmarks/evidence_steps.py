@@ -16,12 +16,12 @@ from evidence_techniques import runs_of
 import arrowhead as ah
 
 STEPS = {budget.Name.DIT: (20, 50, 100, 200), budget.Name.MMDIT32: (14, 28, 56)}
-THRESHOLD, IMAGES = "D5", 6
+THRESHOLD, IMAGES, INPUTS = "D6", 6, 1
 
 
 def of_steps(bench: Bench, judge: Judge, name: budget.Name, steps: int) -> dict[str, Any]:
     """Both searches' plans at this number of steps, and what their pictures have lost."""
-    runs = runs_of(name, steps, IMAGES)
+    runs = runs_of(name, steps, IMAGES, INPUTS)
     raw = bench.pictures(f"raw {steps}", runs["pictures"])
     greedy = bench.plan(f"greedy {steps}", runs["calibration"], strategy="greedy", threshold=THRESHOLD)
     limit = ah.Budget(module_flops=greedy.flops().module)
@@ -41,11 +41,11 @@ def main(
     bench, judge = Bench(name, "steps"), Judge(tools)
     chosen = [steps for steps in STEPS[name] if not only or steps in only]
     table = {str(steps): of_steps(bench, judge, name, steps) for steps in chosen}
-    most = bench.pictures(f"raw {chosen[-1]}", runs_of(name, chosen[-1], IMAGES)["pictures"])
+    most = bench.pictures(f"raw {chosen[-1]}", runs_of(name, chosen[-1], IMAGES, INPUTS)["pictures"])
     for steps in chosen[:-1]:
-        fewer = bench.pictures(f"raw {steps}", runs_of(name, steps, IMAGES)["pictures"])
+        fewer = bench.pictures(f"raw {steps}", runs_of(name, steps, IMAGES, INPUTS)["pictures"])
         table[str(steps)][f"raw against raw of {chosen[-1]} steps"] = judge(fewer, most)
-    runs = {f"{what}, {steps} steps": run for steps in chosen for what, run in runs_of(name, steps, IMAGES).items()}
+    runs = {f"{what}, {steps} steps": run for steps in chosen for what, run in runs_of(name, steps, IMAGES, INPUTS).items()}
     write(f"steps_{name}", runs, {"steps": table}, model=f"tiny:{name}", threshold=THRESHOLD)
 
 

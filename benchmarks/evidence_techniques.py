@@ -26,17 +26,17 @@ TECHNIQUES: dict[str, tuple[str, ...]] = {
     "WA": ("WA",),
     "all, no residual": ("AST", "WA+ASC", "WA", "ASC"),
 }
-LEVELS = ("D4", "D6")
+LEVELS = {budget.Name.DIT: ("D4", "D6"), budget.Name.MMDIT32: ("D6",)}
 INPUTS, IMAGES, STEPS = 2, 12, {budget.Name.DIT: 20, budget.Name.MMDIT32: 14}
 THRESHOLDS, BUDGETS = (0.2, 0.6, 1.0), (0.7, 0.55, 0.4, 0.25, 0.1)
 
 
-def runs_of(name: budget.Name, steps: int | None = None, images: int = IMAGES) -> dict[str, Run]:
+def runs_of(name: budget.Name, steps: int | None = None, images: int = IMAGES, inputs: int = INPUTS) -> dict[str, Run]:
     """What is generated for a search and for the comparison."""
     case, steps = budget.CASES[name], steps or STEPS[name]
     guidance = case.common["guidance_scale"]
     return {
-        "calibration": Run(tuple(case.calibration[:INPUTS]), steps, guidance, budget.SEED),
+        "calibration": Run(tuple(case.calibration[:inputs]), steps, guidance, budget.SEED),
         "pictures": Run(tuple(case.images[:images]), steps, guidance),
     }
 
@@ -61,7 +61,7 @@ def plans(bench: Bench, name: budget.Name) -> Iterator[tuple[str, ah.Plan]]:
     """Every setting's plan."""
     run = runs_of(name)["calibration"]
     for technique, only in TECHNIQUES.items():
-        for level in ("D2", *LEVELS) if technique == "all" else LEVELS:
+        for level in ("D2", "D4", "D6") if technique == "all" else LEVELS[name]:
             what = f"{technique} {level}"
             yield what, bench.plan(what, run, strategy=Offered(only=only), threshold=level)
     for threshold in THRESHOLDS:

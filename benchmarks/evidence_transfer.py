@@ -12,10 +12,11 @@ from typing import Any
 import budget
 import typer
 from evidence import Bench, Judge, Run, Tools, left, write
-from evidence_techniques import IMAGES, runs_of
+from evidence_techniques import runs_of
 
 import arrowhead as ah
 
+IMAGES = 6
 GUIDANCE = {budget.Name.DIT: (1.5, 6.0), budget.Name.MMDIT32: (2.0, 8.0)}
 SEARCHES: dict[str, dict[str, Any]] = {
     "headwise 0.6": {"strategy": "headwise", "threshold": 0.6},
@@ -28,8 +29,7 @@ def kinds_of(name: budget.Name) -> dict[str, Run]:
     home, case = runs_of(name)["calibration"], budget.CASES[name]
     return {
         "home": home,
-        f"other {'labels' if name is budget.Name.DIT else 'prompts'}": replace(home, asked=tuple(case.calibration[4:6])),
-        "other seeds": replace(home, seed=2 * budget.SEED),
+        "other inputs": replace(home, asked=tuple(case.calibration[4:6]), seed=2 * budget.SEED),
         **{f"guidance {scale:g}": replace(home, guidance=scale) for scale in GUIDANCE[name]},
     }
 

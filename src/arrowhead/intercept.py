@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes  # torch does not offer it otherwise
 
 from arrowhead.cache import Output, along
+from arrowhead.compiled import compiling, door, through
 from arrowhead.errors import AlreadyApplied, NotIntercepted, ProcessorReplaced
 from arrowhead.layout import Site
 from arrowhead.models.adapter import Forward
@@ -261,7 +262,7 @@ class Interception:
                 except NotIntercepted as error:
                     raise NotIntercepted(f"{site.path}: {error}") from None
                 self._originals[module] = module.processor
-                self._wrapped[module] = module.processor = _wrap(module.processor, site, around)
+                self._wrapped[module] = module.processor = _wrap(module, site, around)
         except BaseException:
             self.remove()
             raise
@@ -278,6 +279,8 @@ class Interception:
                 delattr(module, name)
             else:
                 setattr(module, name, original)
+        for wrapped in self._wrapped.values():
+            wrapped.arrowhead_door.close()
         for name in self._routes:
             unroute(name)
         self._originals, self._wrapped, self._routes = {}, {}, []
@@ -298,6 +301,8 @@ def _wrap_forward(module: nn.Module, site: Site, around: Around, instead: Forwar
     @wraps(forward)
     def wrapped(*args: Any, **kwargs: Any) -> Output:
         nonlocal unchecked
+        if compiling():
+            return through(entrance, args, kwargs)
         if site.kind != "self_attention":
             return around((BlockCall if site.kind == "block" else ModuleCall)(site, module, forward, args, kwargs))
         call = ForwardSiteCall(site, module, forward, args, kwargs, routed)
@@ -306,7 +311,8 @@ def _wrap_forward(module: nn.Module, site: Site, around: Around, instead: Forwar
             unchecked = False
         return around(call)
 
-    wrapped.arrowhead_around = around  # type: ignore[attr-defined]
+    entrance = door(site, _parameters(forward), wrapped)
+    wrapped.arrowhead_around, wrapped.arrowhead_door = around, entrance  # type: ignore[attr-defined]
     return wrapped
 
 
@@ -350,11 +356,16 @@ def _shape(out: Output) -> str:
     return f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
 
 
-def _wrap(processor: Any, site: Site, around: Around) -> Any:
-    wrapped = copy.copy(processor)
-    wrapped.__class__ = _wrapper_class(type(processor))  # type: ignore[arg-type]
+def _wrap(module: Any, site: Site, around: Around) -> Any:
+    wrapped = copy.copy(module.processor)
+    wrapped.__class__ = _wrapper_class(type(module.processor))  # type: ignore[arg-type]
     wrapped.arrowhead_site, wrapped.arrowhead_around = site, around
+    wrapped.arrowhead_door = door(site, _parameters(type(module.processor).__call__)[2:], partial(wrapped, module))
     return wrapped
+
+
+def _parameters(function: Callable[..., Any]) -> list[str]:
+    return [*inspect.signature(function).parameters]
 
 
 @cache
@@ -365,6 +376,8 @@ def _wrapper_class(base: type) -> type:
     """
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Output:
+        if compiling():
+            return through(self.arrowhead_door, args[1:], kwargs)
         original = types.MethodType(base.__call__, self)
         return self.arrowhead_around(AttentionSiteCall(self.arrowhead_site, args[0], original, args, kwargs))
 

@@ -209,7 +209,7 @@ class Surrounding:
 
     def renew(self) -> None:
         """Surround what the module was compiled to meanwhile."""
-        current = vars(self._module).get(PLACE)
+        current = vars(self._module).get(COMPILED)
         if current is not None and current is self._put:
             return
         self._own, around = current, self._around
@@ -219,20 +219,26 @@ class Surrounding:
             return around(call, *args, **kwargs)
 
         self._put = surrounded
-        setattr(self._module, PLACE, surrounded)
+        setattr(self._module, COMPILED, surrounded)
 
     def remove(self) -> None:
         """Leave the module as it was, or as it was compiled since."""
-        if vars(self._module).get(PLACE) is not self._put:
+        if vars(self._module).get(COMPILED) is not self._put:
             return
         if self._own is None:
-            delattr(self._module, PLACE)
+            delattr(self._module, COMPILED)
         else:
-            setattr(self._module, PLACE, self._own)
+            setattr(self._module, COMPILED, self._own)
 
 
-PLACE = "_compiled_call_impl"
+COMPILED = "_compiled_call_impl"
 """What torch calls in place of a module's own call, where it is set: `Module.compile` sets it."""
+
+
+def apart(function: Callable[..., Any], why: str) -> Callable[..., Any]:
+    """From within a graph: end it, run the function, of which none is made, and begin another one with what that calls."""
+    torch._dynamo.graph_break(msg=why)
+    return torch.compiler.disable(function, recursive=False, reason=why)
 
 
 def eagerly() -> AbstractContextManager[Any]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes  # torch does not offer it otherwise
 
 from arrowhead.cache import Output, along
-from arrowhead.compiled import compiling, door, through
+from arrowhead.compiled import COMPILED, compiling, door, through, uncompiled
 from arrowhead.errors import AlreadyApplied, NotIntercepted, ProcessorReplaced
 from arrowhead.layout import Site
 from arrowhead.models.adapter import Forward
@@ -108,7 +108,7 @@ class BlockCall(ModuleCall):
 
     def _input(self, like: Output, rows: slice | None) -> Output:
         args, kwargs = self._of_rows(rows)
-        given = inspect.signature(self.original).bind(*args, **kwargs).arguments
+        given = inspect.signature(uncompiled(self.module).forward).bind(*args, **kwargs).arguments
         visual = next(iter(given.values()))  # hidden_states, or x
         if isinstance(like, Tensor):
             return visual
@@ -245,17 +245,17 @@ class Interception:
         self._originals: dict[nn.Module, Any] = {}
         self._wrapped: dict[nn.Module, Any] = {}
         self._routes: list[str] = []
+        self._around = around
         try:
             for site, module in modules:
                 instead = (forwards or {}).get(site.path)
                 processed = site.kind == "self_attention" and instead is None and hasattr(module, "processor")
                 self._sites[module], self._places[module] = site, "processor" if processed else "forward"
-                if hasattr(getattr(module, self._places[module]), "arrowhead_around"):
+                held = getattr(module, self._places[module]), vars(module).get(COMPILED)
+                if any(hasattr(function, "arrowhead_around") for function in held):
                     raise AlreadyApplied(f"{site.path} is intercepted already; call arrowhead.remove first")
                 if not processed:
-                    own = vars(module).get("forward")  # accelerate, too, sets it on the instance
-                    wrapped = _wrap_forward(module, site, around, instead)
-                    self._originals[module], self._wrapped[module], module.forward = own, wrapped, wrapped
+                    self._replace_forward(module, instead)
                     continue
                 try:
                     self._routes += route(module.processor)
@@ -267,6 +267,26 @@ class Interception:
             self.remove()
             raise
 
+    def _replace_forward(self, module: nn.Module, instead: Forward | None = None) -> None:
+        """A forward on the instance; of a site that is compiled by itself, what torch calls in its place."""
+        site, compiled = self._sites[module], vars(module).get(COMPILED)
+        place = self._places[module] = "forward" if compiled is None or site.kind == "self_attention" else COMPILED
+        self._originals[module] = vars(module).get(place)  # accelerate, too, sets a forward on the instance
+        forward = module.forward if place == "forward" else compiled
+        self._wrapped[module] = wrapped = _wrap_forward(module, forward, site, self._around, instead)
+        setattr(module, place, wrapped)
+
+    def renew(self) -> None:
+        """Stay outside of sites that have been compiled by themselves since, so that no graph decides what they do."""
+        for module, site in self._sites.items():
+            compiled = vars(module).get(COMPILED)
+            if site.kind == "self_attention" or compiled in (None, self._wrapped[module]):
+                continue
+            self._wrapped[module].arrowhead_door.close()
+            if self._places[module] == "forward":
+                _put_back(module, "forward", self._originals[module])
+            self._replace_forward(module)
+
     def remove(self) -> None:
         """Put every processor, forward and name back. What somebody else has set since stays, with a warning."""
         replaced = []
@@ -275,10 +295,8 @@ class Interception:
             current = vars(module).get(name, getattr(module, name))
             if current is not self._wrapped.get(module):
                 replaced.append(f"{site.path} by a {type(current).__name__}")
-            elif original is None:
-                delattr(module, name)
             else:
-                setattr(module, name, original)
+                _put_back(module, name, original)
         for wrapped in self._wrapped.values():
             wrapped.arrowhead_door.close()
         for name in self._routes:
@@ -293,8 +311,16 @@ class Interception:
             )
 
 
-def _wrap_forward(module: nn.Module, site: Site, around: Around, instead: Forward | None) -> Callable[..., Output]:
-    forward = module.forward
+def _put_back(module: nn.Module, name: str, original: Any) -> None:
+    if original is None:  # the class has it
+        delattr(module, name)
+    else:
+        setattr(module, name, original)
+
+
+def _wrap_forward(
+    module: nn.Module, forward: Callable[..., Output], site: Site, around: Around, instead: Forward | None
+) -> Callable[..., Output]:
     routed = _watched(forward) if instead is None else partial(instead, module, attention)
     unchecked = instead is not None
 
@@ -311,7 +337,7 @@ def _wrap_forward(module: nn.Module, site: Site, around: Around, instead: Forwar
             unchecked = False
         return around(call)
 
-    entrance = door(site, _parameters(forward), wrapped)
+    entrance = door(site, _parameters(uncompiled(module).forward), wrapped)
     wrapped.arrowhead_around, wrapped.arrowhead_door = around, entrance  # type: ignore[attr-defined]
     return wrapped
 
@@ -381,7 +407,7 @@ def _wrapper_class(base: type) -> type:
         original = types.MethodType(base.__call__, self)
         return self.arrowhead_around(AttentionSiteCall(self.arrowhead_site, args[0], original, args, kwargs))
 
-    __call__.__signature__ = inspect.signature(base.__call__)  # type: ignore[attr-defined]
+    __call__.__wrapped__ = base.__call__  # type: ignore[attr-defined]  # inspect.signature follows it, for torch's compiler, too
     return type(base.__name__, (base,), {"__call__": __call__, "__module__": base.__module__})
 
 

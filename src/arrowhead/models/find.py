@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from arrowhead.compiled import uncompiled
 from arrowhead.errors import InputsInvalid, UnsupportedPipeline
 from arrowhead.layout import Branches, BranchOrder, Kind, Site, Tokens, seen
 from arrowhead.models.adapter import Attention, Forward, Own
@@ -57,7 +58,13 @@ class Model:
     @property
     def placed(self) -> list[tuple[Site, nn.Module]]:
         """The sites with their modules in every transformer."""
-        return [(site, transformer.get_submodule(site.path)) for transformer in self.transformers for site in self.sites]
+        both = ((site, transformer.get_submodule(site.path)) for transformer in self.transformers for site in self.sites)
+        return [(site, uncompiled(module) if site.kind == "self_attention" else module) for site, module in both]
+
+    @property
+    def called(self) -> tuple[nn.Module, ...]:
+        """The transformers as they are called: where torch.compile hides one, what hides it."""
+        return called(self.pipe)
 
     @property
     def switch(self) -> int | None:
@@ -126,7 +133,7 @@ class Model:
     def guidance_scale(self, call: Mapping[str, Any], step: int) -> float:
         """How far a pipeline call with these arguments, which is running, drives the branches apart in a step."""
         later = self.family.later_guidance_scale
-        scale = self.family.guidance_scale if later is None or self.due(step) is self.pipe.transformer else later
+        scale = self.family.guidance_scale if later is None or self.due(step) is self.transformer else later
         return scale(call)
 
     def branches(self, call: Mapping[str, Any]) -> Branches:
@@ -177,9 +184,21 @@ def find(pipe: "DiffusionPipeline | Own", kinds: Collection[Kind] = ATTENTION) -
 
 
 def transformers_of(pipe: "DiffusionPipeline") -> tuple[Any, ...]:
+    """A pipeline's transformers, in the order they are called, as they are where torch.compile hides them."""
+    return tuple(map(uncompiled, called(pipe)))
+
+
+def called(pipe: "DiffusionPipeline | Own") -> tuple[Any, ...]:
     """A pipeline's transformers, in the order they are called."""
     both = (getattr(pipe, name, None) for name in ("transformer", "transformer_2"))
     return tuple(transformer for transformer in both if isinstance(transformer, nn.Module))
+
+
+def _named_modules(root: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Modules by their paths, which are what they are where torch.compile hides one."""
+    for path, module in root.named_modules():
+        if uncompiled(module) is module:
+            yield ".".join(part for part in path.split(".") if part != "_orig_mod"), module
 
 
 def _require_alike(family: Family, name: str, transformers: Sequence[Any]) -> None:
@@ -205,7 +224,7 @@ def _described(own: Own, kinds: Collection[Kind]) -> Model:
     Raises:
         UnsupportedPipeline: the adapter's patterns match nothing, or a module's sizes do not follow from its layers.
     """
-    adapter, root = own.adapter, own.transformer
+    adapter, root = own.adapter, uncompiled(own.transformer)
     family = Family(
         name=type(root).__name__,
         transformer=type(root).__name__,
@@ -219,7 +238,7 @@ def _described(own: Own, kinds: Collection[Kind]) -> Model:
     )
     modules, forwards = dict(_sites(family, root, kinds)), dict[str, Forward]()
     for pattern, attention in adapter.attention.items() if "self_attention" in kinds else ():
-        matching = [(path, module) for path, module in root.named_modules() if re.fullmatch(pattern, path)]
+        matching = [(path, module) for path, module in _named_modules(root) if re.fullmatch(pattern, path)]
         if not matching:
             raise UnsupportedPipeline(
                 f"got an adapter with {pattern!r}, which no path in a {family.name} matches; wanted a regular expression for "
@@ -231,7 +250,7 @@ def _described(own: Own, kinds: Collection[Kind]) -> Model:
                 forwards[path] = instead
     if not modules:
         raise UnsupportedPipeline(f"got kinds {', '.join(sorted(kinds))}, of which the adapter of a {family.name} names none")
-    order = {path: place for place, (path, _) in enumerate(root.named_modules())}
+    order = {path: place for place, (path, _) in enumerate(_named_modules(root))}
     in_order = dict(sorted(modules.items(), key=lambda item: order[item[0].path]))
     return Model(own, (root,), family, adapter.cfg or "cond_first", in_order, forwards)
 
@@ -263,7 +282,7 @@ def _sites(family: Family, root: nn.Module, kinds: Collection[Kind], prefix: str
         "feed_forward": (family.feed_forward_pattern, _feed_forward),
         "block": (family.block_pattern, _block),
     }
-    for inner, module in root.named_modules():
+    for inner, module in _named_modules(root):
         path = f"{prefix}{inner}"
         for kind, (pattern, site) in makers.items():
             if kind in kinds and re.fullmatch(pattern, path):
@@ -320,7 +339,7 @@ def _block(family: Family, path: str, module: Any) -> Site:
     """
     within = tuple(site for site, _ in _sites(family, module, EVERYTHING - {"block"}, f"{path}."))
     elsewhere = tuple(f"{site.path}." for site in within)
-    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
+    layers = {name: layer for name, layer in _named_modules(module) if isinstance(layer, nn.Linear)}
     own = {
         name: _size(layer)
         for name, layer in layers.items()

@@ -90,6 +90,8 @@ def through(door: Door, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if text is None and promise.place is not None and promise.place < len(args):
         text = args[promise.place]
     parts = [(image, promise.image)]
+    if text is image:  # as Lumina 2 has it
+        text = None
     if text is not None and promise.text:
         parts.insert(0 if promise.text_first else 1, (text, promise.text))
     pair = text is not None and promise.text != 0

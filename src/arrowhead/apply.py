@@ -220,6 +220,7 @@ class OwnRun(Run):
             PlanMismatch: it is not the plan's next step.
         """
         if index == 0:
+            self._renew()
             unfinished = self._done if self._looping else None
             self._end()
             self._warn_of(unfinished)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from arrowhead.errors import NotIntercepted
+from arrowhead.errors import InputsInvalid, NotIntercepted
 from arrowhead.layout import Site
 
 @dataclass(frozen=True)
@@ -197,6 +197,37 @@ def _(
     number: Any, tensors: Any, sizes: Any, scalars: Any, given: Any, likes: Any, channels: Any, pair: Any, cast: Any
 ) -> list[Tensor]:
     return [likes[0].new_empty(shape, dtype=dtype) for shape, dtype in _kept_promise(likes, channels, cast)]
+
+
+@torch.library.custom_op("arrowhead::no_gradient", mutates_args=())
+def _no_gradient(tensors: list[Tensor]) -> list[Tensor]:
+    """Of what a site was called with.
+
+    Raises:
+        InputsInvalid: always.
+    """
+    raise InputsInvalid(
+        "got a gradient through a site under torch.compile, wanted none; call the model uncompiled, or under torch.no_grad"
+    )
+
+
+_no_gradient.register_fake(lambda tensors: [torch.empty_like(tensor) for tensor in tensors])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001  # torch names them
+    _, tensors, *_, likes, _, _, _ = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.likes = len(likes)
+
+
+def _backward(ctx: Any, *_: Any) -> tuple[Any, ...]:
+    tensors = ctx.saved_tensors
+    found = iter(_no_gradient([tensor for tensor in tensors if tensor.is_floating_point()]))
+    gradients = [next(found) if tensor.is_floating_point() else None for tensor in tensors]
+    return None, gradients, None, None, None, [None] * ctx.likes, None, None, None
+
+
+_site.register_autograd(_backward, setup_context=_setup_context)
 
 
 class Surrounding:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from arrowhead.apply import applied
+from arrowhead.compiled import eagerly
 from arrowhead.intercept import forward_replaced
 from arrowhead.models import Own, transformers_of
 from arrowhead.plan import Plan
@@ -54,11 +55,11 @@ def _differences(latents: Tensor) -> Tensor:
 
 
 def final_latents(pipe: "DiffusionPipeline", inputs: Mapping[str, Any]) -> Tensor:
-    """Of one generation, float32."""
+    """Of one generation, float32; like all of a search's it runs eagerly, whatever torch.compile made of the transformer."""
     if isinstance(pipe, Own):
-        with quiet(pipe, None):
+        with quiet(pipe, None), eagerly():
             return final_of(pipe(**inputs))
-    with observed(pipe.scheduler) as sampling, quiet(pipe, inputs.get("generator")):
+    with observed(pipe.scheduler) as sampling, quiet(pipe, inputs.get("generator")), eagerly():
         pipe(**inputs)
     return sampling.latents()
 
@@ -80,6 +81,7 @@ def measured_seconds(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], plan:
         with ExitStack() as entered:
             entered.enter_context(nullcontext() if chosen is None else applied(pipe, chosen))
             entered.enter_context(quiet(pipe, inputs.get("generator")))
+            entered.enter_context(eagerly())
             for transformer in transformers_of(pipe):
                 entered.enter_context(forward_replaced(transformer, partial(timing, transformer.forward)))
             pipe(**inputs)

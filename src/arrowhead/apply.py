@@ -34,9 +34,6 @@ if TYPE_CHECKING:  # diffusers takes seconds to import
     from diffusers import DiffusionPipeline
 
 
-COUNTED = "arrowhead counts calls of the model, which a graph cannot; compile the model itself, before the plan is applied"
-"""Why a graph ends where the model is called, or is none where it has to be whole."""
-
 NO_SCHEDULER = "a loop of one's own"
 """What a plan has in place of a scheduler's name."""
 
@@ -255,7 +252,7 @@ class OwnRun(Run):
             if compiling():
                 if self._counting:
                     return own(*args, **kwargs)
-                return apart(self._counted, COUNTED)(self._model.transformer, own, *args, **kwargs)
+                return apart(self._counted)(self._model.transformer, own, *args, **kwargs)
             if self._counting:
                 self._counting = False  # by this call
                 return own(*args, **kwargs)

@@ -1,8 +1,8 @@
 """A site within what torch.compile makes a graph of: one operator, opaque to the compiler, that runs the site as ever.
 
-So what is around sites is compiled, and no cell, step or plan is in the graph: all of them are one graph for each form of a block,
-as many as without a plan. Calls that are decided about as a whole (of blocks, of the transformer in a step) are surrounded outside
-of what is compiled of them.
+So what is around sites is compiled, and no cell, step or plan is in the graph: all of them are one graph for each form of a
+block, as many as without a plan. Calls that are decided about as a whole (of blocks, of the transformer in a step) are
+surrounded outside of what is compiled of them.
 """
 
 import ast
@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from arrowhead.errors import InputsInvalid, NotIntercepted
 from arrowhead.layout import Site
 
+
 @dataclass(frozen=True)
 class Promise:
     """What a site gives, as the compiler has to know beforehand: what blocks of one form have in common.
 
-    `image` and `text` are channels; `text` is 0 where none is given, and None where None is given in its place. `place` is where
-    the text stands among the arguments, None if it is always named.
+    `image` and `text` are channels; `text` is 0 where none is given, and None where None is given in its place. `place` is
+    where the text stands among the arguments, None if it is always named.
     """
 
     image: int
@@ -36,7 +37,7 @@ class Promise:
 
 @dataclass(frozen=True)
 class Door:
-    """How a graph reaches a site while it is intercepted: by a number that it reads as data, since a constant would be compiled."""
+    """How a graph reaches a site while it is intercepted: by a number, which is data, since a constant would be compiled."""
 
     number: Tensor
     promise: Promise
@@ -159,16 +160,16 @@ def _site(
 ) -> list[Tensor]:
     """What the site behind a door gives for the arguments that `given` tells of, without what is None.
 
-    `likes` are inputs that these have the shapes of, but for the `channels`; `pair` says whether it gives image and text. `cast`
-    is the dtype of the autocast around the graph, which is switched off where a graph runs.
+    `likes` are inputs that these have the shapes of, but for the `channels`; `pair` says whether it gives image and text.
+    `cast` is the dtype of the autocast around the graph, which is switched off where a graph runs.
 
     Raises:
         NotIntercepted: the site gives something else, or is no longer intercepted.
     """
     if int(number) not in _behind:
         raise NotIntercepted(
-            "a compiled graph called a site from which the plan has been taken off; wanted the model as it is without; put back "
-            "whatever was replaced while the plan was applied"
+            "a compiled graph called a site from which the plan has been taken off; wanted the model as it is without; put "
+            "back whatever was replaced while the plan was applied"
         )
     path, behind = _behind[int(number)]
     args, kwargs = _read(_literal(given), {"tensor": tensors, "size": sizes, "scalar": scalars})
@@ -192,11 +193,12 @@ def _kept_promise(likes: Sequence[Tensor], channels: Sequence[int], cast: torch.
     return [((*like.shape[:-1], width), dtype) for like, width, dtype in zip(likes, channels, dtypes, strict=True)]
 
 
-@_site.register_fake
-def _(
-    number: Any, tensors: Any, sizes: Any, scalars: Any, given: Any, likes: Any, channels: Any, pair: Any, cast: Any
-) -> list[Tensor]:
+def _fake(*inputs: Any) -> list[Tensor]:
+    *_, likes, channels, _, cast = inputs
     return [likes[0].new_empty(shape, dtype=dtype) for shape, dtype in _kept_promise(likes, channels, cast)]
+
+
+_site.register_fake(_fake)
 
 
 @torch.library.custom_op("arrowhead::no_gradient", mutates_args=())
@@ -215,16 +217,21 @@ _no_gradient.register_fake(lambda tensors: [torch.empty_like(tensor) for tensor 
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001  # torch names them
-    _, tensors, *_, likes, _, _, _ = inputs
+    _, tensors, sizes, scalars, _, likes, _, _, _ = inputs
     ctx.save_for_backward(*tensors)
-    ctx.likes = len(likes)
+    ctx.lists = (
+        [] if not sizes else None,
+        [] if not scalars else None,
+        [None] * len(likes),
+    )  # torch takes empty ones for tensors
 
 
 def _backward(ctx: Any, *_: Any) -> tuple[Any, ...]:
     tensors = ctx.saved_tensors
     found = iter(_no_gradient([tensor for tensor in tensors if tensor.is_floating_point()]))
     gradients = [next(found) if tensor.is_floating_point() else None for tensor in tensors]
-    return None, gradients, None, None, None, [None] * ctx.likes, None, None, None
+    sizes, scalars, likes = ctx.lists
+    return None, gradients, sizes, scalars, None, likes, None, None, None
 
 
 _site.register_autograd(_backward, setup_context=_setup_context)
@@ -249,7 +256,7 @@ class Surrounding:
         call = self._module._call_impl if current is None else current
 
         def surrounded(*args: Any, **kwargs: Any) -> Any:
-            return around(call, *args, **kwargs)
+            return (apart(around) if compiling() else around)(call, *args, **kwargs)
 
         self._put = surrounded
         setattr(self._module, COMPILED, surrounded)
@@ -268,10 +275,14 @@ COMPILED = "_compiled_call_impl"
 """What torch calls in place of a module's own call, where it is set: `Module.compile` sets it."""
 
 
-def apart(function: Callable[..., Any], why: str) -> Callable[..., Any]:
+OUTSIDE = "arrowhead counts calls of the model, which a graph cannot; compile the model itself, before the plan is applied"
+"""Why a graph ends where the model is called in it, or is none where it has to be whole."""
+
+
+def apart(function: Callable[..., Any]) -> Callable[..., Any]:
     """From within a graph: end it, run the function, of which none is made, and begin another one with what that calls."""
-    torch._dynamo.graph_break(msg=why)
-    return torch.compiler.disable(function, recursive=False, reason=why)
+    torch._dynamo.graph_break(msg=OUTSIDE)
+    return torch.compiler.disable(function, recursive=False, reason=OUTSIDE)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def eagerly() -> AbstractContextManager[Any]:

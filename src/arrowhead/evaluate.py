@@ -13,9 +13,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from arrowhead.apply import applied, plain
+from arrowhead.compiled import eagerly
 from arrowhead.errors import InputsInvalid
 from arrowhead.metrics.images import psnr, ssim
-from arrowhead.compiled import eagerly
 from arrowhead.models import transformers_of
 from arrowhead.plan import Plan
 from arrowhead.tally import Summary

@@ -272,7 +272,7 @@ class Interception:
         site, compiled = self._sites[module], vars(module).get(COMPILED)
         place = self._places[module] = "forward" if compiled is None or site.kind == "self_attention" else COMPILED
         self._originals[module] = vars(module).get(place)  # accelerate, too, sets a forward on the instance
-        forward = module.forward if place == "forward" else compiled
+        forward = module.forward if place == "forward" or compiled is None else compiled
         self._wrapped[module] = wrapped = _wrap_forward(module, forward, site, self._around, instead)
         setattr(module, place, wrapped)
 

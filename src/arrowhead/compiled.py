@@ -55,7 +55,7 @@ def door(site: Site, parameters: Sequence[str], behind: Callable[..., Any]) -> D
     """Open one to `behind`, which is called with the arguments that the graph has; `parameters` are the names of these."""
     number = next(_numbers)
     _behind[number] = site.path, behind
-    return Door(torch.tensor(number), _promise(site, parameters))
+    return Door(torch.tensor(number, device="cpu"), _promise(site, parameters))
 
 
 def _promise(site: Site, parameters: Sequence[str]) -> Promise:
@@ -202,7 +202,7 @@ _site.register_fake(_fake)
 
 
 @torch.library.custom_op("arrowhead::no_gradient", mutates_args=())
-def _no_gradient(tensors: list[Tensor]) -> list[Tensor]:
+def _no_gradient(tensors: list[Tensor]) -> list[Tensor]:  # noqa: ARG001
     """Of what a site was called with.
 
     Raises:
@@ -219,11 +219,8 @@ _no_gradient.register_fake(lambda tensors: [torch.empty_like(tensor) for tensor 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001  # torch names them
     _, tensors, sizes, scalars, _, likes, _, _, _ = inputs
     ctx.save_for_backward(*tensors)
-    ctx.lists = (
-        [] if not sizes else None,
-        [] if not scalars else None,
-        [None] * len(likes),
-    )  # torch takes empty ones for tensors
+    numbers = ([] if not given else None for given in (sizes, scalars))  # torch takes empty lists for tensors
+    ctx.lists = *numbers, [None] * len(likes)
 
 
 def _backward(ctx: Any, *_: Any) -> tuple[Any, ...]:
@@ -238,28 +235,18 @@ _site.register_autograd(_backward, setup_context=_setup_context)
 
 
 class Surrounding:
-    """A function around a module's calls, outside of what torch.compile makes of it, until `remove`."""
+    """A function around a module's calls, outside of what torch.compile has made of it, until `remove`."""
 
     def __init__(self, module: nn.Module, around: Callable[..., Any]) -> None:
         """`around(call, *args, **kwargs)` stands for `call(*args, **kwargs)`."""
-        self._module, self._around = module, around
-        self._own: Callable[..., Any] | None = None
-        self._put: Callable[..., Any] | None = None
-        self.renew()
-
-    def renew(self) -> None:
-        """Surround what the module was compiled to meanwhile."""
-        current = vars(self._module).get(COMPILED)
-        if current is not None and current is self._put:
-            return
-        self._own, around = current, self._around
-        call = self._module._call_impl if current is None else current
+        self._module, self._own = module, vars(module).get(COMPILED)
+        call = module._call_impl if self._own is None else self._own
 
         def surrounded(*args: Any, **kwargs: Any) -> Any:
             return (apart(around) if compiling() else around)(call, *args, **kwargs)
 
         self._put = surrounded
-        setattr(self._module, COMPILED, surrounded)
+        setattr(module, COMPILED, surrounded)
 
     def remove(self) -> None:
         """Leave the module as it was, or as it was compiled since."""
@@ -282,7 +269,7 @@ OUTSIDE = "arrowhead counts calls of the model, which a graph cannot; compile th
 def apart(function: Callable[..., Any]) -> Callable[..., Any]:
     """From within a graph: end it, run the function, of which none is made, and begin another one with what that calls."""
     torch._dynamo.graph_break(msg=OUTSIDE)
-    return torch.compiler.disable(function, recursive=False, reason=OUTSIDE)  # type: ignore[no-any-return, no-untyped-call]
+    return torch.compiler.disable(function, recursive=False, reason=OUTSIDE)  # type: ignore[no-untyped-call]
 
 
 def eagerly() -> AbstractContextManager[Any]:

@@ -193,7 +193,7 @@ def test_hidden_blocks(counter):
 @pytest.mark.parametrize("compile_", [compile_blocks, compile_whole])
 @combines(GROUP, "plans that skip whole blocks", {"sd3": "works", "flux": "works"})
 def test_blocks_that_a_plan_skips(mechanism, outcome, compile_, counter):
-    """Compiled by themselves they are run, or not, as they are, if need be for half a batch. Within a graph they run eagerly."""
+    """Compiled by themselves they are run, or not, as they are, perhaps for half a batch. Within a graph they run eagerly."""
     here = subject(mechanism)
     plan, plain = here.plan(1, {"block"}), here.generate(5)
     wanted = here.compressed(plan, 0)

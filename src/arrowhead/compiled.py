@@ -219,7 +219,7 @@ _no_gradient.register_fake(lambda tensors: [torch.empty_like(tensor) for tensor 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001  # torch names them
     _, tensors, sizes, scalars, _, likes, _, _, _ = inputs
     ctx.save_for_backward(*tensors)
-    numbers = ([] if not given else None for given in (sizes, scalars))  # torch takes empty lists for tensors
+    numbers: list[Any] = [[] if not given else None for given in (sizes, scalars)]  # torch takes empty lists for tensors
     ctx.lists = *numbers, [None] * len(likes)
 
 

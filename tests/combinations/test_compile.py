@@ -211,6 +211,8 @@ def test_blocks_that_a_plan_skips(mechanism, outcome, compile_, counter):
         here.generate(1)
         compile_(here.transformer, counter)
         assert torch.equal(here.generate(0), wanted)
+        outside = [hasattr(block._compiled_call_impl, "arrowhead_around") for block in blocks_of(here.transformer)]
+        assert all(outside) if compile_ is compile_blocks else not any(outside)
     assert torch.equal(here.generate(5), plain)
 
 
@@ -274,17 +276,22 @@ def test_counters(mechanism, outcome, counter):
     assert counter.frame_count > 0
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"threshold": 0.3}, pytest.param({"budget": ah.Budget(error=0.3)}, marks=pytest.mark.slow)],
+    ids=["threshold", "budget"],
+)
 @combines(GROUP, "searches, which run eagerly")
-def test_searches_run_eagerly(mechanism, outcome, counter):
+def test_searches_run_eagerly(mechanism, outcome, settings, counter):
+    """And find what they find without."""
     here = subject(mechanism)
-    settings = [{"threshold": 0.3}, {"budget": ah.Budget(error=0.3)}]
-    wanted = [here.search(**own) for own in settings]
+    wanted = here.search(**settings)
     compile_blocks(here.transformer, counter)
     compile_whole(here.transformer, counter)
-    assert [here.search(**own).cells for own in settings] == [plan.cells for plan in wanted]
+    assert here.search(**settings).cells == wanted.cells
     assert counter.frame_count == 0
     here.generate(0)
-    assert counter.frame_count == 1
+    assert counter.frame_count > 0
 
 
 @states(GROUP, "mixed precision by `torch.autocast`")

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -41,21 +42,23 @@ class Door:
 
     number: Tensor
     promise: Promise
+    site: Site
+    behind: Callable[..., Any]
 
     def close(self) -> None:
         """Nobody comes in by it any more."""
-        del _behind[int(self.number)]
+        _open.pop(int(self.number), None)
 
 
-_behind: dict[int, tuple[str, Callable[..., Any]]] = {}  # by the numbers of open doors
+_open: WeakValueDictionary[int, Door] = WeakValueDictionary()  # by number; each is held by what stands in its site's module
 _numbers = itertools.count()
 
 
 def door(site: Site, parameters: Sequence[str], behind: Callable[..., Any]) -> Door:
     """Open one to `behind`, which is called with the arguments that the graph has; `parameters` are the names of these."""
     number = next(_numbers)
-    _behind[number] = site.path, behind
-    return Door(torch.tensor(number, device="cpu"), _promise(site, parameters))
+    _open[number] = opened = Door(torch.tensor(number, device="cpu"), _promise(site, parameters), site, behind)
+    return opened
 
 
 def _promise(site: Site, parameters: Sequence[str]) -> Promise:
@@ -166,21 +169,21 @@ def _site(
     Raises:
         NotIntercepted: the site gives something else, or is no longer intercepted.
     """
-    if int(number) not in _behind:
+    entered = _open.get(int(number))
+    if entered is None:
         raise NotIntercepted(
             "a compiled graph called a site from which the plan has been taken off; wanted the model as it is without; put "
             "back whatever was replaced while the plan was applied"
         )
-    path, behind = _behind[int(number)]
     args, kwargs = _read(_literal(given), {"tensor": tensors, "size": sizes, "scalar": scalars})
     with nullcontext() if cast is None else torch.autocast(likes[0].device.type, cast):
-        out = behind(*args, **kwargs)
+        out = entered.behind(*args, **kwargs)
     found = [part for part in (out if isinstance(out, tuple) else (out,)) if part is not None]
     wanted = _kept_promise(likes, channels, cast)
     got = [(tuple(part.shape), part.dtype) for part in found]
     if got != wanted or isinstance(out, tuple) != pair:
         raise NotIntercepted(
-            f"{path}: got {got} {'in' if isinstance(out, tuple) else 'without'} a tuple, wanted {wanted} "
+            f"{entered.site.path}: got {got} {'in' if isinstance(out, tuple) else 'without'} a tuple, wanted {wanted} "
             f"{'in' if pair else 'without'} one, which was promised to torch.compile; run the model uncompiled"
         )
     # the cache may hold them, and the graph may write into what it is given

@@ -271,24 +271,27 @@ class Interception:
         """A forward on the instance; of a site that is compiled by itself, what torch calls in its place."""
         site, compiled = self._sites[module], vars(module).get(COMPILED)
         place = self._places[module] = "forward" if compiled is None or site.kind == "self_attention" else COMPILED
-        self._originals[module] = vars(module).get(place)  # accelerate, too, sets a forward on the instance
         forward = module.forward if place == "forward" or compiled is None else compiled
-        self._wrapped[module] = wrapped = _wrap_forward(module, forward, site, self._around, instead)
+        wrapped = _wrap_forward(module, forward, site, self._around, instead)
+        self._originals[module] = vars(module).get(place)  # accelerate, too, sets a forward on the instance
+        self._wrapped[module] = wrapped
         setattr(module, place, wrapped)
 
     def renew(self) -> None:
         """Stay outside of sites that have been compiled by themselves since, so that no graph decides what they do."""
-        for module, site in self._sites.items():
-            compiled = vars(module).get(COMPILED)
-            if site.kind == "self_attention" or compiled in (None, self._wrapped[module]):
+        for module, wrapped in [*self._wrapped.items()]:
+            if self._sites[module].kind == "self_attention" or vars(module).get(COMPILED) in (None, wrapped):
                 continue
-            self._wrapped[module].arrowhead_door.close()
             if self._places[module] == "forward":
+                if vars(module).get("forward") is not wrapped:
+                    continue
                 _put_back(module, "forward", self._originals[module])
+            wrapped.arrowhead_door.close()
             self._replace_forward(module)
 
     def remove(self) -> None:
         """Put every processor, forward and name back. What somebody else has set since stays, with a warning."""
+        self.renew()
         replaced = []
         for module, original in self._originals.items():
             site, name = self._sites[module], self._places[module]

@@ -13,6 +13,7 @@ ROOT = Path(arrowhead.__file__).parent
 LAYERS = [  # lowest first: a room imports from the layers below its own, and from itself
     {"heads"},
     {"errors", "forwards", "methods", "layout", "project", "versions"},
+    {"compiled"},
     {"lifetimes", "kernels", "models", "pace", "files", "stored"},
     {"cost", "cache", "route"},
     {"resample"},

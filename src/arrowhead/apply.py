@@ -3,7 +3,7 @@
 import functools
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from arrowhead.attend import Generation, attend
 from arrowhead.cache import Output
+from arrowhead.compiled import Surrounding, apart, compiling, uncompiled
 from arrowhead.errors import (
     AlreadyApplied,
     AlreadyGenerating,
@@ -89,9 +90,20 @@ class Run:
     def _clocked(self) -> ExitStack:
         """Start the clock, which stops when this is closed."""
         clock = ExitStack()
-        for transformer in self._model.transformers:
-            clock.callback(transformer.register_forward_pre_hook(self._tick, with_kwargs=True, prepend=True).remove)
+        for transformer, called in zip(self._model.transformers, self._model.called, strict=True):
+            clock.callback(Surrounding(called, functools.partial(self._counted, transformer)).remove)
         return clock
+
+    def _counted(self, transformer: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A call of the transformer, whose step begins before anything of it that is compiled."""
+        self._tick(transformer, args, kwargs)
+        return call(*args, **kwargs)
+
+    def _renew(self) -> None:
+        """Stay outside of what has been compiled since the plan was applied."""
+        self._interception.renew()
+        self._clock.close()
+        self._clock = self._clocked()
 
     @property
     def cache_bytes(self) -> int:
@@ -151,6 +163,7 @@ class Run:
             )
         require_whole(self._model.transformers)
         self.plan.require(target_of(self._model))
+        self._renew()
         self._tally, self._branches = Tally(branches.samples, branches.calls), branches
         self._pace = Pace()
         if replaced := self._interception.replaced():
@@ -240,7 +253,9 @@ class OwnRun(Run):
     def __init__(self, model: Model, plan: Plan, kernel: str, encoding: Encoding = NATIVE) -> None:
         self._said: int | None = None  # the step that the loop says it is at
         self._looping = False  # in a loop's generation, which no call of a pipeline surrounds
+        self._counting = False  # in a call of the model that has been counted, before that of its forward
         super().__init__(model, plan, kernel, encoding)
+        self._replaced = self._called_directly()
 
     def step(self, index: int) -> None:
         """Say that a step of the loop begins, so that one that was left in the middle is noticed. The first is 0.
@@ -249,6 +264,7 @@ class OwnRun(Run):
             PlanMismatch: it is not the plan's next step.
         """
         if index == 0:
+            self._renew()
             unfinished = self._done if self._looping else None
             self._end()
             self._warn_of(unfinished)
@@ -270,32 +286,47 @@ class OwnRun(Run):
     def close(self) -> None:
         """Take the plan off; the module is as it was before `apply`."""
         unfinished = self._done if self._looping else None
+        self._replaced.close()
         super().close()
         self._warn_of(unfinished)
 
-    def _clocked(self) -> ExitStack:
-        own, clock = self._model.transformer.forward, ExitStack()
+    def _called_directly(self) -> ExitStack:
+        """Calls of the model's forward, around which nothing can be, are counted within."""
+        own, replaced = self._model.transformer.forward, ExitStack()
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if self._pace is not None:
-                self._pace.require_here(self._model.family.name)
-            try:
-                self._tick(self._model.transformer, args, kwargs)
-                out = own(*args, **kwargs)
-            except BaseException:
-                self._end()
-                raise
-            if self._looping and self._done == self.plan.steps:
-                self._account_for_every_site()
-                self._end()
-            return out
+            if compiling():
+                if self._counting:
+                    return own(*args, **kwargs)
+                return apart(self._counted)(self._model.transformer, own, *args, **kwargs)
+            if self._counting:
+                self._counting = False  # by this call
+                return own(*args, **kwargs)
+            return self._counted(self._model.transformer, own, *args, **kwargs)
 
         self._forward = Carrying(forward)
         functools.update_wrapper(self._forward, own)
         self._forward.arrowhead_run = self
         before = put(self._model.transformer, self._forward)
-        clock.callback(take_off, self._model.transformer, self._forward, before)
-        return clock
+        replaced.callback(take_off, self._model.transformer, self._forward, before)
+        return replaced
+
+    def _counted(self, transformer: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._pace is not None:
+            self._pace.require_here(self._model.family.name)
+        try:
+            self._tick(transformer, args, kwargs)
+            self._counting = True
+            out = call(*args, **kwargs)
+        except BaseException:
+            self._end()
+            raise
+        finally:
+            self._counting = False
+        if self._looping and self._done == self.plan.steps:
+            self._account_for_every_site()
+            self._end()
+        return out
 
     def _around(self, call: SiteCall) -> Output:
         if self._generation is None and not reached(self._model.transformer, self._forward):
@@ -400,7 +431,7 @@ def applied(
 
 def _run_on(pipe: Any) -> Run | None:
     if isinstance(pipe, nn.Module):
-        return getattr(pipe.forward, "arrowhead_run", None)
+        return getattr(uncompiled(pipe).forward, "arrowhead_run", None)
     return getattr(type(pipe), "_arrowhead_run", None)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes  # torch does not offer it otherwise
 
 from arrowhead.cache import Output, along
+from arrowhead.compiled import COMPILED, compiling, door, through, uncompiled
 from arrowhead.errors import AlreadyApplied, ArrowheadError, NotIntercepted, ProcessorReplaced
 from arrowhead.forwards import put, reached, take_off
 from arrowhead.layout import Site
@@ -108,7 +109,7 @@ class BlockCall(ModuleCall):
 
     def _input(self, like: Output, rows: slice | None) -> Output:
         args, kwargs = self._of_rows(rows)
-        given = inspect.signature(self.original).bind(*args, **kwargs).arguments
+        given = inspect.signature(uncompiled(self.module).forward).bind(*args, **kwargs).arguments
         visual = next(iter(given.values()))  # hidden_states, or x
         if isinstance(like, Tensor):
             return visual
@@ -245,43 +246,73 @@ class Interception:
         self._originals: dict[nn.Module, Any] = {}
         self._wrapped: dict[Any, Any] = {}
         self._routes: list[str] = []
+        self._around = around
         try:
             for site, module in modules:
                 instead = (forwards or {}).get(site.path)
                 processed = site.kind == "self_attention" and instead is None and hasattr(module, "processor")
                 self._sites[module], self._places[module] = site, "processor" if processed else "forward"
-                if hasattr(getattr(module, self._places[module]), "arrowhead_around"):
+                held = getattr(module, self._places[module]), vars(module).get(COMPILED)
+                if any(hasattr(function, "arrowhead_around") for function in held):
                     raise AlreadyApplied(f"{site.path} is intercepted already; call arrowhead.remove first")
                 if not processed:
-                    self._wrapped[module] = _wrap_forward(module, site, around, instead)
-                    self._originals[module] = put(module, self._wrapped[module])
+                    self._replace_forward(module, instead)
                     continue
                 try:
                     self._routes += route(module.processor)
                 except NotIntercepted as error:
                     raise NotIntercepted(f"{site.path}: {error}") from None
                 self._originals[module] = module.processor
-                self._wrapped[module] = module.processor = _wrap(module.processor, site, around)
+                self._wrapped[module] = module.processor = _wrap(module, site, around)
         except BaseException:
             self.remove()
             raise
+
+    def _replace_forward(self, module: nn.Module, instead: Forward | None = None) -> None:
+        """A forward on the instance; of a site that is compiled by itself, what torch calls in its place."""
+        site, compiled = self._sites[module], vars(module).get(COMPILED)
+        place = self._places[module] = "forward" if compiled is None or site.kind == "self_attention" else COMPILED
+        forward = module.forward if place == "forward" or compiled is None else compiled
+        self._wrapped[module] = wrapped = _wrap_forward(module, forward, site, self._around, instead)
+        if place == "forward":
+            self._originals[module] = put(module, wrapped)
+        else:
+            self._originals[module] = compiled
+            setattr(module, COMPILED, wrapped)
+
+    def renew(self) -> None:
+        """Stay outside of sites that have been compiled by themselves since, so that no graph decides what they do."""
+        for module, wrapped in [*self._wrapped.items()]:
+            if self._sites[module].kind == "self_attention" or vars(module).get(COMPILED) in (None, wrapped):
+                continue
+            if self._places[module] == "forward" and not take_off(module, wrapped, self._originals[module]):
+                continue
+            wrapped.arrowhead_door.close()
+            self._replace_forward(module)
 
     def replaced(self) -> list[str]:
         """Sites whose processor or forward is somebody else's by now, and what it is."""
         return [
             f"{self._sites[module].path} by a {type(getattr(module, self._places[module])).__name__}"
             for module, wrapped in self._wrapped.items()
-            if not (reached(module, wrapped) if self._places[module] == "forward" else module.processor is wrapped)
+            if not self._holds(module, wrapped)
         ]
+
+    def _holds(self, module: nn.Module, wrapped: Any) -> bool:
+        place = self._places[module]
+        return reached(module, wrapped) if place == "forward" else getattr(module, place) is wrapped
 
     def remove(self) -> None:
         """Put every processor, forward and name back. What somebody else has set since stays, with a warning."""
+        self.renew()
         replaced = self.replaced()
         for module, wrapped in self._wrapped.items():
-            if self._places[module] == "forward":
+            place = self._places[module]
+            if place == "forward":
                 take_off(module, wrapped, self._originals[module])
-            elif module.processor is wrapped:
-                module.processor = self._originals[module]
+            elif getattr(module, place) is wrapped:
+                setattr(module, place, self._originals[module])
+            wrapped.arrowhead_door.close()
         for name in self._routes:
             unroute(name)
         self._originals, self._wrapped, self._routes = {}, {}, []
@@ -294,14 +325,17 @@ class Interception:
             )
 
 
-def _wrap_forward(module: nn.Module, site: Site, around: Around, instead: Forward | None) -> Callable[..., Output]:
-    forward = module.forward
+def _wrap_forward(
+    module: nn.Module, forward: Callable[..., Output], site: Site, around: Around, instead: Forward | None
+) -> Callable[..., Output]:
     routed = _watched(forward) if instead is None else partial(instead, module, attention)
     unchecked = instead is not None
 
     @wraps(forward)
     def wrapped(*args: Any, **kwargs: Any) -> Output:
         nonlocal unchecked
+        if compiling():
+            return through(entrance, args, kwargs)
         if site.kind != "self_attention":
             return around((BlockCall if site.kind == "block" else ModuleCall)(site, module, forward, args, kwargs))
         call = ForwardSiteCall(site, module, forward, args, kwargs, routed)
@@ -310,7 +344,8 @@ def _wrap_forward(module: nn.Module, site: Site, around: Around, instead: Forwar
             unchecked = False
         return around(call)
 
-    wrapped.arrowhead_around = around  # type: ignore[attr-defined]
+    entrance = door(site, _parameters(uncompiled(module).forward), wrapped)
+    wrapped.arrowhead_around, wrapped.arrowhead_door = around, entrance  # type: ignore[attr-defined]
     return wrapped
 
 
@@ -362,11 +397,16 @@ def _given(out: Any) -> str:
     return f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
 
 
-def _wrap(processor: Any, site: Site, around: Around) -> Any:
-    wrapped = copy.copy(processor)
-    wrapped.__class__ = _wrapper_class(type(processor))  # type: ignore[arg-type]
+def _wrap(module: Any, site: Site, around: Around) -> Any:
+    wrapped = copy.copy(module.processor)
+    wrapped.__class__ = _wrapper_class(type(module.processor))  # type: ignore[arg-type]
     wrapped.arrowhead_site, wrapped.arrowhead_around = site, around
+    wrapped.arrowhead_door = door(site, _parameters(type(module.processor).__call__)[2:], partial(wrapped, module))
     return wrapped
+
+
+def _parameters(function: Callable[..., Any]) -> list[str]:
+    return [*inspect.signature(function).parameters]
 
 
 @cache
@@ -377,10 +417,12 @@ def _wrapper_class(base: type) -> type:
     """
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Output:
+        if compiling():
+            return through(self.arrowhead_door, args[1:], kwargs)
         original = types.MethodType(base.__call__, self)
         return self.arrowhead_around(AttentionSiteCall(self.arrowhead_site, args[0], original, args, kwargs))
 
-    __call__.__signature__ = inspect.signature(base.__call__)  # type: ignore[attr-defined]
+    __call__.__wrapped__ = base.__call__  # type: ignore[attr-defined]  # inspect.signature follows it, for torch's compiler, too
     return type(base.__name__, (base,), {"__call__": __call__, "__module__": base.__module__})
 
 

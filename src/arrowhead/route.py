@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from arrowhead.compiled import compiling
 from arrowhead.errors import NotIntercepted
 
 
@@ -105,6 +106,8 @@ class _RoutedFunctional(types.ModuleType):
                 query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, **kwargs
             )
 
+        if compiling():  # a graph that sites are outside of, or within, is not asked
+            return native()
         return _ask(AttentionCall(query, key, value, scale, attn_mask, is_causal or dropout_p > 0, native))
 
 
@@ -138,6 +141,8 @@ def _routed_dispatch(dispatch: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def native() -> Tensor:
             return dispatch(query, key, value, attn_mask, dropout_p, is_causal, scale, *args, **kwargs).transpose(1, 2)
 
+        if compiling():
+            return dispatch(query, key, value, attn_mask, dropout_p, is_causal, scale, *args, **kwargs)
         q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))  # (B, N, H, D) -> (B, H, N, D)
         return _ask(AttentionCall(q, k, v, scale, attn_mask, is_causal or dropout_p > 0, native)).transpose(1, 2)
 

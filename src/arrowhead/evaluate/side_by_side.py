@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from arrowhead.apply import applied, plain
+from arrowhead.compiled import eagerly
 from arrowhead.errors import InputsInvalid
 from arrowhead.metrics.images import psnr, ssim
 from arrowhead.models import transformers_of
@@ -154,7 +155,7 @@ def require_fit(pipe: "DiffusionPipeline", plan: Plan, inputs: Mapping[str, Any]
     def stop(*_: Any) -> None:
         raise _Begun
 
-    with applied(pipe, plan), suppress(_Begun), ExitStack() as hooks:
+    with applied(pipe, plan), eagerly(), suppress(_Begun), ExitStack() as hooks:
         for transformer in transformers_of(pipe):  # whichever is called first
             hook = transformer.register_forward_pre_hook(stop)  # after the plan's own, which looks at steps and tokens
             hooks.callback(hook.remove)

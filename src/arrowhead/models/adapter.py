@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from arrowhead.compiled import named_modules
 from arrowhead.errors import InputsInvalid, UnsupportedPipeline
 from arrowhead.layout import BranchOrder, Tokens
 from arrowhead.models.family import NONE
@@ -200,7 +201,7 @@ def matching(pattern: str, root: nn.Module) -> list[str]:
     Raises:
         UnsupportedPipeline: there are none.
     """
-    if not (found := [path for path, _ in root.named_modules() if re.fullmatch(pattern, path)]):
+    if not (found := [path for path, _ in named_modules(root) if re.fullmatch(pattern, path)]):
         raise UnsupportedPipeline(
             f"got an adapter with {pattern!r}, which no path in a {type(root).__name__} matches; wanted a regular expression "
             "for whole paths, as model.named_modules() has them"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from arrowhead.compiled import named_modules, uncompiled
 from arrowhead.errors import InputsInvalid, UnsupportedPipeline
 from arrowhead.layout import Branches, BranchOrder, Kind, Site, Tokens, seen
 from arrowhead.models.adapter import Attention, Forward, Own, matching, require_apart, tokens_of
@@ -59,7 +60,13 @@ class Model:
     @property
     def placed(self) -> list[tuple[Site, nn.Module]]:
         """The sites with their modules in every transformer."""
-        return [(site, transformer.get_submodule(site.path)) for transformer in self.transformers for site in self.sites]
+        both = ((site, transformer.get_submodule(site.path)) for transformer in self.transformers for site in self.sites)
+        return [(site, uncompiled(module) if site.kind == "self_attention" else module) for site, module in both]
+
+    @property
+    def called(self) -> tuple[nn.Module, ...]:
+        """The transformers as they are called: where torch.compile hides one, what hides it."""
+        return called(self.pipe)
 
     @property
     def switch(self) -> int | None:
@@ -133,7 +140,7 @@ class Model:
     def guidance_scale(self, call: Mapping[str, Any], step: int) -> float:
         """How far a pipeline call with these arguments, which is running, drives the branches apart in a step."""
         later = self.family.later_guidance_scale
-        scale = self.family.guidance_scale if later is None or self.due(step) is self.pipe.transformer else later
+        scale = self.family.guidance_scale if later is None or self.due(step) is self.transformer else later
         return scale(call)
 
     def branches(self, call: Mapping[str, Any]) -> Branches:
@@ -193,6 +200,11 @@ def find(pipe: "DiffusionPipeline | Own", kinds: Collection[Kind] = ATTENTION) -
 
 
 def transformers_of(pipe: "DiffusionPipeline") -> tuple[Any, ...]:
+    """A pipeline's transformers, in the order they are called, as they are where torch.compile hides them."""
+    return tuple(map(uncompiled, called(pipe)))
+
+
+def called(pipe: "DiffusionPipeline | Own") -> tuple[Any, ...]:
     """A pipeline's transformers, in the order they are called."""
     both = (getattr(pipe, name, None) for name in ("transformer", "transformer_2"))
     return tuple(transformer for transformer in both if isinstance(transformer, nn.Module))
@@ -221,7 +233,7 @@ def _described(own: Own, kinds: Collection[Kind]) -> Model:
     Raises:
         UnsupportedPipeline: the adapter's patterns match nothing, or a module's sizes do not follow from its layers.
     """
-    adapter, root = own.adapter, own.transformer
+    adapter, root = own.adapter, uncompiled(own.transformer)
     family = Family(
         name=type(root).__name__,
         transformer=type(root).__name__,
@@ -237,13 +249,13 @@ def _described(own: Own, kinds: Collection[Kind]) -> Model:
     modules, forwards = dict(_sites(family, root, kinds)), dict[str, Forward]()
     for pattern, attention in adapter.attention.items() if "self_attention" in kinds else ():
         for path in matching(pattern, root):
-            module = root.get_submodule(path)
+            module = uncompiled(root.get_submodule(path))
             modules[_own_site(family, path, module, attention)] = module
             if (instead := attention.instead()) is not None:
                 forwards[path] = instead
     if not modules:
         raise UnsupportedPipeline(f"got kinds {', '.join(sorted(kinds))}, of which the adapter of a {family.name} names none")
-    order = {path: place for place, (path, _) in enumerate(root.named_modules())}
+    order = {path: place for place, (path, _) in enumerate(named_modules(root))}
     in_order = dict(sorted(modules.items(), key=lambda item: order[item[0].path]))
     return Model(own, (root,), family, adapter.cfg or "cond_first", in_order, forwards)
 
@@ -275,7 +287,7 @@ def _sites(family: Family, root: nn.Module, kinds: Collection[Kind], prefix: str
         "feed_forward": (family.feed_forward_pattern, _feed_forward),
         "block": (family.block_pattern, _block),
     }
-    for inner, module in root.named_modules():
+    for inner, module in named_modules(root):
         path = f"{prefix}{inner}"
         for kind, (pattern, site) in makers.items():
             if kind in kinds and re.fullmatch(pattern, path):
@@ -362,7 +374,7 @@ def _linears(module: nn.Module) -> dict[str, nn.Linear]:
 
     So a plan fits whether one is loaded or not; what it multiplies counts, if at all, as outside of all sites.
     """
-    found = {path: layer for path, layer in module.named_modules() if isinstance(layer, nn.Linear)}
+    found = {path: layer for path, layer in named_modules(module) if isinstance(layer, nn.Linear)}
     return {path.removesuffix(".base_layer"): layer for path, layer in found.items() if ".lora_" not in path}
 
 

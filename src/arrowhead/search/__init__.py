@@ -50,7 +50,8 @@ def search(
 
     Args:
         pipe: a diffusers pipeline of a supported family. It is left as it was, whatever happens, but for the scheduler's
-            timesteps, which every call sets anew. Or a `torch.nn.Module` of one's own.
+            timesteps, which every call sets anew. Or a `torch.nn.Module` of one's own. What is compiled of either runs eagerly
+            here, with what the search finds as if it were not compiled.
         inputs: the keyword arguments of the pipeline's call: prompts or labels, steps, guidance. A `generator` among them
             is left as it was found. For a module, a callable without arguments that generates once, by any loop over the
             model, the same whenever it is called, and returns the final latents (of which budgets alone ask). What does

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from arrowhead.attend import Generation, attend
 from arrowhead.cache import Output
+from arrowhead.compiled import eagerly
 from arrowhead.cost import full_flops
 from arrowhead.errors import ArrowheadError, InputsInvalid, NotIntercepted
 from arrowhead.forwards import forward_replaced
@@ -69,7 +70,8 @@ class _Call:
 class Calibration:
     """A run of a pipeline under a search's control: iterate over `steps()`, and finish each.
 
-    `passes` counts the transformer's runs, two calls of one step as one.
+    `passes` counts the transformer's runs, two calls of one step as one. What torch.compile made of it is left aside: all of
+    them run eagerly.
     """
 
     def __init__(self, model: Model, inputs: Mapping[str, Any]) -> None:
@@ -130,13 +132,13 @@ class Calibration:
             outer = torch.is_grad_enabled()  # the modes belong to the thread, which the two greenlets share
             inference = torch.is_inference_mode_enabled()
             worker = greenlet.greenlet(lambda: call_pipe(**self._inputs))
-            call = worker.switch()
+            call = _resumed(worker)
             try:
                 while not worker.dead:
                     calls, stand_in = [call], None
                     if self.branches.calls == 2:
                         stand_in = self._stand_in(call)
-                        calls.append(worker.switch(stand_in))
+                        calls.append(_resumed(worker, stand_in))
                         if worker.dead or calls[1].counted != call.counted:
                             raise InputsInvalid(
                                 "got one call of the transformer in a step, wanted one for each CFG branch; where both come in "
@@ -155,7 +157,7 @@ class Calibration:
                     torch.set_grad_enabled(inner)
                     if stand_in is not None:
                         fill(stand_in, step.answers[0])
-                    call = worker.switch(step.answers[-1])
+                    call = _resumed(worker, step.answers[-1])
                 if self._generation is not None and self.step_count not in (None, done := self._generation.step + 1):
                     raise InputsInvalid(
                         f"the pipeline's run ended after {done} of {self.step_count} steps, wanted all of them; {LEAVE_OUT}"
@@ -195,7 +197,7 @@ class Calibration:
         passes = self._state.tally.passes
         before, self.passes = passes.total(), self.passes + 1
         try:
-            with torch.set_grad_enabled(grad):
+            with torch.set_grad_enabled(grad), eagerly():
                 if len(runs) == 1:
                     self._around = lambda call: at_site(call, self._state)
                     outputs = [runs[0]()]
@@ -226,14 +228,15 @@ class Calibration:
         try:
             if len(runs) == 1:
                 self._around = lambda call: at_site(call, self._state)
-            yield outputs
+            with eagerly():
+                yield outputs
         finally:
             self._around = None
 
     def _stand_in(self, call: _Call) -> Any:
         if self._blank is None:  # one run more than the search needs
             self.passes += 1
-            with torch.no_grad():
+            with torch.no_grad(), eagerly():
                 self._blank = call.run()
         return blank(self._blank)
 
@@ -340,6 +343,12 @@ class Step:
     def _by(self, cells: Sequence[Cell], writes: Callable[[Site, Cell], Writes]) -> AtSite:
         cell_of = dict(zip(self.sites, cells, strict=True))
         return lambda call, state: attend(call, cell_of[call.site], writes(call.site, cell_of[call.site]), state)
+
+
+def _resumed(worker: greenlet.greenlet, *answer: Any) -> Any:
+    """On to the pipeline's next call of its transformer, which is not compiled: a graph could not be left in the middle."""
+    with eagerly():
+        return worker.switch(*answer)
 
 
 def _run(forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

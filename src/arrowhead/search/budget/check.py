@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from arrowhead.apply import applied
+from arrowhead.compiled import eagerly
 from arrowhead.forwards import forward_replaced
 from arrowhead.models import Own, transformers_of
 from arrowhead.plan import Plan
@@ -55,11 +56,11 @@ def _differences(latents: Tensor) -> Tensor:
 
 
 def final_latents(pipe: "DiffusionPipeline", inputs: Mapping[str, Any]) -> Tensor:
-    """Of one generation, float32; of all processes' images."""
+    """Of one generation, float32, of all processes' images; it runs eagerly, as all of a search's do."""
     if isinstance(pipe, Own):
-        with quiet(pipe, None):
+        with quiet(pipe, None), eagerly():
             return final_of(pipe(**inputs))
-    with observed(pipe.scheduler) as sampling, quiet(pipe, inputs.get("generator")):
+    with observed(pipe.scheduler) as sampling, quiet(pipe, inputs.get("generator")), eagerly():
         pipe(**inputs)
     return share_of(inputs).joined(sampling.latents())
 
@@ -81,6 +82,7 @@ def measured_seconds(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], plan:
         with ExitStack() as entered:
             entered.enter_context(nullcontext() if chosen is None else applied(pipe, chosen))
             entered.enter_context(quiet(pipe, inputs.get("generator")))
+            entered.enter_context(eagerly())
             for transformer in transformers_of(pipe):
                 entered.enter_context(forward_replaced(transformer, partial(timing, transformer.forward)))
             pipe(**inputs)

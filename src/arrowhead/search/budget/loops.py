@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arrowhead.compiled import eagerly
 from arrowhead.errors import InputsInvalid, NotIntercepted
 from arrowhead.forwards import forward_replaced
 from arrowhead.models import Model
@@ -109,7 +110,7 @@ class Loop:
                 direction += errors[call].repeat(len(sample) // len(errors[call]), *[1] * (sample.ndim - 1)).to(sample.dtype)
             return output_with(output, sample)
 
-        with quiet(self.model.pipe, None), forward_replaced(self.model.transformer, replay), torch.no_grad():
+        with quiet(self.model.pipe, None), forward_replaced(self.model.transformer, replay), torch.no_grad(), eagerly():
             final = final_of(self.generate())
         return given, final
 

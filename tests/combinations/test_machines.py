@@ -52,7 +52,9 @@ def everything(inputs):
         with ah.applied(bench.pipe, of):
             return back(bench.pipe(**inputs())[0])
     found = {"raw": made(), "full": made(full), "plan": made(plan)}
-    found["searches"] = [ah.search(bench.pipe, inputs(), progress=False, **how).cells for how in searches]
+    plans = [ah.search(bench.pipe, inputs(), progress=False, **how) for how in searches]
+    found["searches"] = [plan.cells for plan in plans[:2]]  # a budget's may differ where two are as good
+    assert plans[2].flops().module <= 0.5
     found["mass"] = ah.analyze(bench.pipe, inputs(), progress=False).band_mass
     return found
 

@@ -118,6 +118,12 @@ class Recorder:
         """What is known once the first step has run."""
         if whole is None:
             return
+        channels, given = self._guidance.channels, outputs[0].shape
+        if channels is not None and channels > given[1]:
+            raise InputsInvalid(
+                f"got an output of shape {tuple(given)} with latent_channels={channels}, wanted {given[1]} of its channels at "
+                "most; or None for all"
+            )
         self._images = len(self._guidance.guided([output.detach() for output in outputs]))
         self._regions = self._extent.regions or max(1, PRODUCTS // (self._share.of_all(self._images) * self._extent.vectors))
         samples = self._guidance.branches.samples

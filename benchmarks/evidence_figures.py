@@ -198,10 +198,13 @@ def negative() -> None:
         values, errors = ([row[key] for row in of_kinds.values()] for key in ("lpips", "lpips_standard_error"))
         at = [k + (i - 1.5) * 0.2 for k in of_kinds]
         axis.bar(at, values, 0.2, yerr=errors, color=colour, label=label, error_kw={"linewidth": 0.8})
-    share = [settings[f"{kind}, found without"]["module_flops"] for kind in kinds]
-    names = [f"{kind}\n{left:.0%} of FLOPs left" for kind, left in zip(kinds, share, strict=True)]
+    names = []
+    for kind in kinds:
+        lefts = [settings[n]["module_flops"] for which in ("without", "with") if (n := f"{kind}, found {which}") in settings]
+        names.append(f"{kind}\n" + ", found with it: ".join(f"{share:.0%} of FLOPs left" for share in lefts))
     axis.set_xticks(range(len(kinds)), names)
-    tidy(axis, f"MMDiT, negative prompt “{result['negative_prompt']}”", "", "LPIPS")
+    tidy(axis, f"MMDiT: what the negative prompt “{result['negative_prompt']}” does to pictures", "", "LPIPS")
+    axis.set_xlabel("move: LPIPS between pictures with and without it; error: between compressed and raw pictures", fontsize=9)
     axis.grid(visible=False, axis="x")
     axis.set_ylim(0, 1.75 * max(raw, *(row["error with"]["lpips"] for name, row in settings.items() if name != "raw")))
     axis.legend(frameon=False, fontsize=8, loc="upper left", ncols=2)

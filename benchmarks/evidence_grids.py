@@ -10,6 +10,7 @@ import evidence_negative
 import typer
 from evidence import FIGURES, Bench
 from evidence_techniques import runs_of
+from shards import load_images
 from torch import Tensor
 
 import arrowhead as ah
@@ -25,6 +26,13 @@ def named(case: Any, asked: Sequence[Any]) -> list[str]:
     return [ah.tiny.CIFAR10[one] if case.asks == "class_labels" else one.replace(" of a ", "\n") for one in asked[:COLUMNS]]
 
 
+def made(bench: Bench, name: str) -> Tensor:
+    """Pictures that are there; nothing is generated here."""
+    if not (bench.work / name).is_dir():
+        raise FileNotFoundError(2, "not made yet", str(bench.work / name))
+    return load_images(bench.work / name)
+
+
 def shown(rows: Mapping[str, Tensor], columns: list[str], name: str, title: str) -> None:
     FIGURES.mkdir(parents=True, exist_ok=True)
     draw.image_grid({row: images[:COLUMNS] for row, images in rows.items()}, columns, FIGURES / f"{name}.png", title)
@@ -32,33 +40,29 @@ def shown(rows: Mapping[str, Tensor], columns: list[str], name: str, title: str)
 
 def failures(name: budget.Name) -> None:
     """Raw above, compressed below: hardly anything left, then few steps."""
-    whole, few = Bench(name, "techniques"), Bench(name, "failures")
-    run, run_few = runs_of(name)["pictures"], runs_of(name, FEW, evidence_failures.IMAGES)["pictures"]
-    rows = {f"raw, {run.steps} steps": whole.pictures("raw", run)}
+    whole, few, run = Bench(name, "techniques"), Bench(name, "failures"), runs_of(name)["pictures"]
+    rows = {f"raw, {run.steps} steps": made(whole, "raw")}
     for what in ("all D6", "budget 25%", "budget 10%"):
         plan = ah.Plan.load(whole.work / f"{what}.json")
-        rows[f"{what.replace('all', 'greedy')}\n({plan.flops().module:.0%} left)"] = whole.pictures(what, run, plan)
-    for what in evidence_failures.SEARCHES if (few.work / f"raw {FEW}").is_dir() else ():
-        rows[f"raw, {FEW} steps"] = few.pictures(f"raw {FEW}", run_few)
-        plan = ah.Plan.load(few.work / f"{what}, {FEW}.json")
-        label = f"{what}, {FEW} steps\n({plan.flops().module:.0%} left)"
-        rows[label] = few.pictures(f"{what}, {FEW} steps", run_few, plan)
+        rows[f"{what.replace('all', 'greedy')}\n({plan.flops().module:.0%} left)"] = made(whole, what)
+    if (few.work / f"raw {FEW}").is_dir():
+        rows[f"raw, {FEW} steps"] = made(few, f"raw {FEW}")
+        for what in evidence_failures.SEARCHES:
+            plan = ah.Plan.load(few.work / f"{what}, {FEW}.json")
+            rows[f"{what}, {FEW} steps\n({plan.flops().module:.0%} left)"] = made(few, f"{what}, {FEW} steps")
     title = f"tiny:{name}, the same seed in each column; in brackets what is left of the attention modules' FLOPs"
     shown(rows, named(whole.case, run.asked), f"failures_{name}", title)
 
 
 def negative() -> None:
     """Without and with the negative prompt, raw and compressed."""
-    home, bench = Bench(evidence_negative.NAME, "techniques"), Bench(evidence_negative.NAME, "negative")
-    plain, steered = evidence_negative.PLAIN, evidence_negative.STEERED
-    rows = {"raw": bench.pictures("raw", plain), "raw, negative": bench.pictures("raw, steered", steered)}
+    bench = Bench(evidence_negative.NAME, "negative")
+    rows = {"raw": made(bench, "raw"), "raw, negative": made(bench, "raw, steered")}
     for what in ("greedy D6", "budget 25%"):
-        label = f"{what}, found without"
-        plan = ah.Plan.load(home.work / f"{what.replace('greedy', 'all')}.json")
-        rows[what] = bench.pictures(label, plain, plan)
-        rows[f"{what}, negative"] = bench.pictures(f"{label}, steered", steered, plan)
+        rows[what] = made(bench, f"{what}, found without")
+        rows[f"{what}, negative"] = made(bench, f"{what}, found without, steered")
     title = f"tiny:mmdit32, without and with the negative prompt “{evidence_negative.NEGATIVE}”, the same seed in each column"
-    shown(rows, named(bench.case, plain.asked), "negative_pictures", title)
+    shown(rows, named(bench.case, evidence_negative.PLAIN.asked), "negative_pictures", title)
 
 
 def plans() -> None:

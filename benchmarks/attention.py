@@ -25,11 +25,11 @@ from diffusers import DiTTransformer2DModel
 from tqdm import tqdm
 
 import arrowhead as ah
-from arrowhead.apply import target_of
 from arrowhead.kernels import dispatch
 from arrowhead.layout import Tokens
 from arrowhead.methods import ASC, AST, FULL, Cell, wa_rs
 from arrowhead.models import find
+from arrowhead.target import target_of
 from arrowhead.tiny.pipeline import TinyDiTPipeline
 from arrowhead.versions import versions
 

@@ -15,8 +15,8 @@ from arrowhead.cost import site_flops
 from arrowhead.layout import Site, Tokens
 from arrowhead.lifetimes import Writes
 from arrowhead.methods import FULL, Arrow, Attend, Cached, Cell, Full, Method
-from arrowhead.plan import Target
 from arrowhead.search.greedy import Greedy
+from arrowhead.target import Target
 
 NEAR = 0.005
 """How far from a level a plan may be."""

@@ -34,9 +34,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import arrowhead as ah
-from arrowhead.apply import target_of
 from arrowhead.cost import full_flops
 from arrowhead.models import find
+from arrowhead.target import target_of
 from arrowhead.versions import versions
 
 HERE = Path(__file__).parent

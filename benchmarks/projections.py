@@ -27,10 +27,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, St
 from tqdm import tqdm
 
 import arrowhead as ah
-from arrowhead.apply import target_of
 from arrowhead.layout import Tokens
 from arrowhead.methods import FULL, Attend, Cached, Full
 from arrowhead.models import find
+from arrowhead.target import target_of
 from arrowhead.versions import versions
 
 HEADS, HEAD_DIM, TEXT, SIDE, STEPS = 8, 64, 154, 32, 4

@@ -18,9 +18,9 @@ from torch import Tensor
 from arrowhead.layout import Branches, Site, Tokens
 from arrowhead.lifetimes import FOREVER, Residual, Writes
 from arrowhead.methods import AST, Arrow, Attend, Cached, Cell, Full, Precision, Reuse
-from arrowhead.plan import Target
 from arrowhead.search.budget.given import Choices, Given
 from arrowhead.search.budget.table import Table
+from arrowhead.target import Target
 
 FLUX_VISUAL = 16
 

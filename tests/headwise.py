@@ -22,10 +22,10 @@ from replay import Trace, processors, trace
 from torch import Tensor
 
 import arrowhead as ah
-from arrowhead.apply import target_of
 from arrowhead.layout import Tokens
 from arrowhead.methods import Arrow, Attend, Cached, Cell, Full, Reuse
 from arrowhead.models import find
+from arrowhead.target import target_of
 
 Grid = Sequence[str]
 Output = Tensor | tuple[Tensor, Tensor]

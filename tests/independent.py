@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from arrowhead.layout import Grid, Site, Tokens
 from arrowhead.methods import Arrow, Attend, Box, Cached, Cell, Full, Method, Radius, Reuse
-from arrowhead.plan import Plan, Target
+from arrowhead.plan import Plan
+from arrowhead.target import Target
 
 few = settings(max_examples=80, deadline=None)
 RADII = (0, 1, 3, 20)

@@ -12,8 +12,9 @@ from arrowhead.cost import Flops
 from arrowhead.evaluate import Evaluation, Score
 from arrowhead.layout import Site, Tokens
 from arrowhead.methods import ASC, AST, FULL, Arrow, Attend, Cached, Full, wa_rs
-from arrowhead.plan import Plan, Target
+from arrowhead.plan import Plan
 from arrowhead.tally import Summary
+from arrowhead.target import Target
 
 SITES = (Site("blocks.0.attn", 3, 8, 16), Site("blocks.1.attn", 3, 8, 16))
 TARGET = Target("Transformer", "Scheduler", {}, SITES)

@@ -18,10 +18,10 @@ from pipelines import Bench
 from torch import Tensor
 
 import arrowhead as ah
-from arrowhead.apply import target_of
 from arrowhead.layout import Tokens
 from arrowhead.methods import Arrow, Attend, Cell, Full, Reuse
 from arrowhead.models import find
+from arrowhead.target import target_of
 
 Grid = Sequence[str]
 HALVES, FULLS, RESIDUAL, REUSED = "CvVyY", "FC", "WVXY", "RDE"

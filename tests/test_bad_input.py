@@ -23,7 +23,8 @@ from arrowhead.errors import ArrowheadError, ArrowheadWarning, InputsInvalid, No
 from arrowhead.evaluate import evaluate
 from arrowhead.layout import Grid, Site, Tokens
 from arrowhead.methods import Arrow, Attend, Cached, Full, Reuse
-from arrowhead.plan import Plan, Target
+from arrowhead.plan import Plan
+from arrowhead.target import Target
 
 few = settings(max_examples=60, deadline=None)
 

@@ -19,12 +19,12 @@ from test_plan import PLAN, TARGET
 from untouched import left_as_it_was
 
 import arrowhead as ah
-from arrowhead.apply import target_of
 from arrowhead.errors import BandCoversAll, InputsInvalid, PlanInvalid, PlanMismatch
 from arrowhead.layout import Grid, Tokens
 from arrowhead.methods import AST, FULL, Arrow, Attend, Box, Cached, Full
 from arrowhead.models import find
 from arrowhead.search.calibrate import Calibration
+from arrowhead.target import target_of
 
 VIDEO, IMAGE = Grid(2, 4, 3), Grid(1, 4, 5)
 GRIDS = {

@@ -9,12 +9,12 @@ from pages import Page
 
 import arrowhead as ah
 from arrowhead import cli
-from arrowhead.apply import target_of
 from arrowhead.errors import PlanMismatch
 from arrowhead.evaluate import evaluate
 from arrowhead.layout import Tokens
 from arrowhead.methods import AST, FULL
 from arrowhead.models import find
+from arrowhead.target import target_of
 
 INPUTS = {"class_labels": [1, 7], "num_inference_steps": 3}
 OPTIONS = ["-i", "class_labels=[1, 7]", "-i", "num_inference_steps=3"]

@@ -22,7 +22,8 @@ from arrowhead.analysis.arrays import AttentionMap
 from arrowhead.errors import InputsInvalid, PlanInvalid
 from arrowhead.layout import Site, Tokens
 from arrowhead.methods import FULL
-from arrowhead.plan import Plan, Target
+from arrowhead.plan import Plan
+from arrowhead.target import Target
 
 some = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -10,7 +10,8 @@ from arrowhead.cost import pairs, site_flops
 from arrowhead.layout import Site, Tokens
 from arrowhead.lifetimes import Writes
 from arrowhead.methods import ASC, AST, FULL, Arrow, Attend, Cached, Full, Reuse, wa_rs
-from arrowhead.plan import Plan, Target
+from arrowhead.plan import Plan
+from arrowhead.target import Target
 
 DIT = Site("blocks.0.attn1", heads=16, head_dim=72, channels=1152)
 TABLE_2 = {1024: (50, 77, 38, 0), 4096: (50, 51, 26, 0), 16384: (50, 33, 16, 0)}  # % left by ASC, WA-RS, WA-RS + ASC, AST

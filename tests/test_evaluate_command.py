@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 import arrowhead as ah
 from arrowhead import cli
-from arrowhead.apply import target_of
 from arrowhead.layout import Tokens
 from arrowhead.methods import FULL, Reuse
 from arrowhead.models import find
+from arrowhead.target import target_of
 
 INPUTS = ["-i", "class_labels=[1, 4, 8]", "-i", "num_inference_steps=2"]
 NETWORKS = """

@@ -16,7 +16,6 @@ from pipelines import tiny, tiny_mmdit
 from torch import nn
 
 import arrowhead as ah
-from arrowhead.apply import target_of
 from arrowhead.errors import InputsRepeated, TooFewSamples
 from arrowhead.evaluate import Networks, Shard, measure
 from arrowhead.evaluate.kept import Kept
@@ -26,6 +25,7 @@ from arrowhead.metrics.distributions import frechet, moments
 from arrowhead.metrics.images import psnr, ssim
 from arrowhead.metrics.resize import tf1
 from arrowhead.models import find
+from arrowhead.target import target_of
 
 STEPS = 3
 SIZE = 16

@@ -10,13 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from untouched import left_as_it_was
 
 import arrowhead as ah
-from arrowhead.apply import target_of
 from arrowhead.cost import projection_flops
 from arrowhead.layout import Tokens
 from arrowhead.methods import FULL
 from arrowhead.models import ATTENTION, EVERYTHING, find
 from arrowhead.models.families import FAMILIES
 from arrowhead.search import Headwise
+from arrowhead.target import target_of
 
 STEPS = 5
 INNER = EVERYTHING - {"block"}

@@ -13,11 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from untouched import left_as_it_was
 
 import arrowhead as ah
-from arrowhead.apply import target_of
 from arrowhead.errors import PlanMismatch, ProcessorReplaced
 from arrowhead.layout import Tokens
 from arrowhead.methods import ASC, AST, FORECAST, FULL, Attend, Cached, Full
 from arrowhead.models import find
+from arrowhead.target import target_of
 
 CELLS = {"F": FULL, "C": ASC, "R": AST, "E": FORECAST}
 MAKES = {**BENCHES, **JOINT}

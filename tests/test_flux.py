@@ -13,12 +13,12 @@ from replay import assert_identical, assert_same, distance, processors, trace
 from untouched import left_as_it_was
 
 import arrowhead as ah
-from arrowhead.apply import target_of
 from arrowhead.errors import PlanMismatch
 from arrowhead.layout import Tokens
 from arrowhead.methods import AST, FULL, Arrow, Attend, Cached, Full, wa_rs
 from arrowhead.models import find
 from arrowhead.search import Headwise
+from arrowhead.target import target_of
 
 STEPS, TEXT, VISUAL, HEADS, DIM = 5, 7, 36, 3, 8
 FLUX = sys.modules[FluxTransformer2DModel.__module__]

@@ -11,9 +11,9 @@ from test_flux import flux_plan, random_cells
 from untouched import left_as_it_was
 
 import arrowhead as ah
+from arrowhead.calls import AttentionSiteCall
 from arrowhead.errors import ArrowheadError, InputsInvalid, NotIntercepted
 from arrowhead.evaluate import evaluate
-from arrowhead.intercept import AttentionSiteCall
 from arrowhead.layout import Site
 from arrowhead.search import Headwise, greedy_trials
 from arrowhead.search.lockstep import meet, together

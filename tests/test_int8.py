@@ -11,13 +11,13 @@ from replay import compressed, distance, trace
 from test_kernels import LAYOUTS, MASKS, random_mask, random_qkv
 
 import arrowhead as ah
-from arrowhead.apply import target_of
 from arrowhead.errors import KernelUnavailable, PlanInvalid
 from arrowhead.kernels import dispatch
 from arrowhead.layout import Site, Tokens
 from arrowhead.lifetimes import lifetimes
 from arrowhead.methods import FULL, Arrow, Attend, Cached, Full
 from arrowhead.models import find
+from arrowhead.target import target_of
 
 KERNELS = ["chunked", "reference"]
 PRECISIONS = st.sampled_from(["native", "int8"])

@@ -10,7 +10,8 @@ from independent import few, plans
 from arrowhead.errors import InputsInvalid
 from arrowhead.layout import Site, Tokens
 from arrowhead.methods import ASC, AST, FULL
-from arrowhead.plan import Plan, Target
+from arrowhead.plan import Plan
+from arrowhead.target import Target
 
 DTYPES = ("native", "int8", "fp8")
 

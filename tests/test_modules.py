@@ -14,12 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from untouched import left_as_it_was
 
 import arrowhead as ah
-from arrowhead.apply import target_of
 from arrowhead.errors import PlanInvalid, PlanMismatch, SiteNotReached
 from arrowhead.layout import Tokens
 from arrowhead.methods import AST, FULL, Attend, Cached, wa_rs
 from arrowhead.models import find
 from arrowhead.plan import Plan
+from arrowhead.target import target_of
 
 WHERE = {
     **{f"cross_attention of {name}": ("cross_attention", BENCHES[name]) for name in BENCHES if "pixart" in name},

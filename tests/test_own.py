@@ -13,13 +13,13 @@ from own import Own, STDiT2, left_alone, replaying
 from torch.utils.flop_counter import FlopCounterMode
 
 import arrowhead as ah
-from arrowhead.apply import target_of
 from arrowhead.cost import full_flops
 from arrowhead.errors import AlreadyApplied, GenerationUnfinished, PlanMismatch
 from arrowhead.methods import AST, FULL, Arrow, Attend
 from arrowhead.models import ATTENTION, find
 from arrowhead.models import Own as StandIn
 from arrowhead.search import Headwise
+from arrowhead.target import target_of
 
 SEPARATE = ah.Adapter(
     {r"blocks\.\d+\.attn": ah.Attention(over="space"), r"blocks\.\d+\.attn_temp": ah.Attention(over="time")},

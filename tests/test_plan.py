@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from independent import BOXES, by_head, few, plans
 
-from arrowhead.apply import target_of
 from arrowhead.errors import PlanInvalid, PlanMismatch
 from arrowhead.layout import Site, Tokens
 from arrowhead.methods import ASC, AST, FORECAST, FULL, Arrow, Attend, Cached, Full, Reuse, paper_name, wa_rs
-from arrowhead.plan import SYMBOLS, Plan, Target
+from arrowhead.plan import SYMBOLS, Plan
+from arrowhead.target import Target, target_of
 
 SITES = (Site("blocks.0.attn1", 2, 8, 16), Site("blocks.1.attn1", 4, 8, 32))
 TARGET = Target("DiTTransformer2DModel", "DDIMScheduler", {"num_train_timesteps": 1000, "beta_schedule": "linear"}, SITES)

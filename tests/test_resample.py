@@ -14,12 +14,12 @@ from untouched import left_as_it_was
 
 import arrowhead as ah
 from arrowhead import cli
-from arrowhead.apply import target_of
 from arrowhead.errors import InputsInvalid, PlanDerived, PlanMismatch
 from arrowhead.layout import Site, Tokens
 from arrowhead.methods import ASC, AST, FORECAST, FULL, Arrow, Attend, Box, Cached, Full, Reuse, wa_rs
 from arrowhead.models import find
-from arrowhead.plan import Plan, Target
+from arrowhead.plan import Plan
+from arrowhead.target import Target, target_of
 
 SITE = Site("attn", heads=2, head_dim=4, channels=8)
 

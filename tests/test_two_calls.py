@@ -12,8 +12,8 @@ from pipelines import Bench, sd3, sd35
 from untouched import left_as_it_was
 
 import arrowhead as ah
+from arrowhead.calls import AttentionSiteCall
 from arrowhead.errors import InputsInvalid, NotIntercepted, PlanInvalid, PlanMismatch
-from arrowhead.intercept import AttentionSiteCall
 from arrowhead.layout import Site
 from arrowhead.models import families
 from arrowhead.search import Headwise

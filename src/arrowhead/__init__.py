@@ -7,11 +7,12 @@ pipeline, and takes it off again.
 from arrowhead import tiny
 from arrowhead.analysis.arrays import Analysis
 from arrowhead.analysis.measure import analyze
-from arrowhead.apply import Run, applied, apply, remove
+from arrowhead.apply import applied, apply, remove
 from arrowhead.layout import Tokens
 from arrowhead.methods import Box
 from arrowhead.models import Adapter, Attention, FusedQKV, latte, open_sora, supported
 from arrowhead.plan import Plan
+from arrowhead.run import Run
 from arrowhead.search import Budget, Extent, Greedy, Headwise, Table, calibrate, calibration_bytes, search, solve, sweep
 from arrowhead.tally import Summary
 

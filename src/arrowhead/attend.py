@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from arrowhead.cache import Cache, Entry, Kept, Key, Output, along, both_branches, compact, each, held_bytes, kept
+from arrowhead.calls import SiteCall
 from arrowhead.cost import computed_heads
 from arrowhead.errors import PlanMismatch
 from arrowhead.heads import places
-from arrowhead.intercept import SiteCall
 from arrowhead.kernels import dispatch, masks
 from arrowhead.kernels.call import Call, Policy
 from arrowhead.layout import Branches, Site, Tokens

@@ -13,7 +13,7 @@ from torch import dtype
 
 from arrowhead import cost, files, resample
 from arrowhead.errors import PlanInvalid, PlanMismatch
-from arrowhead.layout import Site, Tokens, outermost
+from arrowhead.layout import Tokens, outermost
 from arrowhead.lifetimes import first_fault
 from arrowhead.methods import (
     Arrow,
@@ -31,6 +31,7 @@ from arrowhead.methods import (
     paper_name,
 )
 from arrowhead.stored import CacheDtype, Encoding
+from arrowhead.target import Target
 
 FORMAT = 4
 READABLE = (2, 3, FORMAT)
@@ -63,44 +64,6 @@ SYMBOLS = {
     "head-wise": "H",
     "head-wise+ASC": "I",
 }
-
-
-@dataclass(frozen=True)
-class Target:
-    """What a plan was made for. Everything here has to match where it is applied."""
-
-    transformer: str
-    scheduler: str
-    scheduler_config: Mapping[str, Any]
-    sites: tuple[Site, ...]
-
-    def common(self, other: "Target") -> "Target":
-        """This target without the scheduler's settings in which `other` differs: some schedulers set them as they run."""
-        theirs = other.scheduler_config
-        config = {key: value for key, value in self.scheduler_config.items() if key in theirs and theirs[key] == value}
-        return replace(self, scheduler_config=config)
-
-    def differences(self, other: "Target") -> list[str]:
-        """Where `other` differs, each as 'what: plan's value, pipeline's value'."""
-        found = [
-            f"{name}: plan {mine}, pipeline {theirs}"
-            for name, mine, theirs in (
-                ("transformer", self.transformer, other.transformer),
-                ("scheduler", self.scheduler, other.scheduler),
-                ("number of sites", len(self.sites), len(other.sites)),
-            )
-            if mine != theirs
-        ]
-        if self.scheduler == other.scheduler:
-            for key, mine in sorted(self.scheduler_config.items()):
-                theirs = other.scheduler_config.get(key, "not set")
-                if mine != theirs:
-                    found.append(f"scheduler's {key}: plan {mine}, pipeline {theirs}")
-        if len(self.sites) == len(other.sites):
-            wrong = [(a, b) for a, b in zip(self.sites, other.sites, strict=True) if a != b]
-            found += [f"site: plan {a}, pipeline {b}" for a, b in wrong[:3]]
-            found += [f"and {len(wrong) - 3} more sites"] if len(wrong) > 3 else []
-        return found
 
 
 @dataclass(frozen=True)

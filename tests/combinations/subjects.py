@@ -13,11 +13,11 @@ from pipelines import CAPTION, randomise, sd3, vae
 from torch import Tensor, nn
 
 import arrowhead as ah
-from arrowhead.apply import target_of
 from arrowhead.layout import Tokens, seen
 from arrowhead.models import ATTENTION, find
 from arrowhead.models import Own as StandIn
 from arrowhead.plan import Plan
+from arrowhead.target import target_of
 
 STEPS = 5
 MECHANISMS = {"sd3": "processor with SDPA", "flux": "dispatch_attention_fn", "own": "own module"}

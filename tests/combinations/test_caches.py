@@ -11,12 +11,12 @@ from typer.testing import CliRunner
 
 import arrowhead as ah
 from arrowhead import cli, stored
-from arrowhead.apply import target_of
 from arrowhead.errors import InputsInvalid, PlanDerived
 from arrowhead.layout import Tokens
 from arrowhead.methods import AST, FULL, Reuse
 from arrowhead.models import find
 from arrowhead.plan import Plan
+from arrowhead.target import target_of
 
 EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 EVERYTHING = {"self_attention", "cross_attention", "feed_forward"}

@@ -17,11 +17,11 @@ from replay import plan as uniform_plan
 from subjects import subject
 
 import arrowhead as ah
-from arrowhead.apply import target_of
 from arrowhead.errors import NothingCompressed, PlanMismatch
 from arrowhead.models import Own as StandIn
 from arrowhead.models import find
 from arrowhead.search import Headwise
+from arrowhead.target import target_of
 
 SAMPLERS = {
     "HeunDiscreteScheduler": "twice a step",

@@ -15,11 +15,11 @@ from subjects import subject
 from torch import Tensor
 
 import arrowhead as ah
-from arrowhead.apply import target_of
 from arrowhead.errors import PlanMismatch
 from arrowhead.layout import Tokens
 from arrowhead.models import Own as StandIn
 from arrowhead.models import find
+from arrowhead.target import target_of
 
 SEED = 20
 GENERATIONS = 200

@@ -14,8 +14,8 @@ from tqdm.auto import tqdm
 from arrowhead.analysis.arrays import REUSED, Analysis, AttentionMap, Floats
 from arrowhead.attend import Generation, Passage, bands
 from arrowhead.cache import Output, compact
+from arrowhead.calls import SiteCall
 from arrowhead.errors import InputsInvalid, NotIntercepted
-from arrowhead.intercept import SiteCall
 from arrowhead.kernels import masks
 from arrowhead.layout import Site, Tokens
 from arrowhead.lifetimes import Writes

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arrowhead.apply import plain
 from arrowhead.errors import InputsInvalid, InputsRepeated
+from arrowhead.target import plain
 
 PER_IMAGE = (
     "prompt",

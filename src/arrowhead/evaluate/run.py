@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from arrowhead.apply import target_of
 from arrowhead.errors import InputsInvalid, TooFewSamples
 from arrowhead.evaluate.asked import Asked, Shard, digest
 from arrowhead.evaluate.figures import GROUPS, SPLIT, SUBSETS, Figure, Reference, distributions, figures, subset_size
@@ -25,6 +24,7 @@ from arrowhead.metrics.bootstrap import LEVEL, RESAMPLES, SEED
 from arrowhead.metrics.distributions import Moments
 from arrowhead.models import find, transformers_of
 from arrowhead.plan import Plan
+from arrowhead.target import target_of
 from arrowhead.versions import versions
 
 POLL_SECONDS = 0.5

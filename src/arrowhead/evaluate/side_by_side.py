@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from arrowhead.apply import applied, plain
+from arrowhead.apply import applied
 from arrowhead.compiled import eagerly
 from arrowhead.errors import InputsInvalid
 from arrowhead.metrics.images import psnr, ssim
 from arrowhead.models import transformers_of
 from arrowhead.plan import Plan
 from arrowhead.tally import Summary
+from arrowhead.target import plain
 from arrowhead.versions import versions
 
 if TYPE_CHECKING:  # diffusers takes seconds to import

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from torch import nn
 from tqdm.auto import tqdm
 
-from arrowhead.apply import target_of
 from arrowhead.errors import InputsInvalid, NothingCompressed
 from arrowhead.methods import paper_name
 from arrowhead.metrics.error import LossForm
@@ -23,6 +22,7 @@ from arrowhead.search.calibrate import Found
 from arrowhead.search.greedy import Greedy, Trial, greedy_trials
 from arrowhead.search.headwise import Choice, Headwise, headwise_choices
 from arrowhead.search.shared import part_of, share_of
+from arrowhead.target import target_of
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
     from diffusers import DiffusionPipeline

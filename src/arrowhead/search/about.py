@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from arrowhead.apply import plain
 from arrowhead.models import Own, transformers_of
 from arrowhead.search.shared import Part
+from arrowhead.target import plain
 from arrowhead.versions import versions
 
 if TYPE_CHECKING:  # diffusers takes seconds to import

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from arrowhead.attend import Generation, attend
 from arrowhead.cache import Output
+from arrowhead.calls import SiteCall
 from arrowhead.compiled import eagerly
 from arrowhead.cost import full_flops
 from arrowhead.errors import ArrowheadError, InputsInvalid, NotIntercepted
 from arrowhead.forwards import forward_replaced
-from arrowhead.intercept import SiteCall, intercepted
+from arrowhead.intercept import intercepted
 from arrowhead.layout import Branches, Site, Tokens, outermost
 from arrowhead.lifetimes import FOREVER, Residual, Writes
 from arrowhead.methods import FULL, Attend, Cell, refreshes_residual, residual_radius

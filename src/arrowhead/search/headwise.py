@@ -10,8 +10,8 @@ from torch import Tensor
 from arrowhead import cost
 from arrowhead.attend import Generation, Passage, bands, count
 from arrowhead.cache import Entry, Key, Output, both_branches, kept
+from arrowhead.calls import SiteCall
 from arrowhead.errors import InputsInvalid
-from arrowhead.intercept import SiteCall
 from arrowhead.layout import Site, Tokens
 from arrowhead.lifetimes import FOREVER, Writes
 from arrowhead.methods import FULL, Arrow, Attend, Box, Cached, Cell, Full, Method, Radius, grouped

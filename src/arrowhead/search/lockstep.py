@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from arrowhead.cache import Output, each
+from arrowhead.calls import SiteCall
 from arrowhead.errors import NotIntercepted
-from arrowhead.intercept import SiteCall
 
 
 def meet(call: SiteCall) -> Output:

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from arrowhead.apply import target_of
 from arrowhead.errors import InputsInvalid, NotIntercepted, PlanMismatch
 from arrowhead.models import Adapter, described, find, generating
 from arrowhead.plan import Plan
@@ -23,6 +22,7 @@ from arrowhead.search.budget.tried import corrected, fast_enough, within_error
 from arrowhead.search.calibrate import Calibration
 from arrowhead.search.settings import require_a
 from arrowhead.search.shared import part_of, share_of
+from arrowhead.target import target_of
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
     from diffusers import DiffusionPipeline

@@ -13,8 +13,8 @@ import torch
 from arrowhead import cost
 from arrowhead.attend import Generation, attend
 from arrowhead.cache import Output
+from arrowhead.calls import SiteCall
 from arrowhead.errors import NotIntercepted
-from arrowhead.intercept import SiteCall
 from arrowhead.layout import Site, Tokens, outermost
 from arrowhead.lifetimes import FOREVER, Residual, Writes
 from arrowhead.methods import AST, FORECAST, FULL, Arrow, Attend, Cell, Full, Radius, extrapolates

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from arrowhead.apply import target_of
 from arrowhead.errors import InputsInvalid, NotIntercepted
 from arrowhead.layout import Branches, Site
 from arrowhead.models import EVERYTHING, Model, Own, find
@@ -20,6 +19,7 @@ from arrowhead.search.budget.samplers import Sampling, observed
 from arrowhead.search.budget.table import Table
 from arrowhead.search.calibrate import Calibration
 from arrowhead.search.shared import share_of
+from arrowhead.target import target_of
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
     from diffusers import DiffusionPipeline

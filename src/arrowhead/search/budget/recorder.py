@@ -14,13 +14,12 @@ from torch import Tensor
 
 from arrowhead.attend import Generation, Passage, bands, count, require_sizes
 from arrowhead.cache import Output, each
+from arrowhead.calls import SiteCall
 from arrowhead.cost import full_flops
 from arrowhead.errors import InputsInvalid, NotIntercepted
-from arrowhead.intercept import SiteCall
 from arrowhead.layout import Branches, Site, Tokens, outermost
 from arrowhead.lifetimes import Writes
 from arrowhead.methods import FULL, Arrow, Full
-from arrowhead.plan import Target
 from arrowhead.route import AttentionCall
 from arrowhead.search.budget.extent import Extent
 from arrowhead.search.budget.guidance import Guidance
@@ -30,6 +29,7 @@ from arrowhead.search.budget.table import Table
 from arrowhead.search.budget.weights import LEAST, Weights
 from arrowhead.search.calibrate import Step, require_finite
 from arrowhead.search.shared import ALONE, Share
+from arrowhead.target import Target
 
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode

@@ -20,8 +20,8 @@ from arrowhead.errors import InputsInvalid
 from arrowhead.layout import Branches, Site, Tokens, outermost, seen
 from arrowhead.lifetimes import of_head
 from arrowhead.methods import Cell, Precision, Radius
-from arrowhead.plan import Target
 from arrowhead.search.budget.given import Given, givens_of
+from arrowhead.target import Target
 
 FORMAT = 6
 READABLE = (4, 5, FORMAT)

@@ -8,6 +8,7 @@ import torch
 from budget import FAMILIES, damage_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pipelines import dit
 from outside import Seen, site_modules
 from test_budget_search import nothing_left
 from test_budget_table import FAR, NEAR, STEPS, every_family, squared, with_and_without
@@ -171,3 +172,18 @@ def test_weights_that_no_gradient_goes_through_need_none():
 def test_nothing_is_kept_for_a_way_back_that_there_is_not():
     with pytest.raises(InputsInvalid, match=r"checkpoint=True without gradients.*wanted"):
         ah.Extent(checkpoint=True, gradients=False)
+
+
+def test_every_head_counts_where_the_output_has_a_variance():
+    """Of the output only the latents' channels are a direction to go; a site's heads are no channels."""
+    bench = dit(torch.float32, learned_sigma=True, num_attention_heads=6)
+    table = ah.calibrate(bench.pipe, bench.inputs(steps=3), extent=ah.Extent(gradients=False), progress=False)
+    changed = table.outputs[1:, :, 1].flatten(2).abs().amax(-1)  # from the second step on, by the output before: (S − 1, H)
+    of_attention = [head for site, head in heads_of(table) if site.kind == "self_attention"]
+    assert bench.pipe.transformer.config.in_channels < 6
+    assert (changed[:, of_attention] > 0).all()
+
+
+def heads_of(table):
+    """Every head of every site, in the order of a table."""
+    return [(site, head) for head, site in enumerate(site for site in table.target.sites for _ in range(site.heads))]

@@ -4,7 +4,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -61,7 +61,7 @@ class Recorder:
 
     def __init__(self, sites: Sequence[Site], tokens: Tokens, extent: Extent, share: Share = ALONE) -> None:
         self._sites, self._tokens, self._extent, self._share = tuple(sites), tokens, extent, share
-        self._guidance: Guidance  # of the step
+        self._guidance: Guidance  # of the step; `_at_sites`, of what sites give, which has heads where an output has channels
         self._radii = extent.bands(sites, tokens)
         self._generator = torch.Generator()
         self._kept: dict[str, deque[_Kept]] = {site.path: deque(maxlen=extent.ages + 1) for site in sites}
@@ -74,6 +74,7 @@ class Recorder:
     def follow(self, step: Step, guidance: Guidance) -> None:
         """One step: the pipeline's own, and the products of gradients, or of what stands for them, with what is kept."""
         self._guidance = guidance
+        self._at_sites = replace(guidance, channels=None)
         if step.first:  # what another transformer gave is of no use
             for kept in self._kept.values():
                 kept.clear()
@@ -148,17 +149,17 @@ class Recorder:
     def _of_image(self, place: int, image: int) -> tuple[Tensor, Tensor | None]:
         """What a site gave one image, both branches as guidance adds them up, and how that differs from the step before's."""
         last = islice(self._kept[self._sites[place].path], 2)
-        now, *before = (self._guidance.guided([entry.output.flatten(2).float()])[image] for entry in last)
+        now, *before = (self._at_sites.guided([entry.output.flatten(2).float()])[image] for entry in last)
         change = before[0] - now if before else None
         return now, change if change is not None and change.any() else None
 
     def _in_place_of_gradient(self, site: Site, guided: Tensor) -> Tensor:
         """(B, H, N, D): a random vector for each image, as long as the output is beside what the site gave."""
         out = self._kept[site.path][0].output.flatten(2).float()  # (B, H, N·D)
-        own = self._guidance.guided([out])
+        own = self._at_sites.guided([out])
         length = guided.flatten(1).norm(dim=1) / own.flatten(1).norm(dim=1).clamp_min(1e-12)
         vector = torch.randn(own.shape, generator=self._generator).to(own.device) * length[:, None, None]
-        (cotangent,) = self._guidance.cotangents([out], vector)
+        (cotangent,) = self._at_sites.cotangents([out], vector)
         return cotangent.view_as(self._kept[site.path][0].output)
 
     def table(

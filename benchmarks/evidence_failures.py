@@ -1,10 +1,10 @@
-"""Where compression fails: hardly anything left, and few steps, in which little repeats itself; with what the pictures become.
+"""Where compression fails: few steps, in which little repeats itself.
 
     python benchmarks/evidence_failures.py dit --tools TOOLS
     python benchmarks/evidence_failures.py mmdit32 --tools TOOLS
 
-After evidence_techniques.py, whose strongest plans it looks at again. What is there already is not made again.
-`perceptual.py`: see README.md.
+Where hardly anything is left is in evidence_techniques.py; evidence_figures.py draws pictures of both. What is there already is
+not made again. `perceptual.py`: see README.md.
 """
 
 from typing import Any

@@ -236,29 +236,7 @@ def transfer() -> None:
     save(figure, "transfer")
 
 
-def few_steps() -> None:
-    """What is lost where few steps are taken."""
-    models = models_of("failures")
-    size = (5.5 * len(models), 4)
-    figure, (axes,) = plt.subplots(1, len(models), figsize=size, layout="constrained", sharey=True, squeeze=False)
-    colours = {"greedy D6": SEARCH["greedy"], "budget 50%": SEARCH["budget"]}
-    for axis, (model, title) in zip(axes, models.items(), strict=True):
-        result = read(f"evidence_failures_{model}")["steps"]
-        for what, colour in colours.items():
-            rows = [of[what] for of in result.values()]
-            values, errors = [row["lpips"] for row in rows], [row["lpips_standard_error"] for row in rows]
-            at = [int(number) for number in result]
-            axis.errorbar(at, values, errors, fmt="o-", color=colour, label=what, capsize=2, markersize=5)
-            for x, value, row in zip(at, values, rows, strict=True):
-                axis.annotate(f"{row['module_flops']:.0%}", (x, value), textcoords="offset points", xytext=(4, 4), fontsize=7)
-        logged(axis)
-        axis.set_xticks([int(number) for number in result])
-        tidy(axis, f"{title}: few steps", "denoising steps (small: module FLOPs left)", LPIPS if axis is axes[0] else "")
-        axis.legend(frameon=False, fontsize=8)
-    save(figure, "few_steps")
-
-
-CHARTS = (table_one, techniques, searches, steps, negative, transfer, few_steps)
+CHARTS = (table_one, techniques, searches, steps, negative, transfer)
 
 
 @app.command()

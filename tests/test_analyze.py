@@ -310,5 +310,5 @@ def test_other_files_are_no_analyses(tmp_path):
     for name in ("text", "other.npz", "half", "nowhere.npz", "shape.npz", "pickled.npz"):
         with pytest.raises(InputsInvalid, match=f"{name}.*wanted an npz"):
             ah.Analysis.load(tmp_path / name)
-    with pytest.raises(InputsInvalid, match=r"band_mass of shape \(9, 2\), wanted \(9, 5\)"):
+    with pytest.raises(InputsInvalid, match=r"band_mass of shape \(9, 2\) in float32, wanted \(9, 5\)"):
         replace(found, band_mass=found.band_mass[:, :2])

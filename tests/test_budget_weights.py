@@ -8,8 +8,8 @@ import torch
 from budget import FAMILIES, damage_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pipelines import dit
 from outside import Seen, site_modules
+from pipelines import dit
 from test_budget_search import nothing_left
 from test_budget_table import FAR, NEAR, STEPS, every_family, squared, with_and_without
 

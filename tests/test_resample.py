@@ -264,6 +264,7 @@ def test_a_larger_picture():
     assert run.summary().flops.attention == pytest.approx(found.flops().attention)
     with pytest.raises(PlanMismatch, match="search again at this resolution"):
         bench.pipe(**bench.inputs())
+    ah.remove(bench.pipe)
 
 
 def test_full_plans_stay_bit_for_bit():

@@ -37,28 +37,36 @@ class Promise:
 
 
 @dataclass(frozen=True)
-class Door:
-    """How a graph reaches a site while it is intercepted: by a number, which is data, since a constant would be compiled."""
+class Sign:
+    """What a graph knows of a site: a number, which is data, since a constant would be compiled, and what the site gives."""
 
     number: Tensor
     promise: Promise
+
+    @classmethod
+    def of(cls, site: Site, parameters: Sequence[str]) -> "Sign":
+        """A new one; `parameters` are the names of the arguments that the graph has."""
+        return cls(torch.tensor(next(_numbers), device="cpu"), _promise(site, parameters))
+
+
+@dataclass(frozen=True)
+class Door:
+    """The way from a sign to a site, held by whoever intercepts it: what stands in the site's module knows the sign alone."""
+
+    sign: Sign
     site: Site
     behind: Callable[..., Any]
 
+    def __post_init__(self) -> None:
+        _open[int(self.sign.number)] = self
+
     def close(self) -> None:
         """Nobody comes in by it any more."""
-        _open.pop(int(self.number), None)
+        _open.pop(int(self.sign.number), None)
 
 
-_open: WeakValueDictionary[int, Door] = WeakValueDictionary()  # by number; each is held by what stands in its site's module
+_open: WeakValueDictionary[int, Door] = WeakValueDictionary()
 _numbers = itertools.count()
-
-
-def door(site: Site, parameters: Sequence[str], behind: Callable[..., Any]) -> Door:
-    """Open one to `behind`, which is called with the arguments that the graph has; `parameters` are the names of these."""
-    number = next(_numbers)
-    _open[number] = opened = Door(torch.tensor(number, device="cpu"), _promise(site, parameters), site, behind)
-    return opened
 
 
 def _promise(site: Site, parameters: Sequence[str]) -> Promise:
@@ -79,7 +87,7 @@ def compiling() -> bool:
     return torch.compiler.is_compiling()
 
 
-def through(door: Door, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def through(sign: Sign, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a site gives, from within a graph: the compiler reads this function.
 
     Raises:
@@ -88,7 +96,7 @@ def through(door: Door, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensors: list[Tensor] = []
     sizes: list[int] = []
     scalars: list[float] = []
-    promise, given = door.promise, _form((args, kwargs), tensors, sizes, scalars)
+    promise, given = sign.promise, _form((args, kwargs), tensors, sizes, scalars)
     image = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0] if args else next(iter(kwargs.values()))
     text = kwargs.get("encoder_hidden_states")
     if text is None and promise.place is not None and promise.place < len(args):
@@ -102,7 +110,7 @@ def through(door: Door, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     device = image.device.type
     cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     likes, channels = [like for like, _ in parts], [width for _, width in parts]
-    outs = torch.ops.arrowhead.site(door.number, tensors, sizes, scalars, given, likes, channels, pair, cast)
+    outs = torch.ops.arrowhead.site(sign.number, tensors, sizes, scalars, given, likes, channels, pair, cast)
     if not pair:
         return outs[0]
     if promise.text is None:

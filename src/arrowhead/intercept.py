@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes  # torch does no
 
 from arrowhead.cache import Output
 from arrowhead.calls import AttentionSiteCall, BlockCall, ForwardSiteCall, ModuleCall, SiteCall
-from arrowhead.compiled import COMPILED, compiling, door, through, uncompiled
+from arrowhead.compiled import COMPILED, Door, Sign, compiling, through, uncompiled
 from arrowhead.errors import AlreadyApplied, ArrowheadError, NotIntercepted, ProcessorReplaced
 from arrowhead.forwards import put, reached, take_off
 from arrowhead.layout import Site
@@ -44,6 +44,7 @@ class Interception:
         self._places: dict[nn.Module, str] = {}
         self._originals: dict[nn.Module, Any] = {}
         self._wrapped: dict[Any, Any] = {}
+        self._doors: dict[nn.Module, Door] = {}
         self._routes: list[str] = []
         self._around = around
         try:
@@ -62,7 +63,8 @@ class Interception:
                 except NotIntercepted as error:
                     raise NotIntercepted(f"{site.path}: {error}") from None
                 self._originals[module] = module.processor
-                self._wrapped[module] = module.processor = _wrap(module, site, around)
+                self._wrapped[module] = module.processor = wrapped = _wrap(module.processor, site, around)
+                self._doors[module] = Door(wrapped.arrowhead_sign, site, partial(wrapped, module))
         except BaseException:
             self.remove()
             raise
@@ -72,7 +74,8 @@ class Interception:
         site, compiled = self._sites[module], vars(module).get(COMPILED)
         place = self._places[module] = "forward" if compiled is None or site.kind == "self_attention" else COMPILED
         forward = module.forward if place == "forward" or compiled is None else compiled
-        self._wrapped[module] = wrapped = _wrap_forward(module, forward, site, self._around, instead)
+        wrapped: Any = _wrap_forward(module, forward, site, self._around, instead)
+        self._wrapped[module], self._doors[module] = wrapped, Door(wrapped.arrowhead_sign, site, wrapped)
         if place == "forward":
             self._originals[module] = put(module, wrapped)
         else:
@@ -86,7 +89,7 @@ class Interception:
                 continue
             if self._places[module] == "forward" and not take_off(module, wrapped, self._originals[module]):
                 continue
-            wrapped.arrowhead_door.close()
+            self._doors[module].close()
             self._replace_forward(module)
 
     def replaced(self) -> list[str]:
@@ -111,10 +114,11 @@ class Interception:
                 take_off(module, wrapped, self._originals[module])
             elif getattr(module, place) is wrapped:
                 setattr(module, place, self._originals[module])
-            wrapped.arrowhead_door.close()
+        for door in self._doors.values():
+            door.close()
         for name in self._routes:
             unroute(name)
-        self._originals, self._wrapped, self._routes = {}, {}, []
+        self._originals, self._wrapped, self._doors, self._routes = {}, {}, {}, []
         if replaced:
             warnings.warn(
                 f"processors were replaced while a plan was applied: {', '.join(replaced)}; they are left in place, and their "
@@ -134,7 +138,7 @@ def _wrap_forward(
     def wrapped(*args: Any, **kwargs: Any) -> Output:
         nonlocal unchecked
         if compiling():
-            return through(entrance, args, kwargs)
+            return through(sign, args, kwargs)
         if site.kind != "self_attention":
             return around((BlockCall if site.kind == "block" else ModuleCall)(site, module, forward, args, kwargs))
         call = ForwardSiteCall(site, module, forward, args, kwargs, routed)
@@ -143,8 +147,8 @@ def _wrap_forward(
             unchecked = False
         return around(call)
 
-    entrance = door(site, _parameters(uncompiled(module).forward), wrapped)
-    wrapped.arrowhead_around, wrapped.arrowhead_door = around, entrance  # type: ignore[attr-defined]
+    sign = Sign.of(site, _parameters(uncompiled(module).forward))
+    wrapped.arrowhead_around, wrapped.arrowhead_sign = around, sign  # type: ignore[attr-defined]
     return wrapped
 
 
@@ -196,11 +200,11 @@ def _given(out: Any) -> str:
     return f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
 
 
-def _wrap(module: Any, site: Site, around: Around) -> Any:
-    wrapped = copy.copy(module.processor)
-    wrapped.__class__ = _wrapper_class(type(module.processor))  # type: ignore[arg-type]
+def _wrap(processor: Any, site: Site, around: Around) -> Any:
+    wrapped = copy.copy(processor)
+    wrapped.__class__ = _wrapper_class(type(processor))  # type: ignore[arg-type]
     wrapped.arrowhead_site, wrapped.arrowhead_around = site, around
-    wrapped.arrowhead_door = door(site, _parameters(type(module.processor).__call__)[2:], partial(wrapped, module))
+    wrapped.arrowhead_sign = Sign.of(site, _parameters(type(processor).__call__)[2:])
     return wrapped
 
 
@@ -217,12 +221,24 @@ def _wrapper_class(base: type) -> type:
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Output:
         if compiling():
-            return through(self.arrowhead_door, args[1:], kwargs)
+            return through(self.arrowhead_sign, args[1:], kwargs)
         original = types.MethodType(base.__call__, self)
         return self.arrowhead_around(AttentionSiteCall(self.arrowhead_site, args[0], original, args, kwargs))
 
+    def __reduce_ex__(_self: Any, _protocol: Any) -> Any:
+        raise uncopied(base.__name__)
+
     __call__.__wrapped__ = base.__call__  # type: ignore[attr-defined]  # inspect.signature follows it, for torch's compiler, too
-    return type(base.__name__, (base,), {"__call__": __call__, "__module__": base.__module__})
+    members = {"__call__": __call__, "__reduce_ex__": __reduce_ex__, "__module__": base.__module__}
+    return type(base.__name__, (base,), members)
+
+
+def uncopied(what: str) -> AlreadyApplied:
+    """Why nothing that carries a plan is copied, or pickled: the copy would refer to the original's run."""
+    return AlreadyApplied(
+        f"got a copy, or a pickle, of a {what} while a plan is applied, wanted one of what carries none; call arrowhead.remove "
+        "first, and apply the plan to both afterwards"
+    )
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from arrowhead.cache import Output
 from arrowhead.calls import SiteCall
 from arrowhead.compiled import Surrounding
 from arrowhead.errors import (
-    AlreadyApplied,
     AlreadyGenerating,
     ArrowheadError,
     BandCoversAll,
@@ -24,7 +23,7 @@ from arrowhead.errors import (
     ShareCfgIgnored,
     SiteNotReached,
 )
-from arrowhead.intercept import Interception
+from arrowhead.intercept import Interception, uncopied
 from arrowhead.kernels import dispatch, masks
 from arrowhead.layout import Branches
 from arrowhead.lifetimes import lifetimes
@@ -114,10 +113,7 @@ class Run:
 
     def __reduce_ex__(self, _: Any) -> Any:
         """Whatever carries a plan refers to its run: a copy would be compressed by the original's, if at all."""
-        raise AlreadyApplied(
-            f"got a copy, or a pickle, of a {type(self._model.transformer).__name__} or its pipeline while a plan is applied, "
-            "wanted one of what carries none; call arrowhead.remove first, and apply the plan to both afterwards"
-        )
+        raise uncopied(f"{type(self._model.transformer).__name__} or its pipeline")
 
     @contextmanager
     def generating(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:

@@ -13,11 +13,12 @@ PAGE = Path(__file__).parents[2] / "docs/combinations.md"
 WORKS = "works"
 HEAD = """# What goes together
 
-Each cell is a test of `tests/combinations`, which fails where it is not so; the page is made of them by `make matrix`, and compared
-with them by `make test-all`. *Works* means: right by an independent computation, and the pipeline is bit for bit what it was once
-the plan is off. *Refused* means: an error that says what to do, before anything is changed. Mechanisms are how attention is
-reached: in a processor that calls torch's function (SD3, DiT, PixArt, ...), through diffusers' `dispatch_attention_fn` (FLUX,
-Qwen-Image, Wan, ...), and in a module of one's own (`ah.Adapter`). All of it on the CPU, with small random models.
+Each cell is a test of `tests/combinations`, which fails where it is not so; the page is made of them by `make matrix`, and
+compared with them by `make test-all`. *Works* means: right by an independent computation, and the pipeline is bit for bit
+what it was once the plan is off. *Refused* means: an error that says what to do, before anything is changed. Mechanisms are
+how attention is reached: in a processor that calls torch's function (SD3, DiT, PixArt, ...), through diffusers'
+`dispatch_attention_fn` (FLUX, Qwen-Image, Wan, ...), and in a module of one's own (`ah.Adapter`). All of it on the CPU,
+with small random models.
 """
 
 

@@ -120,7 +120,7 @@ def own(dtype: torch.dtype) -> Subject:
     """OpenSora's transformer by its names and calls, in a loop of one's own."""
     loop = Own(STDiT2().to(dtype), ah.open_sora(guidance_scale=3.0))
 
-    def generate(seed: int = 0) -> Tensor:
-        return loop.sample(seed, by_call=True)
+    def generate(seed: int = 0, by_call: bool = True) -> Tensor:
+        return loop.sample(seed, by_call=by_call)
 
     return Subject(loop.model, loop.model, loop.tokens, generate, loop.adapter)

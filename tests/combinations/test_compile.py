@@ -18,7 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 import arrowhead as ah
-from arrowhead import compiled
+from arrowhead import compiled, route
 from arrowhead.errors import InputsInvalid, NotIntercepted
 from arrowhead.methods import Reuse
 
@@ -436,3 +436,10 @@ def test_a_pipeline_that_is_dropped_with_its_plan_is_freed():
     gc.collect()
     assert transformer() is None
     assert not {*compiled._open} - before
+    unroute("diffusers.models.attention_processor", times=3)  # nobody is left who would
+
+
+def unroute(name, times):
+    """What removing a plan from so many modules does to the names that they share."""
+    for _ in range(times):
+        route.unroute(name)

@@ -187,7 +187,7 @@ def _require_alike(call: ForwardSiteCall) -> None:
     raise NotIntercepted(
         f"{call.site.path}: the forward given for a {type(call.module).__name__} gives {found}; wanted what the module itself "
         "gives; look at the order of norms and rotary embeddings, at the scale, and at the order of heads in its projection"
-    )
+    ) from (got if isinstance(got, Exception) else None)
 
 
 def _detached(value: Any) -> Any:

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -19,9 +19,6 @@ from arrowhead.models import Model
 from arrowhead.plan import Plan
 from arrowhead.run import Run
 from arrowhead.stored import NATIVE, Encoding
-
-if TYPE_CHECKING:  # diffusers takes seconds to import
-    pass
 
 
 class OwnRun(Run):

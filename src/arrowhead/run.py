@@ -4,7 +4,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -34,9 +34,6 @@ from arrowhead.plan import Plan
 from arrowhead.stored import NATIVE, Encoding
 from arrowhead.tally import Summary, Tally
 from arrowhead.target import target_of
-
-if TYPE_CHECKING:  # diffusers takes seconds to import
-    pass
 
 
 class Run:

@@ -25,7 +25,7 @@ from torch import Tensor
 import arrowhead as ah
 from arrowhead.errors import InputsInvalid
 from arrowhead.metrics.images import psnr
-from arrowhead.search.budget.weights import Weights
+from arrowhead.searches.budget.sensitivity.probes import SiteProbes
 
 IMAGES, BUDGETS = 20, (0.4, 0.2)
 HERE = Path(__file__).parent
@@ -47,12 +47,12 @@ def calibrated(inputs: int = 8, **extent: Any) -> Calibrated:
 
 def local(pipe: Any, case: budget.Case) -> ah.Table:
     """Every site's and step's relative error counts alike, as in the papers' searches."""
-    own = Weights.fitted
-    Weights.fitted = lambda self, steps: torch.ones(steps, self._sites)  # type: ignore[method-assign]
+    own = SiteProbes.fitted
+    SiteProbes.fitted = lambda self, steps: torch.ones(steps, self._sites)  # type: ignore[method-assign]
     try:
         table = calibrated(gradients=False)(pipe, case)
     finally:
-        Weights.fitted = own  # type: ignore[method-assign]
+        SiteProbes.fitted = own  # type: ignore[method-assign]
     return replace(table, gains=(1.0,) * table.steps)
 
 

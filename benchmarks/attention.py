@@ -26,10 +26,10 @@ from tqdm import tqdm
 
 import arrowhead as ah
 from arrowhead.kernels import dispatch
-from arrowhead.layout import Tokens
-from arrowhead.methods import ASC, AST, FULL, Cell, wa_rs
-from arrowhead.models import find
-from arrowhead.target import target_of
+from arrowhead.models.find import find
+from arrowhead.models.model import target_of
+from arrowhead.plans.cells import ASC, AST, FULL, Cell, wa_rs
+from arrowhead.plans.layout import Tokens
 from arrowhead.tiny.pipeline import TinyDiTPipeline
 from arrowhead.versions import versions
 

@@ -35,9 +35,9 @@ from shards import load_images, make_images, own_share
 from torch import Tensor
 
 import arrowhead as ah
-from arrowhead.methods import AST, FORECAST, FULL, Cell
 from arrowhead.metrics.images import psnr, ssim
-from arrowhead.search import THRESHOLDS
+from arrowhead.plans.cells import AST, EXTRAPOLATE, FULL, Cell
+from arrowhead.searches.api import THRESHOLDS
 from arrowhead.versions import versions
 
 HERE = Path(__file__).parent
@@ -87,7 +87,7 @@ FOUND: dict[str, dict[str, Any]] = {
 }
 UNIFORM: dict[str, tuple[float, Cell]] = {
     **{f"uniform {b:.0%}": (b, AST) for b in BUDGETS},
-    **{f"uniform {b:.0%}, forecasts": (b, FORECAST) for b in BUDGETS},
+    **{f"uniform {b:.0%}, forecasts": (b, EXTRAPOLATE) for b in BUDGETS},
 }
 
 app = typer.Typer(add_completion=False)
@@ -108,7 +108,7 @@ def calibration(case: Case) -> dict[str, Any]:
 
 def uniform(like: ah.Plan, left: float, else_: Cell) -> ah.Plan:
     """Full attention in this part of the steps, the first two or the first and evenly after that; in others all do `else_`."""
-    first = 2 if else_ == FORECAST else 1
+    first = 2 if else_ == EXTRAPOLATE else 1
     spread = (round(left * like.steps) - first) / (like.steps - first)  # of the others
     due = [step < first or int((step - first + 1) * spread) > int((step - first) * spread) for step in range(like.steps)]
     rows = tuple((FULL if full else else_,) * len(like.target.sites) for full in due)

@@ -26,8 +26,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import arrowhead as ah
-from arrowhead.search.budget.check import errors_of, final_latents
-from arrowhead.search.budget.problem import Granularity
+from arrowhead.searches.budget.solver.problem import Granularity
+from arrowhead.searches.budget.validation import errors_of, final_latents
 from arrowhead.versions import versions
 
 BUDGETS, GRANULARITIES = (0.4, 0.25), tuple[Granularity, ...](("step", "head"))
@@ -40,7 +40,7 @@ HERE = Path(__file__).parent
 @contextmanager
 def one_scale() -> Iterator[None]:
     """A token's numbers share one scale in a module's output."""
-    with patch("arrowhead.stored.groups", lambda *_: 1), patch("arrowhead.cost.groups", lambda *_: 1):
+    with patch("arrowhead.engine.cache_encoding.groups", lambda *_: 1), patch("arrowhead.plans.memory.groups", lambda *_: 1):
         yield
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import arrowhead as ah
 from arrowhead.analysis import draw
-from arrowhead.search import THRESHOLDS
+from arrowhead.searches.api import THRESHOLDS
 
 COLUMNS = 8
 FEW = 8

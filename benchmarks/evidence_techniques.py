@@ -15,8 +15,8 @@ import typer
 from evidence import Bench, Judge, Run, Tools, left, right_class, write
 
 import arrowhead as ah
-from arrowhead.layout import Tokens
-from arrowhead.methods import ASC, AST, Arrow, Attend, Cell, wa_rs
+from arrowhead.plans.cells import ASC, AST, Arrow, Attend, Cell, wa_rs
+from arrowhead.plans.layout import Tokens
 
 TECHNIQUES: dict[str, tuple[str, ...]] = {
     "all": ("AST", "WA-RS+ASC", "WA-RS", "ASC"),

@@ -17,9 +17,9 @@ import torch
 from tqdm import tqdm
 
 import arrowhead as ah
-from arrowhead.kernels import masks
-from arrowhead.methods import Radius
-from arrowhead.search.budget.check import final_latents, measured_errors
+from arrowhead.plans import masks
+from arrowhead.plans.cells import Radius
+from arrowhead.searches.budget.validation import final_latents, measured_errors
 from arrowhead.versions import versions
 
 BUDGETS = (0.7, 0.5, 0.35)

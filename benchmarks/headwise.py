@@ -37,7 +37,7 @@ from torch import Tensor
 import arrowhead as ah
 from arrowhead.analysis import draw
 from arrowhead.metrics.images import psnr, ssim
-from arrowhead.search import THRESHOLDS as GREEDY
+from arrowhead.searches.api import THRESHOLDS as GREEDY
 from arrowhead.versions import versions
 
 HERE = Path(__file__).parent

@@ -28,11 +28,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from arrowhead.cost import pairs
 from arrowhead.errors import KernelUnavailable
 from arrowhead.kernels import dispatch
-from arrowhead.layout import Tokens
-from arrowhead.methods import Arrow, Full, Precision
+from arrowhead.plans.cells import Arrow, Full, Precision
+from arrowhead.plans.flops import pairs
+from arrowhead.plans.layout import Tokens
 from arrowhead.versions import versions
 
 HERE = Path(__file__).parent

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from arrowhead import Plan
-from arrowhead.cost import site_flops
-from arrowhead.layout import Site, Tokens
-from arrowhead.lifetimes import Writes
-from arrowhead.methods import FULL, Arrow, Attend, Cached, Cell, Full, Method
-from arrowhead.search.greedy import Greedy
-from arrowhead.target import Target
+from arrowhead.plans.cells import FULL, Arrow, Attend, Cached, Cell, Full, Method
+from arrowhead.plans.flops import site_flops
+from arrowhead.plans.layout import Site, Tokens
+from arrowhead.plans.lifetimes import Writes
+from arrowhead.plans.target import Target
+from arrowhead.searches.greedy import Greedy
 
 NEAR = 0.005
 """How far from a level a plan may be."""

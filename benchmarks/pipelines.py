@@ -34,9 +34,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import arrowhead as ah
-from arrowhead.cost import full_flops
-from arrowhead.models import find
-from arrowhead.target import target_of
+from arrowhead.models.find import find
+from arrowhead.models.model import target_of
+from arrowhead.plans.flops import full_flops
 from arrowhead.versions import versions
 
 HERE = Path(__file__).parent
@@ -112,12 +112,14 @@ class Setting:
 
 def everything_projected() -> AbstractContextManager[Any]:
     """As if no module could tell its heads apart."""
-    return patch("arrowhead.attend.heads_apart", new=lambda _: False)
+    return patch("arrowhead.engine.execute_site.can_project_heads_separately", new=lambda _: False)
 
 
 def projecting_all(own: ah.Plan) -> ah.Plan:
     """The same plan, for counting FLOPs of what projects everything."""
-    return replace(own, target=replace(own.target, sites=tuple(replace(site, heads_apart=False) for site in own.target.sites)))
+    return replace(
+        own, target=replace(own.target, sites=tuple(replace(site, separable_heads=False) for site in own.target.sites))
+    )
 
 
 def flops_left(pipe: Any, own: ah.Plan) -> dict[str, float]:

@@ -18,9 +18,9 @@ import torch
 from tqdm import tqdm
 
 import arrowhead as ah
-from arrowhead.methods import FULL, Attend, Full
-from arrowhead.search.budget.check import errors_of, final_latents, measured_seconds
-from arrowhead.search.budget.problem import Granularity
+from arrowhead.plans.cells import FULL, Attend, Full
+from arrowhead.searches.budget.solver.problem import Granularity
+from arrowhead.searches.budget.validation import errors_of, final_latents, measured_seconds
 from arrowhead.versions import versions
 
 BUDGETS = (0.9, 0.75, 0.6, 0.45, 0.3, 0.2)

@@ -20,9 +20,9 @@ from scipy.stats import spearmanr  # type: ignore[import-untyped]
 from tqdm import tqdm
 
 import arrowhead as ah
-from arrowhead.methods import ASC, AST, FORECAST, FULL, Cell
-from arrowhead.search.budget.check import final_latents, measured_errors
-from arrowhead.search.budget.given import givens_of
+from arrowhead.plans.cells import ASC, AST, EXTRAPOLATE, FULL, Cell
+from arrowhead.searches.budget.solver.states import site_outputs_of
+from arrowhead.searches.budget.validation import final_latents, measured_errors
 from arrowhead.versions import versions
 
 STEPS, IMAGES, PLANS = 12, 4, 50
@@ -35,7 +35,7 @@ def column(draw: random.Random) -> tuple[Cell, ...]:
     """At random, with more or less that is not computed; nothing reads what is not there."""
     rate, cells, computed = draw.uniform(0.1, 0.6), list[Cell](), 0
     for _ in range(STEPS):
-        choices: list[Cell] = [ASC, *[AST] * (computed > 0), *[FORECAST] * (computed > 1)]
+        choices: list[Cell] = [ASC, *[AST] * (computed > 0), *[EXTRAPOLATE] * (computed > 1)]
         cells.append(draw.choice(choices) if computed and draw.random() < rate else FULL)
         computed += cells[-1] in (FULL, ASC)
     return tuple(cells)
@@ -54,7 +54,7 @@ def damage(table: ah.Table, plan: ah.Plan, kind: str) -> float:
     """Sites that do the same err together, as the search has it."""
     if kind != "all sites in step":
         return float(table.damage(plan.columns).sum())
-    givens = givens_of(plan.columns[0])
+    givens = site_outputs_of(plan.columns[0])
     harm = table.damages([range(table.outputs.shape[1])], givens)[:, :, 0]
     return float(harm.diagonal().sum())
 

@@ -27,10 +27,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, St
 from tqdm import tqdm
 
 import arrowhead as ah
-from arrowhead.layout import Tokens
-from arrowhead.methods import FULL, Attend, Cached, Full
-from arrowhead.models import find
-from arrowhead.target import target_of
+from arrowhead.models.find import find
+from arrowhead.models.model import target_of
+from arrowhead.plans.cells import FULL, Attend, Cached, Full
+from arrowhead.plans.layout import Tokens
 from arrowhead.versions import versions
 
 HEADS, HEAD_DIM, TEXT, SIDE, STEPS = 8, 64, 154, 32, 4
@@ -69,11 +69,11 @@ def plan(pipe: Any, cached: int) -> ah.Plan:
 
 def everything_projected() -> AbstractContextManager[Any]:
     """As if no module could tell its heads apart."""
-    return patch("arrowhead.attend.heads_apart", new=lambda _: False)
+    return patch("arrowhead.engine.execute_site.can_project_heads_separately", new=lambda _: False)
 
 
 def module_flops(own: ah.Plan, heads_apart: bool) -> float:
-    sites = tuple(replace(site, heads_apart=heads_apart) for site in own.target.sites)
+    sites = tuple(replace(site, separable_heads=heads_apart) for site in own.target.sites)
     return replace(own, target=replace(own.target, sites=sites)).flops().module
 
 

@@ -33,12 +33,12 @@ from tqdm import tqdm
 
 import arrowhead as ah
 from arrowhead.analysis import draw
-from arrowhead.layout import Tokens
-from arrowhead.methods import FULL, Arrow, Attend, Cell, wa_rs
 from arrowhead.metrics.images import psnr, ssim
-from arrowhead.models import find
-from arrowhead.search import THRESHOLDS
-from arrowhead.target import target_of
+from arrowhead.models.find import find
+from arrowhead.models.model import target_of
+from arrowhead.plans.cells import FULL, Arrow, Attend, Cell, wa_rs
+from arrowhead.plans.layout import Tokens
+from arrowhead.searches.api import THRESHOLDS
 from arrowhead.versions import versions
 
 HERE = Path(__file__).parent

@@ -25,7 +25,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 
-from arrowhead.layout import Tokens
+from arrowhead.plans.layout import Tokens
 
 GUIDED = 2  # samples of an image: both CFG branches
 

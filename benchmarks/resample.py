@@ -26,8 +26,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import arrowhead as ah
-from arrowhead.methods import AST
-from arrowhead.search.budget.check import errors_of, final_latents
+from arrowhead.plans.cells import AST
+from arrowhead.searches.budget.validation import errors_of, final_latents
 from arrowhead.versions import versions
 
 BUDGETS = (0.4, 0.25)

@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 from tqdm import tqdm
 
-from arrowhead.kernels import fused_ops, fused_table
-from arrowhead.kernels.fused_table import AMPERE, FULL, HEAD_DIMS, HOPPER, SPECIALISED, Config
-from arrowhead.layout import Tokens
+from arrowhead.kernels.triton import launch_table, ops
+from arrowhead.kernels.triton.launch_table import AMPERE, FULL, HEAD_DIMS, HOPPER, SPECIALISED, Config
+from arrowhead.plans.layout import Tokens
 from arrowhead.versions import versions
 
 HERE = Path(__file__).parent
@@ -57,10 +57,10 @@ def runs(case: Case, device: str) -> tuple[Callable[[], Any], dict[str, Callable
     policy = torch.tensor([[FULL if r is None else r, 0] for r in case.radii], dtype=torch.int32, device=device)
     image = case.tokens.visual, case.tokens.visual_slice.start
     scale = case.head_dim**-0.5
-    found: dict[str, Callable[[], Any]] = {"arrow": partial(fused_ops.arrow, out, q, k, v, policy, None, None, *image, scale)}
+    found: dict[str, Callable[[], Any]] = {"arrow": partial(ops.arrow, out, q, k, v, policy, None, None, *image, scale)}
     if any(radius is not None for radius in case.radii):
         residual = torch.empty_like(q[:, :, case.tokens.visual_slice])
-        found["full_and_residual"] = partial(fused_ops.full_and_residual, out, residual, q, k, v, policy, None, *image, scale)
+        found["full_and_residual"] = partial(ops.full_and_residual, out, residual, q, k, v, policy, None, *image, scale)
     return partial(dense, q, k, v), found
 
 
@@ -81,7 +81,7 @@ def measure(case: Case, device: str, capability: tuple[int, int], rounds: int) -
             if name != "arrow" and config.variant == "specialised":
                 continue  # it has no loops for residuals
             row = {"operator": name, **about, "config": asdict(config)}
-            with patch.object(fused_table, "chosen", lambda *_, own=config, **__: own):
+            with patch.object(launch_table, "chosen", lambda *_, own=config, **__: own):
                 try:
                     run()  # compiles
                     taken = [(seconds(run, device), seconds(baseline, device)) for _ in range(rounds)]

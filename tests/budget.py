@@ -15,12 +15,12 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransfo
 from pipelines import CAPTION, POOLED, Bench, dit, pixart_sigma, randomise, sd3, vae
 from torch import Tensor
 
-from arrowhead.layout import Branches, Site, Tokens
-from arrowhead.lifetimes import FOREVER, Residual, Writes
-from arrowhead.methods import AST, Arrow, Attend, Cached, Cell, Full, Precision, Reuse
-from arrowhead.search.budget.given import Choices, Given
-from arrowhead.search.budget.table import Table
-from arrowhead.target import Target
+from arrowhead.plans.cells import AST, Arrow, Attend, Cached, Cell, Full, Precision, Reuse
+from arrowhead.plans.layout import Branches, Site, Tokens
+from arrowhead.plans.lifetimes import FOREVER, Residual, Writes
+from arrowhead.plans.target import Target
+from arrowhead.searches.budget.sensitivity.table import Table
+from arrowhead.searches.budget.solver.states import Choices, SiteOutput
 
 FLUX_VISUAL = 16
 
@@ -119,11 +119,11 @@ def synthetic(
     for i in range(count):
         attention = Site(f"blocks.{i}.attn", heads, 8, 16)
         if blocks:
-            own = {"heads_apart": False, "kind": "block", "weights": 16 * 16 * 9, "within": (attention,)}
+            own = {"separable_heads": False, "kind": "block", "weights": 16 * 16 * 9, "within": (attention,)}
             sites.append(Site(f"blocks.{i}", 1, 16, 16, **own))
         sites.append(attention)
         if feed_forward:
-            sites.append(Site(f"blocks.{i}.ff", 1, 16, 16, heads_apart=False, kind="feed_forward", weights=16 * 16 * 8))
+            sites.append(Site(f"blocks.{i}.ff", 1, 16, 16, separable_heads=False, kind="feed_forward", weights=16 * 16 * 8))
     pairs, all_heads, samples = 3 if guided else 1, sum(site.heads for site in sites), 4 * regions
     size = torch.rand(1, all_heads, 1, 1, 1, generator=draw).mul(2.3).exp()
     age = torch.arange(ages + 1).view(1, 1, -1, 1, 1)
@@ -161,18 +161,18 @@ class Past:
     """
 
     spent: tuple[tuple[Cell, Writes], ...] = ()
-    gave: tuple[Given, ...] = ()
+    gave: tuple[SiteOutput, ...] = ()
     output: tuple | None = None
     full: tuple | None = None
     before: tuple | None = None
     slope: float = 0.0
 
 
-def described(output: tuple, step: int) -> Given:
+def described(output: tuple, step: int) -> SiteOutput:
     """What a step gives that gives this output."""
     made, radius, residual, residual_shared, share, precision = output
     lag = None if residual is None else step - residual
-    return Given(step - made, radius, lag, residual_shared, share, precision=precision)
+    return SiteOutput(step - made, radius, lag, residual_shared, share, precision=precision)
 
 
 def continued(past: Past, choices: Choices) -> Iterator[Past]:

@@ -17,10 +17,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from arrowhead.kernels import quantise
-from arrowhead.kernels.fused_kernel import arrow_kernel
-from arrowhead.kernels.fused_rounding import rounding_kernel
-from arrowhead.kernels.fused_table import AMPERE, HEAD_DIMS, HOPPER, INT8_TAIL, SPECIALISED
+from arrowhead.kernels import int8
+from arrowhead.kernels.triton.kernel import arrow_kernel
+from arrowhead.kernels.triton.launch_table import AMPERE, HEAD_DIMS, HOPPER, INT8_TAIL, SPECIALISED
+from arrowhead.kernels.triton.rounding import rounding_kernel
 
 PROGRAMS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 COUNTED = ("HGMMA", "HMMA", "IGMMA", "IMMA", "UTMALDG", "STL", "LDL")
@@ -91,9 +91,9 @@ def compile_rounding(capability, dim, dtype="bf16"):
     width = HEAD_DIMS[dim][0] + (HEAD_DIMS[dim][1] and INT8_TAIL)
     pointers = {"values": "*i8", "scales": "*fp32", "x": f"*{dtype}", "mean": "*fp32", "policy": "*i32"}
     types = {**pointers, "x_strides": ("i32",) * 3, "n": "i32"}
-    for rows in (quantise.QUERIES, quantise.KEYS):
+    for rows in (int8.QUERIES, int8.KEYS):
         constants = {"DIM": dim, "WIDTH": width, "COLUMNS": triton.next_power_of_2(width), "ROWS": rows}
-        constants |= {"mean": None} if rows == quantise.QUERIES else {}
+        constants |= {"mean": None} if rows == int8.QUERIES else {}
         signature = {name: "constexpr" if name in constants else types[name] for name in rounding_kernel.arg_names}
         own = ASTSource(rounding_kernel, signature, constants)
         triton.compile(own, target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": False})

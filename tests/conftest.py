@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
 from diffusers.utils import logging
 from pipelines import BENCHES, Bench
 
-from arrowhead import route
+from arrowhead.engine import attention_hook
 
 logging.set_verbosity_error()  # casting these small models to float64 is meant
 
@@ -40,7 +40,7 @@ def either(request: Any) -> Bench:
 def _names_are_put_back() -> Iterator[None]:
     """No test leaves a plan on: its routed names would stay in diffusers' modules, and other tests would be blamed."""
     yield
-    left = dict(route._users)
-    while route._users:
-        route.unroute(next(iter(route._users)))
+    left = dict(attention_hook._users)
+    while attention_hook._users:
+        attention_hook.unroute(next(iter(attention_hook._users)))
     assert not left, f"a plan was left applied: {left}"

@@ -42,8 +42,8 @@ from diffusers import (
 )
 from pipelines import CAPTION, POOLED, Bench, randomise, scheduler, vae
 
-from arrowhead.layout import Grid, Tokens
-from arrowhead.models import find
+from arrowhead.models.find import find
+from arrowhead.plans.layout import Grid, Tokens
 
 TEXT, CHANNELS = CAPTION
 HEADS, DIM = 2, 8

@@ -18,8 +18,8 @@ from families import FamilyBench
 from independent import dense_mask
 from torch import Tensor
 
-from arrowhead.layout import Site, Tokens
-from arrowhead.methods import AST, FULL, Arrow, Attend, Cached, Cell, Full, Method
+from arrowhead.plans.cells import AST, FULL, Arrow, Attend, Cached, Cell, Full, Method
+from arrowhead.plans.layout import Site, Tokens
 
 RADII = (2, 5)
 

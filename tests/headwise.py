@@ -22,17 +22,17 @@ from replay import Trace, processors, trace
 from torch import Tensor
 
 import arrowhead as ah
-from arrowhead.layout import Tokens
-from arrowhead.methods import Arrow, Attend, Cached, Cell, Full, Reuse
-from arrowhead.models import find
-from arrowhead.target import target_of
+from arrowhead.models.find import find
+from arrowhead.models.model import target_of
+from arrowhead.plans.cells import Arrow, Attend, Cached, Cell, Full, Reuse
+from arrowhead.plans.layout import Tokens
 
 Grid = Sequence[str]
 Output = Tensor | tuple[Tensor, Tensor]
 NEAR, FAR = 2, 5
 RADII = {"w": NEAR, "W": NEAR, "x": FAR, "X": FAR}
 NAMES = {"F": "full", "K": "cached", "w": "WA", "x": "WA", "W": "WA-RS", "X": "WA-RS"}
-REUSED = {"R": "AST", "E": "forecast", "D": "forecast"}
+REUSED = {"R": "AST", "E": "extrapolate", "D": "extrapolate"}
 SLOPES = {"R": 0.0, "D": 0.3, "E": 1.0}
 UNIFORM = {"C": "F+", "v": "w+", "V": "W+", "y": "x+", "Y": "X+"}  # V1's letters, see replay.py
 FAULTS = {  # what may go wrong, and a grid that shows it

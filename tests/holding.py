@@ -6,9 +6,9 @@ from typing import Any
 
 from independent import WHOLE, for_one_branch, made, readers, reads
 
-from arrowhead.layout import Site, Tokens
-from arrowhead.methods import Reuse
-from arrowhead.plan import Plan
+from arrowhead.plans.cells import Reuse
+from arrowhead.plans.layout import Site, Tokens
+from arrowhead.plans.plan import Plan
 
 
 @dataclass

@@ -8,10 +8,10 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from arrowhead.layout import Grid, Site, Tokens
-from arrowhead.methods import Arrow, Attend, Box, Cached, Cell, Full, Method, Radius, Reuse
-from arrowhead.plan import Plan
-from arrowhead.target import Target
+from arrowhead.plans.cells import Arrow, Attend, Box, Cached, Cell, Full, Method, Radius, Reuse
+from arrowhead.plans.layout import Grid, Site, Tokens
+from arrowhead.plans.plan import Plan
+from arrowhead.plans.target import Target
 
 few = settings(max_examples=80, deadline=None)
 RADII = (0, 1, 3, 20)
@@ -175,7 +175,7 @@ sites = st.builds(
     channels=st.integers(1, 64),
     joint=st.booleans(),
     projects_out=st.sampled_from(["all", "visual", "none"]),
-    heads_apart=st.booleans(),
+    separable_heads=st.booleans(),
     kv_heads=st.sampled_from([None, None, 1]),
     weights=st.sampled_from([0, 0, 100]),
     text_channels=st.sampled_from([0, 0, 7]),

@@ -10,9 +10,10 @@ pytest.importorskip("triton", reason="Triton is not installed: the fused kernel 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("there is no device, and Triton was told not to interpret", allow_module_level=True)
 
-from arrowhead.kernels import fused_ops, reference
+from arrowhead.kernels import reference
 from arrowhead.kernels.call import Call, Policy
-from arrowhead.kernels.fused_table import CACHED, FULL, Config
+from arrowhead.kernels.triton import ops
+from arrowhead.kernels.triton.launch_table import CACHED, FULL, Config
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.float16) if CUDA else ("cpu", torch.float32)
@@ -62,13 +63,13 @@ def attended(x, tokens, radii):
 
 
 def arrow(x, *, residual=True):
-    fused_ops.arrow(
+    ops.arrow(
         x.out, x.q, x.k, x.v, x.policy, x.residual if residual else None, x.seen, *x.image, x.scale
     )  # fmt: skip
 
 
 def full_and_residual(x):
-    fused_ops.full_and_residual(x.out, x.residual, x.q, x.k, x.v, x.policy, x.seen, *x.image, x.scale)
+    ops.full_and_residual(x.out, x.residual, x.q, x.k, x.v, x.policy, x.seen, *x.image, x.scale)
 
 
 def random_keys(tokens, radii, batch, seed=0):

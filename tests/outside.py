@@ -11,8 +11,8 @@ from independent import by_head, dense_mask, in_int8
 from pipelines import Bench
 from torch import Tensor, nn
 
-from arrowhead.layout import Tokens
-from arrowhead.methods import Arrow, Cached, Cell, Reuse
+from arrowhead.plans.cells import Arrow, Cached, Cell, Reuse
+from arrowhead.plans.layout import Tokens
 
 
 def site_modules(bench: Bench) -> dict[str, nn.Module]:

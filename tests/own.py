@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as attend_by_another_name
 
 import arrowhead as ah
-from arrowhead.layout import Grid, Site
+from arrowhead.plans.layout import Grid, Site
 
 WIDTH, HEADS, TEXT, LATENT = 16, 2, 3, 4
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from arrowhead.cost import Flops
-from arrowhead.evaluate import Evaluation, Score
-from arrowhead.layout import Site, Tokens
-from arrowhead.methods import ASC, AST, FULL, Arrow, Attend, Cached, Full, wa_rs
-from arrowhead.plan import Plan
-from arrowhead.tally import Summary
-from arrowhead.target import Target
+from arrowhead.engine.stats import Summary
+from arrowhead.evaluation.side_by_side import Evaluation, Score
+from arrowhead.plans.cells import ASC, AST, FULL, Arrow, Attend, Cached, Full, wa_rs
+from arrowhead.plans.flops import Flops
+from arrowhead.plans.layout import Site, Tokens
+from arrowhead.plans.plan import Plan
+from arrowhead.plans.target import Target
 
 SITES = (Site("blocks.0.attn", 3, 8, 16), Site("blocks.1.attn", 3, 8, 16))
 TARGET = Target("Transformer", "Scheduler", {}, SITES)

@@ -18,10 +18,10 @@ from pipelines import Bench
 from torch import Tensor
 
 import arrowhead as ah
-from arrowhead.layout import Tokens
-from arrowhead.methods import Arrow, Attend, Cell, Full, Reuse
-from arrowhead.models import find
-from arrowhead.target import target_of
+from arrowhead.models.find import find
+from arrowhead.models.model import target_of
+from arrowhead.plans.cells import Arrow, Attend, Cell, Full, Reuse
+from arrowhead.plans.layout import Tokens
 
 Grid = Sequence[str]
 HALVES, FULLS, RESIDUAL, REUSED = "CvVyY", "FC", "WVXY", "RDE"
@@ -68,7 +68,7 @@ FAULTS = {  # what may go wrong, and a grid that shows it
     "all of the slope": ["FFF", "FFF", "DDD", "FFF", "RRR"],
 }
 SLOPES = {"R": 0.0, "D": 0.3, "E": 1.0}
-NAMES = {"F": "full", "C": "ASC", "R": "AST", "D": "forecast", "E": "forecast"} | dict(
+NAMES = {"F": "full", "C": "ASC", "R": "AST", "D": "extrapolate", "E": "extrapolate"} | dict(
     zip("wvWVxyXY", ["WA", "WA+ASC", "WA-RS", "WA-RS+ASC"] * 2, strict=True)
 )
 

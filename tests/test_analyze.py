@@ -17,8 +17,8 @@ import arrowhead as ah
 from arrowhead.analysis import measure
 from arrowhead.analysis.arrays import REUSED
 from arrowhead.errors import AlreadyApplied, InputsInvalid
-from arrowhead.layout import Tokens
-from arrowhead.methods import FULL
+from arrowhead.plans.cells import FULL
+from arrowhead.plans.layout import Tokens
 
 BENCHES = {"dit": dit, "pixart_sigma": pixart_sigma, "sd3": sd3, "sd35": sd35, "flux": flux, "wan": wan, "qwen": qwen}
 TWICE, TEXT_FIRST = {"flux", "wan", "qwen"}, {"flux", "qwen"}

@@ -14,11 +14,11 @@ from test_analyze import BENCHES
 from test_edge import INPUTS, invoke
 
 import arrowhead as ah
-from arrowhead import cli_analyze
 from arrowhead.analysis.arrays import REUSED, Analysis, AttentionMap
 from arrowhead.analysis.draw_attention import SAID, draw
+from arrowhead.cli import analyze
 from arrowhead.errors import InputsInvalid
-from arrowhead.layout import Tokens
+from arrowhead.plans.layout import Tokens
 
 FIGURES = ("attention_map", "locality", "reuse_errors", "similarity", "steps")
 
@@ -146,7 +146,7 @@ def test_the_command_and_its_arrays_drawn_again(tmp_path):
     assert f"similarity {np.median(found.branch_similarity):.3f}" in said
     assert f"its residual {np.nanmedian(found.reuse_errors[2]):.2g}" in " ".join(said.split())
     repeated = invoke("analyze", first / "analysis.npz", "--out", again)
-    assert all(" ".join(cli_analyze.findings(found)) in " ".join(text.split()) for text in (said, repeated))
+    assert all(" ".join(analyze.findings(found)) in " ".join(text.split()) for text in (said, repeated))
     for name in FIGURES:
         assert (again / f"{name}.png").read_bytes() == (first / f"{name}.png").read_bytes()
     with pytest.raises(InputsInvalid, match="got input, heads with"):

@@ -20,11 +20,11 @@ from untouched import left_as_it_was
 
 import arrowhead as ah
 from arrowhead.errors import ArrowheadError, ArrowheadWarning, InputsInvalid, NotIntercepted, PlanMismatch, UnsupportedPipeline
-from arrowhead.evaluate import evaluate
-from arrowhead.layout import Grid, Site, Tokens
-from arrowhead.methods import Arrow, Attend, Cached, Full, Reuse
-from arrowhead.plan import Plan
-from arrowhead.target import Target
+from arrowhead.evaluation.side_by_side import evaluate
+from arrowhead.plans.cells import Arrow, Attend, Cached, Full, Reuse
+from arrowhead.plans.layout import Grid, Site, Tokens
+from arrowhead.plans.plan import Plan
+from arrowhead.plans.target import Target
 
 few = settings(max_examples=60, deadline=None)
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import arrowhead as ah
-from arrowhead.cost import full_flops
-from arrowhead.methods import ASC, AST, FULL, Attend, Cached, Full
-from arrowhead.models import find
-from arrowhead.search.budget.recorder import flop_counter
-from arrowhead.target import target_of
+from arrowhead.models.find import find
+from arrowhead.models.model import target_of
+from arrowhead.plans.cells import ASC, AST, FULL, Attend, Cached, Full
+from arrowhead.plans.flops import full_flops
+from arrowhead.searches.budget.sensitivity.recorder import flop_counter
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 PUBLIC = {  # parameters, visual tokens, text tokens beside them, TFLOP of attention's two matmuls in a step

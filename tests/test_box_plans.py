@@ -19,12 +19,12 @@ from test_plan import PLAN, TARGET
 from untouched import left_as_it_was
 
 import arrowhead as ah
+from arrowhead.calibration.run import CalibrationRun
 from arrowhead.errors import BandCoversAll, InputsInvalid, PlanInvalid, PlanMismatch
-from arrowhead.layout import Grid, Tokens
-from arrowhead.methods import AST, FULL, Arrow, Attend, Box, Cached, Full
-from arrowhead.models import find
-from arrowhead.search.calibrate import Calibration
-from arrowhead.target import target_of
+from arrowhead.models.find import find
+from arrowhead.models.model import target_of
+from arrowhead.plans.cells import AST, FULL, Arrow, Attend, Box, Cached, Full
+from arrowhead.plans.layout import Grid, Tokens
 
 VIDEO, IMAGE = Grid(2, 4, 3), Grid(1, 4, 5)
 GRIDS = {
@@ -76,7 +76,7 @@ def bound(bench, model, cells, guided=True):
 
 
 def tokens_of(bench, **inputs):
-    calibration = Calibration(find(bench.pipe), bench.inputs(**inputs))
+    calibration = CalibrationRun(find(bench.pipe), bench.inputs(**inputs))
     steps = calibration.steps()
     next(steps)
     steps.close()

@@ -14,11 +14,11 @@ from test_kernels import dense, every_kernel, random_mask, random_qkv
 from test_windows import LargestStorage
 
 from arrowhead.errors import KernelUnavailable
-from arrowhead.kernels import boxes as gathered
-from arrowhead.kernels import dispatch, masks
+from arrowhead.kernels import dispatch
 from arrowhead.kernels.call import Call, Policy
-from arrowhead.layout import Grid, Tokens
-from arrowhead.methods import Arrow, Box
+from arrowhead.plans import masks
+from arrowhead.plans.cells import Arrow, Box
+from arrowhead.plans.layout import Grid, Tokens
 
 ALL = Box()
 RADII = st.none() | st.integers(0, 40) | boxes
@@ -139,7 +139,7 @@ def test_nothing_is_computed_to_be_masked_away(monkeypatch):
 def test_memory_is_a_small_part_of_all_pairs():
     tokens = Tokens.of_grid(4, 32, 32)
     q, k, v = random_qkv(tokens, batch=1, heads=2)
-    gathered.blocks.cache_clear()
+    boxes.blocks.cache_clear()
     with LargestStorage() as largest:
         dispatch.arrow(q, k, v, tokens, Box(1, 4, 4), kernel="chunked")
     assert q.nbytes <= largest.bytes < 4 * 4096**2 / 10

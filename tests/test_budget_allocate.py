@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import arrowhead as ah
-from arrowhead.cost import site_flops
 from arrowhead.errors import InputsInvalid
-from arrowhead.layout import Site
-from arrowhead.lifetimes import Writes, of_head
-from arrowhead.methods import FULL, Attend
-from arrowhead.search.budget.allocate import within_cost, within_damage
-from arrowhead.search.budget.given import Choices
+from arrowhead.plans.cells import FULL, Attend
+from arrowhead.plans.flops import site_flops
+from arrowhead.plans.layout import Site
+from arrowhead.plans.lifetimes import Writes, of_head
+from arrowhead.searches.budget.solver.allocation import within_cost, within_damage
+from arrowhead.searches.budget.solver.states import Choices
 
 MEASURES = st.sampled_from(["attention", "module", "transformer"])
 MULTIPLIERS = st.sampled_from([0.0, 1e-3, 0.03, 0.3, 3.0, 30.0])
@@ -35,7 +35,7 @@ def tables(draw, **fixed):
     kinds = st.fixed_dictionaries(
         {
             "joint": st.booleans(),
-            "heads_apart": st.booleans(),
+            "separable_heads": st.booleans(),
             "kv_heads": st.sampled_from([None, 1]),
             "weights": st.sampled_from([0, 64]),
             "projects_out": st.sampled_from(["all", "visual", "none"]),
@@ -186,7 +186,7 @@ def test_blocks_in_step(data, seed, guided, own, what):
     """They stand for the sites within them, whose changes they make; what they compute besides is theirs to skip."""
     table = synthetic(seed, steps=3, guided=guided, feed_forward=True)
     within = [tuple(site for site in table.target.sites if site.path.startswith(f"blocks.{i}.")) for i in range(2)]
-    block = {"heads_apart": False, "kind": "block", "weights": own * 64}
+    block = {"separable_heads": False, "kind": "block", "weights": own * 64}
     blocks = tuple(Site(f"blocks.{i}", 1, 16, 16, **block, within=sites) for i, sites in enumerate(within))
     table = replace(table, blocks=blocks)
     problem = budget_of("transformer", granularity="step", **what).problem(table)

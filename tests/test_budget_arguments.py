@@ -8,7 +8,7 @@ from untouched import left_as_it_was
 
 import arrowhead as ah
 from arrowhead.errors import InputsInvalid, UnsupportedPipeline
-from arrowhead.methods import AST, FULL, Arrow, Attend, Full
+from arrowhead.plans.cells import AST, FULL, Arrow, Attend, Full
 
 HALF = ah.Budget(module_flops=0.5)
 NO_PIPELINE = object()  # whoever looks at it says that it is unsupported

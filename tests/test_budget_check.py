@@ -9,8 +9,8 @@ import torch
 from budget import FAMILIES
 
 import arrowhead as ah
-from arrowhead.methods import Reuse
-from arrowhead.search.budget.check import errors_of
+from arrowhead.plans.cells import Reuse
+from arrowhead.searches.budget.validation import errors_of
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -18,7 +18,7 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 @pytest.fixture
 def generations(monkeypatch):
     """What the plans that were tried really do, in the order in which they were."""
-    module, seen = sys.modules["arrowhead.search.budget.tried"], []
+    module, seen = sys.modules["arrowhead.searches.budget.validation"], []
     own = module.measured_errors
 
     def measured(pipe, inputs, plan, raw):

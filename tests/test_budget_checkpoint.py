@@ -9,7 +9,7 @@ from untouched import left_as_it_was
 
 import arrowhead as ah
 from arrowhead.errors import InputsInvalid
-from arrowhead.search.budget.recorder import Recorder
+from arrowhead.searches.budget.sensitivity.recorder import Recorder
 
 flux = flux_fixture
 MAKES = {**BENCHES, **JOINT}

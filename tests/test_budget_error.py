@@ -15,8 +15,8 @@ from scipy.stats import spearmanr
 
 import arrowhead as ah
 from arrowhead.errors import NothingCompressed
-from arrowhead.layout import outermost
-from arrowhead.methods import FULL
+from arrowhead.plans.cells import FULL
+from arrowhead.plans.layout import outermost
 
 pytestmark = pytest.mark.slow  # minutes, all of them together
 
@@ -108,7 +108,7 @@ def test_an_error_that_no_plan_comes_near(generations):
 def test_predictions_of_no_damage_where_there_is_some_end_in_full_attention(monkeypatch, generations):
     """As where an underflow, or luck, left zeros in the table."""
     bench = FAMILIES["sd3"]()
-    module = sys.modules["arrowhead.search.budget"]
+    module = sys.modules["arrowhead.searches.budget.api"]
     own = module._recorded
 
     def recorded(*args):

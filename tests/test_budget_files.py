@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 import arrowhead as ah
 from arrowhead.errors import InputsInvalid
-from arrowhead.layout import Site
+from arrowhead.plans.layout import Site
 
 TENSORS = ("outputs", "residuals")
 EVERY = (*TENSORS, "roundings")

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import arrowhead as ah
-from arrowhead.methods import FULL
-from arrowhead.search.budget.keep import keep_to
+from arrowhead.plans.cells import FULL
+from arrowhead.searches.budget.validation import keep_to
 
 MOST, TRIES = 10, 5
 

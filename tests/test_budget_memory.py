@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import arrowhead as ah
 from arrowhead.errors import InputsInvalid
-from arrowhead.lifetimes import of_head
+from arrowhead.plans.lifetimes import of_head
 
 pytestmark = pytest.mark.slow  # minutes, all of them together
 

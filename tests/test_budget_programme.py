@@ -8,9 +8,9 @@ from budget import SLOPES, Past, continued, described, every_column
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arrowhead.methods import AST, Attend, Reuse
-from arrowhead.search.budget.given import START, Choices, Given
-from arrowhead.search.budget.programme import Programme
+from arrowhead.plans.cells import AST, Attend, Reuse
+from arrowhead.searches.budget.solver.dynamic_program import DynamicProgram
+from arrowhead.searches.budget.solver.states import START, Choices, SiteOutput
 
 
 @st.composite
@@ -24,12 +24,12 @@ def problems(draw):
     )
     steps = draw(st.integers(2, 3 if precisions else 4))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    programme = Programme(choices)
+    programme = DynamicProgram(choices)
     shape = (steps, len(programme.givens), 2)
     damage = rng.random(shape) * rng.choice([0.0, 0.3, 1.0], shape)
     closed = rng.random(shape) < draw(st.sampled_from([0.0, 0.2]))
     damage[closed] = math.inf
-    plain = [g for g, of in enumerate(programme.givens) if of == Given()]
+    plain = [g for g, of in enumerate(programme.givens) if of == SiteOutput()]
     damage[:, plain] = rng.random((steps, 1, 2))  # full attention is open
     cost = rng.random((len(programme.spendings), 2))
     held = rng.random(shape[1:]) if draw(st.booleans()) else None
@@ -71,7 +71,7 @@ def test_is_the_best_of_all_columns(problem):
 @pytest.mark.parametrize("ages", [1, 2])
 def test_five_steps_with_everything(ages, slopes):
     choices = Choices((4,), ages, share_cfg=True, slopes=slopes)
-    programme, rng = Programme(choices), np.random.default_rng(ages)
+    programme, rng = DynamicProgram(choices), np.random.default_rng(ages)
     damage, cost = rng.random((5, len(programme.givens), 1)), rng.random((len(programme.spendings), 1))
     harmed, spent = values(every_column(choices, 5), programme, damage, cost, 0)
     for multiplier in (0.0, 0.5, 2.0):
@@ -105,7 +105,7 @@ def test_neither_less_nor_more_may_follow_a_column_than_should(share_cfg, residu
                 before = longer.before and (min(step - longer.before[0], ages + 1), *longer.before[1:])
                 found[described(longer.output, step), full, before, theirs[key]] = longer  # what follows depends on this alone
         frontier = {(longer, key[-1]) for key, longer in found.items()}
-    programme = Programme(choices)
+    programme = DynamicProgram(choices)
     assert {(move.cell, move.writes, move.given) for move in programme.moves} == seen
     assert set(programme.givens) == {given for _, _, given in seen}
     assert set(programme.spendings) == {(cell, writes) for cell, writes, _ in seen}
@@ -113,7 +113,7 @@ def test_neither_less_nor_more_may_follow_a_column_than_should(share_cfg, residu
 
 def test_at_no_price_full_attention_and_at_a_high_one_the_cheapest_column():
     """Of seven steps with outputs of up to three steps ago."""
-    programme = Programme(Choices((4,), 3, share_cfg=False))
+    programme = DynamicProgram(Choices((4,), 3, share_cfg=False))
     aged = np.array([given.lag + (given.radius is not None) for given in programme.givens], dtype=float)
     damage = np.tile(aged[:, None], (7, 1, 1))
     dear = np.array([[float(isinstance(cell, Attend)) + (cell == Attend())] for cell, _ in programme.spendings])
@@ -128,7 +128,7 @@ def test_at_no_price_full_attention_and_at_a_high_one_the_cheapest_column():
 @pytest.mark.parametrize("share", [False, True])
 def test_lines_are_chosen_where_they_alone_do_no_damage(share, slope):
     """Through two outputs of full attention, both shared or both not, the second of which may be some steps old."""
-    programme = Programme(Choices((4,), 4, share_cfg=True, slopes=SLOPES))
+    programme = DynamicProgram(Choices((4,), 4, share_cfg=True, slopes=SLOPES))
     line = [g.earlier is not None and g.earlier.share == g.share for g in programme.givens]
     on_line = np.array(line) & [g.share == share and g.slope == slope for g in programme.givens]
     damage = np.tile(np.where(on_line, 0.0, 1.0)[:, None], (6, 1, 1))

@@ -12,9 +12,9 @@ from replay import cell
 
 import arrowhead as ah
 from arrowhead.errors import InputsInvalid
-from arrowhead.methods import FORECAST, FULL
-from arrowhead.search.budget.allocate import within_damage
-from arrowhead.search.budget.given import Choices, Given, givens_of
+from arrowhead.plans.cells import EXTRAPOLATE, FULL
+from arrowhead.searches.budget.solver.allocation import within_damage
+from arrowhead.searches.budget.solver.states import Choices, SiteOutput, site_outputs_of
 
 NEAR, FAR = 3, 6
 
@@ -115,7 +115,7 @@ def test_whatever_may_be_chosen(data, guided, regions):
     choices = Choices(table.radii, 3, share_cfg=guided, slopes=SLOPES)
     past = data.draw(st.sampled_from(COLUMNS_OF.setdefault(choices, every_column(choices, 4))))
     column = tuple(what for what, _ in past.spent)
-    assert tuple(givens_of(column)) == past.gave
+    assert tuple(site_outputs_of(column)) == past.gave
     harm = table.damages([table.heads(0)], past.gave)[range(4), range(4), 0]
     wanted = np.array(damages_of(table, table.heads(0), column))
     assert harm == pytest.approx(wanted, rel=1e-4, abs=1e-5 * max(wanted.max(), 1e-9))
@@ -126,10 +126,10 @@ COLUMNS_OF = {}
 
 def test_what_is_too_old_for_a_line():
     table = table_of(ages=3)
-    line = Given(2, earlier=Given(3), since=2, gap=1)
+    line = SiteOutput(2, earlier=SiteOutput(3), since=2, gap=1)
     assert table.damages([table.heads(0)], [line]).shape == (6, 1, 1)
     with pytest.raises(InputsInvalid, match="ages of up to 4"):
-        table.damages([table.heads(0)], [replace(line, earlier=Given(4), gap=2)])
+        table.damages([table.heads(0)], [replace(line, earlier=SiteOutput(4), gap=2)])
 
 
 @settings(max_examples=15, deadline=None)
@@ -157,7 +157,7 @@ def test_lines_where_they_are_asked_for(settings, lines):
     table = replace(table, outputs=table.outputs * 0.01 + torch.arange(7.0).view(1, 1, -1, 1, 1))
     budget = ah.Budget(module_flops=0.9 if "reuse" in settings else 0.4, granularity="site", **settings)
     plan = ah.solve(table, budget)
-    assert any(FORECAST in row for row in plan.cells) == lines
+    assert any(EXTRAPOLATE in row for row in plan.cells) == lines
     assert plan.about["search"]["predicted_error"] == pytest.approx(table.damage(plan.columns).sum() ** 0.5, rel=5e-3)
     assert "extrapolate" in plan.about["search"]
 
@@ -167,7 +167,7 @@ def test_two_calls_have_the_same_lines_as_one_batch():
     table = replace(table, outputs=table.outputs * 0.01 + torch.arange(7.0).view(1, 1, -1, 1, 1))  # they move evenly
     budget = ah.Budget(module_flops=0.4, granularity="site")
     plan = ah.solve(table, budget)
-    assert plan.count()["forecast"]
+    assert plan.count()["extrapolate"]
     assert plan.cells == ah.solve(replace(table, branches=replace(table.branches, order="cond_first")), budget).cells
 
 
@@ -176,7 +176,7 @@ def test_heads_with_ways_of_their_own_have_no_lines():
     plan = ah.solve(table, ah.Budget(module_flops=0.4, granularity="head"))
     apart = [column for column in plan.columns if any(isinstance(getattr(c, "method", None), tuple) for c in column)]
     assert apart
-    assert all(FORECAST not in column for column in apart)
+    assert all(EXTRAPOLATE not in column for column in apart)
 
 
 def products(bench, regions, **more):

@@ -20,7 +20,7 @@ from untouched import parts
 
 import arrowhead as ah
 from arrowhead.errors import NotIntercepted
-from arrowhead.search.budget.samplers import Sampling, observed
+from arrowhead.searches.budget.sensitivity.sampler_gain import Sampling, observed
 from arrowhead.tiny.pipeline import TinyDiTPipeline
 
 pytestmark = pytest.mark.slow  # minutes, all of them together

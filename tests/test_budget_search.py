@@ -11,8 +11,8 @@ from untouched import left_as_it_was
 
 import arrowhead as ah
 from arrowhead.errors import AlreadyApplied, InputsInvalid, PlanMismatch, UnsupportedPipeline
-from arrowhead.search.budget.record import record
-from arrowhead.search.budget.samplers import Sampling
+from arrowhead.searches.budget.sensitivity.recording import record
+from arrowhead.searches.budget.sensitivity.sampler_gain import Sampling
 
 pytestmark = pytest.mark.slow  # minutes, all of them together
 

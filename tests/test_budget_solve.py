@@ -8,7 +8,7 @@ from budget import synthetic
 
 import arrowhead as ah
 from arrowhead.errors import InputsInvalid
-from arrowhead.methods import AST, FULL, Reuse
+from arrowhead.plans.cells import AST, FULL, Reuse
 
 
 def test_what_may_not_be_chosen_is_not():

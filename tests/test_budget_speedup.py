@@ -13,13 +13,13 @@ from untouched import left_as_it_was
 
 import arrowhead as ah
 from arrowhead.errors import InputsInvalid
-from arrowhead.layout import outermost
-from arrowhead.lifetimes import lifetimes
-from arrowhead.methods import FULL, Attend, Full, Reuse
-from arrowhead.search.budget.allocate import within_cost
-from arrowhead.search.budget.costs import SecondCosts, timed
-from arrowhead.search.budget.given import Choices
-from arrowhead.search.budget.programme import Programme
+from arrowhead.plans.cells import FULL, Attend, Full, Reuse
+from arrowhead.plans.layout import outermost
+from arrowhead.plans.lifetimes import lifetimes
+from arrowhead.searches.budget.solver.allocation import within_cost
+from arrowhead.searches.budget.solver.costs import SecondCosts, timed
+from arrowhead.searches.budget.solver.dynamic_program import DynamicProgram
+from arrowhead.searches.budget.solver.states import Choices
 
 pytestmark = pytest.mark.slow  # minutes, all of them together
 
@@ -34,7 +34,7 @@ def some_seconds(seed, table, share=True):
     for site in (*table.target.sites, *table.blocks):
         shape = nameless(site)
         radii = table.radii if site.kind == "self_attention" else ()
-        for cell, _ in Programme(Choices(radii, table.ages, share, slopes=SLOPES)).spendings:
+        for cell, _ in DynamicProgram(Choices(radii, table.ages, share, slopes=SLOPES)).spendings:
             if (shape, cell) not in cells:
                 cells[shape, cell] = 1.0 if cell == FULL else 0.01 if isinstance(cell, Reuse) else rng.uniform(0.2, 0.9)
         for radius in radii:
@@ -88,7 +88,7 @@ def test_all_that_may_be_chosen_is_timed_and_no_trace_is_left(family, guidance):
     assert {site.kind for site in table.in_blocks} == {"block"}
     for site in (*table.target.sites, *table.blocks):
         own = choices if site.kind == "self_attention" else replace(choices, radii=(), precisions=())
-        for cell, writes in Programme(own).spendings:
+        for cell, writes in DynamicProgram(own).spendings:
             assert seconds.of(site, cell, writes) >= 0
             assert seconds.of(site, Attend(Full()), writes) >= seconds.of(site, FULL, type(writes)())
     assert seconds.other >= 0
@@ -97,7 +97,7 @@ def test_all_that_may_be_chosen_is_timed_and_no_trace_is_left(family, guidance):
 @pytest.fixture
 def known(monkeypatch):
     """Cells take the time that is said, and so do generations."""
-    module = sys.modules["arrowhead.search.budget.tried"]
+    module = sys.modules["arrowhead.searches.budget.validation"]
     held = {}
 
     def timing(pipe, inputs, sites, choices, blocks):

@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import arrowhead as ah
 from arrowhead.errors import InputsInvalid
-from arrowhead.methods import AST, FULL, Arrow, Attend, Cached, Full, Reuse
-from arrowhead.search.budget.guidance import Guidance
+from arrowhead.plans.cells import AST, FULL, Arrow, Attend, Cached, Full, Reuse
+from arrowhead.searches.budget.sensitivity.cfg import Guidance
 
 STEPS, FAR, NEAR = 4, 5, 2
 GAINS = (0.5, 1.5, 3.0, 0.25)  # in place of the sampler's, which have tests of their own

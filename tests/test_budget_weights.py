@@ -15,9 +15,9 @@ from test_budget_table import FAR, NEAR, STEPS, every_family, squared, with_and_
 
 import arrowhead as ah
 from arrowhead.errors import InputsInvalid
-from arrowhead.methods import AST, FULL
-from arrowhead.search.budget.record import record
-from arrowhead.search.budget.weights import Weights
+from arrowhead.plans.cells import AST, FULL
+from arrowhead.searches.budget.sensitivity.probes import SiteProbes
+from arrowhead.searches.budget.sensitivity.recording import record
 
 WITHOUT = {"radii": (NEAR, FAR), "ages": STEPS, "gradients": False}
 
@@ -29,7 +29,7 @@ def test_what_is_a_product_of_step_and_site_is_found_again(seed, steps, sites, l
     draw = random.Random(seed)
     of_step = [level + math.sin(step / 6) for step in range(steps)]
     of_site = [draw.uniform(-0.5, 0.5) for _ in range(sites)]
-    weights = Weights(sites)
+    weights = SiteProbes(sites)
     for step in range(steps):
         for site in range(sites):
             if (step + site) % 2 or min(steps, sites) < 2:
@@ -44,11 +44,11 @@ def test_what_is_a_product_of_step_and_site_is_found_again(seed, steps, sites, l
 
 
 def test_nothing_tried_is_nothing_learnt():
-    assert torch.equal(Weights(3).fitted(4), torch.ones(4, 3, dtype=torch.float64))
+    assert torch.equal(SiteProbes(3).fitted(4), torch.ones(4, 3, dtype=torch.float64))
 
 
 def test_a_pass_tries_as_many_sites_as_it_can():
-    weights = Weights(5)
+    weights = SiteProbes(5)
     for count in (1, 3, 5):
         assert len(set(weights.chosen(count))) == count
     assert sorted(weights.chosen(10)) == sorted([*range(5)] * 2)
@@ -58,13 +58,13 @@ def test_a_pass_tries_as_many_sites_as_it_can():
 @pytest.fixture
 def trials(monkeypatch):
     """What was noted: (step, site, weight)."""
-    noted, own = [], Weights.note
+    noted, own = [], SiteProbes.note
 
     def note(self, step, site, weight):
         noted.append((step, site, weight))
         own(self, step, site, weight)
 
-    monkeypatch.setattr(Weights, "note", note)
+    monkeypatch.setattr(SiteProbes, "note", note)
     return noted
 
 
@@ -81,8 +81,8 @@ def guided(bench, rows, guidance):
 @pytest.mark.parametrize("images", [1, 3])
 def test_trials_are_what_a_site_s_last_output_makes_of_the_step(family, guidance, images, trials, monkeypatch):
     """Against the same change made by hand in a pass of its own, images one by one."""
-    bench, chosen, own = FAMILIES[family](), [], Weights.chosen
-    monkeypatch.setattr(Weights, "chosen", lambda self, count: chosen.append(own(self, count)) or chosen[-1])
+    bench, chosen, own = FAMILIES[family](), [], SiteProbes.chosen
+    monkeypatch.setattr(SiteProbes, "chosen", lambda self, count: chosen.append(own(self, count)) or chosen[-1])
     inputs = bench.inputs(0, images, guidance, STEPS)
     ah.calibrate(bench.pipe, inputs, extent=ah.Extent(**WITHOUT), progress=False)
     seen, paths = Seen.run(bench, (NEAR, FAR), guidance, seed=0, steps=STEPS, images=images), list(site_modules(bench))
@@ -115,7 +115,7 @@ def test_trials_are_what_a_site_s_last_output_makes_of_the_step(family, guidance
 def test_damages_are_weighted_squares_of_the_change(family, guidance, monkeypatch):
     """Of 3 images and 200 vectors to a third: gain · weight · how much of the site's output changes · the output's length."""
     bench, images, weight = FAMILIES[family](), 3, 1.7
-    monkeypatch.setattr(Weights, "fitted", lambda self, steps: torch.full((steps, self._sites), weight, dtype=torch.float64))
+    monkeypatch.setattr(SiteProbes, "fitted", lambda self, steps: torch.full((steps, self._sites), weight, dtype=torch.float64))
     inputs = bench.inputs(0, images, guidance, STEPS)
     table = ah.calibrate(bench.pipe, inputs, extent=ah.Extent(**WITHOUT, vectors=200), progress=False)
     seen = Seen.run(bench, (NEAR, FAR), guidance, seed=0, steps=STEPS, images=images)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from independent import few
 
-from arrowhead.search.choose import choose
+from arrowhead.searches.multiple_choice import solve_multiple_choice
 
 SOME_ERRORS = st.sampled_from([0.0, 0.1, 0.1, 0.25, math.inf, math.nan]) | st.floats(0, 1)
 
@@ -31,7 +31,7 @@ def total(errors, options):
 def test_is_the_best_of_all_combinations(problem):
     errors, savings, bound = problem
     within = [c for c in product(range(len(savings)), repeat=len(errors)) if total(errors, c) <= bound]
-    found = choose(errors, savings, bound)
+    found = solve_multiple_choice(errors, savings, bound)
     if not within:
         assert found is None
         return
@@ -45,4 +45,4 @@ def test_is_the_best_of_all_combinations(problem):
 def test_greedy_by_gain_would_lose():
     """Taking the best ratio first leaves no room for the two that together save more."""
     errors, savings = [[0, 0.6, 0.5], [0, 0.6, 0.5]], [0, 70, 50]
-    assert choose(errors, savings, 1.0) == ((2, 2), 100)
+    assert solve_multiple_choice(errors, savings, 1.0) == ((2, 2), 100)

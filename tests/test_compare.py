@@ -19,12 +19,13 @@ from pages import PLANS, Page, evaluation, score
 from PIL import Image
 
 from arrowhead.analysis.palette import COLOURS, MEANINGS, ink
-from arrowhead.compare import HERE, page
-from arrowhead.compare.chart import LETTER, LINE, chart
-from arrowhead.compare.pictures import captions, data_uri
-from arrowhead.evaluate import Evaluation
-from arrowhead.methods import Arrow, Attend, Reuse, method_name, paper_name
-from arrowhead.plan import SYMBOLS, Plan
+from arrowhead.evaluation.side_by_side import Evaluation
+from arrowhead.plans.cells import Arrow, Attend, Reuse, method_name, paper_name
+from arrowhead.plans.file_format import SYMBOLS
+from arrowhead.plans.plan import Plan
+from arrowhead.report.chart import LETTER, LINE, chart
+from arrowhead.report.page import HERE, compare
+from arrowhead.report.pictures import captions, data_uri
 
 HOSTILE = """<script>alert(1)</script><img src=x onerror="alert(2)"> & 'it' \\u003c "quoted" {{ 7 * 7 }} </title>"""
 ONE = torch.zeros(2, 3, 8, 8)
@@ -45,7 +46,7 @@ class TestPictures:
     @pytest.mark.parametrize("channels", [1, 3])
     def test_every_picture_is_in_the_page_as_it_was(self, channels):
         result = evaluation(raw=torch.rand(6, channels, 8, 12))
-        shown = [own for own in Page(page(result, title="m")).all("img") if "alt" in own]
+        shown = [own for own in Page(compare(result, title="m")).all("img") if "alt" in own]
         assert len(shown) == 6 * 3
         for i in range(6):
             said = f"class label {[1, 7, 9][i % 3]}, seed {[0, 4][i // 3]}"
@@ -59,7 +60,7 @@ class TestPictures:
         result = evaluation()
         sizes = [sum(len(data_uri(of[i])) for of in (result.raw, *(s.images for s in result.scores))) for i in range(6)]
         for room, count in ((1, 1), (sum(sizes[:3]), 3), (sum(sizes[:3]) - 1, 2), (sum(sizes), 6)):
-            found = Page(page(result, title="m", room=room))
+            found = Page(compare(result, title="m", room=room))
             assert len(found.all("figure")) - len(found.all("figure", **{"class": "chart"})) == count
             assert (f"The first {count} of 6 pictures are shown" in found.said) == (count < 6)
 
@@ -85,7 +86,7 @@ class TestMaps:
     @some
     @given(plan=plans())
     def test_every_cell_and_head_of_a_plan_is_in_its_map_once(self, plan):
-        sites, *heads = Page(page(evaluation({"p": plan}, ONE), title="m")).maps
+        sites, *heads = Page(compare(evaluation({"p": plan}, ONE), title="m")).maps
         apart = [i for i, c in enumerate(plan.columns) if any(isinstance(x, Attend) and isinstance(x.method, tuple) for x in c)]
         cells = {(row, step): cell for row, column in enumerate(plan.columns) for step, cell in enumerate(column)}
         assert {at: name for at, (name, _) in sites.cells().items()} == {at: paper_name(cell) for at, cell in cells.items()}
@@ -118,13 +119,13 @@ class TestMaps:
     @some
     @given(plan=plans())
     def test_the_legend_says_what_part_of_the_cells_each_kind_is(self, plan):
-        found = Page(page(evaluation({"p": plan}, ONE), title="m"))
+        found = Page(compare(evaluation({"p": plan}, ONE), title="m"))
         count = Counter(paper_name(cell) for row in plan.cells for cell in row)
         for name, n in count.items():
             assert f" {SYMBOLS[name]} {name} {MEANINGS[name]}, {100 * n / count.total():.1f} %" in found.said
 
     def test_narrower_bands_are_paler(self):
-        _, heads = Page(page(evaluation({"bold": PLANS["bold"]}, ONE), title="m")).maps
+        _, heads = Page(compare(evaluation({"bold": PLANS["bold"]}, ONE), title="m")).maps
         shades = {re.search(r"(\d+) tokens", said)[1]: shade for name, said, _, shade in heads.areas if name == "WA"}
         assert 0.3 < shades["2"] < shades["4"] == 1
 
@@ -132,7 +133,7 @@ class TestMaps:
 class TestFigures:
     def test_the_table_has_a_row_for_every_plan(self):
         result = evaluation()
-        said = Page(page(result, title="m")).said
+        said = Page(compare(result, title="m")).said
         for s in result.scores:
             flops = [f"{100 * share:.1f} %" for share in (s.summary.flops.attention, s.summary.flops.module)]
             metrics = [f"{value:.4g}" for value in s.metrics.values()]
@@ -140,12 +141,12 @@ class TestFigures:
             assert f"{s.name}: a note" in said
 
     def test_module_flops_of_different_wholes_are_not_drawn_over_one_axis(self):
-        same = Page(page(evaluation(), title="m"))
+        same = Page(compare(evaluation(), title="m"))
         bold = PLANS["bold"]
         one = replace(
             bold, cells=tuple(row[:1] for row in bold.cells), target=replace(bold.target, sites=bold.target.sites[:1])
         )
-        apart = Page(page(evaluation({"a": PLANS["careful"], "b": one}), title="m"))
+        apart = Page(compare(evaluation({"a": PLANS["careful"], "b": one}), title="m"))
         assert "over modules’ FLOPs left" in same.said
         assert "different wholes" not in same.said
         assert "over attention’s FLOPs left" in apart.said
@@ -156,7 +157,7 @@ class TestFigures:
         raw = torch.rand(2, 3, 8, 8)
         equal = score("equal", PLANS["careful"], raw, psnr=math.inf, ssim=1.0)
         setting = evaluation().setting
-        said = Page(page(Evaluation(raw, 1.0, (equal,), setting), title="m")).said
+        said = Page(compare(Evaluation(raw, 1.0, (equal,), setting), title="m")).said
         assert "PSNR ∞ dB" in said
         assert "without equal, which equals raw" in said
 
@@ -208,15 +209,15 @@ class TestText:
         result = replace(result, scores=(bold, other))
         setting = {**result.setting, "inputs": {"prompt": [HOSTILE, "b", "c"]}}
         changed = replace(result, scores=(replace(bold, name=HOSTILE), other), setting=setting)
-        harmless = Page(page(result, title="m", command="c"))
-        found = Page(page(changed, title=HOSTILE, command=HOSTILE))
+        harmless = Page(compare(result, title="m", command="c"))
+        found = Page(compare(changed, title=HOSTILE, command=HOSTILE))
         assert [tag for tag, _ in found.elements] == [tag for tag, _ in harmless.elements]
         assert {key for _, own in found.elements for key in own} == {key for _, own in harmless.elements for key in own}
         assert found.said.count(" ".join(HOSTILE.split())) > 8
         assert found.all("img")[1]["alt"] == f"{HOSTILE}, seed 0: {HOSTILE}"
 
     def test_nothing_is_fetched_and_only_our_own_script_and_style_run(self):
-        found = Page(page(evaluation(), title="m", command="c"))
+        found = Page(compare(evaluation(), title="m", command="c"))
         references = [
             own[key]
             for _, own in found.elements
@@ -238,7 +239,7 @@ class TestText:
         assert rules == {}
 
     def test_the_plans_can_be_taken_from_it(self, tmp_path):
-        links = Page(page(evaluation(), title="m")).all("a")
+        links = Page(compare(evaluation(), title="m")).all("a")
         assert [own["download"] for own in links] == [f"{name}.json" for name in PLANS]
         for own, plan in zip(links, PLANS.values(), strict=True):
             (tmp_path / own["download"]).write_bytes(
@@ -248,7 +249,7 @@ class TestText:
 
     def test_it_says_how_to_make_it_again(self):
         result = evaluation(prompt=["é", "ü", "o"], guidance_scale=3.5)
-        said = Page(page(result, title="m", command="arrowhead compare m")).said
+        said = Page(compare(result, title="m", command="arrowhead compare m")).said
         assert "arrowhead compare m" in said
         assert f"prompt {json.dumps(['é', 'ü', 'o'], ensure_ascii=False)}; guidance_scale 3.5" in said
         assert "seeds [0, 4]" in said

@@ -10,9 +10,9 @@ from pages import PLANS, SITES, evaluation, score
 from PIL import Image
 
 from arrowhead.analysis.palette import MEANINGS
-from arrowhead.compare import page
-from arrowhead.evaluate import Evaluation
-from arrowhead.methods import paper_name
+from arrowhead.evaluation.side_by_side import Evaluation
+from arrowhead.plans.cells import paper_name
+from arrowhead.report.page import compare
 
 pytestmark = pytest.mark.skipif(chromium.PATH is None, reason="needs Chromium, as of Debian's package chromium")
 
@@ -41,7 +41,7 @@ def tab(browser, tmp_path):
     setting = {"inputs": {"prompt": ["a", "b", "x" * 300]}, "seeds": [0]}
     path = tmp_path / "page.html"
     path.write_text(
-        page(Evaluation(raw, 1.0, scores, setting), title="a model " + "y" * 200, command="z" * 300), encoding="utf-8"
+        compare(Evaluation(raw, 1.0, scores, setting), title="a model " + "y" * 200, command="z" * 300), encoding="utf-8"
     )
     browser.events.clear()
     browser.look()
@@ -204,7 +204,7 @@ def test_everything_that_does_something_has_a_name(tab):
 
 def test_without_javascript_pictures_and_maps_are_there(browser, tmp_path):
     path = tmp_path / "page.html"
-    path.write_text(page(evaluation(), title="m"), encoding="utf-8")
+    path.write_text(compare(evaluation(), title="m"), encoding="utf-8")
     browser.send("Emulation.setScriptExecutionDisabled", value=True)
     try:
         browser.look()

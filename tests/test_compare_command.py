@@ -8,13 +8,13 @@ import torch
 from pages import Page
 
 import arrowhead as ah
-from arrowhead import cli
+from arrowhead.cli import main
 from arrowhead.errors import PlanMismatch
-from arrowhead.evaluate import evaluate
-from arrowhead.layout import Tokens
-from arrowhead.methods import AST, FULL
-from arrowhead.models import find
-from arrowhead.target import target_of
+from arrowhead.evaluation.side_by_side import evaluate
+from arrowhead.models.find import find
+from arrowhead.models.model import target_of
+from arrowhead.plans.cells import AST, FULL
+from arrowhead.plans.layout import Tokens
 
 INPUTS = {"class_labels": [1, 7], "num_inference_steps": 3}
 OPTIONS = ["-i", "class_labels=[1, 7]", "-i", "num_inference_steps=3"]
@@ -39,7 +39,7 @@ def plans(pipe, tmp_path):
 def compare(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["arrowhead", "compare", "tiny:dit", *OPTIONS, *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main.main()
     return ended.value.code
 
 
@@ -64,14 +64,14 @@ def test_it_writes_a_page_of_what_was_measured(plans, tmp_path, monkeypatch, cap
 @pytest.fixture
 def no_generation(monkeypatch):
     """Fails when the transformer has run."""
-    load = cli.load
+    load = main.load
 
     def watched(*arguments):
         pipe = load(*arguments)
         pipe.transformer.register_forward_hook(lambda *_: pytest.fail("the transformer has run"))
         return pipe
 
-    monkeypatch.setattr(cli, "load", watched)
+    monkeypatch.setattr(main, "load", watched)
 
 
 def test_refusals_come_before_the_work(plans, tmp_path, monkeypatch, capsys, no_generation):

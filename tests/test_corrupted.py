@@ -17,13 +17,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import arrowhead as ah
-from arrowhead import files
 from arrowhead.analysis.arrays import AttentionMap
 from arrowhead.errors import InputsInvalid, PlanInvalid
-from arrowhead.layout import Site, Tokens
-from arrowhead.methods import FULL
-from arrowhead.plan import Plan
-from arrowhead.target import Target
+from arrowhead.plans import limits
+from arrowhead.plans.cells import FULL
+from arrowhead.plans.layout import Site, Tokens
+from arrowhead.plans.plan import Plan
+from arrowhead.plans.target import Target
 
 some = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -90,7 +90,7 @@ def read_or_refused(path, tmp_path):
         said = str(error)
         assert path.name in said
         assert "wanted" in said
-        assert len(said) < 3 * files.SAID
+        assert len(said) < 3 * limits.SAID
         return
     is_sound(plan, tmp_path)
 
@@ -156,9 +156,9 @@ LARGE = {
     "channels": lambda c: c["target"]["sites"][0].update(channels=2**63),
     "text channels": lambda c: c["target"]["sites"][0].update(text_channels=2**63),
     "weights": lambda c: c["target"]["sites"][0].update(weights=10**18),
-    "steps": lambda c: c.update(cells=["F"] * (files.STEPS + 1)),
-    "sites": lambda c: c["target"].update(sites=c["target"]["sites"] * (files.SITES + 1)),
-    "sites within": lambda c: c["target"]["sites"][0].update(within=[c["target"]["sites"][0] | {"path": "a"}] * files.SITES),
+    "steps": lambda c: c.update(cells=["F"] * (limits.STEPS + 1)),
+    "sites": lambda c: c["target"].update(sites=c["target"]["sites"] * (limits.SITES + 1)),
+    "sites within": lambda c: c["target"]["sites"][0].update(within=[c["target"]["sites"][0] | {"path": "a"}] * limits.SITES),
 }
 
 
@@ -175,7 +175,7 @@ def test_a_file_that_is_too_long(tmp_path, monkeypatch):
     plan = sound()
     plan.save(tmp_path / "plan")
     length = len(plan.text())
-    monkeypatch.setattr(files, "BYTES", length)
+    monkeypatch.setattr(limits, "BYTES", length)
     assert Plan.load(tmp_path / "plan") == plan
     (tmp_path / "plan").write_text(plan.text() + " ")
     with pytest.raises(PlanInvalid, match=f"more than {length} bytes"):
@@ -186,15 +186,15 @@ def test_a_file_that_is_too_long(tmp_path, monkeypatch):
 
 
 def test_a_file_without_end_is_not_read_to_it(monkeypatch):
-    monkeypatch.setattr(files, "BYTES", 1000)
+    monkeypatch.setattr(limits, "BYTES", 1000)
     with pytest.raises(PlanInvalid, match="more than 1000 bytes"):
         Plan.load("/dev/zero")
 
 
 def test_the_largest_that_is_read_is_read_in_time(tmp_path):
     """As many steps, and as many heads in all steps, as there may be; what takes longer would show as minutes."""
-    heads = files.HEADS_IN_STEPS // files.STEPS
-    plan = sound(steps=files.STEPS, heads=heads)
+    heads = limits.HEADS_IN_STEPS // limits.STEPS
+    plan = sound(steps=limits.STEPS, heads=heads)
     plan.save(tmp_path / "plan")
     assert Plan.load(tmp_path / "plan") == plan
 
@@ -212,7 +212,7 @@ class TestTables:
             table = ah.Table.load(path)
         except InputsInvalid as error:
             assert "wanted a file that Table.save wrote" in str(error)
-            assert len(str(error)) < 3 * files.SAID
+            assert len(str(error)) < 3 * limits.SAID
             return
         try:
             plan = ah.solve(table, ah.Budget(transformer_flops=0.7, granularity="site"))

@@ -6,12 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from independent import by_head, dense_mask, few, for_one_branch, made, plans, sequences_of, token_layouts, tokens_of
 
-from arrowhead.cost import pairs, site_flops
-from arrowhead.layout import Site, Tokens
-from arrowhead.lifetimes import Writes
-from arrowhead.methods import ASC, AST, FULL, Arrow, Attend, Cached, Full, Reuse, wa_rs
-from arrowhead.plan import Plan
-from arrowhead.target import Target
+from arrowhead.plans.cells import ASC, AST, FULL, Arrow, Attend, Cached, Full, Reuse, wa_rs
+from arrowhead.plans.flops import pairs, site_flops
+from arrowhead.plans.layout import Site, Tokens
+from arrowhead.plans.lifetimes import Writes
+from arrowhead.plans.plan import Plan
+from arrowhead.plans.target import Target
 
 DIT = Site("blocks.0.attn1", heads=16, head_dim=72, channels=1152)
 TABLE_2 = {1024: (50, 77, 38, 0), 4096: (50, 51, 26, 0), 16384: (50, 33, 16, 0)}  # % left by ASC, WA-RS, WA-RS + ASC, AST
@@ -97,7 +97,7 @@ def projected(site, cell, tokens):
     """
     own, sequences = tokens_of(site, tokens), sequences_of(site, tokens)
     working = [head for head, method in enumerate(by_head(cell, site.heads)) if not isinstance(method, Cached)]
-    heads = max(len(working), 1) if site.heads_apart else site.heads
+    heads = max(len(working), 1) if site.separable_heads else site.heads
     image, text = own.visual * sequences * site.channels, own.text * (site.text_channels or site.channels)
     inward = (image + text) * (heads + 2 * (site.kv_heads or heads))
     outward = {"all": image + text, "visual": image, "none": 0}[site.projects_out] * site.heads

@@ -14,11 +14,11 @@ from torch import nn
 from typer.testing import CliRunner
 
 import arrowhead as ah
-from arrowhead import cli
+from arrowhead.cli import main
 from arrowhead.errors import UnsupportedPipeline
-from arrowhead.models import find
 from arrowhead.models.families import FAMILIES
-from arrowhead.models.refused import REFUSED
+from arrowhead.models.find import find
+from arrowhead.models.unsupported import REFUSED
 
 PAGE = Path(__file__).parents[1] / "docs/families.md"
 
@@ -80,12 +80,12 @@ def test_the_table_says_what_the_families_do():
 
 
 def test_the_page_has_the_table_as_the_command_prints_it():
-    printed = CliRunner().invoke(cli.app, ["families", "--markdown"])
+    printed = CliRunner().invoke(main.app, ["families", "--markdown"])
     assert printed.exit_code == 0
     assert printed.output.strip() in PAGE.read_text(encoding="utf-8")
 
 
 def test_the_command_shows_it():
-    shown = CliRunner().invoke(cli.app, ["families"], terminal_width=200)
+    shown = CliRunner().invoke(main.app, ["families"], terminal_width=200)
     assert shown.exit_code == 0
     assert all(row.family in shown.output for row in ah.supported())

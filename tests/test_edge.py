@@ -19,11 +19,11 @@ from scipy.ndimage import gaussian_filter
 from typer.testing import CliRunner
 
 import arrowhead as ah
-from arrowhead import cli, demo
+from arrowhead.cli import demo, main
 from arrowhead.errors import InputsInvalid
-from arrowhead.evaluate import evaluate
-from arrowhead.methods import FULL, Reuse, paper_name
+from arrowhead.evaluation.side_by_side import evaluate
 from arrowhead.metrics.images import psnr, ssim
+from arrowhead.plans.cells import FULL, Reuse, paper_name
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -31,7 +31,7 @@ INPUTS = ["-i", "class_labels=[1, 4]", "-i", "num_inference_steps=3"]
 
 
 def invoke(*arguments: str) -> str:
-    result = CliRunner().invoke(cli.app, [str(a) for a in arguments], env={"COLUMNS": "120"}, catch_exceptions=False)
+    result = CliRunner().invoke(main.app, [str(a) for a in arguments], env={"COLUMNS": "120"}, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.output
 
@@ -61,7 +61,7 @@ def test_search_show_generate_evaluate(model, saved_dit, tmp_path):
     assert "3 of 3" in said
     invoke("generate", model, *INPUTS, "--out", tmp_path / "raw")
     assert [p.name for p in sorted(images.iterdir())] == ["000.png", "001.png"]
-    pipe = cli.load(str(model), "cpu", "float32")
+    pipe = main.load(str(model), "cpu", "float32")
     raw = pipe([1, 4], num_inference_steps=3, generator=torch.Generator().manual_seed(0)).images
     assert [np.array(Image.open(p)).tolist() for p in sorted((tmp_path / "raw").iterdir())] == [
         np.array(i).tolist() for i in raw
@@ -120,7 +120,7 @@ def test_refusals_are_one_message_and_exit_2(arguments, said, monkeypatch, capsy
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(sys, "argv", ["arrowhead", *arguments])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main.main()
     error = capsys.readouterr().err
     assert ended.value.code == 2
     assert said in " ".join(error.split())

@@ -13,11 +13,11 @@ import pytest
 from typer.testing import CliRunner
 
 import arrowhead as ah
-from arrowhead import cli
-from arrowhead.layout import Tokens
-from arrowhead.methods import FULL, Reuse
-from arrowhead.models import find
-from arrowhead.target import target_of
+from arrowhead.cli import main
+from arrowhead.models.find import find
+from arrowhead.models.model import target_of
+from arrowhead.plans.cells import FULL, Reuse
+from arrowhead.plans.layout import Tokens
 
 INPUTS = ["-i", "class_labels=[1, 4, 8]", "-i", "num_inference_steps=2"]
 NETWORKS = """
@@ -56,7 +56,7 @@ def arguments(folder, work, *more, images=5):
 
 
 def invoke(arguments, code=0):
-    result = CliRunner().invoke(cli.app, arguments, env={"COLUMNS": "120"}, catch_exceptions=code != 0)
+    result = CliRunner().invoke(main.app, arguments, env={"COLUMNS": "120"}, catch_exceptions=code != 0)
     assert (result.exit_code == 0) == (code == 0), result.output
     return result
 

@@ -15,11 +15,11 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 
 from arrowhead.errors import InputsInvalid
-from arrowhead.evaluate import measures
-from arrowhead.evaluate.figures import Reference, distributions, figures, frechet_distance, inception_score
-from arrowhead.evaluate.measures import Batch, Measure
-from arrowhead.evaluate.memory import Peak
-from arrowhead.evaluate.real import real
+from arrowhead.evaluation import measures
+from arrowhead.evaluation.figures import Reference, distributions, figures, frechet_distance, inception_score
+from arrowhead.evaluation.measures import Batch, Measure
+from arrowhead.evaluation.memory import Peak
+from arrowhead.evaluation.real_images import real
 from arrowhead.metrics.bootstrap import bootstrap, interval, resampled_means
 from arrowhead.metrics.distributions import frechet, kernel_distances, moments, without_each
 from arrowhead.metrics.images import decibels, psnr, squared_errors, ssim, ssim_each
@@ -85,7 +85,7 @@ def test_moments_of_many_parts_are_those_of_all(monkeypatch):
 @pytest.mark.parametrize("splits", [1, 3])
 def test_the_inception_score_agrees_with_torchmetrics(splits, monkeypatch):
     logits = 2 * torch.randn(60, 12)
-    monkeypatch.setattr("arrowhead.evaluate.figures.SPLIT", 60 // splits)
+    monkeypatch.setattr("arrowhead.evaluation.figures.SPLIT", 60 // splits)
     monkeypatch.setattr("torchmetrics.image.inception.torch.randperm", torch.arange)  # it shuffles first
     theirs = InceptionScore(feature=Same(), splits=splits)
     theirs.update(logits)

@@ -12,9 +12,10 @@ from test_evaluate_runs import INPUTS, Classifier, Features, Subject, brightness
 from torch import nn
 
 from arrowhead.errors import InputsInvalid, PlanMismatch
-from arrowhead.evaluate import Asked, Networks, Shard, captions
-from arrowhead.evaluate.measures import Batch, clip
-from arrowhead.evaluate.networks import fingerprint
+from arrowhead.evaluation.measures import Batch, clip
+from arrowhead.evaluation.networks import fingerprint
+from arrowhead.evaluation.request import Request, Shard, captions
+from arrowhead.evaluation.suite import Networks
 
 pytestmark = pytest.mark.filterwarnings("ignore::arrowhead.errors.TooFewSamples", "ignore::arrowhead.errors.InputsRepeated")
 LABELS = {**INPUTS, "class_labels": [1, 2]}
@@ -201,7 +202,7 @@ def test_shards(text):
 
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 7))
 def test_shards_share_all_images_without_overlap(images, batch, count):
-    batches = Asked.of(LABELS, images - images % 2 or 2, batch=batch).batches
+    batches = Request.of(LABELS, images - images % 2 or 2, batch=batch).batches
     taken = [image for i in range(count) for part in Shard(i, count).of(batches) for image in part]
     assert sorted(taken) == list(range(images - images % 2 or 2))
 

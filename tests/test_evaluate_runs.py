@@ -17,15 +17,17 @@ from torch import nn
 
 import arrowhead as ah
 from arrowhead.errors import InputsRepeated, TooFewSamples
-from arrowhead.evaluate import Networks, Shard, measure
-from arrowhead.evaluate.kept import Kept
-from arrowhead.layout import Tokens
-from arrowhead.methods import FULL, Reuse
+from arrowhead.evaluation.measurement import measure
+from arrowhead.evaluation.request import Shard
+from arrowhead.evaluation.suite import Networks
+from arrowhead.evaluation.work_folder import WorkFolder
 from arrowhead.metrics.distributions import frechet, moments
 from arrowhead.metrics.images import psnr, ssim
 from arrowhead.metrics.resize import tf1
-from arrowhead.models import find
-from arrowhead.target import target_of
+from arrowhead.models.find import find
+from arrowhead.models.model import target_of
+from arrowhead.plans.cells import FULL, Reuse
+from arrowhead.plans.layout import Tokens
 
 STEPS = 3
 SIZE = 16
@@ -240,7 +242,7 @@ def test_a_plan_that_changed_under_its_name_is_another(tmp_path):
 def test_broken_pictures_and_arrays_are_named_and_made_anew(tmp_path):
     subject = Subject()
     whole = subject.measure(tmp_path / "work", images=4)
-    kept = Kept.of(tmp_path / "work", "one", subject.plans["one"])
+    kept = WorkFolder.of(tmp_path / "work", "one", subject.plans["one"])
     picture, values = kept.folder / "images/000002.png", next(kept.folder.rglob("values/psnr/000002-*.npy"))
     picture.write_bytes(picture.read_bytes()[:60])
     values.write_bytes(values.read_bytes()[:-3])
@@ -304,7 +306,7 @@ def test_videos_frame_by_frame(tmp_path):
     found = measure(bench.pipe, {"p": plan}, inputs, images=2, work=tmp_path, batch=1, progress=False)
     generators = [torch.Generator().manual_seed(i) for i in (0, 1)]
     videos = torch.cat([bench.pipe(**inputs, generator=g, output_type="pt").frames for g in generators])
-    kept = Kept.of(tmp_path, "raw", None)
+    kept = WorkFolder.of(tmp_path, "raw", None)
     pixels = torch.cat([kept.pixels(range(i, i + 1)) for i in (0, 1)])
     torch.testing.assert_close(pixels, (videos.flatten(0, 1).float() * 255).round().byte(), atol=0, rtol=0)
     assert found.setting["frames"] == videos.shape[1] > 1

@@ -10,16 +10,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from untouched import left_as_it_was
 
 import arrowhead as ah
-from arrowhead.cost import projection_flops
-from arrowhead.layout import Tokens
-from arrowhead.methods import FULL
-from arrowhead.models import ATTENTION, EVERYTHING, find
 from arrowhead.models.families import FAMILIES
-from arrowhead.search import Headwise
-from arrowhead.target import target_of
+from arrowhead.models.find import find
+from arrowhead.models.model import target_of
+from arrowhead.plans.cells import FULL
+from arrowhead.plans.flops import projection_flops
+from arrowhead.plans.layout import ALL_KINDS, ATTENTION_KINDS, Tokens
+from arrowhead.searches.headwise import Headwise
 
 STEPS = 5
-INNER = EVERYTHING - {"block"}
+INNER = ALL_KINDS - {"block"}
 every_family = pytest.mark.parametrize("name", MORE)
 with_and_without = pytest.mark.parametrize("guidance", [3.0, 1.0], ids=["guided", "alone"])
 
@@ -54,7 +54,7 @@ def test_a_full_plan_changes_no_bit(name, guidance, dtype):
 
 @every_family
 @with_and_without
-@pytest.mark.parametrize("kinds", [ATTENTION, INNER, {"block"}], ids=["attention", "modules", "blocks"])
+@pytest.mark.parametrize("kinds", [ATTENTION_KINDS, INNER, {"block"}], ids=["attention", "modules", "blocks"])
 @pytest.mark.parametrize("seed", range(3))
 def test_random_plans_are_what_a_replay_gives(name, guidance, kinds, seed):
     bench = MORE[name]()
@@ -87,7 +87,7 @@ def test_what_sites_multiply_is_what_torch_counts(name, monkeypatch):
     """Matrices alone: attention's own products are taken out."""
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda query, *_, **__: torch.zeros_like(query))
     bench = MORE[name]()
-    model, counted = find(bench.pipe, EVERYTHING), {}
+    model, counted = find(bench.pipe, ALL_KINDS), {}
     tokens = Tokens(bench.visual, bench.text_seen, bench.text_first, bench.frames)
     rows = 1 if bench.two_calls else 2
 

@@ -8,7 +8,7 @@ from replay import distance, trace
 from test_families import INNER, STEPS, plan_of, with_and_without
 
 from arrowhead import applied
-from arrowhead.models import find
+from arrowhead.models.find import find
 
 OBLONG = {  # what a call says, and how many visual tokens that is
     "wan": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),

@@ -14,12 +14,12 @@ from untouched import left_as_it_was
 
 import arrowhead as ah
 from arrowhead.errors import PlanMismatch, ProcessorReplaced
-from arrowhead.layout import Tokens
-from arrowhead.methods import ASC, AST, FORECAST, FULL, Attend, Cached, Full
-from arrowhead.models import find
-from arrowhead.target import target_of
+from arrowhead.models.find import find
+from arrowhead.models.model import target_of
+from arrowhead.plans.cells import ASC, AST, EXTRAPOLATE, FULL, Attend, Cached, Full
+from arrowhead.plans.layout import Tokens
 
-CELLS = {"F": FULL, "C": ASC, "R": AST, "E": FORECAST}
+CELLS = {"F": FULL, "C": ASC, "R": AST, "E": EXTRAPOLATE}
 MAKES = {**BENCHES, **JOINT}
 
 

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from arrowhead.errors import KernelUnavailable
 from arrowhead.kernels import dispatch, flex
 from arrowhead.kernels.call import Policy
-from arrowhead.layout import Tokens
+from arrowhead.plans.layout import Tokens
 
 CXX = os.environ.get("CXX", "g++")
 compiles = pytest.mark.skipif(shutil.which(CXX) is None, reason=f"no C++ compiler ({CXX}) for FlexAttention on the CPU")

@@ -14,11 +14,11 @@ from untouched import left_as_it_was
 
 import arrowhead as ah
 from arrowhead.errors import PlanMismatch
-from arrowhead.layout import Tokens
-from arrowhead.methods import AST, FULL, Arrow, Attend, Cached, Full, wa_rs
-from arrowhead.models import find
-from arrowhead.search import Headwise
-from arrowhead.target import target_of
+from arrowhead.models.find import find
+from arrowhead.models.model import target_of
+from arrowhead.plans.cells import AST, FULL, Arrow, Attend, Cached, Full, wa_rs
+from arrowhead.plans.layout import Tokens
+from arrowhead.searches.headwise import Headwise
 
 STEPS, TEXT, VISUAL, HEADS, DIM = 5, 7, 36, 3, 8
 FLUX = sys.modules[FluxTransformer2DModel.__module__]

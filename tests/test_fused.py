@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from launches import CUDA, DEVICE, DTYPE, SMALL, arrow, attended, close, full_and_residual, inputs, random_keys
 
-from arrowhead.kernels import fused_ops, fused_table
-from arrowhead.kernels.fused_table import CACHED, FULL, HEAD_DIMS, Config
-from arrowhead.layout import Tokens
+from arrowhead.kernels.triton import launch_table, ops
+from arrowhead.kernels.triton.launch_table import CACHED, FULL, HEAD_DIMS, Config
+from arrowhead.plans.layout import Tokens
 
 LAYOUTS = [
     pytest.param(41, 0, False, id="no text"),
@@ -25,7 +25,7 @@ def config(monkeypatch):
     """Sets how the kernel is launched; small tiles at first, so that short sequences have several of them."""
 
     def set_to(config):
-        monkeypatch.setattr(fused_table, "chosen", lambda *_, **__: config)
+        monkeypatch.setattr(launch_table, "chosen", lambda *_, **__: config)
 
     set_to(SMALL)
     return set_to
@@ -76,7 +76,7 @@ tiles = st.builds(
 def test_agrees_with_the_oracle(tokens, policy, tile, seed, masked):
     radii, adds = zip(*policy, strict=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused_table, "chosen", lambda *_, **__: tile)
+        patch.setattr(launch_table, "chosen", lambda *_, **__: tile)
         check_arrow(tokens, radii, adds, seed=seed, batch=1, seen=random_keys(tokens, radii, 1, seed) if masked else None)
 
 
@@ -85,7 +85,7 @@ def test_agrees_with_the_oracle(tokens, policy, tile, seed, masked):
 def test_residuals_agree_with_the_oracle(tokens, policy, tile, seed, masked):
     radii, _ = zip(*policy, strict=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused_table, "chosen", lambda *_, **__: tile)
+        patch.setattr(launch_table, "chosen", lambda *_, **__: tile)
         seen = random_keys(tokens, radii, 1, seed) if masked else None
         check_full_and_residual(tokens, radii, seed=seed, batch=1, seen=seen)
 
@@ -209,7 +209,7 @@ def test_the_shipped_table(dim, capability):
     """Sizes of tiles, and descriptors, are those that will run; 300 tokens have more than one of each."""
     x = inputs(Tokens(290, 10), [40], dim, batch=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused_ops, "_architecture", lambda _: capability)
-        patch.setattr(fused_table, "SHORT", 0)
+        patch.setattr(ops, "_architecture", lambda _: capability)
+        patch.setattr(launch_table, "SHORT", 0)
         arrow(x, residual=False)
     close(x.out, attended(x, Tokens(290, 10), [40]))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from arrowhead.kernels.fused_table import HEAD_DIMS
+from arrowhead.kernels.triton.launch_table import HEAD_DIMS
 
 if find_spec("triton") is None:
     pytest.skip("Triton is not installed: the fused kernel cannot be compiled", allow_module_level=True)

@@ -7,10 +7,10 @@ from replay import compressed, distance
 from test_int8 import ROWS, replayed
 
 import arrowhead as ah
-from arrowhead.layout import Tokens
-from arrowhead.methods import ASC, FULL, Arrow, Attend, Cached, Full
-from arrowhead.models import find
-from arrowhead.target import target_of
+from arrowhead.models.find import find
+from arrowhead.models.model import target_of
+from arrowhead.plans.cells import ASC, FULL, Arrow, Attend, Cached, Full
+from arrowhead.plans.layout import Tokens
 
 pytestmark = interpreted
 NEAR, FAR, WINDOW = Arrow(2, residual=True), Arrow(5, residual=True), Arrow(3)

@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from launches import CUDA, DEVICE, DTYPE, SMALL, arrow, attended, close, full_and_residual, inputs, random_keys
 
-from arrowhead.kernels import dispatch, fused_ops, fused_table
-from arrowhead.kernels.fused_table import CACHED, FULL, HEAD_DIMS, Config
-from arrowhead.layout import Tokens
+from arrowhead.kernels import dispatch
+from arrowhead.kernels.triton import launch_table, ops
+from arrowhead.kernels.triton.launch_table import CACHED, FULL, HEAD_DIMS, Config
+from arrowhead.plans.layout import Tokens
 
 TOKENS = Tokens(118, 19, True)  # two blocks of queries and three of keys, none of which begins where a tile does
 
@@ -16,7 +17,7 @@ TOKENS = Tokens(118, 19, True)  # two blocks of queries and three of keys, none 
 @pytest.fixture(autouse=True)
 def config(monkeypatch):
     def set_to(config):
-        monkeypatch.setattr(fused_table, "chosen", lambda *_, **__: config)
+        monkeypatch.setattr(launch_table, "chosen", lambda *_, **__: config)
 
     set_to(Config(32, 32, 4, 2))
     return set_to
@@ -47,7 +48,7 @@ tiles = st.builds(
 def test_agrees_with_the_oracle(tokens, policy, tile, seed, masked):
     radii, adds, eights = zip(*policy, strict=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused_table, "chosen", lambda *_, **__: tile)
+        patch.setattr(launch_table, "chosen", lambda *_, **__: tile)
         seen = random_keys(tokens, radii, 1, seed) if masked else None
         check(tokens, radii, adds, eights, seed=seed, batch=1, seen=seen)
 
@@ -71,8 +72,8 @@ def test_descriptors(config, dim, text_first):
 def test_the_shipped_table(dim, capability):
     with pytest.MonkeyPatch.context() as patch:
         patch.undo()
-        patch.setattr(fused_ops, "_architecture", lambda _: capability)
-        patch.setattr(fused_table, "SHORT", 0)
+        patch.setattr(ops, "_architecture", lambda _: capability)
+        patch.setattr(launch_table, "SHORT", 0)
         check(Tokens(290, 10), [40], [0], [1], dim, batch=1)
 
 
@@ -132,7 +133,7 @@ def test_residuals_are_made_of_native_heads_alone():
 def test_opcheck(config):
     config(SMALL)
     x = inputs(Tokens(20, 5), [FULL, 3], batch=1, adds=[0, 1], eights=[1, 0])
-    torch.library.opcheck(fused_ops.arrow, (x.out, x.q, x.k, x.v, x.policy, x.residual, None, *x.image, x.scale))
+    torch.library.opcheck(ops.arrow, (x.out, x.q, x.k, x.v, x.policy, x.residual, None, *x.image, x.scale))
 
 
 @pytest.mark.parametrize("masked", [False, True])

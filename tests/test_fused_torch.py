@@ -8,26 +8,27 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from arrowhead.errors import KernelUnavailable
-from arrowhead.kernels import dispatch, fused, fused_ops, fused_table
+from arrowhead.kernels import dispatch
 from arrowhead.kernels.call import Call, Policy
-from arrowhead.kernels.fused_table import CACHED, FULL
-from arrowhead.layout import Tokens
+from arrowhead.kernels.triton import api, launch_table, ops
+from arrowhead.kernels.triton.launch_table import CACHED, FULL
+from arrowhead.plans.layout import Tokens
 
 TOKENS = Tokens(20, 5, True)
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(fused_table, "chosen", lambda *_, **__: SMALL)
+    monkeypatch.setattr(launch_table, "chosen", lambda *_, **__: SMALL)
 
 
 def operands(x, op):
-    buffers = (x.out,) if op is fused_ops.arrow else (x.out, x.residual)
-    residual = (x.residual,) if op is fused_ops.arrow else ()
+    buffers = (x.out,) if op is ops.arrow else (x.out, x.residual)
+    residual = (x.residual,) if op is ops.arrow else ()
     return *buffers, x.q, x.k, x.v, x.policy, *residual, x.seen, *x.image, x.scale
 
 
-@pytest.mark.parametrize("op", [fused_ops.arrow, fused_ops.full_and_residual], ids=["arrow", "full_and_residual"])
+@pytest.mark.parametrize("op", [ops.arrow, ops.full_and_residual], ids=["arrow", "full_and_residual"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_opcheck(op, masked):
     x = inputs(TOKENS, [FULL, 3], batch=1, adds=[0, 1])
@@ -54,7 +55,7 @@ def test_policies_of_every_step_are_one_graph():
 
     @torch.compile(backend=backend, fullgraph=True)
     def step(q, policy):
-        fused_ops.arrow(x.out, q * 1, x.k, x.v, policy, x.residual, x.seen, *x.image, x.scale)
+        ops.arrow(x.out, q * 1, x.k, x.v, policy, x.residual, x.seen, *x.image, x.scale)
         return x.out * 2
 
     for radii in ([FULL, 2, 5], [3, 0, FULL], [FULL, 19, 4], [1, CACHED, 2], [CACHED] * 3):
@@ -103,10 +104,8 @@ def test_flops_are_those_of_the_policy():
 def test_flops_of_tensors_without_values_are_those_of_full_attention():
     x = inputs(TOKENS, [3, CACHED], batch=2)
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
-        faked = [
-            mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for value in operands(x, fused_ops.arrow)
-        ]
-        assert counted(lambda: fused_ops.arrow(*faked)) == 2 * 2 * 4 * 64 * 25**2
+        faked = [mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for value in operands(x, ops.arrow)]
+        assert counted(lambda: ops.arrow(*faked)) == 2 * 2 * 4 * 64 * 25**2
 
 
 @pytest.mark.parametrize(
@@ -209,7 +208,7 @@ def test_tensors_of_inference_mode(mode):
 
 def test_every_policy_of_a_large_plan_is_copied_once():
     plan = [(Policy(radius), Policy()) for radius in range(57 * 50)]  # FLUX's sites in fifty steps
-    first, second = ([fused._policy(own, (), torch.device(DEVICE)) for own in plan] for _ in range(2))
+    first, second = ([api._policy(own, (), torch.device(DEVICE)) for own in plan] for _ in range(2))
     assert all(a is b for a, b in zip(first, second, strict=True))
 
 
@@ -229,7 +228,7 @@ def test_bfloat16_is_refused_where_the_interpreter_multiplies_it_wrongly():
 
 
 def test_a_machine_without_triton(monkeypatch):
-    monkeypatch.setattr(fused, "find_spec", lambda _: None)
+    monkeypatch.setattr(api, "find_spec", lambda _: None)
     x = inputs(TOKENS, [FULL])
     with pytest.raises(KernelUnavailable, match=r"got no triton.*pip install arrowhead\[gpu\]"):
         dispatch.arrow(x.q, x.k, x.v, TOKENS, 3, kernel="fused")
@@ -272,5 +271,5 @@ def test_auto_loses_no_gradient(monkeypatch, which):
 
 def test_auto_where_triton_is_not(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(fused, "find_spec", lambda _: None)
+    monkeypatch.setattr(api, "find_spec", lambda _: None)
     assert picked() == "chunked"

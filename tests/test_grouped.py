@@ -17,13 +17,13 @@ from test_kernels import dense, random_mask
 from torch.utils.flop_counter import FlopCounterMode
 
 import arrowhead as ah
-from arrowhead.cost import projection_flops
+from arrowhead.engine.head_projection import ProjectedHeads
 from arrowhead.errors import InputsInvalid, PlanMismatch
 from arrowhead.kernels import dispatch
-from arrowhead.layout import Site, Tokens
-from arrowhead.methods import FULL
-from arrowhead.models import find
-from arrowhead.project import SomeHeads
+from arrowhead.models.find import find
+from arrowhead.plans.cells import FULL
+from arrowhead.plans.flops import projection_flops
+from arrowhead.plans.layout import Site, Tokens
 
 
 @pytest.mark.parametrize("kernel", ["chunked", "reference"])
@@ -94,7 +94,7 @@ def test_some_heads_project_their_queries_and_all_keys(data, groups, each, bias,
     heads = groups * each
     module = Attention(query_dim=20, heads=heads, dim_head=8, kv_heads=groups, bias=bias)
     some = data.draw(st.lists(st.integers(0, heads - 1), min_size=1, max_size=heads, unique=True))
-    x, own = torch.randn(2, 5, 20), SomeHeads(module, some)
+    x, own = torch.randn(2, 5, 20), ProjectedHeads(module, some)
     with FlopCounterMode(display=False) as counter:
         q, k, v = own.to_q(x), own.to_k(x), own.to_v(x)
     for projected, layer, shared_by in ((q, module.to_q, 1), (k, module.to_k, each), (v, module.to_v, each)):
@@ -107,7 +107,7 @@ def test_some_heads_project_their_queries_and_all_keys(data, groups, each, bias,
 
 def test_sites_know_how_many_heads_of_keys_they_have():
     sites = find(lumina2().pipe).sites
-    assert {(site.heads, site.kv_heads, site.heads_apart) for site in sites} == {(4, 2, True)}
+    assert {(site.heads, site.kv_heads, site.separable_heads) for site in sites} == {(4, 2, True)}
     with pytest.raises(ValueError, match=r"kv_heads=3.*divisor"):
         Site("blocks.0.attn", 4, 8, 32, kv_heads=3)
 

@@ -11,12 +11,13 @@ from test_flux import flux_plan, random_cells
 from untouched import left_as_it_was
 
 import arrowhead as ah
-from arrowhead.calls import AttentionSiteCall
+from arrowhead.calibration.paired_calls import run_paired, wait_for_pair
+from arrowhead.engine.site_calls import AttentionSiteCall
 from arrowhead.errors import ArrowheadError, InputsInvalid, NotIntercepted
-from arrowhead.evaluate import evaluate
-from arrowhead.layout import Site
-from arrowhead.search import Headwise, greedy_trials
-from arrowhead.search.lockstep import meet, together
+from arrowhead.evaluation.side_by_side import evaluate
+from arrowhead.plans.layout import Site
+from arrowhead.searches.greedy import greedy_trials
+from arrowhead.searches.headwise import Headwise
 
 flux = flux_fixture
 
@@ -95,13 +96,15 @@ def test_a_plan_named_as_the_baseline():
 
 def test_two_calls_that_bring_different_extras():
     def passing(extra):
-        return lambda: meet(AttentionSiteCall(Site("a", 1, 1, 1), None, None, (None, torch.zeros(1, 2, 3)), {"extra": extra}))
+        return lambda: wait_for_pair(
+            AttentionSiteCall(Site("a", 1, 1, 1), None, None, (None, torch.zeros(1, 2, 3)), {"extra": extra})
+        )
 
     rope = torch.rand(4, 2), torch.rand(4, 2)
-    together([passing(rope), passing(tuple(part.clone() for part in rope))], lambda call: call.args[1])
+    run_paired([passing(rope), passing(tuple(part.clone() for part in rope))], lambda call: call.args[1])
     for other in ((rope[0], rope[1] + 1), None, [rope[0]]):
         with pytest.raises(NotIntercepted, match="a: the two calls of a step bring arguments that differ"):
-            together([passing(rope), passing(other)], lambda call: call.args[1])
+            run_paired([passing(rope), passing(other)], lambda call: call.args[1])
 
 
 def test_sharing_without_guidance_is_not_counted():

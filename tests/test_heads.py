@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arrowhead.heads import places
+from arrowhead.kernels.head_index import places
 
 some = st.sets(st.integers(0, 9), min_size=1).map(lambda heads: tuple(sorted(heads)))
 

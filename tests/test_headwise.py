@@ -28,7 +28,7 @@ from untouched import left_as_it_was, tensors_like
 
 import arrowhead as ah
 from arrowhead.errors import BandCoversAll
-from arrowhead.methods import Attend, Full
+from arrowhead.plans.cells import Attend, Full
 
 MAKES = {"dit": dit, "pixart_sigma": pixart_sigma, **JOINT}
 MIXED = ["FFF FwF Fxw", "WKF KwX+ FKF", "R KKF KwX+", "K R XKF", "WXK+ FwK R"]

@@ -10,12 +10,11 @@ from untouched import left_as_it_was
 
 import arrowhead as ah
 from arrowhead.errors import InputsInvalid, NothingCompressed
-from arrowhead.layout import Tokens
-from arrowhead.methods import FULL, Arrow, Cached, Full
 from arrowhead.metrics.error import relative_squared_error
-from arrowhead.models import find
-from arrowhead.search import Headwise
-from arrowhead.search.headwise import _savings, headwise_choices
+from arrowhead.models.find import find
+from arrowhead.plans.cells import FULL, Arrow, Cached, Full
+from arrowhead.plans.layout import Tokens
+from arrowhead.searches.headwise import Headwise, _savings, headwise_choices
 
 EVERYTHING = Headwise(radii=(1, 3), share_cfg=True, residual=True)
 

@@ -10,11 +10,11 @@ from replay import assert_identical, distance, trace
 from test_families import INNER, STEPS, plan_of
 
 import arrowhead as ah
+from arrowhead.calibration.run import CalibrationRun
 from arrowhead.errors import InputsInvalid, PlanMismatch
-from arrowhead.methods import FULL
-from arrowhead.models import find
-from arrowhead.models.family import PADDED_TO
-from arrowhead.search.calibrate import Calibration
+from arrowhead.models.find import find
+from arrowhead.models.token_layouts import PADDED_TO
+from arrowhead.plans.cells import FULL
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_pictures_to_go_by_are_looked_at_and_thrown_away(guidance):
         given = trace(bench, bench.inputs(**inputs))
     with replaying(bench, model.modules, cells, guided):
         assert distance(given, trace(bench, bench.inputs(**inputs))) < 1e-5
-    steps = Calibration(model, bench.inputs(**inputs)).steps()
+    steps = CalibrationRun(model, bench.inputs(**inputs)).steps()
     step = next(steps)
     assert step.full().shape[1] == 4 * 5
     steps.close()

@@ -13,11 +13,11 @@ from test_kernels import LAYOUTS, MASKS, random_mask, random_qkv
 import arrowhead as ah
 from arrowhead.errors import KernelUnavailable, PlanInvalid
 from arrowhead.kernels import dispatch
-from arrowhead.layout import Site, Tokens
-from arrowhead.lifetimes import lifetimes
-from arrowhead.methods import FULL, Arrow, Attend, Cached, Full
-from arrowhead.models import find
-from arrowhead.target import target_of
+from arrowhead.models.find import find
+from arrowhead.models.model import target_of
+from arrowhead.plans.cells import FULL, Arrow, Attend, Cached, Full
+from arrowhead.plans.layout import Site, Tokens
+from arrowhead.plans.lifetimes import lifetimes
 
 KERNELS = ["chunked", "reference"]
 PRECISIONS = st.sampled_from(["native", "int8"])

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from independent import dense_mask, few, token_layouts
 
 from arrowhead.errors import KernelUnavailable
-from arrowhead.kernels import dispatch, masks
+from arrowhead.kernels import dispatch
 from arrowhead.kernels.call import Call, Policy
-from arrowhead.layout import Tokens
+from arrowhead.plans import masks
+from arrowhead.plans.layout import Tokens
 
 KERNELS = ["chunked", "reference"]
 LAYOUTS = [

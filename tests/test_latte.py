@@ -9,9 +9,10 @@ from test_families import STEPS, plan_of
 from untouched import left_as_it_was
 
 import arrowhead as ah
-from arrowhead.methods import FULL
-from arrowhead.models import Own, find
-from arrowhead.search import Headwise
+from arrowhead.models.custom import CustomModel
+from arrowhead.models.find import find
+from arrowhead.plans.cells import FULL
+from arrowhead.searches.headwise import Headwise
 
 FRAMES = 7  # more than radii
 with_and_without = pytest.mark.parametrize("guidance", [3.0, 1.0], ids=["guided", "alone"])
@@ -19,7 +20,7 @@ with_and_without = pytest.mark.parametrize("guidance", [3.0, 1.0], ids=["guided"
 
 def described(guidance):
     bench, adapter = latte(frames=FRAMES), ah.latte(guidance_scale=guidance)
-    return bench, adapter, find(Own(bench.pipe.transformer, adapter))
+    return bench, adapter, find(CustomModel(bench.pipe.transformer, adapter))
 
 
 def test_sites_are_all_self_attention_there_is():

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from independent import WHOLE, any_columns, by_head, few, for_one_branch, reads, renews, told_apart
 
-from arrowhead.lifetimes import HeadOutput, Residual, Writes, first_fault, lifetimes
-from arrowhead.methods import ASC, AST, FORECAST, FULL, Arrow, Attend, Cached, Full, Reuse, wa_rs
+from arrowhead.plans.cells import ASC, AST, EXTRAPOLATE, FULL, Arrow, Attend, Cached, Full, Reuse, wa_rs
+from arrowhead.plans.lifetimes import HeadOutput, Residual, Writes, first_fault, lifetimes
 
 WA = Attend(Arrow(3))
 BAND, RESIDUAL, CACHED = Arrow(3), Arrow(3, residual=True), Cached()
@@ -142,10 +142,10 @@ def test_a_column_that_can_run_has_no_fault(column):
         ((Attend(Arrow(3), share_cfg=True), wa_rs(3)), 1, "residual"),
         ((Attend(CACHED),), 0, "repeats"),
         ((Attend(CACHED, share_cfg=True), FULL), 0, "repeats"),
-        ((FORECAST,), 0, "reuses"),
-        ((FULL, FORECAST), 1, "extrapolates"),
-        ((ASC, AST, AST, FORECAST), 3, "extrapolates"),
-        ((WA, FORECAST, FULL), 1, "extrapolates"),
+        ((EXTRAPOLATE,), 0, "reuses"),
+        ((FULL, EXTRAPOLATE), 1, "extrapolates"),
+        ((ASC, AST, AST, EXTRAPOLATE), 3, "extrapolates"),
+        ((WA, EXTRAPOLATE, FULL), 1, "extrapolates"),
     ],
 )
 def test_the_first_read_of_what_nothing_wrote_is_named(column, step, word):
@@ -177,8 +177,8 @@ def test_the_first_head_that_reads_what_nothing_wrote_is_named(column, head, ste
     "column",
     [
         (ASC, wa_rs(3)),
-        (FULL, AST, ASC, AST, FORECAST, FORECAST),
-        (WA, Attend(CACHED), FORECAST),
+        (FULL, AST, ASC, AST, EXTRAPOLATE, EXTRAPOLATE),
+        (WA, Attend(CACHED), EXTRAPOLATE),
         (FULL, AST, wa_rs(3)),
         (FULL, wa_rs(3), AST, wa_rs(3)),
         (WA, AST, ASC, AST, wa_rs(3, share_cfg=True)),

@@ -8,7 +8,7 @@ from replay import assert_identical, assert_same, compressed, distance, plan, re
 from test_contracts import OwnProcessor
 from untouched import left_as_it_was
 
-from arrowhead.layout import Tokens
+from arrowhead.plans.layout import Tokens
 
 MIXED = ["FFF", "WXV", "RRW", "CwR", "VYR"]
 

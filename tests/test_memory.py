@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from independent import few, plans
 
 from arrowhead.errors import InputsInvalid
-from arrowhead.layout import Site, Tokens
-from arrowhead.methods import ASC, AST, FULL
-from arrowhead.plan import Plan
-from arrowhead.target import Target
+from arrowhead.plans.cells import ASC, AST, FULL
+from arrowhead.plans.layout import Site, Tokens
+from arrowhead.plans.plan import Plan
+from arrowhead.plans.target import Target
 
 DTYPES = ("native", "int8", "fp8")
 

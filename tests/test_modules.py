@@ -15,11 +15,11 @@ from untouched import left_as_it_was
 
 import arrowhead as ah
 from arrowhead.errors import PlanInvalid, PlanMismatch, SiteNotReached
-from arrowhead.layout import Tokens
-from arrowhead.methods import AST, FULL, Attend, Cached, wa_rs
-from arrowhead.models import find
-from arrowhead.plan import Plan
-from arrowhead.target import target_of
+from arrowhead.models.find import find
+from arrowhead.models.model import target_of
+from arrowhead.plans.cells import AST, FULL, Attend, Cached, wa_rs
+from arrowhead.plans.layout import Tokens
+from arrowhead.plans.plan import Plan
 
 WHERE = {
     **{f"cross_attention of {name}": ("cross_attention", BENCHES[name]) for name in BENCHES if "pixart" in name},

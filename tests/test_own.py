@@ -13,13 +13,14 @@ from own import Own, STDiT2, left_alone, replaying
 from torch.utils.flop_counter import FlopCounterMode
 
 import arrowhead as ah
-from arrowhead.cost import full_flops
 from arrowhead.errors import AlreadyApplied, GenerationUnfinished, PlanMismatch
-from arrowhead.methods import AST, FULL, Arrow, Attend
-from arrowhead.models import ATTENTION, find
-from arrowhead.models import Own as StandIn
-from arrowhead.search import Headwise
-from arrowhead.target import target_of
+from arrowhead.models.custom import CustomModel as StandIn
+from arrowhead.models.find import find
+from arrowhead.models.model import target_of
+from arrowhead.plans.cells import AST, FULL, Arrow, Attend
+from arrowhead.plans.flops import full_flops
+from arrowhead.plans.layout import ATTENTION_KINDS
+from arrowhead.searches.headwise import Headwise
 
 SEPARATE = ah.Adapter(
     {r"blocks\.\d+\.attn": ah.Attention(over="space"), r"blocks\.\d+\.attn_temp": ah.Attention(over="time")},
@@ -51,12 +52,12 @@ MODELS = {
 every_model = pytest.mark.parametrize("name", MODELS)
 
 
-def plan_of(own, cells, kinds=ATTENTION):
+def plan_of(own, cells, kinds=ATTENTION_KINDS):
     model = find(StandIn(own.model, own.adapter), kinds)
     return ah.Plan(tuple(map(tuple, cells)), target_of(model), own.tokens, own.guided, calls=own.calls)
 
 
-def sites_of(own, kinds=ATTENTION):
+def sites_of(own, kinds=ATTENTION_KINDS):
     return find(StandIn(own.model, own.adapter), kinds).sites
 
 
@@ -76,7 +77,7 @@ def test_a_full_plan_changes_no_bit(name, dtype, by_call):
 
 
 @every_model
-@pytest.mark.parametrize("kinds", [ATTENTION, {"self_attention", "feed_forward"}], ids=["attention", "modules"])
+@pytest.mark.parametrize("kinds", [ATTENTION_KINDS, {"self_attention", "feed_forward"}], ids=["attention", "modules"])
 @pytest.mark.parametrize("seed", range(3))
 def test_random_plans_are_what_a_replay_gives(name, kinds, seed, tmp_path):
     own = replace(MODELS[name](), images=1 + seed)

@@ -15,8 +15,8 @@ from torch import nn
 
 import arrowhead as ah
 from arrowhead.errors import ArrowheadError, InputsInvalid, NotIntercepted, PlanMismatch, UnsupportedPipeline
-from arrowhead.methods import ASC, AST, FULL, Arrow, Attend, wa_rs
-from arrowhead.models import ATTENTION
+from arrowhead.plans.cells import ASC, AST, FULL, Arrow, Attend, wa_rs
+from arrowhead.plans.layout import ATTENTION_KINDS
 
 PIXART = ah.Adapter(
     {r"transformer_blocks\.\d+\.attn1": ah.Attention(heads="heads")},
@@ -186,7 +186,7 @@ def test_patterns_and_sizes_that_fit_nothing():
     with pytest.raises(UnsupportedPipeline, match=r"blocks.0.attn: got linear layers .* for 5 heads"):
         ah.search(own.model, own.sample, adapter=replace(own.adapter, attention=odd))
     sized = {r"blocks\.\d+\.attn": ah.FusedQKV(heads=HEADS, head_dim=WIDTH // HEADS, channels=WIDTH)}
-    (first, *_) = sites_of(replace(own, adapter=replace(own.adapter, attention=sized)), ATTENTION)
+    (first, *_) = sites_of(replace(own, adapter=replace(own.adapter, attention=sized)), ATTENTION_KINDS)
     assert (first.heads, first.head_dim, first.channels) == (HEADS, WIDTH // HEADS, WIDTH)
 
 

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from independent import BOXES, by_head, few, plans
 
 from arrowhead.errors import PlanInvalid, PlanMismatch
-from arrowhead.layout import Site, Tokens
-from arrowhead.methods import ASC, AST, FORECAST, FULL, Arrow, Attend, Cached, Full, Reuse, paper_name, wa_rs
-from arrowhead.plan import SYMBOLS, Plan
-from arrowhead.target import Target, target_of
+from arrowhead.models.model import target_of
+from arrowhead.plans.cells import ASC, AST, EXTRAPOLATE, FULL, Arrow, Attend, Cached, Full, Reuse, paper_name, wa_rs
+from arrowhead.plans.file_format import SYMBOLS
+from arrowhead.plans.layout import Site, Tokens
+from arrowhead.plans.plan import Plan
+from arrowhead.plans.target import Target
 
 SITES = (Site("blocks.0.attn1", 2, 8, 16), Site("blocks.1.attn1", 4, 8, 32))
 TARGET = Target("DiTTransformer2DModel", "DDIMScheduler", {"num_train_timesteps": 1000, "beta_schedule": "linear"}, SITES)
@@ -101,15 +103,15 @@ class TestRoundTrip:
         assert Plan.load(tmp_path / "plan.json") == PLAN
 
     def test_lines_are_spelt(self, tmp_path):
-        plan = replace(PLAN, cells=((FULL, FULL), (ASC, FULL), (FORECAST, AST), (FORECAST, Reuse(0.5))))
+        plan = replace(PLAN, cells=((FULL, FULL), (ASC, FULL), (EXTRAPOLATE, AST), (EXTRAPOLATE, Reuse(0.5))))
         plan.save(tmp_path / "plan.json")
         content = strict_json((tmp_path / "plan.json").read_text())
         assert content["cells"] == ["F F", "C F", "E R", "E E2"]
         assert content["legend"]["E"] == {"does": "extrapolate"}
         assert content["legend"]["E2"] == {"does": "extrapolate", "slope": 0.5}
         assert Plan.load(tmp_path / "plan.json") == plan
-        assert plan.count() == {"full": 3, "ASC": 1, "forecast": 3, "AST": 1}
-        assert plan.count_heads() == {"full": 2 + 4 + 2 + 4, "forecast": 2 + 2 + 4, "AST": 4}
+        assert plan.count() == {"full": 3, "ASC": 1, "extrapolate": 3, "AST": 1}
+        assert plan.count_heads() == {"full": 2 + 4 + 2 + 4, "extrapolate": 2 + 2 + 4, "AST": 4}
 
     @pytest.mark.parametrize("slope", [0.0, 1.0, 1.5, -0.5, "0.5"])
     def test_of_a_slope_there_is_part_or_nothing_is_said(self, tmp_path, slope):
@@ -180,7 +182,7 @@ class TestConstructor:
             Plan(PLAN.cells, TARGET, TOKENS, guided, calls=calls)
 
     def test_a_line_goes_through_two_outputs(self):
-        cells = ((FULL, FULL), (FULL, FULL), (FORECAST, FULL))
+        cells = ((FULL, FULL), (FULL, FULL), (EXTRAPOLATE, FULL))
         Plan(cells, TARGET, TOKENS, guided=True)
         with pytest.raises(PlanInvalid, match=f"{SITES[0].path}: step 1 extrapolates"):
             Plan((cells[0], *cells[2:]), TARGET, TOKENS, guided=True)
@@ -221,9 +223,9 @@ class TestConstructor:
         count = Counter()
         for row in plan.cells:
             for cell, site in zip(row, plan.target.sites, strict=True):
-                reused = "forecast" if isinstance(cell, Reuse) and cell.extrapolate else "AST"
+                reused = "extrapolate" if isinstance(cell, Reuse) and cell.extrapolate else "AST"
                 methods = [reused] * site.heads if isinstance(cell, Reuse) else by_head(cell, site.heads)
-                names = {"AST": "AST", "forecast": "forecast", Full(): "full", Full("int8"): "full-int8", Cached(): "cached"}
+                names = {"AST": "AST", "extrapolate": "extrapolate", Full(): "full", Full("int8"): "full-int8", Cached(): "cached"}
                 for radius in (*range(21), *BOXES):
                     band = "WA" if isinstance(radius, int) else "box"
                     names |= {Arrow(radius): band, Arrow(radius, True): f"{band}-RS"}

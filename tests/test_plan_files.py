@@ -6,7 +6,7 @@ import pytest
 from test_plan import PLAN
 
 from arrowhead.errors import PlanInvalid
-from arrowhead.plan import Plan
+from arrowhead.plans.plan import Plan
 
 
 @pytest.fixture

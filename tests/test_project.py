@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from independent import few
 
-from arrowhead.project import SomeHeads, heads_apart
+from arrowhead.engine.head_projection import ProjectedHeads
+from arrowhead.models.head_separation import can_project_heads_separately
 
 
 class OwnLinear(torch.nn.Linear):
@@ -39,7 +40,7 @@ def changed(change, **settings):
     ids=str,
 )
 def test_heads_of_plain_modules_stand_apart(settings):
-    assert heads_apart(attention(**settings))
+    assert can_project_heads_separately(attention(**settings))
 
 
 SPANNING = {
@@ -56,7 +57,7 @@ SPANNING = {
 
 @pytest.mark.parametrize("make", SPANNING.values(), ids=SPANNING)
 def test_heads_of_others_do_not(make):
-    assert not heads_apart(make())
+    assert not can_project_heads_separately(make())
 
 
 @few
@@ -65,7 +66,7 @@ def test_some_heads_project_exactly_their_rows(data, bias, seed):
     torch.manual_seed(seed)
     module = attention(bias=bias, added_kv_proj_dim=12, added_proj_bias=bias)
     heads = data.draw(st.lists(st.integers(0, 2), min_size=1, max_size=3, unique=True))
-    some = SomeHeads(module, heads)
+    some = ProjectedHeads(module, heads)
     assert some.heads == len(heads)
     assert some.to_out is module.to_out
     for names, width in ((("to_q", "to_k", "to_v"), 20), (("add_q_proj", "add_k_proj", "add_v_proj"), 12)):

@@ -13,7 +13,7 @@ from untouched import left_as_it_was
 import arrowhead as ah
 from arrowhead.errors import InputsInvalid, NotIntercepted, PlanMismatch, SiteNotReached
 
-SEARCH = sys.modules["arrowhead.search"]  # the module: `ah.search` is its function
+SEARCH = sys.modules["arrowhead.searches.api"]  # the module: `ah.search` is its function
 MIXED = ["FFF", "WRC", "RVF", "WWR", "RCV"]
 SCHEDULERS = {
     "DPMSolverSinglestepScheduler": {},  # changes a setting of its own whenever it begins

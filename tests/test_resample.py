@@ -13,13 +13,14 @@ from typer.testing import CliRunner
 from untouched import left_as_it_was
 
 import arrowhead as ah
-from arrowhead import cli
+from arrowhead.cli import main
 from arrowhead.errors import InputsInvalid, PlanDerived, PlanMismatch
-from arrowhead.layout import Site, Tokens
-from arrowhead.methods import ASC, AST, FORECAST, FULL, Arrow, Attend, Box, Cached, Full, Reuse, wa_rs
-from arrowhead.models import find
-from arrowhead.plan import Plan
-from arrowhead.target import Target, target_of
+from arrowhead.models.find import find
+from arrowhead.models.model import target_of
+from arrowhead.plans.cells import ASC, AST, EXTRAPOLATE, FULL, Arrow, Attend, Box, Cached, Full, Reuse, wa_rs
+from arrowhead.plans.layout import Site, Tokens
+from arrowhead.plans.plan import Plan
+from arrowhead.plans.target import Target
 
 SITE = Site("attn", heads=2, head_dim=4, channels=8)
 
@@ -131,7 +132,7 @@ def test_what_was_not_written_is_computed():
     assert plan_of([(narrow,), (FULL,), (band,), (band,)]).resample(steps=2).cells == ((narrow,), (FULL,))
     found = plan_of([(narrow,), (FULL,), (heads,), (heads,)]).resample(steps=2)
     assert found.cells == ((narrow,), (Attend((Full(), Cached())),))
-    assert plan_of([(FULL,), (FULL,), (FORECAST,), (FORECAST,)]).resample(steps=2).cells == ((FULL,), (FULL,))
+    assert plan_of([(FULL,), (FULL,), (EXTRAPOLATE,), (EXTRAPOLATE,)]).resample(steps=2).cells == ((FULL,), (FULL,))
 
 
 def test_where_the_second_transformer_takes_over():
@@ -225,7 +226,7 @@ def test_from_the_command_line(tmp_path):
     plan = plan_of([(FULL,), (AST,)] * 5)
     plan.save(tmp_path / "plan.json")
     asked = ["resample", tmp_path / "plan.json", "--steps", 20, "--out", tmp_path / "new.json"]
-    said = CliRunner().invoke(cli.app, list(map(str, asked)), env={"COLUMNS": "120"}, catch_exceptions=False)
+    said = CliRunner().invoke(main.app, list(map(str, asked)), env={"COLUMNS": "120"}, catch_exceptions=False)
     assert said.exit_code == 0
     assert "derived: steps 20, was 10" in said.output
     assert Plan.load(tmp_path / "new.json") == plan.resample(steps=20)

@@ -15,8 +15,9 @@ from untouched import left_as_it_was, parts, tensors_like
 
 import arrowhead as ah
 from arrowhead.errors import InputsInvalid, NothingCompressed, NotIntercepted
-from arrowhead.methods import Reuse
-from arrowhead.search import THRESHOLDS, greedy_trials
+from arrowhead.plans.cells import Reuse
+from arrowhead.searches.api import THRESHOLDS
+from arrowhead.searches.greedy import greedy_trials
 
 DELTAS = {"paper": [0.3, 0.5, 0.8], "signed": [0.3, 0.8, 1.5]}
 

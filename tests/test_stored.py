@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from independent import few
 
-from arrowhead import stored
-from arrowhead.cache import Cache, Entry, Key, kept
+from arrowhead.engine import cache_encoding
+from arrowhead.engine.cache import Cache, Entry, Key, encode_output
+from arrowhead.engine.cache_encoding import NATIVE, CacheEncoding
 from arrowhead.errors import InputsInvalid
-from arrowhead.layout import Branches
-from arrowhead.stored import NATIVE, Encoding
+from arrowhead.plans.layout import Branches
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5))
@@ -49,8 +49,8 @@ def test_a_token_is_rounded_by_its_heads(shape, heads, seed, name, data):
     dtype = data.draw(st.sampled_from(DTYPES))
     value = drawn(seed, batch, tokens, heads * width, spread=2.0).to(dtype)
     value[0, 0] = 0
-    there = Encoding(name).stored(value, width)
-    assert there.values.dtype == stored.EIGHT_BITS[name][0]
+    there = CacheEncoding(name).stored(value, width)
+    assert there.values.dtype == cache_encoding.EIGHT_BITS[name][0]
     assert sum(tensor.nbytes for tensor in there.tensors) == value.numel() + 4 * batch * tokens * heads
     read = there.read()
     assert (read.dtype, read.device, read.shape) == (value.dtype, value.device, value.shape)
@@ -61,7 +61,7 @@ def test_a_token_is_rounded_by_its_heads(shape, heads, seed, name, data):
 @pytest.mark.parametrize(("name", "off"), [("int8", 0.5 / 127), ("fp8", 2**-4)])
 def test_no_number_is_further_off_than_half_a_step(name, off):
     value = drawn(3, 2, 3, 50, 8, spread=3.0)  # of heads: (B, h, N, D)
-    read = Encoding(name).stored(value, 8).read()
+    read = CacheEncoding(name).stored(value, 8).read()
     largest = value.abs().amax(-1, keepdim=True)
     assert ((read - value).abs() <= 1.001 * off * largest).all()
     assert ((read - value).abs() > 0.5 * off * value.abs()).any()
@@ -69,7 +69,7 @@ def test_no_number_is_further_off_than_half_a_step(name, off):
 
 def test_what_is_no_multiple_of_a_head_shares_one_scale():
     value = drawn(0, 1, 4, 7)
-    there = Encoding("int8").stored(value, 3)
+    there = CacheEncoding("int8").stored(value, 3)
     assert there.scales.shape == (1, 4, 1)
     torch.testing.assert_close(there.read(), by_hand(value, 7, "int8").float())
 
@@ -79,7 +79,7 @@ def test_what_is_no_multiple_of_a_head_shares_one_scale():
 def test_numbers_that_are_not_finite_show(name, wrong):
     value = drawn(1, 1, 2, 8)
     value[0, 0, 5] = wrong
-    read = Encoding(name).stored(value, 4).read()
+    read = CacheEncoding(name).stored(value, 4).read()
     assert not read[0, 0, 4:].isfinite().any()
     assert read[0, 0, :4].isfinite().all()
     assert read[0, 1].isfinite().all()
@@ -89,19 +89,19 @@ def test_numbers_that_are_not_finite_show(name, wrong):
 def test_the_smallest_numbers_become_small_ones(name):
     value = torch.full((1, 1, 4), 1e-44)
     value[0, 0, 1] = 1e-37
-    read = Encoding(name).stored(value, 4).read()
+    read = CacheEncoding(name).stored(value, 4).read()
     assert read.isfinite().all()
     assert float(read.abs().max()) == pytest.approx(1e-37, rel=1e-3)
-    assert Encoding(name).stored(torch.full((1, 1, 4), 1e-44), 4).read().abs().max() < 2e-43
+    assert CacheEncoding(name).stored(torch.full((1, 1, 4), 1e-44), 4).read().abs().max() < 2e-43
 
 
 def test_native_is_the_tensor_itself():
     value = drawn(2, 2, 3, 4)
     assert NATIVE.stored(value, 4).read() is value
-    assert Encoding("native", torch.device("cpu")).stored(value, 4).read() is value
+    assert CacheEncoding("native", torch.device("cpu")).stored(value, 4).read() is value
 
 
-ENCODINGS = [Encoding(name) for name in ("native", "int8", "fp8")]
+ENCODINGS = [CacheEncoding(name) for name in ("native", "int8", "fp8")]
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS, ids=lambda e: e.dtype)
@@ -113,8 +113,8 @@ def test_branches_of_a_pair_are_what_each_is_by_itself(encoding, order):
     rounded = [encoding.stored(t, 3).read() for t in (image, text)]
     half = slice(0, 2) if order == "cond_first" else slice(2, 4)
     cache = Cache(branches)
-    cache.write(Key("a"), Entry(kept((image, text), 3, encoding), conditional_only=False, last_reader=9))
-    cache.write(Key("b"), Entry(kept((image[half], None), 3, encoding), conditional_only=True, last_reader=9))
+    cache.write(Key("a"), Entry(encode_output((image, text), 3, encoding), conditional_only=False, last_reader=9))
+    cache.write(Key("b"), Entry(encode_output((image[half], None), 3, encoding), conditional_only=True, last_reader=9))
     assert all(map(torch.equal, cache.read(Key("a"), 1), rounded))
     assert all(map(torch.equal, cache.read(Key("a"), 2, conditional=True), (t[half] for t in rounded)))
     both, none = cache.read(Key("b"), 3)
@@ -135,7 +135,7 @@ def test_heads_that_are_written_over_and_read_in_any_order(seed, encoding, data)
     for turn in range(data.draw(st.integers(1, 4))):
         some = tuple(sorted(data.draw(st.sets(st.integers(0, heads - 1), min_size=1)))) if turn else tuple(range(heads))
         value = drawn(seed + turn, 2, len(some), 3, 4)
-        cache.write(key, Entry(kept(value, 4, encoding), False, sys.maxsize, some))
+        cache.write(key, Entry(encode_output(value, 4, encoding), False, sys.maxsize, some))
         wanted |= dict(zip(some, encoding.stored(value, 4).read().unbind(1), strict=True))
     asked = data.draw(st.lists(st.integers(0, heads - 1), min_size=1, unique=True))
     assert torch.equal(cache.read_heads(key, asked, heads, 1), torch.stack([wanted[head] for head in asked], 1))
@@ -157,8 +157,8 @@ def test_what_is_sent_away_comes_back_before_it_is_looked_at(encoding, monkeypat
             return here[id(tensor)][1].clone()
         return tensor
 
-    monkeypatch.setattr(stored, "moved", moved)
-    sent = Encoding(encoding.dtype, elsewhere)
+    monkeypatch.setattr(cache_encoding, "moved", moved)
+    sent = CacheEncoding(encoding.dtype, elsewhere)
     value = drawn(6, 4, 3, 5, 4)
     there = sent.stored(value, 4)
     assert {tensor.device for tensor in there.tensors} == {elsewhere}
@@ -172,15 +172,15 @@ def test_what_is_sent_away_comes_back_before_it_is_looked_at(encoding, monkeypat
 @pytest.mark.parametrize("dtype", ["int4", "INT8", "", None])
 def test_no_such_dtype(dtype):
     with pytest.raises(InputsInvalid, match=r"got cache_dtype=.*wanted one of native, int8, fp8"):
-        Encoding.of(dtype, None)
+        CacheEncoding.of(dtype, None)
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", 3.5, ""])
 def test_no_such_device(device):
     with pytest.raises(InputsInvalid, match=r"got cache_device=.*wanted one that torch has here"):
-        Encoding.of("native", device)
+        CacheEncoding.of("native", device)
 
 
 def test_known_ones():
-    assert Encoding.of("native", None) == NATIVE
-    assert Encoding.of("fp8", "cpu") == Encoding("fp8", torch.device("cpu"))
+    assert CacheEncoding.of("native", None) == NATIVE
+    assert CacheEncoding.of("fp8", "cpu") == CacheEncoding("fp8", torch.device("cpu"))

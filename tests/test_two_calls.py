@@ -12,12 +12,12 @@ from pipelines import Bench, sd3, sd35
 from untouched import left_as_it_was
 
 import arrowhead as ah
-from arrowhead.calls import AttentionSiteCall
+from arrowhead.calibration.paired_calls import run_paired, wait_for_pair
+from arrowhead.engine.site_calls import AttentionSiteCall
 from arrowhead.errors import InputsInvalid, NotIntercepted, PlanInvalid, PlanMismatch
-from arrowhead.layout import Site
 from arrowhead.models import families
-from arrowhead.search import Headwise
-from arrowhead.search.lockstep import meet, together
+from arrowhead.plans.layout import Site
+from arrowhead.searches.headwise import Headwise
 
 STEPS = 6
 
@@ -164,9 +164,9 @@ def test_calls_that_do_not_pass_the_same_sites(second):
     def passing(paths):
         def run():
             for path in paths:
-                meet(AttentionSiteCall(Site(path, 1, 1, 1), None, None, (None, torch.zeros(1, 2, 3)), {}))
+                wait_for_pair(AttentionSiteCall(Site(path, 1, 1, 1), None, None, (None, torch.zeros(1, 2, 3)), {}))
 
         return run
 
     with pytest.raises(NotIntercepted, match="two calls of a step"):
-        together([passing(["a", "b"]), passing(second)], lambda call: call.args[1])
+        run_paired([passing(["a", "b"]), passing(second)], lambda call: call.args[1])

@@ -13,10 +13,11 @@ from untouched import left_as_it_was
 
 import arrowhead as ah
 from arrowhead.errors import NotIntercepted, PlanInvalid, PlanMismatch, UnsupportedPipeline
-from arrowhead.methods import ASC, AST, FORECAST, FULL, Arrow, Attend, Cached, Full, wa_rs
-from arrowhead.models import ATTENTION, EVERYTHING, find
-from arrowhead.search import Headwise
-from arrowhead.search.budget.programme import Programme
+from arrowhead.models.find import find
+from arrowhead.plans.cells import ASC, AST, EXTRAPOLATE, FULL, Arrow, Attend, Cached, Full, wa_rs
+from arrowhead.plans.layout import ALL_KINDS, ATTENTION_KINDS
+from arrowhead.searches.budget.solver.dynamic_program import DynamicProgram
+from arrowhead.searches.headwise import Headwise
 
 SWITCH = 2
 
@@ -48,7 +49,7 @@ def test_a_plan_that_reads_across_is_refused(reads):
 
 def test_a_line_needs_two_outputs_of_its_own_transformer():
     bench = wan22()
-    rows = [[FULL] * 2, [FULL] * 2, [FULL] * 2, [FORECAST] * 2, [FULL] * 2]
+    rows = [[FULL] * 2, [FULL] * 2, [FULL] * 2, [EXTRAPOLATE] * 2, [FULL] * 2]
     bench.two_calls = False
     with pytest.raises(PlanInvalid, match="step 3 extrapolates from two outputs"):
         plan_of(bench, find(bench.pipe), rows)
@@ -124,7 +125,7 @@ def test_pipelines_that_call_one_transformer(of, guidance):
         "5B": ({"expand_timesteps": True}, None),
     }[of]
     bench = wan(**parts)
-    model, inputs = find(bench.pipe, EVERYTHING - {"block"}), {"images": 2, "guidance": guidance}
+    model, inputs = find(bench.pipe, ALL_KINDS - {"block"}), {"images": 2, "guidance": guidance}
     bench.switch = switch
     cells = random_cells(1, model.sites, STEPS, guidance > 1)
     untouched = trace(bench, bench.inputs(**inputs))
@@ -184,7 +185,7 @@ def test_the_programme_is_the_best_of_both_parts(problem, data):
     """Every column of the steps before the switch beside every one of those after it."""
     choices, steps, programme, damage, cost, _, multiplier = problem
     switch = data.draw(st.integers(0, steps - 1))
-    solution = Programme(choices, switch).solve(damage, cost, multiplier)
+    solution = DynamicProgram(choices, switch).solve(damage, cost, multiplier)
     for place in range(2):
         least = 0.0
         for part in (slice(0, switch), slice(switch, steps)):
@@ -231,7 +232,7 @@ def test_files_know_the_switch(tmp_path):
 
 def test_nothing_of_the_first_is_held_when_the_second_has_begun():
     bench, held = wan22(), []
-    model = find(bench.pipe, ATTENTION)
+    model = find(bench.pipe, ATTENTION_KINDS)
     rows = [[FULL] * 2, [AST] * 2, [FULL] * 2, [ASC] * 2, [wa_rs(2)] * 2]
     with ah.applied(bench.pipe, plan_of(bench, model, rows)) as run:
 

@@ -27,12 +27,12 @@ from test_families import INNER, plan_of
 from untouched import left_as_it_was
 
 import arrowhead as ah
+from arrowhead.calibration.run import CalibrationRun
 from arrowhead.errors import PlanMismatch
-from arrowhead.layout import Grid
-from arrowhead.methods import FULL
-from arrowhead.models import find
 from arrowhead.models.families import FAMILIES
-from arrowhead.search.calibrate import Calibration
+from arrowhead.models.find import find
+from arrowhead.plans.cells import FULL
+from arrowhead.plans.layout import Grid
 
 TEXTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 STRENGTH, CALLED, STEPS = 0.8, 5, 4  # of 5 steps the last 4
@@ -303,7 +303,7 @@ def test_searches_know_the_steps(bench, how):
 )
 def test_pictures_to_go_by_are_no_part_of_what_is_drawn(bench, drawn):
     """A search does not look at what becomes of them; and what stands after the image's own tokens is not in its grid."""
-    calibration = Calibration(find(bench.pipe), bench.inputs())
+    calibration = CalibrationRun(find(bench.pipe), bench.inputs())
     steps = calibration.steps()
     assert next(steps).full().shape[1] == drawn
     steps.close()
@@ -315,7 +315,7 @@ def test_pictures_to_go_by_are_no_part_of_what_is_drawn(bench, drawn):
 def test_without_pictures_all_is_drawn():
     make, how = VARIANTS["FluxKontextPipeline"]
     bench = make(diffusers.FluxKontextPipeline, **how)
-    calibration = Calibration(find(bench.pipe), bench.inputs(image=None))
+    calibration = CalibrationRun(find(bench.pipe), bench.inputs(image=None))
     steps = calibration.steps()
     assert next(steps).full().shape[1] == 4 * 4
     steps.close()

@@ -8,8 +8,9 @@ from test_kernels import dense, random_qkv
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from arrowhead.kernels import dispatch, windows
-from arrowhead.layout import Tokens
+from arrowhead.kernels import dispatch
+from arrowhead.kernels.cpu import windows
+from arrowhead.plans.layout import Tokens
 
 SHAPES = [  # visual tokens, radius, whether there are windows
     (40, 3, True),

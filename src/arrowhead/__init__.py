@@ -4,17 +4,33 @@ A plan says, for every step and site (attention or feed-forward), what is comput
 pipeline, and takes it off again.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from arrowhead import tiny
 from arrowhead.analysis.arrays import Analysis
 from arrowhead.analysis.measure import analyze
-from arrowhead.apply import applied, apply, remove
-from arrowhead.layout import Tokens
-from arrowhead.methods import Box
-from arrowhead.models import Adapter, Attention, FusedQKV, latte, open_sora, supported
-from arrowhead.plan import Plan
-from arrowhead.run import Run
-from arrowhead.search import Budget, Extent, Greedy, Headwise, Table, calibrate, calibration_bytes, search, solve, sweep
-from arrowhead.tally import Summary
+from arrowhead.engine.install import applied, apply, remove
+from arrowhead.engine.run import Run
+from arrowhead.engine.stats import Summary
+from arrowhead.models.custom import Adapter, Attention, FusedQKV
+from arrowhead.models.latte import latte
+from arrowhead.models.open_sora import open_sora
+from arrowhead.models.supported import supported
+from arrowhead.plans.cells import Box
+from arrowhead.plans.layout import Tokens
+from arrowhead.plans.plan import Plan
+from arrowhead.searches.api import search
+from arrowhead.searches.budget.api import calibrate, calibration_bytes
+from arrowhead.searches.budget.config import Budget, Extent
+from arrowhead.searches.budget.sensitivity.table import Table
+from arrowhead.searches.budget.solver.solution import solve, sweep
+from arrowhead.searches.greedy import Greedy
+from arrowhead.searches.headwise import Headwise
+
+if TYPE_CHECKING:
+    from arrowhead.evaluation.side_by_side import evaluate
+    from arrowhead.report.page import compare
 
 __version__ = "0.1.0"
 __all__ = [
@@ -37,6 +53,8 @@ __all__ = [
     "apply",
     "calibrate",
     "calibration_bytes",
+    "compare",
+    "evaluate",
     "latte",
     "open_sora",
     "remove",
@@ -46,3 +64,16 @@ __all__ = [
     "sweep",
     "tiny",
 ]
+
+_LAZY = {"compare": "arrowhead.report.page", "evaluate": "arrowhead.evaluation.side_by_side"}  # need torchmetrics and jinja2
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found = getattr(import_module(_LAZY[name]), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,5 +1,5 @@
 """`python -m arrowhead` is the command line."""
 
-from arrowhead.cli import main
+from arrowhead.cli.main import main
 
 main()

@@ -12,8 +12,8 @@ from own import replaying as own_replaying
 from subjects import Subject, TwoCalls
 from untouched import parts
 
-from arrowhead.models import find
-from arrowhead.plan import Plan
+from arrowhead.models.find import find
+from arrowhead.plans.plan import Plan
 
 
 def loop_of(here: Subject, cls: type = Own, **settings: Any) -> Any:

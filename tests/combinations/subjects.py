@@ -13,11 +13,11 @@ from pipelines import CAPTION, randomise, sd3, vae
 from torch import Tensor, nn
 
 import arrowhead as ah
-from arrowhead.layout import Tokens, seen
-from arrowhead.models import ATTENTION, find
-from arrowhead.models import Own as StandIn
-from arrowhead.plan import Plan
-from arrowhead.target import target_of
+from arrowhead.models.custom import CustomModel as StandIn
+from arrowhead.models.find import find
+from arrowhead.models.model import target_of
+from arrowhead.plans.layout import ATTENTION_KINDS, Tokens, relevant_tokens
+from arrowhead.plans.plan import Plan
 
 STEPS = 5
 MECHANISMS = {"sd3": "processor with SDPA", "flux": "dispatch_attention_fn", "own": "own module"}
@@ -34,11 +34,11 @@ class Subject:
     generate: Callable[..., Tensor]  # of a seed, and of more arguments of the pipeline's call: what comes out, a copy
     adapter: ah.Adapter | None = None
 
-    def plan(self, seed: int = 0, kinds: frozenset[str] | set[str] = ATTENTION) -> Plan:
+    def plan(self, seed: int = 0, kinds: frozenset[str] | set[str] = ATTENTION_KINDS) -> Plan:
         """At random: a full step, then anything that sites of these kinds may do."""
         model = find(self.pipe if self.adapter is None else StandIn(self.pipe, self.adapter), kinds)
         cells = random_cells(seed, model.sites, STEPS, share=True)
-        return Plan(tuple(map(tuple, cells)), target_of(model), seen(self.tokens, model.sites), guided=True)
+        return Plan(tuple(map(tuple, cells)), target_of(model), relevant_tokens(self.tokens, model.sites), guided=True)
 
     def applied(self, plan: Plan, **settings: Any) -> AbstractContextManager[ah.Run]:
         return ah.applied(self.pipe, plan, self.adapter, **settings)
@@ -76,7 +76,7 @@ def joint(dtype: torch.dtype) -> Subject:
 class TwoCalls(Subject):
     """Whose branches come one after the other."""
 
-    def plan(self, seed: int = 0, kinds: frozenset[str] | set[str] = ATTENTION) -> Plan:
+    def plan(self, seed: int = 0, kinds: frozenset[str] | set[str] = ATTENTION_KINDS) -> Plan:
         found = super().plan(seed, kinds)
         return Plan(found.cells, found.target, found.tokens, guided=True, calls=2)
 

@@ -17,9 +17,9 @@ from untouched import left_as_it_was
 
 import arrowhead as ah
 from arrowhead.errors import AlreadyApplied, AlreadyGenerating, ArrowheadError, GenerationUnfinished, PlanMismatch
-from arrowhead.models import described
-from arrowhead.search import Headwise, greedy_trials
-from arrowhead.search.headwise import headwise_choices
+from arrowhead.models.custom import with_adapter
+from arrowhead.searches.greedy import greedy_trials
+from arrowhead.searches.headwise import Headwise, headwise_choices
 
 MIXED = ["FFF", "WXV", "RRW", "CwR", "VYR"]
 NESTED = {"sd3": "refused: the first goes on", "flux": "refused: the first goes on", "own": "refused: by `run.step`"}
@@ -77,7 +77,7 @@ def test_a_generation_within_another_one_s(mechanism, outcome):
 
 def found(here, strategy="greedy", between=lambda: None):
     """The cells that a search finds, which something happens between whose trials."""
-    pipe = described(here.pipe, here.adapter)
+    pipe = with_adapter(here.pipe, here.adapter)
     inputs = here.inputs(1) if here.adapter is None else {"generate": lambda: here.generate(1)}
     settings = {"settings": Headwise(radii=(2,))} if strategy == "headwise" else {}
     trials = {"greedy": greedy_trials, "headwise": headwise_choices}[strategy](pipe, inputs, threshold=0.6, **settings)

@@ -10,13 +10,14 @@ from subjects import subject
 from typer.testing import CliRunner
 
 import arrowhead as ah
-from arrowhead import cli, stored
+from arrowhead.cli import main
+from arrowhead.engine import cache_encoding
 from arrowhead.errors import InputsInvalid, PlanDerived
-from arrowhead.layout import Tokens
-from arrowhead.methods import AST, FULL, Reuse
-from arrowhead.models import find
-from arrowhead.plan import Plan
-from arrowhead.target import target_of
+from arrowhead.models.find import find
+from arrowhead.models.model import target_of
+from arrowhead.plans.cells import AST, FULL, Reuse
+from arrowhead.plans.layout import Tokens
+from arrowhead.plans.plan import Plan
 
 EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 EVERYTHING = {"self_attention", "cross_attention", "feed_forward"}
@@ -104,7 +105,7 @@ def test_everything_goes_there_and_comes_back(mechanism, outcome, monkeypatch):
         sent.append(tensor)
         return tensor.clone()
 
-    monkeypatch.setattr(stored, "moved", moved)
+    monkeypatch.setattr(cache_encoding, "moved", moved)
     with here.applied(plan, cache_device="cpu") as run:
         assert torch.equal(here.generate(1), wanted)
         assert run.cache_bytes == 0
@@ -155,5 +156,5 @@ def test_the_command_line_keeps_in_8_bits(tmp_path):
     asked = ["generate", "tiny:dit", "-i", "class_labels=[1]", "-i", "num_inference_steps=2", "--plan", tmp_path / "plan.json"]
     for dtype in ("native", "int8"):
         settings = ["--cache-dtype", dtype, "--cache-device", "cpu", "--out", tmp_path / dtype]
-        said = CliRunner().invoke(cli.app, list(map(str, [*asked, *settings])), catch_exceptions=False)
+        said = CliRunner().invoke(main.app, list(map(str, [*asked, *settings])), catch_exceptions=False)
         assert f"{plan.memory(1, 4, dtype).peak / 2**20:.2f} MiB" in said.output

@@ -18,9 +18,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 import arrowhead as ah
-from arrowhead import compiled, route
+from arrowhead.engine import attention_hook, compile_boundary
 from arrowhead.errors import InputsInvalid, NotIntercepted
-from arrowhead.methods import Reuse
+from arrowhead.plans.cells import Reuse
 
 GRAPHS = {"sd3": 2, "flux": 3, "own": 1}
 """Of the subjects' blocks without a plan: one for each form of a block, and of what it is given."""
@@ -31,9 +31,9 @@ GROUP = "torch.compile"
 def fresh():
     """No graphs of other tests, and no open door afterwards."""
     torch.compiler.reset()
-    before = {*compiled._open}
+    before = {*compile_boundary._registry}
     yield
-    assert not {*compiled._open} - before
+    assert not {*compile_boundary._registry} - before
     torch.compiler.reset()
 
 
@@ -427,19 +427,19 @@ def test_inductor(mechanism, outcome):
 
 def test_a_pipeline_that_is_dropped_with_its_plan_is_freed():
     """A graph's way to a site keeps nothing alive."""
-    before = {*compiled._open}
+    before = {*compile_boundary._registry}
     here = subject("sd3")
     ah.apply(here.pipe, here.plan(1))
-    assert {*compiled._open} - before
+    assert {*compile_boundary._registry} - before
     transformer = weakref.ref(here.transformer)
     del here
     gc.collect()
     assert transformer() is None
-    assert not {*compiled._open} - before
+    assert not {*compile_boundary._registry} - before
     unroute("diffusers.models.attention_processor", times=3)  # nobody is left who would
 
 
 def unroute(name, times):
     """What removing a plan from so many modules does to the names that they share."""
     for _ in range(times):
-        route.unroute(name)
+        attention_hook.unroute(name)

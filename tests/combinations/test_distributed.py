@@ -20,10 +20,10 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from untouched import parts
 
 import arrowhead as ah
+from arrowhead.calibration.sharding import Share
 from arrowhead.errors import InputsInvalid, UnsupportedPipeline
 from arrowhead.metrics.error import moments as moments_of
 from arrowhead.metrics.error import of_moments, relative_squared_error
-from arrowhead.search.shared import Share
 
 GROUP = "Distributed"
 

@@ -8,8 +8,8 @@ from peft.tuners.lora import LoraLayer
 from subjects import subject
 
 import arrowhead as ah
-from arrowhead.models import EVERYTHING
-from arrowhead.project import heads_apart
+from arrowhead.models.head_separation import can_project_heads_separately
+from arrowhead.plans.layout import ALL_KINDS
 
 GROUP = "LoRA"
 LAYERS = {  # by the ends of their paths: in attention, feed-forwards, and of modulation
@@ -22,7 +22,7 @@ PIPELINES = {"sd3": "works", "flux": "works"}
 
 
 def kinds_of(mechanism):
-    return frozenset({"self_attention", "feed_forward"}) if mechanism == "own" else EVERYTHING - {"block"}
+    return frozenset({"self_attention", "feed_forward"}) if mechanism == "own" else ALL_KINDS - {"block"}
 
 
 def drawn(here, mechanism, seed):
@@ -109,7 +109,9 @@ def test_swapped(mechanism, outcome):
         same(here.generate(1), merged(mechanism, (one, 1.0), plan=plan))
         here.pipe.unload_lora_weights()
         same(here.generate(1), base)  # not to the bit even without a plan: weights lie elsewhere in memory
-        assert all(map(heads_apart, (m for path, m in here.transformer.named_modules() if path.endswith(".attn"))))
+        assert all(
+            map(can_project_heads_separately, (m for path, m in here.transformer.named_modules() if path.endswith(".attn")))
+        )
 
 
 @combines(GROUP, "fuse_lora, unfuse_lora while applied", PIPELINES)

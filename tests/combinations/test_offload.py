@@ -14,11 +14,11 @@ from torch import nn
 
 import arrowhead as ah
 from arrowhead.errors import ProcessorReplaced, SiteNotReached
-from arrowhead.models import EVERYTHING
+from arrowhead.plans.layout import ALL_KINDS
 
 GROUP = "Offload"
 CPU = torch.device("cpu")
-MODULES, BLOCKS = EVERYTHING - {"block"}, frozenset({"block"})
+MODULES, BLOCKS = ALL_KINDS - {"block"}, frozenset({"block"})
 
 
 def parts_of(here):

@@ -18,10 +18,10 @@ from subjects import subject
 
 import arrowhead as ah
 from arrowhead.errors import NothingCompressed, PlanMismatch
-from arrowhead.models import Own as StandIn
-from arrowhead.models import find
-from arrowhead.search import Headwise
-from arrowhead.target import target_of
+from arrowhead.models.custom import CustomModel as StandIn
+from arrowhead.models.find import find
+from arrowhead.models.model import target_of
+from arrowhead.searches.headwise import Headwise
 
 SAMPLERS = {
     "HeunDiscreteScheduler": "twice a step",

@@ -15,10 +15,10 @@ from torch import Tensor
 
 import arrowhead as ah
 from arrowhead.errors import NotIntercepted, PlanMismatch
-from arrowhead.layout import Tokens
-from arrowhead.models import Own as StandIn
-from arrowhead.models import find
-from arrowhead.target import target_of
+from arrowhead.models.custom import CustomModel as StandIn
+from arrowhead.models.find import find
+from arrowhead.models.model import target_of
+from arrowhead.plans.layout import Tokens
 
 SEED = 20
 GENERATIONS = 200

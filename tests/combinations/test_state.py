@@ -16,8 +16,9 @@ from test_families import plan_of
 
 import arrowhead as ah
 from arrowhead.errors import GenerationUnfinished, InputsInvalid, PlanMismatch
-from arrowhead.methods import FULL, Arrow, Attend, Full
-from arrowhead.models import ATTENTION, find
+from arrowhead.models.find import find
+from arrowhead.plans.cells import FULL, Arrow, Attend, Full
+from arrowhead.plans.layout import ATTENTION_KINDS
 
 
 class Stop(Exception):
@@ -268,7 +269,7 @@ def test_an_odd_batch():
 )
 def test_rescaled_guidance(name):
     bench = MORE[name]()
-    model = find(bench.pipe, ATTENTION)
+    model = find(bench.pipe, ATTENTION_KINDS)
     cells = random_cells(3, model.sites, STEPS, share=True)
     given = bench.inputs(2, guidance_rescale=0.7), bench.inputs(2, guidance_rescale=0.7), bench.inputs(2)
     with replaying(bench, model.modules, cells, guided=True):

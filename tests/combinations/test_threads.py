@@ -13,7 +13,7 @@ from subjects import STEPS, subject
 from test_between import beside
 
 import arrowhead as ah
-from arrowhead import route
+from arrowhead.engine import attention_hook
 from arrowhead.errors import AlreadyGenerating
 
 ROUNDS = 3
@@ -97,7 +97,9 @@ def test_a_search_beside_a_generation(mechanism, outcome):
 @combines("State", "plans put on and taken off in two threads")
 def test_putting_on_and_taking_off_at_once(mechanism, outcome, monkeypatch):
     """Names are routed for the first that needs them, and put back with the last; here each takes its time to look them up."""
-    monkeypatch.setattr(route, "_stand_ins", lambda name, own=route._stand_ins: (own(name), time.sleep(1e-4))[0])
+    monkeypatch.setattr(
+        attention_hook, "_stand_ins", lambda name, own=attention_hook._stand_ins: (own(name), time.sleep(1e-4))[0]
+    )
     here, there = subject(mechanism), subject(mechanism)
     plans = here.plan(seed=1), there.plan(seed=2)
     together = threading.Barrier(2, timeout=WAIT)
@@ -108,11 +110,11 @@ def test_putting_on_and_taking_off_at_once(mechanism, outcome, monkeypatch):
             with own.applied(plan):
                 pass
 
-    users = dict(route._users)
+    users = dict(attention_hook._users)
     with as_it_was(here), as_it_was(there):
         at_once(lambda: often(here, plans[0]), lambda: often(there, plans[1]))
-    assert dict(route._users) == users
-    assert route._originals.keys() == users.keys()
+    assert dict(attention_hook._users) == users
+    assert attention_hook._originals.keys() == users.keys()
 
 
 SHARED = "refused"

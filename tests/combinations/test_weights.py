@@ -11,8 +11,8 @@ from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import arrowhead as ah
-from arrowhead.models import EVERYTHING
-from arrowhead.project import heads_apart
+from arrowhead.models.head_separation import can_project_heads_separately
+from arrowhead.plans.layout import ALL_KINDS
 
 GROUP = "Weights"
 FLOAT8 = torch.float8_e4m3fn
@@ -20,7 +20,7 @@ APART = ("pos_embed", "norm", "^x_embedder", "^t_embedder", "^final_layer", "^pr
 
 
 def kinds_of(mechanism):
-    return frozenset({"self_attention", "feed_forward"}) if mechanism == "own" else EVERYTHING - {"block"}
+    return frozenset({"self_attention", "feed_forward"}) if mechanism == "own" else ALL_KINDS - {"block"}
 
 
 def quantised(transformer):
@@ -77,8 +77,10 @@ def check(mechanism, change, after):
         near(here.generate(1), wanted, 1e-4)
         assert run.summary().notes == ()
         if mechanism != "own":  # what is projected after all is counted
-            assert run.summary().flops.module > plan.flops().module or not any(map(heads_apart, attentions(there)))
-            assert not any(map(heads_apart, attentions(here)))
+            assert run.summary().flops.module > plan.flops().module or not any(
+                map(can_project_heads_separately, attentions(there))
+            )
+            assert not any(map(can_project_heads_separately, attentions(here)))
     near(here.generate(1), untouched, 1e-4)
 
 

@@ -10,8 +10,8 @@ from replay import assert_identical, compressed, plan, trace
 import arrowhead as ah
 from arrowhead.kernels import dispatch
 from arrowhead.kernels.call import Call, Policy
-from arrowhead.kernels.fused_table import CACHED, FULL
-from arrowhead.layout import Tokens
+from arrowhead.kernels.triton.launch_table import CACHED, FULL
+from arrowhead.plans.layout import Tokens
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -53,7 +53,8 @@ def test_caches_on_the_cpu_change_no_bit(cache_dtype):
 def test_the_fused_kernel_agrees_with_the_oracle(dtype, dim, tokens):
     """Both of its operators with the configurations that are shipped for this device, and what they leave alone."""
     pytest.importorskip("triton", reason="Triton is not installed: the fused kernel cannot run")
-    from arrowhead.kernels import fused_ops
+
+    from arrowhead.kernels.triton import ops
 
     radii, adds, visual = [FULL, 0, tokens.visual // 8, 60, CACHED], [0, 1, 1, 0, 1], tokens.visual_slice
     q, k, v, out = (torch.randn(2, tokens.total, 5, dim, device="cuda", dtype=dtype).transpose(1, 2) for _ in range(4))
@@ -76,10 +77,10 @@ def test_the_fused_kernel_agrees_with_the_oracle(dtype, dim, tokens):
     whole, banded, before, left = oracle([FULL] * 5), oracle(radii), out.clone(), residual.clone()
     with_residual = banded.clone()
     with_residual[:, [1, 2], visual] += residual[:, [1, 2]].float()
-    fused_ops.arrow(out, q, k, v, policy, residual, seen, *image, scale)
+    ops.arrow(out, q, k, v, policy, residual, seen, *image, scale)
     torch.testing.assert_close(out[:, :4].float(), with_residual[:, :4], rtol=2e-2, atol=2e-2)
     assert torch.equal(out[:, 4], before[:, 4])
-    fused_ops.full_and_residual(out, residual, q, k, v, policy, seen, *image, scale)
+    ops.full_and_residual(out, residual, q, k, v, policy, seen, *image, scale)
     torch.testing.assert_close(out[:, :4].float(), whole[:, :4], rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(residual[:, 1:4].float(), (whole - banded)[:, 1:4, visual], rtol=2e-2, atol=2e-2)
     assert torch.equal(out[:, 4], before[:, 4])
@@ -92,8 +93,8 @@ def test_every_shipped_configuration_agrees_with_the_oracle(dim, monkeypatch):
     pytest.importorskip("triton", reason="Triton is not installed: the fused kernel cannot run")
     from launches import arrow, attended, full_and_residual, inputs
 
-    from arrowhead.kernels import fused_table
-    from arrowhead.kernels.fused_table import AMPERE, HOPPER, SPECIALISED
+    from arrowhead.kernels.triton import launch_table
+    from arrowhead.kernels.triton.launch_table import AMPERE, HOPPER, SPECIALISED
 
     hopper = torch.cuda.get_device_capability()[0] == 9
     rows = [AMPERE[dim], *([HOPPER[dim]] if hopper else [])]
@@ -103,12 +104,12 @@ def test_every_shipped_configuration_agrees_with_the_oracle(dim, monkeypatch):
     x = inputs(tokens, radii, dim, dtype=torch.bfloat16)
     wanted, whole = attended(x, tokens, radii), attended(x, tokens, [FULL] * 4)
     for config in dict.fromkeys([*configs, *([SPECIALISED[dim]] if hopper else [])]):
-        monkeypatch.setattr(fused_table, "chosen", lambda *_, own=config, **__: own)
+        monkeypatch.setattr(launch_table, "chosen", lambda *_, own=config, **__: own)
         x.out.fill_(torch.nan)
         arrow(x, residual=False)
         torch.testing.assert_close(x.out.float(), wanted, rtol=2e-2, atol=2e-2, msg=lambda text, own=config: f"{own}: {text}")
     for row in rows:
-        monkeypatch.setattr(fused_table, "chosen", lambda *_, own=row.spare, **__: own)
+        monkeypatch.setattr(launch_table, "chosen", lambda *_, own=row.spare, **__: own)
         full_and_residual(x)
         torch.testing.assert_close(x.out.float(), whole, rtol=2e-2, atol=2e-2)
         left = (whole - wanted)[:, 1:, tokens.visual_slice]

@@ -14,9 +14,9 @@ import numpy as np
 import pydantic
 from numpy.typing import NDArray
 
-from arrowhead import files
 from arrowhead.errors import InputsInvalid
-from arrowhead.layout import Tokens
+from arrowhead.plans import limits
+from arrowhead.plans.layout import Tokens
 
 Floats = NDArray[np.float32]
 FORMAT = 1
@@ -145,8 +145,8 @@ class Analysis:
             with zipfile.ZipFile(path) as file:
                 arrays = {member.filename.removesuffix(".npy"): _array(file, member) for member in file.infolist()}
             text = str(arrays.pop("meta")[()])
-            files.require_length(text)
-            files.parsed(text)
+            limits.require_length(text)
+            limits.parsed(text)
             meta = _Meta.model_validate_json(text, strict=True)
             return cls(**meta.fields(), **meta.with_map(arrays))
         except (
@@ -160,7 +160,7 @@ class Analysis:
             zipfile.BadZipFile,
         ) as error:
             raise InputsInvalid(
-                f"got {path}, which is no analysis ({files.short(error)}); wanted an npz that Analysis.save wrote"
+                f"got {path}, which is no analysis ({limits.short(error)}); wanted an npz that Analysis.save wrote"
             ) from error
 
     def as_dict(self) -> dict[str, Any]:

@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.patches import Patch
@@ -14,8 +12,10 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from arrowhead.analysis.palette import COLOURS, MEANINGS, opacity
-from arrowhead.methods import Arrow, Attend, Cell, Radius, breadth, method_name, paper_name
-from arrowhead.plan import Plan
+from arrowhead.plans.cells import Arrow, Attend, Cell, Radius, method_name, paper_name, radius_sort_key
+from arrowhead.plans.plan import Plan
+
+matplotlib.use("agg")
 
 
 def plan_map(plans: Mapping[str, Plan], path: str | Path, title: str = "") -> None:
@@ -52,7 +52,9 @@ def head_map(plan: Plan, site: int, path: str | Path) -> None:
     """What every head of one site does over the steps: heads × steps, arrows the lighter the narrower they are."""
     at = plan.target.sites[site]
     rows = [[_word(cell, head) for cell in plan.columns[site]] for head in range(at.heads)]
-    words = sorted({word for row in rows for word in row}, key=lambda word: (word[0], [-reach for reach in breadth(word[1])]))
+    words = sorted(
+        {word for row in rows for word in row}, key=lambda word: (word[0], [-reach for reach in radius_sort_key(word[1])])
+    )
     colours = ListedColormap([_shade(word, words) for word in words])
     figure, axis = plt.subplots(figsize=(9, 1.3 + 0.22 * at.heads), layout="constrained")
     grid = [[words.index(word) for word in row] for row in rows]

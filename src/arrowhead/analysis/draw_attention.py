@@ -4,8 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
-
-matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,9 +14,10 @@ from matplotlib.ticker import MaxNLocator
 
 from arrowhead.analysis.arrays import REUSED, Analysis, Floats
 from arrowhead.analysis.palette import COLOURS
-from arrowhead.kernels import masks
-from arrowhead.layout import Tokens
+from arrowhead.plans import masks
+from arrowhead.plans.layout import Tokens
 
+matplotlib.use("agg")
 BAND = "#35c9ff"
 PANELS = 24
 """Of one figure: of more sites some are drawn, evenly chosen."""

@@ -12,20 +12,22 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from arrowhead.analysis.arrays import REUSED, Analysis, AttentionMap, Floats
-from arrowhead.attend import Generation, Passage, bands
-from arrowhead.cache import Output, compact
-from arrowhead.calls import SiteCall
+from arrowhead.calibration.provenance import provenance
+from arrowhead.calibration.run import CalibrationRun, require_finite
+from arrowhead.engine.attention_hook import AttentionCall
+from arrowhead.engine.cache import Output, compact_output
+from arrowhead.engine.execute_site import SitePass, attend_heads
+from arrowhead.engine.generation import Generation
+from arrowhead.engine.site_calls import SiteCall
 from arrowhead.errors import InputsInvalid, NotIntercepted
-from arrowhead.kernels import masks
-from arrowhead.layout import Site, Tokens
-from arrowhead.lifetimes import Writes
-from arrowhead.methods import FULL, Arrow
 from arrowhead.metrics.error import relative_squared_error
-from arrowhead.models import find, generating
-from arrowhead.route import AttentionCall
-from arrowhead.search.about import about
-from arrowhead.search.calibrate import Calibration, require_finite
-from arrowhead.search.radii import fewest
+from arrowhead.models.custom import call_inputs
+from arrowhead.models.find import find
+from arrowhead.plans import masks
+from arrowhead.plans.cells import FULL, Arrow
+from arrowhead.plans.layout import Site, Tokens
+from arrowhead.plans.lifetimes import Writes
+from arrowhead.searches.radii import fewest
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
     from diffusers import DiffusionPipeline
@@ -85,7 +87,7 @@ def analyze(
         NotIntercepted: attention was computed where it could not be seen.
     """
     model = find(pipe)
-    calibration = Calibration(model, generating(pipe, inputs))
+    calibration = CalibrationRun(model, call_inputs(pipe, inputs))
     parts = _parts(only, calibration.branches.guided)
     place = _place(model.sites, site)
     _check(model.sites[place], heads, step, radius, sampled)
@@ -109,7 +111,7 @@ def analyze(
         tokens=fewest(model.sites, calibration.tokens),
         guided=calibration.branches.guided,
         radius=observer.asked.radius,
-        about=about(pipe, inputs, settings, "analysis"),
+        about=provenance(pipe, inputs, settings, "analysis"),
         **observer.arrays(model.sites),
     )
 
@@ -151,7 +153,7 @@ class _Observer:
                 "branches only"
             )
         if "reuse" in parts:
-            passage = Passage(call, FULL, Writes(), state, tuple(range(site.heads)))
+            passage = SitePass(call, FULL, Writes(), state, tuple(range(site.heads)))
             self._errors.setdefault(site, []).append(self._reused(attention, out, passage))
         if "locality" in parts:
             masses = _masses(attention, site.tokens(state.tokens), self.asked.radius)
@@ -161,11 +163,11 @@ class _Observer:
             self._map = site.tokens(state.tokens), _map(attention, row, self.asked.heads)
         return out
 
-    def _reused(self, attention: AttentionCall, out: Tensor, passage: Passage) -> Tensor:
+    def _reused(self, attention: AttentionCall, out: Tensor, passage: SitePass) -> Tensor:
         """Errors of each head, in the order of `REUSED`: (4, H)."""
         site, visual, heads = passage.call.site, passage.tokens.visual_slice, passage.heads
-        band = bands(attention, heads, [Arrow(self.asked.radius)] * len(heads), slice(None), passage)
-        kept = compact(out[:, :, visual]), compact(band[:, :, visual])
+        band = attend_heads(attention, heads, [Arrow(self.asked.radius)] * len(heads), slice(None), passage)
+        kept = compact_output(out[:, :, visual]), compact_output(band[:, :, visual])
         before, self._before[site] = self._before.get(site), kept  # type: ignore[assignment]
         full, window = (tensor.float() for tensor in self._before[site])
         errors = full.new_full((len(REUSED), len(heads)), torch.nan)

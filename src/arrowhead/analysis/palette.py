@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 
-from arrowhead.methods import Radius, breadth
+from arrowhead.plans.cells import Radius, radius_sort_key
 
 COLOURS = {
     "full": "#1f3a5f",
@@ -30,9 +30,8 @@ COLOURS = {
     "cached": "#d98e04",
     "cached+ASC": "#edc27a",
     "AST": "#f2d16b",
-    "forecast": "#f7ecc6",
+    "extrapolate": "#f7ecc6",
 }
-
 MEANINGS = {
     "full": "computed in full",
     "ASC": "shared across CFG branches",
@@ -59,13 +58,13 @@ MEANINGS = {
     "cached": "heads' outputs of an earlier step, projected again",
     "cached+ASC": "heads' outputs of an earlier step, projected again, shared across CFG branches",
     "AST": "reused from an earlier step",
-    "forecast": "extrapolated from two earlier steps",
+    "extrapolate": "extrapolated from two earlier steps",
 }
 
 
 def opacity(radius: Radius | None, among: Collection[Radius]) -> float:
     """How thickly a colour is laid on white: fully, but paler the narrower a band is among several."""
-    wider = 0 if radius is None else sum(breadth(other) > breadth(radius) for other in among)
+    wider = 0 if radius is None else sum(radius_sort_key(other) > radius_sort_key(radius) for other in among)
     return round(1 - 0.6 * wider / max(len(among), 1), 2)
 
 

@@ -1,1 +1,1 @@
-"""Attention under a band. `dispatch` is the only door; `masks` says once what a band keeps."""
+"""Attention of heads under their policies, by several kernels that agree with one reference."""

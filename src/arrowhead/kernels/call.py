@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from arrowhead.heads import places
-from arrowhead.kernels import masks
-from arrowhead.layout import Tokens
-from arrowhead.methods import Precision, Radius
+from arrowhead.kernels.head_index import places
+from arrowhead.plans import masks
+from arrowhead.plans.cells import Precision, Radius
+from arrowhead.plans.layout import Tokens
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,18 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from arrowhead.errors import KernelUnavailable
-from arrowhead.heads import places
-from arrowhead.kernels import chunked, flex, fused, reference
+from arrowhead.kernels import flex, reference
 from arrowhead.kernels.call import Call, Kernel, Policy
-from arrowhead.layout import Tokens
-from arrowhead.methods import Box, Precision, Radius
+from arrowhead.kernels.cpu import chunked
+from arrowhead.kernels.head_index import places
+from arrowhead.kernels.triton import api
+from arrowhead.plans.cells import Box, Precision, Radius
+from arrowhead.plans.layout import Tokens
 
 KERNELS: dict[str, Kernel] = {
     "chunked": chunked.attend,
     "flex": flex.attend,
-    "fused": fused.attend,
+    "fused": api.attend,
     "reference": reference.attend,
 }
 ADDING = {"fused"}
@@ -40,7 +42,7 @@ def resolve(name: str, call: Call) -> str:
     """
     if known(name) != "auto":
         return name
-    return "fused" if call.q.is_cuda and fused.obstacle(call) is None else "chunked"
+    return "fused" if call.q.is_cuda and api.obstacle(call) is None else "chunked"
 
 
 def attend(call: Call, kernel: str = "auto") -> Tensor:

@@ -13,14 +13,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes  # torch does not compile under a counter of FLOPs
 
 from arrowhead.errors import KernelUnavailable
-from arrowhead.kernels import masks
 from arrowhead.kernels.call import Call, Policy
-from arrowhead.layout import Tokens
-from arrowhead.methods import Box
+from arrowhead.plans import masks
+from arrowhead.plans.cells import Box
+from arrowhead.plans.layout import Tokens
 
 BLOCK = 128  # tokens on a block's side
 LAYOUTS = 64  # so many are compiled; torch's own limit is 8, and past it FlexAttention would run uncompiled, with N² scores
-
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from arrowhead.kernels import masks, quantise
+from arrowhead.kernels import int8
 from arrowhead.kernels.call import Call
+from arrowhead.plans import masks
 
 
 def attend(call: Call) -> Tensor:
@@ -15,7 +16,7 @@ def attend(call: Call) -> Tensor:
     q, k, v, mask = call.q, call.k, call.v, call.mask
     products = q.float() @ k.float().mT  # (B, H, N, N)
     if rounded := [head for head, policy in enumerate(call.policies) if policy.precision == "int8"]:
-        products[:, rounded] = quantise.products(q[:, rounded], k[:, rounded])
+        products[:, rounded] = int8.products(q[:, rounded], k[:, rounded])
     scores = products * call.scale
     for head, policy in enumerate(call.policies):
         if policy.radius is not None:

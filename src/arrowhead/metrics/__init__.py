@@ -1,1 +1,1 @@
-"""How far two outputs are apart: `error` for tensors inside a search, `images` for what a person sees."""
+"""Quality metrics of images and features, and their intervals."""

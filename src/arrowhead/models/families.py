@@ -1,31 +1,32 @@
 """The families table: for each transformer class, where attention sits and how its pipelines call it. Data, not code."""
 
-from arrowhead.models.family import (
-    NONE,
-    Family,
+from arrowhead.models.conflicts import looks_at_an_image
+from arrowhead.models.family import NONE, Family
+from arrowhead.models.guidance import (
+    below_boundary,
+    guidance_above_one,
+    guidance_above_zero,
+    second_or_only_scale,
+    skipped_layers,
+    true_cfg,
+    truncated_cfg,
+    truncated_guidance,
+    undistilled_guidance,
+)
+from arrowhead.models.token_layouts import (
     before_other_shapes,
     before_pictures_to_go_by,
-    below_boundary,
     caption_then_patches,
     frame_by_frame,
     frames_then_text,
-    guidance_above_one,
-    guidance_above_zero,
-    looks_at_an_image,
     packed_beside_text,
     padded_patches_then_text,
     patches,
     patches_beside_two_texts,
     patches_then_text,
     registers_then_patches,
-    second_or_only_scale,
-    skipped_layers,
     text_then_frames,
     text_then_packed,
-    true_cfg,
-    truncated_cfg,
-    truncated_guidance,
-    undistilled_guidance,
     video_patches,
 )
 
@@ -216,7 +217,7 @@ FAMILIES: tuple[Family, ...] = (
         joint_pattern=r"transformer_blocks\.\d+\.attn1",
         block_pattern=NONE,
         by_sample=True,
-        heads_apart=False,
+        separable_heads=False,
         branch_order={"MochiPipeline": "uncond_first"},
         tokens=frames_then_text,
         guided=guidance_above_one,

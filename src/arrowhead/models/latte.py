@@ -1,7 +1,7 @@
 """Latte's transformer with its attention along time, which plans for its pipeline leave alone."""
 
-from arrowhead.models.adapter import Adapter, Attention
-from arrowhead.models.family import frame_by_frame
+from arrowhead.models.custom import Adapter, Attention
+from arrowhead.models.token_layouts import frame_by_frame
 
 
 def latte(*, guidance_scale: float = 7.5) -> Adapter:

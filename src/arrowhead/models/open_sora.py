@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from arrowhead.layout import Tokens
-from arrowhead.models.adapter import Adapter, Attention, FusedQKV
+from arrowhead.models.custom import Adapter, Attention, FusedQKV
+from arrowhead.plans.layout import Tokens
 
 
 def open_sora(*, guidance_scale: float = 7.0, temporal: bool = False) -> Adapter:

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from arrowhead.layout import BranchOrder, Kind
 from arrowhead.models.families import FAMILIES
+from arrowhead.plans.layout import BranchOrder, Kind
 
 CALLS: dict[BranchOrder, str] = {
     "cond_first": "one batch, conditional first",

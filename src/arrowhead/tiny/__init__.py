@@ -10,8 +10,6 @@ from arrowhead.errors import InputsInvalid
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 """What the classes of the bundled `dit` are called."""
-
-
 PIPELINES = {
     "dit": ("pipeline", "TinyDiTPipeline"),
     "mmdit": ("text_to_image", "TinyMMDiTPipeline"),

@@ -1,0 +1,98 @@
+"""Two calls of a transformer, one for each CFG branch, run as if they were one call of a batch [cond, uncond].
+
+Each runs in a greenlet of its own; at every site both wait until their inputs have been put together and answered. So a search
+judges both branches of a step at once, whether a pipeline brings them in one batch or in two calls.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import greenlet
+import torch
+from torch import Tensor
+
+from arrowhead.engine.cache import Output, map_output
+from arrowhead.engine.site_calls import SiteCall
+from arrowhead.errors import NotIntercepted
+
+
+def wait_for_pair(call: SiteCall) -> Output:
+    """From within one of the two calls, at a site: wait for the other one, and for the answer."""
+    return greenlet.getcurrent().parent.switch(call)
+
+
+def run_paired(runs: Sequence[Callable[[], Any]], at_site: Callable[[SiteCall], Output]) -> list[Any]:
+    """Run both, every site of theirs once: what each gives.
+
+    Raises:
+        NotIntercepted: they do not pass the same sites.
+    """
+    lanes = [greenlet.greenlet(run) for run in runs]
+    try:
+        met = [lane.switch() for lane in lanes]
+        while not any(lane.dead for lane in lanes):
+            if met[0].site != met[1].site:
+                paths = f"{met[0].site.path} and {met[1].site.path}"
+                raise NotIntercepted(f"the two calls of a step met at {paths}; wanted one site for both")
+            out = at_site(_joined(*met))
+            halves = map_output(out, lambda tensor: tensor.chunk(2)[0]), map_output(out, lambda tensor: tensor.chunk(2)[1])
+            met = [lane.switch(half) for lane, half in zip(lanes, halves, strict=True)]
+        if not all(lane.dead for lane in lanes):
+            raise NotIntercepted("one of the two calls of a step passed more sites than the other; wanted the same ones")
+        return met
+    finally:
+        for lane in lanes:
+            if lane and not lane.dead:
+                lane.throw(greenlet.GreenletExit)
+
+
+def _joined(first: SiteCall, second: SiteCall) -> SiteCall:
+    """Both inputs of a site as one batch, the first call's rows first."""
+
+    def both(a: Any, b: Any) -> Any:
+        a, b = _mask_beside(b, a), _mask_beside(a, b)
+        if isinstance(a, Tensor) and isinstance(b, Tensor) and a.ndim and a.shape[0] == first.batch:
+            return torch.cat([a, b])
+        if not _alike(a, b):
+            raise NotIntercepted(
+                f"{first.site.path}: the two calls of a step bring arguments that differ and are no batch of tensors; wanted "
+                "them alike; unload what brings them, such as an IP-Adapter"
+            )
+        return a
+
+    args = tuple(both(a, b) for a, b in zip(first.args, second.args, strict=True))
+    kwargs = {name: both(value, second.kwargs[name]) for name, value in first.kwargs.items()}
+    return replace(first, args=args, kwargs=kwargs)
+
+
+def _mask_beside(other: Any, own: Any) -> Any:
+    """Where one call alone brings a mask, all is seen in the other: Qwen leaves a mask out that hides nothing."""
+    return torch.ones_like(other) if own is None and isinstance(other, Tensor) and other.dtype == torch.bool else own
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_alike, a, b))
+    return a is b or (type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b))
+
+
+def placeholder_output(output: Any) -> Any:
+    """A stand-in for a transformer's output, to be filled in later: a tensor, a tuple, or a diffusers output."""
+    if isinstance(output, Tensor):
+        return output.clone()
+    if isinstance(output, tuple):
+        return tuple(value.clone() if isinstance(value, Tensor) else value for value in output)
+    return type(output)(**{name: value.clone() if isinstance(value, Tensor) else value for name, value in output.items()})
+
+
+def fill_placeholder(stand_in: Any, output: Any) -> None:
+    """Make a stand-in what it stands for; the pipeline, which holds it, has not looked at it yet."""
+    if isinstance(output, Tensor):
+        stand_in, output = (stand_in,), (output,)
+    places, values = (stand_in, output) if isinstance(output, tuple) else (stand_in.values(), output.values())
+    for place, value in zip(places, values, strict=True):
+        if isinstance(value, Tensor):
+            place.copy_(value)

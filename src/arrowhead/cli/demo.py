@@ -1,0 +1,125 @@
+"""The main job on both bundled models: calibrate, solve for two budgets, generate raw and compressed, compare."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from arrowhead import tiny
+from arrowhead.analysis import draw
+from arrowhead.analysis.palette import COLOURS, MEANINGS
+from arrowhead.evaluation.side_by_side import Evaluation, Score, evaluate
+from arrowhead.searches.budget.api import calibrate
+from arrowhead.searches.budget.config import Budget
+from arrowhead.searches.budget.solver.solution import solve
+
+BUDGETS = {
+    "half": Budget(transformer_flops=0.5, granularity="step"),
+    "a third": Budget(transformer_flops=0.33, granularity="step"),
+}
+"""Of all that the transformer multiplies; all sites in step, which errs least on both (LOG.md)."""
+
+
+@dataclass(frozen=True)
+class Show:
+    """How a bundled model is shown: arguments of its call, what it draws, and what it is calibrated on."""
+
+    model: str
+    about: str
+    common: Mapping[str, Any]
+    asks: str
+    calibration: tuple[Any, ...]
+    drawn: tuple[Any, ...]
+    titles: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+    def inputs(self, asked: tuple[Any, ...]) -> dict[str, Any]:
+        """The arguments of a call that draws this."""
+        return {**self.common, self.asks: list(asked)}
+
+
+EMOJI = ("red heart", "hatching chick", "broccoli", "sailboat", "fire engine", "grinning face")
+SHOWS = (
+    Show(
+        "dit",
+        "a DiT that draws the ten classes of CIFAR-10, 32 × 32 pixels, 256 tokens",
+        {"num_inference_steps": 20, "guidance_scale": 3.0},
+        "class_labels",
+        (0, 3, 5, 8),
+        tuple(range(10)),
+        tiny.CIFAR10,
+        seeds=(0, 1),
+    ),
+    Show(
+        "mmdit",
+        "an SD3 transformer that draws emoji from a prompt, 64 × 64 pixels, 1024 tokens of the image and 16 of text",
+        {"num_inference_steps": 16, "guidance_scale": 4.0},
+        "prompt",
+        ("a noto of a tomato", "a twemoji of a ghost"),
+        tuple(f"a {style} of a {name}" for name, style in zip(EMOJI, ("twemoji", "noto", "fluent") * 2, strict=True)),
+        EMOJI,
+        seeds=(3,),
+    ),
+)
+
+
+def run(out: Path, console: Console) -> None:
+    """Show both models; each has a folder in `out` with plan.json, plan.png, images.png and results.json."""
+    console.print(
+        "[bold]You are looking at two small diffusion transformers that are bundled with arrowhead, drawing the same pictures "
+        "in full and with two plans that skip, repeat or extrapolate part of their work, on this machine.[/]"
+    )
+    for show in SHOWS:
+        one(show, out / show.model, console)
+    console.print(
+        "\nPSNR and SSIM compare with the raw images of the same seeds. A cell is one module in one step: attention, "
+        f"feed-forward or a whole block. Written to {out}/*/: plan.json ({[*BUDGETS][-1]}), plan.png, images.png, results.json"
+    )
+
+
+def one(show: Show, out: Path, console: Console) -> None:
+    """Show one model."""
+    console.print(f"\n[bold]{show.model}[/], {show.about}")
+    out.mkdir(parents=True, exist_ok=True)
+    pipe = tiny.load(show.model)
+    table = calibrate(pipe, {**show.inputs(show.calibration), "generator": torch.Generator().manual_seed(1234)})
+    plans = {name: solve(table, budget) for name, budget in BUDGETS.items()}
+    result = evaluate(pipe, plans, show.inputs(show.drawn), seeds=show.seeds)
+    plans[[*BUDGETS][-1]].save(out / "plan.json")
+    draw.plan_map(plans, out / "plan.png")
+    count = len(show.drawn)
+    rows = {"raw": result.raw[:count]} | {score.name: score.images[:count] for score in result.scores}
+    draw.image_grid(rows, [*show.titles], out / "images.png")
+    (out / "results.json").write_text(json.dumps(result.as_dict(), indent=1, allow_nan=False) + "\n")
+    console.print(scores(show, result))
+
+
+def scores(show: Show, result: Evaluation) -> Table:
+    """The scores for people: a row for each quantity, a column for each setting."""
+    steps, guidance = show.common["num_inference_steps"], show.common["guidance_scale"]
+    shown = Table(title=f"{show.model}: {len(result.raw)} images, {steps} steps, guidance {guidance:g}")
+    for head in ("", "raw", *(score.name for score in result.scores)):
+        shown.add_column(head, justify="right" if head else "left")
+    cells = result.scores[0].summary.cells.total()
+    rows: dict[str, tuple[str, Callable[[Score], str]]] = {
+        "FLOPs left of the transformer's": ("100 %", lambda s: f"{s.plan.about['search']['transformer_flops']:.1%}"),
+        "… of attention's matmuls": ("100 %", lambda s: f"{s.summary.flops.attention:.1%}"),
+    }
+    for kind in COLOURS:
+        if any(score.summary.cells[kind] for score in result.scores):
+            whole = str(cells) if kind == "full" else "0"
+            rows[f"cells {MEANINGS[kind]}"] = (whole, lambda s, kind=kind: str(s.summary.cells[kind]))  # type: ignore[misc]
+    rows |= {
+        "peak cache": ("0", lambda s: f"{s.summary.peak_cache_bytes / 2**20:.1f} MiB"),
+        "time, by raw's side by side": (f"{result.raw_seconds:.2f} s", lambda s: f"{s.time_ratio:.2f} ×"),
+        "PSNR to raw": ("∞", lambda s: f"{s.metrics['psnr']:.1f} dB"),
+        "SSIM to raw": ("1", lambda s: f"{s.metrics['ssim']:.3f}"),
+    }
+    for name, (raw, of) in rows.items():
+        shown.add_row(name, raw, *map(of, result.scores))
+    return shown

@@ -1,0 +1,66 @@
+"""What commands have in common: a model's name, the arguments of its call, where it runs."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from arrowhead import tiny
+from arrowhead.errors import InputsInvalid
+from arrowhead.plans.plan import Plan
+
+ModelName = Annotated[str, typer.Argument(help="a Hub id, a local folder, tiny:dit or tiny:mmdit")]
+INPUT = typer.Option(
+    "--input", "-i", metavar="NAME=VALUE", help="an argument of the pipeline's call, e.g. num_inference_steps=50; repeat"
+)
+Inputs = Annotated[list[str], INPUT]
+Seeds = Annotated[int, typer.Option(help="how many seeds to generate the inputs with, counted from 0", min=1)]
+Seed = Annotated[int, typer.Option(help="seed of the initial noise")]
+Device = Annotated[str, typer.Option(help="torch device")]
+Dtype = Annotated[str, typer.Option(help="torch dtype of the weights")]
+
+
+def load(name: str, device: str, dtype: str) -> Any:
+    """A pipeline: bundled, from a local folder, or from the Hub."""
+    wanted = getattr(torch, dtype, None)
+    if not isinstance(wanted, torch.dtype):
+        raise InputsInvalid(f"got dtype {dtype!r}, wanted the name of a torch dtype, such as bfloat16")
+    if name.startswith("tiny:"):
+        pipe = tiny.load(name.removeprefix("tiny:"), dtype=wanted)
+    else:
+        from diffusers import DiffusionPipeline  # noqa: PLC0415  # takes seconds to import
+
+        try:
+            pipe = DiffusionPipeline.from_pretrained(name, dtype=wanted)
+        except (OSError, ValueError) as error:
+            raise InputsInvalid(
+                f"cannot load {name!r}; wanted a Hub id or a pipeline's folder, or tiny:dit. {error}"
+            ) from error
+    try:
+        return pipe.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either, by device
+        raise InputsInvalid(f"got device {device!r}, wanted one that torch has here, such as cpu. {error}") from error
+
+
+def parse(inputs: list[str]) -> dict[str, Any]:
+    """`NAME=VALUE` pairs as arguments; a value that is JSON is read as such, any other is text."""
+    parsed: dict[str, Any] = {}
+    for pair in inputs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise InputsInvalid(f"got --input {pair!r}, wanted NAME=VALUE, such as num_inference_steps=50")
+        try:
+            parsed[name] = json.loads(value)
+        except json.JSONDecodeError:
+            parsed[name] = value
+    return parsed
+
+
+def by_name(paths: list[Path]) -> dict[str, Plan]:
+    """Plans by the names of their files."""
+    loaded = {path.stem: Plan.load(path) for path in paths}
+    if len(loaded) < len(paths):
+        raise InputsInvalid(f"got plans {[str(p) for p in paths]}, wanted files of different names: a row is named by its file")
+    return loaded

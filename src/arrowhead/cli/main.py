@@ -1,0 +1,310 @@
+"""The command line: a thin edge over the library, and the only place, with the demo, that prints."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import arrowhead as ah
+from arrowhead.analysis.palette import COLOURS, MEANINGS, ink
+from arrowhead.cli.analyze import analyze
+from arrowhead.cli.evaluate import evaluate
+from arrowhead.cli.inputs import Device, Dtype, Inputs, ModelName, Seed, Seeds, by_name, load, parse
+from arrowhead.errors import ArrowheadError, InputsInvalid
+from arrowhead.models.find import find
+from arrowhead.plans.cells import paper_name
+from arrowhead.plans.file_format import SYMBOLS
+from arrowhead.plans.plan import Plan
+from arrowhead.searches.api import THRESHOLDS
+from arrowhead.searches.budget.config import ASKED
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Diffusion transformers that generate faster.")
+app.command()(analyze)
+app.command()(evaluate)
+console = Console()
+Plans = Annotated[list[Path], typer.Option("--plan", exists=True, dir_okay=False, help="a plan that search wrote; repeat")]
+
+
+@app.command()
+def demo(out: Annotated[Path, typer.Option(help="folder for what is written")] = Path("demo")) -> None:
+    """Compress the bundled models, offline, and show what was saved and what it cost."""
+    from arrowhead.cli import demo as main_job  # noqa: PLC0415  # the other commands need neither matplotlib nor torchmetrics
+
+    main_job.run(out, console)
+
+
+@app.command()
+def families(
+    markdown: Annotated[bool, typer.Option(help="as docs/families.md has it")] = False,
+) -> None:
+    """What is supported, and how far it is tested."""
+    columns = ["family", "pipelines", "compressed", "left alone", "CFG", "tests"]
+    rows = [
+        (
+            f"{s.family} ({s.transformer})",
+            ", ".join(s.pipelines),
+            ", ".join(kind.replace("_", "-") for kind in s.compressed),
+            s.left_alone,
+            s.cfg,
+            s.tested,
+        )
+        for s in ah.supported()
+    ]
+    if markdown:
+        typer.echo("\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows)))
+        return
+    table = Table(title="families", show_lines=True)
+    for column in columns:
+        table.add_column(column, no_wrap=column == "family", overflow="fold")
+    for family, row in zip(ah.supported(), rows, strict=True):
+        table.add_row(family.family, *row[1:])
+    console.print(table)
+
+
+@app.command()
+def search(
+    model: ModelName,
+    inputs: Inputs,
+    out: Annotated[Path, typer.Option(help="the plan's file")] = Path("plan.json"),
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="transformer_flops=F, module_flops=F, attention_flops=F, speedup=X or error=E; or light, balanced, strong"
+        ),
+    ] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="greedy (DiTFastAttn), headwise (DiTFastAttnV2) or budget; follows the other options")
+    ] = None,
+    threshold: Annotated[
+        str | None, typer.Option(help=f"greedy: a number, or one of {', '.join(THRESHOLDS)} (D4); headwise: a number (0.6)")
+    ] = None,
+    loss: Annotated[str, typer.Option(help="greedy: paper or signed")] = "paper",
+    share_cfg: Annotated[bool, typer.Option(help="headwise: sites may compute the conditional branch alone")] = False,
+    residual: Annotated[bool, typer.Option(help="headwise: arrows add the residual of their last full step")] = False,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+) -> None:
+    """Find a plan on one calibration run, and save it."""
+    pipe = load(model, device, dtype)
+    call = parse(inputs) | {"generator": torch.Generator().manual_seed(seed)}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    how = ah.Headwise(share_cfg=share_cfg, residual=residual) if strategy == "headwise" else strategy
+    if how == strategy and (share_cfg or residual):
+        raise InputsInvalid(
+            f"got --share-cfg or --residual with strategy {strategy}, wanted them with headwise; leave them out"
+        )
+    asked: Any = {"strategy": how, "budget": _budget(budget), "threshold": _number(threshold), "loss": loss}
+    plan = ah.search(pipe, call, **asked)  # which says what it takes
+    plan.save(out)
+    show_plan(plan)
+    console.print(f"written to {out}")
+
+
+@app.command()
+def sweep(
+    model: ModelName,
+    inputs: Inputs,
+    out: Annotated[Path, typer.Option(help="folder for the table, the plans and the figure")] = Path("sweep"),
+    measure: Annotated[str, typer.Option(help="attention_flops, module_flops or transformer_flops")] = "module_flops",
+    points: Annotated[int, typer.Option(help="how many budgets", min=2)] = 20,
+    least: Annotated[float, typer.Option(help="the smallest budget")] = 0.15,
+    table: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="a table that sweep wrote: solve it, and run no model")
+    ] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+) -> None:
+    """Find plans for many budgets on one calibration run."""
+    from arrowhead.analysis.draw import sweep_curve  # noqa: PLC0415  # matplotlib
+
+    steps = (points - 1) / (1 - least)
+    budgets = [ah.Budget(**{measure: round(least + i / steps, 4)}) for i in range(points)]  # type: ignore[arg-type]
+    out.mkdir(parents=True, exist_ok=True)
+    if table is not None:
+        found = ah.Table.load(table)
+        console.print(f"{table} was made on {found.about['model']}")
+    else:
+        pipe = load(model, device, dtype)
+        found = ah.calibrate(pipe, parse(inputs) | {"generator": torch.Generator().manual_seed(seed)})
+        found.save(out / "table.safetensors")
+    plans = dict(zip((f"{budget.asked[1]:.3f}" for budget in budgets), ah.sweep(found, budgets), strict=True))
+    for name, plan in plans.items():
+        plan.save(out / f"{name}.json")
+    sweep_curve(plans, measure, out / "sweep.png")
+    console.print(f"{len(plans)} plans, their table and sweep.png written to {out}/")
+
+
+@app.command()
+def generate(
+    model: ModelName,
+    inputs: Inputs,
+    plan: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="a plan that search wrote; without one, full attention")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="folder for the images")] = Path("images"),
+    kernel: Annotated[str, typer.Option(help="auto, chunked, flex, fused or reference")] = "auto",
+    cache_dtype: Annotated[str, typer.Option(help="what later steps read is kept in: native, int8 or fp8")] = "native",
+    cache_device: Annotated[str | None, typer.Option(help="and where, such as cpu; where it is computed if left out")] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+) -> None:
+    """Generate images, with a plan or without."""
+    pipe = load(model, device, dtype)
+    call = parse(inputs) | {"generator": torch.Generator().manual_seed(seed), "output_type": "pil"}
+    find(pipe).call_arguments((), call)
+    if plan is None:
+        images = pipe(**call).images
+    else:
+        caches: Any = {"cache_dtype": cache_dtype, "cache_device": cache_device}  # apply says what it takes
+        with ah.applied(pipe, Plan.load(plan), kernel=kernel, **caches) as run:
+            images = pipe(**call).images
+        console.print(str(run.summary()), highlight=False)
+    out.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+        image.save(out / f"{i:03}.png")
+    console.print(f"{len(images)} images written to {out}/")
+
+
+@app.command()
+def compare(
+    model: ModelName,
+    inputs: Inputs,
+    plans: Plans,
+    out: Annotated[Path, typer.Option(help="the compare's file", dir_okay=False)] = Path("compare.html"),
+    seeds: Seeds = 3,
+    room: Annotated[int, typer.Option(help="MiB for pictures, which are stored without loss; figures are of all", min=1)] = 32,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+) -> None:
+    """Make one HTML page that shows what plans do to pictures; it needs no network, and opens from its file."""
+    from arrowhead.evaluation.side_by_side import evaluate as measure  # noqa: PLC0415
+    from arrowhead.report.page import compare as compare_pictures  # noqa: PLC0415
+    from arrowhead.report.page import require_writable  # noqa: PLC0415  # torchmetrics
+
+    loaded = by_name(plans)
+    require_writable(out)
+    result = measure(load(model, device, dtype), loaded, parse(inputs), seeds=range(seeds))
+    text = compare_pictures(result, title=model, command=shlex.join(["arrowhead", *sys.argv[1:]]), room=room * 2**20)
+    out.write_text(text, encoding="utf-8")
+    console.print(f"{len(result.raw)} pictures compared; {out.stat().st_size / 2**20:.1f} MiB written to {out}")
+
+
+@app.command()
+def show(
+    path: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="a plan that search wrote")],
+    png: Annotated[Path | None, typer.Option(help="draw it into this file, too")] = None,
+    site: Annotated[str | None, typer.Option(help="draw the heads of this site instead; its path, or its number")] = None,
+) -> None:
+    """Print a plan as a coloured map of steps and sites."""
+    plan = Plan.load(path)
+    show_plan(plan)
+    if png is not None:
+        from arrowhead.analysis.draw import (
+            head_map,
+            plan_map,  # noqa: PLC0415  # matplotlib
+        )
+
+        if site is None:
+            plan_map({path.stem: plan}, png)
+        else:
+            head_map(plan, _site_number(plan, site), png)
+        console.print(f"drawn into {png}")
+    elif site is not None:
+        raise InputsInvalid(f"got --site {site} and nothing to draw into; wanted --png FILE beside it")
+
+
+@app.command()
+def resample(
+    path: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="a plan that search wrote")],
+    steps: Annotated[int, typer.Option(help="the number of steps that it is to be for", min=1)],
+    out: Annotated[Path, typer.Option(help="the derived plan's file")] = Path("resampled.json"),
+) -> None:
+    """Derive a plan for another number of steps, without a search."""
+    plan = Plan.load(path).resample(steps=steps)
+    plan.save(out)
+    show_plan(plan)
+    console.print(f"written to {out}")
+
+
+def _budget(text: str | None) -> ah.Budget | str | None:
+    """A preset's name, or NAME=VALUE."""
+    name, equals, value = (text or "").partition("=")
+    if not equals:
+        return text
+    if name not in ASKED or not isinstance(number := _number(value), float):
+        raise InputsInvalid(
+            f"got --budget {text}, wanted a name, or one of {', '.join(ASKED)} with a number, as in module_flops=0.4"
+        )
+    return ah.Budget(**{name: number})  # type: ignore[arg-type]
+
+
+def _number(text: str | None) -> float | str | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
+
+
+def _site_number(plan: Plan, site: str) -> int:
+    paths = [s.path for s in plan.target.sites]
+    if site in paths:
+        return paths.index(site)
+    if site.isdecimal() and int(site) < len(paths):
+        return int(site)
+    raise InputsInvalid(f"got site {site!r}, wanted a number from 0 to {len(paths) - 1}, or a path such as {paths[0]}")
+
+
+def show_plan(plan: Plan) -> None:
+    """The map, steps downwards and sites to the right, with its legend and cost."""
+    for step, row in enumerate(plan.cells):
+        line = Text(f"step {step:>3}  ")
+        for name in map(paper_name, row):
+            line.append(f"{SYMBOLS[name]} ", style=_style(name))
+        console.print(line, no_wrap=True, overflow="ellipsis")
+    total, count = plan.steps * len(plan.target.sites), plan.count()
+    for name in [name for name in COLOURS if count[name]]:
+        console.print(
+            Text.assemble((f" {SYMBOLS[name]} ", _style(name)), f" {name}: {MEANINGS[name]}, {count[name] / total:.0%}")
+        )
+    if any("head-wise" in name for name in count):
+        heads = plan.count_heads()
+        said = ", ".join(f"{name} {n / heads.total():.0%}" for name, n in heads.most_common())
+        console.print(f"heads: {said}", highlight=False)
+    left, peak = plan.flops(), max(plan.cache_bytes())
+    if searched := plan.about.get("search"):
+        said = ", ".join(
+            f"{key} {', '.join(map(str, value)) if isinstance(value, list) else value}" for key, value in searched.items()
+        )
+        console.print(said.replace("_", " "), highlight=False)
+    for change in plan.about.get("derived", ()):
+        console.print(f"derived: {', '.join(f'{name} {what}' for name, what in change.items())}", highlight=False)
+    console.print(
+        f"{plan.target.transformer}, {plan.steps} steps × {len(plan.target.sites)} sites, {plan.tokens.visual} visual tokens"
+        f"{'' if plan.switch is None else f', a second transformer from step {plan.switch} on'}\n"
+        f"FLOPs left: {left.attention:.1%} of attention's matmuls, {left.module:.1%} with projections; caches of at most "
+        f"{peak / 2**20:.1f} MiB an image in 16 bits",
+        highlight=False,
+    )
+
+
+def _style(name: str) -> str:
+    """A kind of cell's colour as background, with letters that can be read on it."""
+    return f"{ink(name)} on {COLOURS[name]}"
+
+
+def main() -> None:
+    """Run the command line; what arrowhead refuses is one line, not a traceback."""
+    try:
+        app()
+    except ArrowheadError as error:
+        Console(stderr=True).print(f"[red]{type(error).__name__}[/]: {error}", highlight=False)
+        sys.exit(2)

@@ -1,0 +1,213 @@
+"""What one generation remembers between steps. A run owns a cache, and drops it when the generation ends."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from arrowhead.engine.cache_encoding import NATIVE, CacheEncoding, EncodedTensor, own_storage
+from arrowhead.errors import NotIntercepted
+from arrowhead.plans.cells import Radius
+from arrowhead.plans.layout import Branches
+from arrowhead.plans.lifetimes import What
+
+Output = Tensor | tuple[Tensor | None, ...]
+"""What a site's module gives: (B, N, C), or such a tensor for the image and one for the text, None where it gives no text."""
+EncodedOutput = EncodedTensor | tuple[EncodedTensor | None, ...]
+"""The same as it is kept."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """What an entry is: a site's module output, its change per step, its heads' outputs, or their residuals of one radius.
+
+    What is `handed over` is a module output that the second call of the transformer in a step takes from the first.
+    """
+
+    site: str
+    what: What = "output"
+    radius: Radius | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Values for both CFG branches, or, `conditional_only`, for the conditional one; kept until step `last_reader`.
+
+    `heads` are those that the value's second dimension holds; None for all, and for what has no heads. `made` is the step that
+    a module's output is of.
+    """
+
+    value: EncodedOutput
+    conditional_only: bool
+    last_reader: int
+    heads: tuple[int, ...] | None = None
+    made: int = 0
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What takes memory."""
+        parts = self.value if isinstance(self.value, tuple) else (self.value,)
+        return tuple(tensor for part in parts if part is not None for tensor in part.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the value."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def without(self, heads: Sequence[int]) -> "Entry | None":
+        """The entry for the other heads; None when there are none."""
+        assert isinstance(self.value, EncodedTensor)
+        held = self.heads or tuple(range(self.value.values.shape[1]))
+        others = [head for head in held if head not in heads]
+        if len(others) == len(held):
+            return self
+        if not others:
+            return None
+        return replace(self, value=self.value.heads(tuple(map(held.index, others))), heads=tuple(others))
+
+
+@dataclass
+class Cache:
+    """Module outputs (B, N, C) and their slopes, head outputs (B, h, N, D) and residuals (B, h, V, D) of every site.
+
+    Where the branches come in two calls, each call has a cache of its own, and no entry is for one branch of several.
+    """
+
+    branches: Branches
+    entries: dict[Key, list[Entry]] = field(default_factory=dict)
+    held_bytes: int = 0
+
+    def read(self, key: Key, step: int, *, conditional: bool = False) -> Output:
+        """A module's output, for both branches or for the conditional one; freed if no later step reads it.
+
+        Raises:
+            NotIntercepted: nothing was stored.
+        """
+        (entry,) = self._stored(key, step)
+        self._free(key, step)
+        return self._branch(entry, conditional=conditional)
+
+    def age(self, key: Key, step: int) -> int:
+        """How many steps ago a module's output was stored. Raises what `read` raises."""
+        (entry,) = self._stored(key, step)
+        return step - entry.made
+
+    def read_heads(self, key: Key, heads: Sequence[int], count: int, step: int, *, conditional: bool = False) -> Tensor:
+        """Stored tensors of these heads, (B, len(heads), ·, D), of a site with `count` heads; freed like others.
+
+        Raises:
+            NotIntercepted: nothing was stored for one of them.
+        """
+        entries = self._stored(key, step)
+        rows: dict[int, Tensor] = {}
+        for entry in entries:
+            if entry.heads is None and len(entries) == 1 and len(heads) == count:  # nothing to pick
+                self._free(key, step)
+                return self._tensor(entry, conditional)
+            held = range(count) if entry.heads is None else entry.heads
+            if not set(held).isdisjoint(heads):
+                rows |= zip(held, self._tensor(entry, conditional).unbind(1), strict=True)
+        if missing := set(heads) - set(rows):
+            raise NotIntercepted(f"{key.site}: step {step} reads {key.what} of heads {sorted(missing)}, which were not stored")
+        self._free(key, step)
+        return torch.stack([rows[head] for head in heads], 1)
+
+    def write(self, key: Key, entry: Entry) -> None:
+        """Store until step `last_reader` has read it, or until it is overwritten; for some heads beside others' values."""
+        if entry.heads is None:
+            self.drop(key)
+        else:
+            trimmed = (other.without(entry.heads) for other in self.entries.get(key, []))
+            self._keep(key, [other for other in trimmed if other is not None])
+        self.entries.setdefault(key, []).append(entry)
+        self.held_bytes += entry.nbytes
+
+    def drop(self, key: Key) -> None:
+        """Forget what is stored under a key, if anything is."""
+        self._keep(key, [])
+
+    def expire(self, site: str, step: int) -> None:
+        """Forget what of a site no step after `step` reads."""
+        for key in [key for key in self.entries if key.site == site]:
+            self._free(key, step)
+
+    def _stored(self, key: Key, step: int) -> list[Entry]:
+        entries = self.entries.get(key)
+        if not entries:
+            raise NotIntercepted(
+                f"{key.site}: step {step} reads what an earlier step should have stored, but the site did not run there; "
+                "wanted every site in every step; remove what skips blocks"
+            )
+        return entries
+
+    def _free(self, key: Key, step: int) -> None:
+        self._keep(key, [entry for entry in self.entries[key] if entry.last_reader > step])
+
+    def _keep(self, key: Key, kept: list[Entry]) -> None:
+        before = self.entries.pop(key, [])
+        self.held_bytes -= sum(entry.nbytes for entry in before) - sum(entry.nbytes for entry in kept)
+        if kept:
+            self.entries[key] = kept
+
+    def _tensor(self, entry: Entry, conditional: bool) -> Tensor:
+        value = self._branch(entry, conditional=conditional)
+        assert isinstance(value, Tensor)
+        return value
+
+    def _branch(self, entry: Entry, *, conditional: bool) -> Output:
+        if not self.branches.batched or conditional == entry.conditional_only:
+            return decode_output(entry.value)
+        if not conditional:
+            return both_branches(decode_output(entry.value))
+        return decode_output(entry.value, self.branches)
+
+
+def held_bytes(caches: Sequence[Cache]) -> int:
+    """Bytes of all that the caches hold; a tensor that two of them hold counts once."""
+    if len(caches) == 1:
+        return caches[0].held_bytes
+    entries = (entry for own in caches for stored in own.entries.values() for entry in stored)
+    return sum({id(tensor): tensor.nbytes for entry in entries for tensor in entry.tensors}.values())
+
+
+def encode_output(value: Output, head_dim: int, encoding: CacheEncoding = NATIVE) -> EncodedOutput:
+    """A value of a site whose heads are so wide, as it is to be kept."""
+    if isinstance(value, tuple):
+        return tuple(None if tensor is None else encoding.stored(tensor, head_dim) for tensor in value)
+    return encoding.stored(value, head_dim)
+
+
+def decode_output(value: EncodedOutput, half: Branches | None = None) -> Output:
+    """What was kept; of the conditional branch alone, where branches are given."""
+    if isinstance(value, tuple):
+        return tuple(None if part is None else _decode(part, half) for part in value)
+    return _decode(value, half)
+
+
+def _decode(part: EncodedTensor, half: Branches | None) -> Tensor:
+    return (part if half is None else part.rows(half.conditional(part.values.shape[0]))).read()
+
+
+def map_output(value: Output, change: Callable[[Tensor], Tensor]) -> Output:
+    """An output with every tensor of it changed."""
+    return tuple(t if t is None else change(t) for t in value) if isinstance(value, tuple) else change(value)
+
+
+def add_scaled(value: Output, other: Output, weight: float) -> Output:
+    """`value` + weight · `other`, of outputs of one form."""
+    if isinstance(value, tuple):
+        pairs = zip(value, other, strict=True)
+        return tuple(None if a is None or b is None else torch.add(a, b, alpha=weight) for a, b in pairs)
+    assert isinstance(other, Tensor)
+    return torch.add(value, other, alpha=weight)
+
+
+def compact_output(value: Output) -> Output:
+    """The same values, keeping no more memory alive than their own: a part of a larger tensor is copied."""
+    return map_output(value, own_storage)
+
+
+def both_branches(half: Output) -> Output:
+    """One branch's rows, serving both: (B/2, …) -> (B, …). Alike for both orders of the branches."""
+    return map_output(half, lambda tensor: torch.cat([tensor, tensor]))

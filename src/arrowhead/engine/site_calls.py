@@ -1,0 +1,217 @@
+"""One call of a site's module: run, on some of its rows or with some of its heads alone, or answered from what was kept."""
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import greenlet
+import torch
+from torch import Tensor
+
+from arrowhead.engine.attention_hook import AttentionCall, AttentionHandler, attention_handler, batch_calls
+from arrowhead.engine.cache import Output, add_scaled
+from arrowhead.engine.head_projection import ProjectedHeads
+from arrowhead.errors import NotIntercepted
+from arrowhead.plans.layout import Site
+from arrowhead.upstream import uncompiled
+
+
+@dataclass(frozen=True)
+class SiteCall(ABC):
+    """One call of a site's module."""
+
+    site: Site
+    module: Any
+    original: Callable[..., Output]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def batch(self) -> int:
+        """Rows of the module's input (B, N, C)."""
+        return self._hidden_states.shape[0]
+
+    @abstractmethod
+    def run(self, answer: AttentionHandler, rows: slice | None = None, heads: Sequence[int] | None = None) -> Output:
+        """Run the module on `rows` of its input: (rows, N, C)."""
+
+    def native(self, rows: slice | None = None) -> Output:
+        """What the module gives by itself."""
+        return self.run(lambda attention: attention.native(), rows)
+
+    def kept(self, out: Output, rows: slice | None = None) -> Output:  # noqa: ARG002
+        """What of an output, run on `rows`, serves other steps, or the other branch: all of it, where it is no block's."""
+        return out
+
+    def restore(self, kept: Output) -> Output:
+        """The output, from what `kept` gave in another step, or of one branch, for both."""
+        return kept
+
+    @property
+    def _hidden_states(self) -> Tensor:
+        if "hidden_states" in self.kwargs:
+            return self.kwargs["hidden_states"]
+        return self.args[self._first] if len(self.args) > self._first else next(iter(self.kwargs.values()))
+
+    _first: ClassVar[int] = 0
+    """Where the input stands among the arguments."""
+
+    def _of_rows(self, rows: slice | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments for these rows."""
+        if rows is None:
+            return self.args, dict(self.kwargs)
+        args = tuple(_part(value, rows, self.batch) for value in self.args)
+        return args, {name: _part(value, rows, self.batch) for name, value in self.kwargs.items()}
+
+
+def _part(value: Any, rows: slice, batch: int) -> Any:
+    """These rows of an argument that has all of the batch; so too in tuples, as of rotary embeddings, (B, N, C) each."""
+    if isinstance(value, tuple):  # those of (N, C) are for all samples, and those of (N, H, C)
+        return tuple(_part(item, rows, batch) if isinstance(item, Tensor) and item.ndim > 2 else item for item in value)
+    return value[rows] if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch else value
+
+
+@dataclass(frozen=True)
+class ModuleCall(SiteCall):
+    """One call of a module that is computed or not; `original` is its forward."""
+
+    def run(self, answer: AttentionHandler, rows: slice | None = None, heads: Sequence[int] | None = None) -> Output:  # noqa: ARG002
+        """There is no attention to answer, and there are no heads to choose from."""
+        args, kwargs = self._of_rows(rows)
+        return self.original(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class BlockCall(ModuleCall):
+    """One call of a whole block, (text, image) or the image alone: what it adds to its input is what serves elsewhere."""
+
+    def kept(self, out: Output, rows: slice | None = None) -> Output:
+        """What the block added to its input."""
+        return add_scaled(out, self._input(out, rows), -1)
+
+    def restore(self, kept: Output) -> Output:
+        """The block's input, with this added."""
+        return add_scaled(self._input(kept, None), kept, 1)
+
+    def _input(self, like: Output, rows: slice | None) -> Output:
+        args, kwargs = self._of_rows(rows)
+        given = inspect.signature(uncompiled(self.module).forward).bind(*args, **kwargs).arguments
+        visual = next(iter(given.values()))  # hidden_states, or x
+        if isinstance(like, Tensor):
+            return visual
+        text, _ = like
+        return (None if text is None else given["encoder_hidden_states"]), visual
+
+
+@dataclass(frozen=True)
+class AttentionSiteCall(SiteCall):
+    """One call of an attention module's processor, whose first argument the module is."""
+
+    _first: ClassVar[int] = 1
+    _wanted: ClassVar[str] = "a processor that does, such as diffusers' AttnProcessor2_0"
+
+    def run(self, answer: AttentionHandler, rows: slice | None = None, heads: Sequence[int] | None = None) -> Output:
+        """Run the module on `rows` of its input, its attention computed by `answer`: (rows, N, C).
+
+        With `heads`, Q, K and V of these alone are projected; `answer` gives the output of all heads just the same. It is asked
+        once for all rows, padded and masked, where the module calls attention for each sample by itself.
+
+        Raises:
+            NotIntercepted: the processor computed attention in a way that is not routed.
+        """
+        if self.site.by_sample:
+            return self._by_sample(answer, range(self.batch)[rows or slice(None)])
+        args, kwargs = self._of_rows(rows)
+        some = None if heads is None else ProjectedHeads(args[0], heads)
+        if some is not None:
+            args = (some, *args[1:])
+        reached = False
+
+        def once(call: AttentionCall) -> Tensor:
+            nonlocal reached
+            if reached:
+                raise NotIntercepted(
+                    f"{self.site.path}: {self._processor} computes attention twice, as for an "
+                    "IP-Adapter; wanted a processor that does once; unload the adapter, or remove the plan"
+                )
+            reached = True
+            attended = answer(call)
+            if some is not None:
+                some.heads = self.site.heads  # from here on the processor handles the output of all heads
+            return attended
+
+        with attention_handler(once):
+            out = self._attend(args, kwargs)
+        if not reached:
+            raise NotIntercepted(
+                f"{self.site.path}: {self._processor} did not call F.scaled_dot_product_attention or "
+                f"dispatch_attention_fn; wanted {self._wanted}"
+            )
+        return out
+
+    def _attend(self, args: Any, kwargs: Any) -> Output:
+        return self.original(*args, **kwargs)
+
+    def native(self, rows: slice | None = None) -> Output:
+        """Bit for bit, in however many calls of attention."""
+        if not self.site.by_sample:
+            return super().native(rows)
+        args, kwargs = self._of_rows(rows)
+        with attention_handler(lambda attention: attention.native()):
+            return self.original(*args, **kwargs)
+
+    def _by_sample(self, answer: AttentionHandler, rows: range) -> Output:
+        """Each row in a greenlet of its own, until all have asked: `answer` has them as one batch, padded to one length."""
+
+        def lane(row: int) -> Output:
+            args, kwargs = self._of_rows(slice(row, row + 1))
+            with attention_handler(greenlet.getcurrent().parent.switch):
+                return self.original(*args, **kwargs)
+
+        lanes = [greenlet.greenlet(partial(lane, row)) for row in rows]
+        try:
+            asked = [lane.switch() for lane in lanes]
+            if not all(isinstance(call, AttentionCall) for call in asked):
+                raise NotIntercepted(
+                    f"{self.site.path}: {self._processor} did not call attention for a sample; wanted one call"
+                )
+            attended = answer(batch_calls(asked, self._hidden_states.shape[1] + self.kwargs["encoder_hidden_states"].shape[1]))
+            parts = zip(lanes, attended.chunk(len(lanes)), asked, strict=True)
+            outs = [lane.switch(part[:, :, : call.q.shape[2]]) for lane, part, call in parts]
+            if not all(lane.dead for lane in lanes):
+                raise NotIntercepted(
+                    f"{self.site.path}: {self._processor} called attention twice for a sample; wanted one call"
+                )
+        finally:
+            for begun in filter(None, lanes):  # and not at their end
+                begun.throw(greenlet.GreenletExit)
+        return tuple(map(torch.cat, zip(*outs, strict=True))) if isinstance(outs[0], tuple) else torch.cat(outs)
+
+    @property
+    def _processor(self) -> str:
+        return type(self.module.processor).__name__
+
+
+@dataclass(frozen=True)
+class ForwardSiteCall(AttentionSiteCall):
+    """One call of an attention module without a processor; `original` is its forward, `routed` that with attention routed."""
+
+    routed: Callable[..., Output]
+
+    _first: ClassVar[int] = 0
+    _wanted: ClassVar[str] = "a module that does; give arrowhead.Attention a forward that calls its `attend`"
+
+    def native(self, rows: slice | None = None) -> Output:
+        """Bit for bit, though `routed` may multiply in another order."""
+        args, kwargs = self._of_rows(rows)
+        return self.original(*args, **kwargs)
+
+    def _attend(self, args: Any, kwargs: Any) -> Output:
+        return self.routed(*args, **kwargs)
+
+    @property
+    def _processor(self) -> str:
+        return type(self.module).__name__

@@ -1,0 +1,1 @@
+"""Kernels in plain PyTorch, for any device and fast on a CPU."""

@@ -1,0 +1,84 @@
+"""Chunks of queries, each against the slice of keys that its band can reach, through torch's own attention.
+
+Exact on any device and without compilation: the edges of a slice are masked. With chunks of c queries and radius w a query
+meets c + 2w keys instead of N. Heads of one radius are taken together. On the CPU, without gradients or a mask of the model's
+own, `windows` does the same faster; boxes of the grid are for `boxes`.
+
+Heads in int8 attend by the queries and keys that quantising leaves, in float32: exact in effect, and slower than native ones.
+"""
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from arrowhead.kernels import int8
+from arrowhead.kernels.call import Call, Policy
+from arrowhead.kernels.cpu import boxes, windows
+from arrowhead.kernels.head_index import places
+from arrowhead.plans import masks
+from arrowhead.plans.cells import Box, Radius, grouped
+from arrowhead.plans.layout import Tokens
+
+
+def attend(call: Call) -> Tensor:
+    """Arrow attention, (B, H, N, D) each; the dtype is kept."""
+    groups = list(grouped(call.policies))
+    if len(groups) == 1:
+        return _alike(call, call.policies[0])
+    out = torch.empty_like(call.q)
+    for policy, heads in groups:
+        out[:, places(heads, out.device)] = _alike(call.of(heads), policy)
+    return out
+
+
+def _alike(call: Call, policy: Policy) -> Tensor:
+    """Heads of one policy."""
+    if policy.precision == "native":
+        return _one_radius(call, policy.radius)
+    q, k, v = int8.emulated(call.q, call.k, call.v)
+    mask = call.mask if call.mask is None or call.mask.dtype == torch.bool else call.mask.to(q.dtype)
+    return _one_radius(replace(call, q=q, k=k, v=v, mask=mask), policy.radius).to(call.q.dtype)
+
+
+def _one_radius(call: Call, radius: Radius | None) -> Tensor:
+    q, k, v, tokens, scale, mask = call.q, call.k, call.v, call.tokens, call.scale, call.mask
+    if radius is None or masks.covers(tokens, radius):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    out = torch.empty_like(q)
+    text, visual = tokens.text_slice, tokens.visual_slice
+    if tokens.text:
+        rows = None if mask is None else masks.part(mask, 2, text)
+        out[:, :, text] = F.scaled_dot_product_attention(q[:, :, text], k, v, attn_mask=rows, scale=scale)
+    if isinstance(radius, Box):
+        boxes.visual_rows(call, radius, out)
+        return out
+    if mask is None and windows.serve(q, k, v):
+        out[:, :, visual] = windows.visual_rows(q, k, v, tokens, radius, scale)
+        return out
+    q_visual, k_visual, v_visual = q[:, :, visual], k[:, :, visual], v[:, :, visual]  # (B, H, V, D)
+    out_visual, chunk = out[:, :, visual], windows.chunk_length(radius)
+    for start in range(0, tokens.visual, chunk):
+        stop = min(start + chunk, tokens.visual)
+        low, high = max(0, start - radius), min(tokens.visual, stop + radius)
+        keys, values = k_visual[:, :, low:high], v_visual[:, :, low:high]  # (B, H, high − low, D)
+        if tokens.text:
+            keys = torch.cat([keys, k[:, :, text]], 2)
+            values = torch.cat([values, v[:, :, text]], 2)
+        bias = F.pad(windows.chunk_bias(start, stop, low, high, radius, q.dtype, q.device), (0, tokens.text))
+        if mask is not None:
+            first = visual.start
+            bias = bias + _of_chunk(mask, tokens, slice(first + start, first + stop), slice(first + low, first + high), q.dtype)
+        out_visual[:, :, start:stop] = F.scaled_dot_product_attention(
+            q_visual[:, :, start:stop], keys, values, attn_mask=bias, scale=scale
+        )
+    return out
+
+
+def _of_chunk(mask: Tensor, tokens: Tokens, queries: slice, keys: slice, dtype: torch.dtype) -> Tensor:
+    """The model's own mask as a bias for a chunk: its queries against its visual keys and the text."""
+    rows = masks.part(mask, 2, queries)
+    if mask.shape[3] > 1:
+        rows = torch.cat([rows[..., keys], rows[..., tokens.text_slice]], -1)
+    return masks.bias(rows, dtype) if rows.dtype == torch.bool else rows.to(dtype)

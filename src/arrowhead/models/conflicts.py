@@ -1,0 +1,80 @@
+"""What may be on a transformer that no plan goes with: diffusers' caches, IP-Adapters, shares of it in other processes."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
+from arrowhead.errors import UnsupportedPipeline
+
+CACHES = {
+    "faster_cache": "FasterCache",
+    "first_block_cache": "FirstBlockCache",
+    "mag_cache": "MagCache",
+    "pyramid_attention_broadcast": "PyramidAttentionBroadcast",
+    "sea_cache": "SeaCache",
+    "taylorseer_cache": "TaylorSeerCache",
+    "text_kv_cache": "TextKVCache",
+}
+"""By the module of `diffusers.hooks` that a hook's class is of. Other hooks (offloading, casting) may stay."""
+
+
+def require_no_conflicts(transformers: Iterable[nn.Module]) -> None:
+    """Check that each transformer computes all of its output, in every step, in this process.
+
+    Raises:
+        UnsupportedPipeline: it carries one of diffusers' caches, or is shared out among processes.
+    """
+    for transformer in transformers:
+        name = type(transformer).__name__
+        if cache := next(_caches(transformer), None):
+            raise UnsupportedPipeline(
+                f"got a {name} with diffusers' {cache}, which leaves out blocks or attention by itself, so that neither of the "
+                "two would know what the other computed; wanted one of them; call disable_cache() on the transformer, or load "
+                "it anew, or remove the plan"
+            )
+        if path := next(_adapted(transformer), None):
+            raise UnsupportedPipeline(
+                f"got a {name} with an IP-Adapter at {path}, which attends twice, to the picture as well; wanted none; call "
+                "unload_ip_adapter() of the pipeline, or remove the plan"
+            )
+        if shared := _shared_out(transformer):
+            raise UnsupportedPipeline(
+                f"got a {name} {shared}; wanted all heads and tokens in one process; generate with whole transformers, "
+                "different prompts in each process, or remove the plan"
+            )
+
+
+def _caches(transformer: nn.Module) -> Iterator[str]:
+    for module in transformer.modules():
+        hooks: dict[str, Any] = getattr(vars(module).get("_diffusers_hook"), "hooks", {})
+        for hook in hooks.values():
+            if (cache := CACHES.get(type(hook).__module__.rpartition(".")[2])) is not None:
+                yield cache
+
+
+def _adapted(transformer: nn.Module) -> Iterator[str]:
+    for path, module in transformer.named_modules():
+        if "IPAdapter" in type(getattr(module, "processor", None)).__name__:
+            yield path
+
+
+def _shared_out(transformer: nn.Module) -> str | None:
+    """How its work is shared out among processes; None where it is not."""
+    config = getattr(transformer, "_parallel_config", None)
+    if (context := getattr(config, "context_parallel_config", None)) is not None:
+        if getattr(context, "ring_degree", 1) not in (None, 1):
+            return "with ring context parallelism, which gives a process some of the tokens"
+        return "with Ulysses context parallelism, which gives a process some of the heads"
+    tensors = sys.modules.get("torch.distributed.tensor")  # where nobody imported it there are none
+    sharded = tensors is not None and any(isinstance(weight, tensors.DTensor) for weight in transformer.parameters())
+    if sharded or getattr(config, "tensor_parallel_config", None) is not None:
+        return "whose weights are DTensors, shared out by tensor parallelism or FSDP: a process has some of the heads, or rows"
+    return None
+
+
+def looks_at_an_image(transformer: Any) -> str | None:
+    """Wan 2.1's from images has a second attention, to the image, within the one to the text."""
+    image_dim = transformer.config.image_dim
+    return None if image_dim is None else f"image_dim={image_dim}: attention to an image beside the one to the text"

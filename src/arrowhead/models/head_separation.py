@@ -1,0 +1,29 @@
+"""Which modules can project Q, K and V of single heads."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+QKV = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+
+
+def can_project_heads_separately(module: Any) -> bool:
+    """Whether single heads' Q, K and V can be computed alone: plain linear layers, no q/k norm that spans heads.
+
+    Where heads share keys and values, it is Q alone that can.
+    """
+    if not hasattr(module, "to_q"):  # one layer for all of them, and more
+        return False
+    linears = [linear for name in QKV if (linear := getattr(module, name, None)) is not None]
+    norms = [norm for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k") if (norm := getattr(module, name, None))]
+    width = module.to_q.out_features // module.heads
+    own_width = all(w.numel() == width for norm in norms for w in norm.parameters())
+    known = all(map(is_plain, linears)) and not getattr(module, "fused_projections", False)
+    return known and own_width and all(module.heads * width % linear.out_features == 0 for linear in linears)
+
+
+def is_plain(linear: Any) -> bool:
+    """Whether a layer multiplies by a plain weight and does no more: no LoRA, quantisation, hook, or forward put on it."""
+    if type(linear) is not nn.Linear or type(linear.weight.data) is not Tensor:
+        return False
+    return not (linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear))

@@ -1,0 +1,1 @@
+"""What a plan is: frozen values and their arithmetic, without models and without diffusers."""

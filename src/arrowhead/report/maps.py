@@ -1,0 +1,160 @@
+"""Maps of a plan, steps to the right, made of the plan's own cells: its sites downwards, or the heads of one site."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from arrowhead.analysis.palette import COLOURS, MEANINGS, ink, opacity
+from arrowhead.plans.cells import Arrow, Attend, Box, Cell, Method, Radius, Reuse, method_name, paper_name
+from arrowhead.plans.layout import Site
+from arrowhead.plans.plan import Plan
+
+Place = tuple[int, int]  # step, row
+CELL = 18  # units wide and high
+
+
+@dataclass(frozen=True)
+class Area:
+    """All cells of a map that do exactly the same: where they are, and what is said of them."""
+
+    name: str
+    said: str
+    opacity: float
+    places: tuple[Place, ...]
+
+    @property
+    def ink(self) -> str:
+        """What can be read on it."""
+        return ink(self.name, self.opacity)
+
+    @property
+    def middles(self) -> Mapping[str, str]:
+        """The cells' middles, as the lists that an SVG text takes."""
+        steps, rows = zip(*self.places, strict=True)
+        return {"x": _spaced(step * CELL + CELL / 2 for step in steps), "y": _spaced(row * CELL + 12.5 for row in rows)}
+
+    @property
+    def outline(self) -> str:
+        """An SVG path around them, one unit a cell; cells that follow one another in a row are one rectangle."""
+        return "".join(f"M{step} {row}h{length}v1h-{length}z" for step, row, length in self._runs())
+
+    def _runs(self) -> list[tuple[int, int, int]]:
+        runs: list[tuple[int, int, int]] = []
+        for step, row in sorted(self.places, key=lambda place: place[::-1]):
+            if runs and (runs[-1][0] + runs[-1][2], runs[-1][1]) == (step, row):
+                runs[-1] = (runs[-1][0], row, runs[-1][2] + 1)
+            else:
+                runs.append((step, row, 1))
+        return runs
+
+
+@dataclass(frozen=True)
+class Map:
+    """Rows × steps of cells. `labels` are the rows' names in short, `rows` in full. Sizes are in an SVG's units."""
+
+    rows: tuple[str, ...]
+    labels: tuple[str, ...]
+    steps: int
+    areas: tuple[Area, ...]
+
+    @property
+    def shares(self) -> Mapping[str, float]:
+        """What part of the cells bears each name, in the palette's order."""
+        count: Counter[str] = Counter()
+        for area in self.areas:
+            count[area.name] += len(area.places)
+        return {name: count[name] / count.total() for name in COLOURS if count[name]}
+
+    @property
+    def left(self) -> int:
+        """Where the cells begin: after the labels."""
+        return 12 + 7 * max(map(len, self.labels))
+
+    @property
+    def width(self) -> int:
+        """Of labels and cells."""
+        return self.left + self.steps * CELL
+
+    @property
+    def height(self) -> int:
+        """Of cells, and the steps' numbers beneath."""
+        return len(self.rows) * CELL + 36
+
+    @property
+    def lines(self) -> str:
+        """An SVG path between the cells, one unit a cell."""
+        down = "".join(f"M{step} 0V{len(self.rows)}" for step in range(1, self.steps))
+        return down + "".join(f"M0 {row}H{self.steps}" for row in range(1, len(self.rows)))
+
+
+def site_map(plan: Plan) -> Map:
+    """The plan's sites over its steps."""
+    paths = tuple(site.path for site in plan.target.sites)
+    return _map(paths, _short(paths), plan.columns)
+
+
+def head_maps(plan: Plan) -> Mapping[str, Map]:
+    """Of each site that tells heads apart in some step, by its path: its heads over the steps."""
+    return {
+        site.path: _map(
+            [f"{site.path}, head {head}" for head in range(site.heads)],
+            [f"head {head}" for head in range(site.heads)],
+            _by_head(site, column),
+        )
+        for site, column in zip(plan.target.sites, plan.columns, strict=True)
+        if any(isinstance(cell, Attend) and isinstance(cell.method, tuple) for cell in column)
+    }
+
+
+def _by_head(site: Site, column: Sequence[Cell]) -> list[list[Cell]]:
+    return [[cell.of_head(head) if isinstance(cell, Attend) else cell for cell in column] for head in range(site.heads)]
+
+
+def _map(rows: Sequence[str], labels: Sequence[str], cells: Sequence[Sequence[Cell]]) -> Map:
+    """Of cells by row and step."""
+    places: dict[Cell, list[Place]] = {}
+    for row, line in enumerate(cells):
+        for step, cell in enumerate(line):
+            places.setdefault(cell, []).append((step, row))
+    radii = {radius for cell in places if (radius := _radius(cell)) is not None}
+    areas = tuple(
+        Area(paper_name(cell), _said(cell), opacity(_radius(cell), radii), tuple(where)) for cell, where in places.items()
+    )
+    return Map(tuple(rows), tuple(labels), len(cells[0]), areas)
+
+
+def _said(cell: Cell) -> str:
+    """A cell in words: its name, what that means, how far its bands reach, and what part of a slope it takes."""
+    name = paper_name(cell)
+    if isinstance(cell, Reuse):
+        return f"{name}: {MEANINGS[name]}" + (f", {cell.extrapolate:g} of the slope" if 0 < cell.extrapolate < 1 else "")
+    if isinstance(cell.method, tuple):
+        count = Counter(map(_word, cell.method))
+        return f"{name}: " + ", ".join(f"{n} × {word}" for word, n in count.most_common())
+    radius = _radius(cell)
+    unit = "frames, rows and columns" if isinstance(radius, Box) else "tokens"
+    return f"{name}: {MEANINGS[name]}" + ("" if radius is None else f", {radius} {unit} on each side")
+
+
+def _word(method: Method) -> str:
+    return method_name(method) + (f" of {method.radius}" if isinstance(method, Arrow) else "")
+
+
+def _radius(cell: Cell) -> Radius | None:
+    return cell.method.radius if isinstance(cell, Attend) and isinstance(cell.method, Arrow) else None
+
+
+def _spaced(numbers: Iterable[float]) -> str:
+    return " ".join(f"{number:g}" for number in numbers)
+
+
+def _short(paths: Sequence[str]) -> list[str]:
+    """Paths without what they all begin with."""
+    parts = [path.split(".") for path in paths]
+    shared = 0
+    while len({tuple(path[: shared + 1]) for path in parts}) == 1 and all(len(path) > shared + 1 for path in parts):
+        shared += 1
+    return [".".join(path[shared:]) for path in parts]
+
+
+__all__ = ["CELL", "Area", "Map", "head_maps", "site_map"]

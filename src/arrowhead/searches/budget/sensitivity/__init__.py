@@ -1,0 +1,1 @@
+"""Measures how much each change of a site changes the final picture: the sensitivity table."""

@@ -1,0 +1,257 @@
+"""DiTFastAttnV2's search: every head of every site chosen by a local error, in one run of the pipeline."""
+
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from arrowhead.calibration.run import CalibrationRun, SearchResult, require_finite
+from arrowhead.calibration.sharding import ALONE, Share, share_of
+from arrowhead.engine.attention_hook import AttentionCall
+from arrowhead.engine.cache import Entry, Key, Output, both_branches, encode_output
+from arrowhead.engine.execute_site import SitePass, attend_heads, record_attention
+from arrowhead.engine.generation import Generation
+from arrowhead.engine.site_calls import SiteCall
+from arrowhead.errors import InputsInvalid
+from arrowhead.metrics.error import moments, of_moments
+from arrowhead.models.find import find
+from arrowhead.plans import flops
+from arrowhead.plans.cells import FULL, Arrow, Attend, Box, Cached, Cell, Full, Method, Radius, grouped
+from arrowhead.plans.layout import Site, Tokens
+from arrowhead.plans.lifetimes import FOREVER, Writes
+from arrowhead.searches.multiple_choice import solve_multiple_choice
+from arrowhead.searches.radii import narrower, require_radii
+from arrowhead.searches.settings import is_number, require_flags
+
+if TYPE_CHECKING:  # diffusers takes seconds to import
+    from diffusers import DiffusionPipeline
+
+HEADS_AT_ONCE = 4
+"""Heads whose candidates are in memory together."""
+
+
+@dataclass(frozen=True)
+class Headwise:
+    """What DiTFastAttnV2's search may choose from, and how.
+
+    Args:
+        radii: of the arrows, in tokens on each side, or boxes in the grid; None for a sixteenth, a 32nd and a 64th of the
+            visual tokens.
+        caching: whether heads may repeat their output of the step before.
+        share_cfg: whether a site may compute the conditional branch alone.
+        residual: whether arrows add O − W of their head's last full step.
+        prefilter: candidates whose error is this many times a head's share of the threshold, or more, are dropped before the
+            choice; None drops none.
+        savings: what a candidate is worth: the FLOPs that it really saves, projections included, or the paper's weights.
+    """
+
+    radii: tuple[Radius, ...] | None = None
+    caching: bool = True
+    share_cfg: bool = False
+    residual: bool = False
+    prefilter: float | None = 1.5
+    savings: Literal["flops", "paper"] = "flops"
+
+    def __post_init__(self) -> None:
+        require_radii(self.radii)
+        require_flags(self, "caching", "share_cfg", "residual")
+        if self.prefilter is not None and not (is_number(self.prefilter) and self.prefilter > 0):
+            raise InputsInvalid(f"got prefilter={self.prefilter!r}, wanted a number above 0, or None")
+        if not isinstance(self.savings, str) or self.savings not in ("flops", "paper"):
+            raise InputsInvalid(f"got savings={self.savings!r}, wanted 'flops' or 'paper'")
+        if self.savings == "paper" and any(isinstance(radius, Box) for radius in self.radii or ()):
+            raise InputsInvalid(f"got savings='paper' with radii={self.radii!r}, wanted radii in tokens; or savings='flops'")
+
+    def methods(self, tokens: Tokens) -> tuple[Method, ...]:
+        """What a head may do, full attention first. Bands that would cover everything are left out."""
+        radii = (tokens.visual // 16, tokens.visual // 32, tokens.visual // 64) if self.radii is None else self.radii
+        arrows = [Arrow(radius, self.residual) for radius in narrower(radii, tokens)]
+        return (Full(), *arrows, *([Cached()] if self.caching else []))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen at one site in one step, and the sum of its heads' errors; `steps` as a `Trial` has it."""
+
+    step: int
+    steps: int | None
+    site: str
+    cell: Attend
+    error: float
+
+
+def headwise_choices(
+    pipe: "DiffusionPipeline", inputs: Mapping[str, Any], *, threshold: float, settings: Headwise
+) -> Generator[Choice, None, SearchResult]:
+    """Yield the choices of each step of one run of the pipeline with `inputs`; return what was found.
+
+    A transformer's first step is full. At every later one each site computes its full output on the input that it really gets,
+    from it the error of every candidate of every head, and chooses: the greatest saving with Σ errors ≤ threshold. What was
+    chosen is what the site gives to the next one. No projection runs twice.
+
+    Raises what `arrowhead.search` raises.
+    """
+    calibration = CalibrationRun(find(pipe), inputs)
+    rows: list[list[Cell]] = []
+    for step in calibration.steps():
+        chooser = Chooser(settings, 0.0 if step.first else threshold, share_of(inputs))
+        step.finish_by(chooser.at_site)
+        rows.append([chooser.chosen[site][0] for site in step.sites])
+        for site, (cell, error) in chooser.chosen.items():
+            yield Choice(step.index, calibration.step_count, site.path, cell, error)
+    return calibration.found(rows)
+
+
+class Chooser:
+    """The choices of one step: site by site, as the transformer comes to them."""
+
+    def __init__(self, settings: Headwise, threshold: float, share: Share = ALONE) -> None:
+        self.chosen: dict[Site, tuple[Attend, float]] = {}
+        self._settings, self._threshold, self._share = settings, threshold, share
+
+    def at_site(self, call: SiteCall, state: Generation) -> Output:
+        """Run the site's module with the heads chosen; remember what they gave."""
+        site, tally = call.site, state.tally
+        tally.passed(site, FULL, state.tokens)
+        out = call.run(lambda attention: self._attention(attention, call, state))
+        tally.projected(site, state.tokens, site.heads, state.branches.samples)
+        return out
+
+    def _attention(self, attention: AttentionCall, call: SiteCall, state: Generation) -> Tensor:
+        passage = SitePass(call, FULL, Writes(), state, tuple(range(call.site.heads)))
+        full = attention.native()  # (B, H, N, D)
+        require_finite(full, call, state)
+        record_attention(passage, passage.methods, len(full), "native")
+        site = _AtSite(self._settings, attention, passage, full, self._share)
+        cell, error = site.choose(self._threshold) if self._threshold > 0 else (FULL, 0.0)
+        self.chosen[call.site] = cell, error
+        out = full if cell == FULL else site.output(cell)
+        site.remember(cell, out)
+        return out
+
+
+@dataclass(frozen=True)
+class _AtSite:
+    """One site in one step: candidates, their errors, and the output of a cell made of them."""
+
+    settings: Headwise
+    attention: AttentionCall
+    passage: SitePass
+    full: Tensor  # (B, H, N, D)
+    share: Share
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        return self.settings.methods(self.passage.tokens)
+
+    @property
+    def conditional(self) -> slice:
+        return self.passage.generation.branches.conditional(self.full.shape[0])
+
+    def choose(self, threshold: float) -> tuple[Attend, float]:
+        """The cell that saves most, and the sum of its errors."""
+        site, heads = self.passage.call.site, self.passage.call.site.heads
+        shares = (False, True) if self.settings.share_cfg and self.passage.generation.branches.guided else (False,)
+        errors = self._errors(shares)
+        if self.settings.prefilter is not None:
+            errors[errors >= self.settings.prefilter * threshold / heads] = torch.inf
+        errors[shares.index(False), :, 0] = 0.0  # full attention is always open
+        best: tuple[int, Attend, float] | None = None
+        for share, of_share in zip(shares, errors, strict=True):
+            gains, constant = _savings(self.settings, site, self.passage.generation.tokens, self.methods, share)
+            if (found := solve_multiple_choice(of_share.tolist(), gains, threshold)) is None:
+                continue
+            options, saved = found
+            if best is None or saved + constant > best[0]:
+                error = sum(float(of_share[head, option]) for head, option in enumerate(options))
+                best = saved + constant, Attend(tuple(self.methods[option] for option in options), share), error
+        assert best is not None  # full attention costs no error
+        return best[1], best[2]
+
+    def _errors(self, shares: Sequence[bool]) -> Tensor:
+        """(shares, H, methods), on the CPU."""
+        heads = self.passage.call.site.heads
+        found = torch.zeros(3, len(shares), heads, len(self.methods))
+        for m, method in enumerate(self.methods):
+            for some in _runs(heads, HEADS_AT_ONCE):
+                candidate = self._heads(method, some, slice(None))
+                for s, share in enumerate(shares):
+                    other = both_branches(candidate[self.conditional]) if share else candidate
+                    assert isinstance(other, Tensor)
+                    found[:, s, some[0] : some[-1] + 1, m] = moments(self.full[:, some], other).cpu()
+        return self.share.agreed(of_moments(self.share.pooled(found)))
+
+    def output(self, cell: Attend) -> Tensor:
+        """What the heads give under a cell, for both branches: (B, H, N, D)."""
+        rows = self.conditional if cell.share_cfg else slice(None)
+        out = self.full[rows].clone()
+        for method, heads in grouped(cell.methods(out.shape[1])):
+            if not isinstance(method, Full):
+                out[:, list(heads)] = self._heads(method, heads, rows)
+        return torch.cat([out, out]) if cell.share_cfg else out
+
+    def _heads(self, method: Method, heads: Sequence[int], rows: slice) -> Tensor:
+        """These heads under one method: (b, h, N, D)."""
+        if isinstance(method, Full):
+            return self.full[rows][:, heads]
+        if isinstance(method, Cached):
+            return self._kept(Key(self.passage.call.site.path, "heads"), heads, rows)
+        key = Key(self.passage.call.site.path, "residual", method.radius)
+        residual = self._kept(key, heads, rows) if method.residual else None
+        return attend_heads(self.attention, heads, [method] * len(heads), rows, self.passage, residual)
+
+    def _kept(self, key: Key, heads: Sequence[int], rows: slice) -> Tensor:
+        state = self.passage.generation
+        return state.cache.read_heads(key, heads, self.passage.call.site.heads, state.step)[rows]
+
+    def remember(self, cell: Attend, out: Tensor) -> None:
+        """Keep what later steps may read: every head's output, and the residuals of the heads that were full."""
+        state, site = self.passage.generation, self.passage.call.site
+        if self.settings.caching:
+            state.cache.write(Key(site.path, "heads"), Entry(encode_output(out, site.head_dim), False, FOREVER))
+        full = tuple(head for head, method in enumerate(cell.methods(site.heads)) if isinstance(method, Full))
+        if not self.settings.residual or not full:
+            return
+        visual, rows = self.passage.tokens.visual_slice, self.conditional if cell.share_cfg else slice(None)
+        for method in self.methods:
+            if isinstance(method, Arrow):
+                band = self._heads(Arrow(method.radius), full, rows)[:, :, visual]
+                band = torch.cat([band, band]) if cell.share_cfg else band
+                key = Key(site.path, "residual", method.radius)
+                difference = out[:, full, visual] - band  # (B, h, V, D)
+                state.cache.write(key, Entry(encode_output(difference, site.head_dim), False, FOREVER, full))
+
+
+def _runs(heads: int, length: int) -> Iterator[list[int]]:
+    for start in range(0, heads, length):
+        yield list(range(start, min(start + length, heads)))
+
+
+def _radius(arrow: Arrow) -> int:
+    assert isinstance(arrow.radius, int)  # `Headwise` takes no boxes with the paper's weights
+    return arrow.radius
+
+
+def _savings(settings: Headwise, site: Site, tokens: Tokens, methods: Sequence[Method], share: bool) -> tuple[list[int], int]:
+    """What each method saves per head, and what the site saves besides, as whole numbers.
+
+    By default FLOPs of one image under guidance. The paper's weights, in billionths: 1 for a cached head, ½ for sharing,
+    ((V − w) / (V + T))² for a band of w tokens on each side.
+    """
+    if settings.savings == "paper":
+        visual, total = site.tokens(tokens).visual, site.tokens(tokens).total
+        weights = [
+            1.0 if isinstance(m, Cached) else ((visual - _radius(m)) / total) ** 2 if isinstance(m, Arrow) else 0.0
+            for m in methods
+        ]
+        return [round(1e9 * (1 - (1 - weight) / 2 if share else weight)) for weight in weights], 0
+    rows = 1 if share else 2
+    projected = flops.head_projection_flops(site, tokens)
+
+    def spent(method: Method, samples: int) -> int:
+        return int(samples * (flops.head_flops(site, tokens, method) + (0 if isinstance(method, Cached) else projected)))
+
+    besides = flops.projection_flops(site, tokens, site.heads) - site.heads * projected  # what sharing alone halves
+    return [spent(Full(), 2) - spent(method, rows) for method in methods], int(besides) if share else 0

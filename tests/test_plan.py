@@ -225,7 +225,13 @@ class TestConstructor:
             for cell, site in zip(row, plan.target.sites, strict=True):
                 reused = "extrapolate" if isinstance(cell, Reuse) and cell.extrapolate else "AST"
                 methods = [reused] * site.heads if isinstance(cell, Reuse) else by_head(cell, site.heads)
-                names = {"AST": "AST", "extrapolate": "extrapolate", Full(): "full", Full("int8"): "full-int8", Cached(): "cached"}
+                names = {
+                    "AST": "AST",
+                    "extrapolate": "extrapolate",
+                    Full(): "full",
+                    Full("int8"): "full-int8",
+                    Cached(): "cached",
+                }
                 for radius in (*range(21), *BOXES):
                     band = "WA" if isinstance(radius, int) else "box"
                     names |= {Arrow(radius): band, Arrow(radius, True): f"{band}-RS"}

@@ -131,7 +131,7 @@ class _Observer:
     def at_site(self, call: SiteCall, state: Generation) -> Output:
         """Run the site's module, untouched."""
         site, parts = call.site, self.asked.parts
-        state.tally.passed(site, FULL, state.tokens)
+        state.stats.record_pass(site, FULL, state.tokens)
         out = call.run(lambda attention: self._attention(attention, call, state))
         image = _image(out, site.tokens(state.tokens))  # (B, V, C)
         if "branches" in parts:

@@ -116,10 +116,10 @@ class CalibrationRun:
             if self.branches.calls == 2:  # the pipeline may change what it gave before the first call is looked at
                 kwargs = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
             arguments = self._model.transformer_arguments(args, kwargs)
-            tokens, rows = self._model.tokens(arguments), len(self._model.given(arguments))
+            tokens, rows = self._model.tokens(arguments), len(self._model.latents_argument(arguments))
             scales = {value.get("scale") for value in kwargs.values() if isinstance(value, dict)} - {None, 1}
             run, returned = partial(_run_forward, own_forward, args, kwargs), self._model.family.returned(arguments)
-            counted = self._model.counted
+            counted = self._model.scheduler_step
             return worker.parent.switch(_Call(transformer, tokens, rows, run, bool(scales), returned, counted))
 
         with (
@@ -174,10 +174,10 @@ class CalibrationRun:
 
         Without the one run of a single call that stands in for what is not known yet, where a step has two.
         """
-        tally, sites = self._state.tally, outermost(self._model.sites)
+        stats, sites = self._state.stats, outermost(self._model.sites)
         samples = self._state.branches.samples
         raw = full_flops(sites, self.tokens, samples).attention
-        return tally.spent.attention / ((raw or 1) * (self.step_count or self._state.step + 1))
+        return stats.spent.attention / ((raw or 1) * (self.step_count or self._state.step + 1))
 
     def found(self, rows: Sequence[Sequence[Cell]]) -> SearchResult:
         """The end of a search with these cells, steps × sites."""
@@ -189,13 +189,13 @@ class CalibrationRun:
         return self._model.switch
 
     @property
-    def seen(self) -> Branches:
+    def joined_branches(self) -> Branches:
         """The branches as a search sees them: two calls of a step look like one batch, see `lockstep`."""
         return Branches("cond_first", guided=True) if self.branches.calls == 2 else self.branches
 
     def forward(self, runs: Sequence[Callable[[], Any]], at_site: AtSite, *, grad: bool = False) -> list[Any]:
         """Run the transformer, each site as `at_site` has it: what each of a step's calls gives."""
-        passes = self._state.tally.passes
+        passes = self._state.stats.passes
         before, self.passes = passes.total(), self.passes + 1
         try:
             with torch.set_grad_enabled(grad), force_eager():
@@ -267,10 +267,10 @@ class CalibrationRun:
             )
         self.rows = rows
         if self._generation is None:
-            self._generation = Generation.begin(self.seen, tokens, "auto", Stats(self.seen.samples))
+            self._generation = Generation.begin(self.joined_branches, tokens, "auto", Stats(self.joined_branches.samples))
         else:
             self._generation.advance(tokens)
-        if any(call.transformer is not self._model.due(self._generation.step) for call in calls):
+        if any(call.transformer is not self._model.transformer_at(self._generation.step) for call in calls):
             raise NotIntercepted(
                 f"got step {self._generation.step} with another transformer than the scheduler's timesteps and the pipeline's "
                 "boundary_ratio say; wanted diffusers' own loop"

@@ -82,11 +82,11 @@ def execute_site(call: SiteCall, cell: Cell, writes: Writes, generation: Generat
         PlanMismatch: a band was asked for, but the model's attention is causal; or the batch is another one.
         NotIntercepted: the module's attention could not be reached, or what the cell reads was never stored.
     """
-    site, cache, tally = call.site, generation.cache, generation.tally
+    site, cache, stats = call.site, generation.cache, generation.stats
     generation.require_rows(call)
     if isinstance(cell, Attend) and cell.share_cfg and not generation.branches.guided:
         cell = replace(cell, share_cfg=False)  # there is nothing to share
-    tally.passed(site, cell, generation.tokens)
+    stats.record_pass(site, cell, generation.tokens)
     if isinstance(cell, Reuse):
         return _reused(call, cell, generation)
     heads = computed_heads(site, cell)
@@ -101,7 +101,7 @@ def execute_site(call: SiteCall, cell: Cell, writes: Writes, generation: Generat
         out = _run(passage)
     if generation.branches.calls > 1:
         cache.expire(site.path, generation.step)
-    tally.peak_bytes = max(tally.peak_bytes, generation.held_bytes)
+    stats.peak_bytes = max(stats.peak_bytes, generation.held_bytes)
     return out
 
 
@@ -124,13 +124,13 @@ def _run(passage: SitePass) -> Output:
     else:
         out = call.run(lambda attention: _attention(attention, passage), rows, some)
     samples = 1 if passage.shared else generation.branches.samples
-    generation.tally.projected(site, generation.tokens, len(passage.heads), samples)
+    generation.stats.record_projections(site, generation.tokens, len(passage.heads), samples)
     if site.within:
-        generation.tally.attended(site, generation.tokens, passage.methods, samples, "native")
+        generation.stats.record_attention(site, generation.tokens, passage.methods, samples, "native")
     handed_over = passage.shared and generation.branches.calls == 2
     if not (passage.halved or handed_over or passage.writes != Writes()):
         return out
-    own = call.kept(out, rows)
+    own = call.storable(out, rows)
     if handed_over or passage.writes.output_until is not None:
         own = compact_output(own)
     if passage.writes.slope_until is not None:
@@ -247,7 +247,7 @@ def _write_residual(call: AttentionCall, out: Tensor, residual: Residual, passag
     whole = out[rows, :, visual] if residual.heads is None else out[rows, places(heads, out.device), visual]
     key = Key(site.path, "residual", residual.radius)
     _keep(key, _kept(whole - band, passage), residual.last_reader, passage, residual)
-    generation.tally.residuals += 1
+    generation.stats.residuals += 1
 
 
 def attend_heads(
@@ -312,4 +312,4 @@ def _policy(method: Method) -> Policy:
 def record_attention(passage: SitePass, methods: Sequence[Method], rows: int, kernel: str) -> None:
     """Tally one pass over queries and keys, of `rows` of the batch, for heads with these methods."""
     generation, site = passage.generation, passage.call.site
-    generation.tally.attended(site, generation.tokens, methods, rows / passage.images, kernel)
+    generation.stats.record_attention(site, generation.tokens, methods, rows / passage.images, kernel)

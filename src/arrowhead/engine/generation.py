@@ -22,7 +22,7 @@ class Generation:
     tokens: Tokens
     kernel: str
     caches: tuple[Cache, ...]
-    tally: Stats
+    stats: Stats
     encoding: CacheEncoding = NATIVE
     step: int = 0
     call: int = 0
@@ -30,10 +30,10 @@ class Generation:
 
     @classmethod
     def begin(
-        cls, branches: Branches, tokens: Tokens, kernel: str, tally: Stats, encoding: CacheEncoding = NATIVE
+        cls, branches: Branches, tokens: Tokens, kernel: str, stats: Stats, encoding: CacheEncoding = NATIVE
     ) -> "Generation":
         """Before the first call of the transformer."""
-        return cls(branches, tokens, kernel, tuple(Cache(branches) for _ in range(branches.calls)), tally, encoding)
+        return cls(branches, tokens, kernel, tuple(Cache(branches) for _ in range(branches.calls)), stats, encoding)
 
     def advance(self, tokens: Tokens) -> None:
         """On to the next call of the transformer.

@@ -50,7 +50,7 @@ def apply(
     if not isinstance(plan, Plan):
         raise InputsInvalid(f"got a {type(plan).__name__} for a plan, wanted what search gives, or Plan.load(path)")
     pipe, sites = with_adapter(pipe, adapter), plan.target.sites
-    model = find(pipe, {site.kind for site in sites}).beside(sites)
+    model = find(pipe, {site.kind for site in sites}).without_overlap(sites)
     return (CustomRun if isinstance(pipe, CustomModel) else Run)(model, plan, kernel, encoding)
 
 

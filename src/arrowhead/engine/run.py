@@ -53,7 +53,7 @@ class Run:
         self._branches: Branches | None = None  # set while the pipeline's call runs
         self._generation: Generation | None = None  # set from the first call of the transformer on
         self._pace: StepClock | None = None  # set as the branches are
-        self._tally: Stats | None = None  # of the latest generation
+        self._stats: Stats | None = None  # of the latest generation
         self.on = True  # until it is closed
         _warn_of_wide_bands(plan)
         _warn_of_derived(plan)
@@ -98,9 +98,9 @@ class Run:
         Raises:
             ArrowheadError: there has been no generation yet.
         """
-        if self._tally is None:
+        if self._stats is None:
             raise ArrowheadError("nothing has been generated with this plan yet; call the pipeline first")
-        return self._tally.summary(self.plan.steps)
+        return self._stats.summary(self.plan.steps)
 
     def close(self) -> None:
         """Take the plan off; the pipeline is as it was before `apply`."""
@@ -143,7 +143,7 @@ class Run:
         require_no_conflicts(self._model.transformers)
         self.plan.require(target_of(self._model))
         self._renew()
-        self._tally, self._branches = Stats(branches.samples, branches.calls), branches
+        self._stats, self._branches = Stats(branches.samples, branches.calls), branches
         self._pace = StepClock()
         if replaced := self._interception.replaced():
             self._note(
@@ -160,17 +160,17 @@ class Run:
 
     def _account_for_every_site(self) -> None:
         """At the end of a generation: which sites ran without arrowhead, or not at all, and which steps never came."""
-        if self._tally is not None and 0 < self._tally.steps < self.plan.steps:
+        if self._stats is not None and 0 < self._stats.steps < self.plan.steps:
             remedy = "let it run to its end, uninterrupted and with the plan on"
-            self._note(self._unfinished(self._tally.steps), remedy, GenerationUnfinished)
+            self._note(self._unfinished(self._stats.steps), remedy, GenerationUnfinished)
         if self._generation is None:
-            if self._tally is not None and self._tally.steps:  # the plan was taken off on the way
+            if self._stats is not None and self._stats.steps:  # the plan was taken off on the way
                 return
             remedy = "call the pipeline so that it denoises, or remove the plan"
             self._note("the pipeline never called its transformer: nothing was compressed", remedy, SiteNotReached)
             return
-        tally, tokens = self._generation.tally, self._generation.tokens
-        missed = {site.path: n for site in self.plan.target.sites if (n := tally.count_missed_as_full(site, tokens))}
+        stats, tokens = self._generation.stats, self._generation.tokens
+        missed = {site.path: n for site in self.plan.target.sites if (n := stats.count_missed_as_full(site, tokens))}
         if missed:
             self._note(
                 "not reached, so counted as full: " + ", ".join(f"{path} in {n} steps" for path, n in missed.items()),
@@ -183,8 +183,8 @@ class Run:
 
     def _note(self, what: str, remedy: str, category: type[Warning]) -> None:
         """Say it now, as a warning, and once more in the summary."""
-        if self._tally is not None:
-            self._tally.notes.append(what)
+        if self._stats is not None:
+            self._stats.notes.append(what)
         warnings.warn(f"{what}; {remedy}", category, stacklevel=6)
 
     def _end(self) -> None:
@@ -192,23 +192,23 @@ class Run:
 
     def _tick(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before each call of the transformer: the step clock. Calls from outside the pipeline run uncompressed."""
-        if self._branches is None or self._tally is None or self._pace is None:
+        if self._branches is None or self._stats is None or self._pace is None:
             return
         self._pace.require_same_thread(type(transformer).__name__)
         tokens = self._model.tokens(self._model.transformer_arguments(args, kwargs))
         if self._generation is None:
             self.plan.require_call(self._model.steps, tokens, self._branches.calls, self._model.switch)
-            self._generation = Generation.begin(self._branches, tokens, self.kernel, self._tally, self.encoding)
+            self._generation = Generation.begin(self._branches, tokens, self.kernel, self._stats, self.encoding)
         else:
             self._generation.advance(tokens)
-        self._generation.tally.steps += self._generation.call == 0
-        self._pace.keep(self._generation.step, self._generation.call, self._model.counted)
+        self._generation.stats.steps += self._generation.call == 0
+        self._pace.keep(self._generation.step, self._generation.call, self._model.scheduler_step)
         if self._generation.step >= self.plan.steps:
             raise PlanMismatch(
                 f"plan is for {self.plan.steps} calls of the transformer, the pipeline makes more; search again with the "
                 "same arguments"
             )
-        if transformer is not self._model.due(self._generation.step):
+        if transformer is not self._model.transformer_at(self._generation.step):
             raise PlanMismatch(
                 f"got step {self._generation.step} with another transformer than the scheduler's timesteps and the pipeline's "
                 "boundary_ratio say; wanted diffusers' own loop; remove the plan"

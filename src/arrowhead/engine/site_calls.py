@@ -42,7 +42,7 @@ class SiteCall(ABC):
         """What the module gives by itself."""
         return self.run(lambda attention: attention.native(), rows)
 
-    def kept(self, out: Output, rows: slice | None = None) -> Output:  # noqa: ARG002
+    def storable(self, out: Output, rows: slice | None = None) -> Output:  # noqa: ARG002
         """What of an output, run on `rows`, serves other steps, or the other branch: all of it, where it is no block's."""
         return out
 
@@ -88,7 +88,7 @@ class ModuleCall(SiteCall):
 class BlockCall(ModuleCall):
     """One call of a whole block, (text, image) or the image alone: what it adds to its input is what serves elsewhere."""
 
-    def kept(self, out: Output, rows: slice | None = None) -> Output:
+    def storable(self, out: Output, rows: slice | None = None) -> Output:
         """What the block added to its input."""
         return add_scaled(out, self._input(out, rows), -1)
 

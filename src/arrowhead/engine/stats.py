@@ -32,7 +32,7 @@ class Stats:
     spent: Flops = NO_FLOPS
     whole: Flops = NO_FLOPS
 
-    def passed(self, site: Site, cell: Cell, tokens: Tokens) -> None:
+    def record_pass(self, site: Site, cell: Cell, tokens: Tokens) -> None:
         """A site was passed, and did what `cell` says."""
         self.passes[site] += 1
         self.cells[paper_name(cell)] += 1
@@ -44,11 +44,11 @@ class Stats:
             self.heads[paper_name(cell)] += site.heads
         self.whole += site_flops(site, tokens, FULL, Writes(), self.samples)
 
-    def projected(self, site: Site, tokens: Tokens, heads: int, rows: float) -> None:
+    def record_projections(self, site: Site, tokens: Tokens, heads: int, rows: float) -> None:
         """The output projection ran, and the Q, K and V projections of so many heads."""
         self.spent += Flops(0, projection_flops(site, tokens, heads) * rows)
 
-    def attended(self, site: Site, tokens: Tokens, methods: Sequence[Method], rows: float, kernel: str) -> None:
+    def record_attention(self, site: Site, tokens: Tokens, methods: Sequence[Method], rows: float, kernel: str) -> None:
         """One pass over queries and keys ran, for heads with these methods."""
         flops = sum(head_flops(site, tokens, method) for method in methods) * rows
         self.spent += Flops(flops, flops)

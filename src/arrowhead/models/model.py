@@ -61,7 +61,7 @@ class Model:
         takes_over = self.family.takes_over
         return None if takes_over is None or len(self.transformers) == 1 else takes_over(self.pipe)
 
-    def due(self, step: int) -> nn.Module:
+    def transformer_at(self, step: int) -> nn.Module:
         """The transformer that is called in a step of the call that is running."""
         return self.transformers[self.switch is not None and step >= self.switch]
 
@@ -76,7 +76,7 @@ class Model:
         return len(self.pipe.scheduler.timesteps) - (getattr(self.pipe.scheduler, "begin_index", None) or 0)
 
     @property
-    def counted(self) -> int | None:
+    def scheduler_step(self) -> int | None:
         """What the scheduler counts of the steps it made in the call that is running; None where it does not say."""
         return None if isinstance(self.pipe, CustomModel) else getattr(self.pipe.scheduler, "step_index", None)
 
@@ -93,7 +93,7 @@ class Model:
         """The same with fewer sites."""
         return replace(self, modules={site: module for site, module in self.modules.items() if wanted(site)})
 
-    def beside(self, sites: Collection[Site]) -> "Model":
+    def without_overlap(self, sites: Collection[Site]) -> "Model":
         """The same without what a plan for these sites cannot speak of: blocks around them, and what is within its blocks."""
 
         def apart(site: Site) -> bool:
@@ -115,7 +115,7 @@ class Model:
         known: Any = next(c for c in type(self.transformer).__mro__ if c.__name__ == self.family.transformer)
         return _by_name(inspect.signature(known.forward), (self.transformer, *args), kwargs, "the transformer")
 
-    def given(self, arguments: Mapping[str, Any]) -> Any:
+    def latents_argument(self, arguments: Mapping[str, Any]) -> Any:
         """What the transformer works on, (B, …) or a list, of a call with these `transformer_arguments`."""
         named = self.family.samples
         return arguments[named] if named in arguments else [*arguments.values()][1]  # beside itself
@@ -127,7 +127,7 @@ class Model:
     def guidance_scale(self, call: Mapping[str, Any], step: int) -> float:
         """How far a pipeline call with these arguments, which is running, drives the branches apart in a step."""
         later = self.family.later_guidance_scale
-        scale = self.family.guidance_scale if later is None or self.due(step) is self.transformer else later
+        scale = self.family.guidance_scale if later is None or self.transformer_at(step) is self.transformer else later
         return scale(call)
 
     def branches(self, call: Mapping[str, Any]) -> Branches:

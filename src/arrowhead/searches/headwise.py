@@ -113,10 +113,10 @@ class Chooser:
 
     def at_site(self, call: SiteCall, state: Generation) -> Output:
         """Run the site's module with the heads chosen; remember what they gave."""
-        site, tally = call.site, state.tally
-        tally.passed(site, FULL, state.tokens)
+        site, stats = call.site, state.stats
+        stats.record_pass(site, FULL, state.tokens)
         out = call.run(lambda attention: self._attention(attention, call, state))
-        tally.projected(site, state.tokens, site.heads, state.branches.samples)
+        stats.record_projections(site, state.tokens, site.heads, state.branches.samples)
         return out
 
     def _attention(self, attention: AttentionCall, call: SiteCall, state: Generation) -> Tensor:

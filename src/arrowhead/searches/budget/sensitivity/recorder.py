@@ -249,7 +249,7 @@ class Recorder:
         site = call.site
         out = call.native()
         with torch.no_grad():
-            parts = [tensor.detach() for tensor in _tensors(call.kept(out), site)]
+            parts = [tensor.detach() for tensor in _tensors(call.storable(out), site)]
             kept = (parts[0] if len(parts) == 1 else torch.cat(parts, 1))[:, None]
         require_finite(kept, call, state)
         self._kept[site.path].appendleft(_Kept(kept))
@@ -363,11 +363,11 @@ def _tallied(call: SiteCall, state: Generation) -> SitePass:
     """A passage that leaves nothing out, counted; what lies within a block is counted by itself."""
     site = call.site
     passage = SitePass(call, FULL, Writes(), state, tuple(range(site.heads)))
-    state.tally.passed(site, FULL, state.tokens)
+    state.stats.record_pass(site, FULL, state.tokens)
     if site.kind == "self_attention":
         record_attention(passage, passage.methods, call.batch, "native")
     if not site.within:
-        state.tally.projected(site, state.tokens, site.heads, state.branches.samples)
+        state.stats.record_projections(site, state.tokens, site.heads, state.branches.samples)
     return passage
 
 

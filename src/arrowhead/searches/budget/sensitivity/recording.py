@@ -81,7 +81,7 @@ def record(
         for step in calibration.steps():
             scale = model.guidance_scale(call, step.index) if guided else 1.0
             recorder = recorder or Recorder(step.sites, calibration.tokens, extent, share)
-            guidance = Guidance(calibration.seen, scale, model.latent_channels)
+            guidance = Guidance(calibration.joined_branches, scale, model.latent_channels)
             if loop is not None:
                 loop.guidance = guidance
             recorder.follow(step, guidance)

@@ -103,7 +103,7 @@ def timed(
 
     def at_site(call: SiteCall, state: Generation) -> Output:
         if not busy:
-            state.tally.passed(call.site, FULL, state.tokens)
+            state.stats.record_pass(call.site, FULL, state.tokens)
         if not busy and (_shape(call.site), FULL) not in seconds:
             busy.append(call.site)
             _time_site(call, state, choices, seconds)

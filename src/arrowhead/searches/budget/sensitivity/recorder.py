@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from arrowhead.calibration.run import Step, require_finite
 from arrowhead.calibration.sharding import ALONE, Share
+from arrowhead.calibration.step import Step, require_finite
 from arrowhead.engine.attention_hook import AttentionCall
 from arrowhead.engine.cache import Output, map_output
 from arrowhead.engine.execute_site import SitePass, attend_heads, record_attention, require_token_sizes
@@ -27,9 +27,9 @@ from arrowhead.plans.lifetimes import Writes
 from arrowhead.plans.target import Target
 from arrowhead.searches.budget.config import Extent
 from arrowhead.searches.budget.sensitivity.cfg import Guidance
-from arrowhead.searches.budget.sensitivity.loop_gain import LoopRun
+from arrowhead.searches.budget.sensitivity.loop_gain import LoopReplay
 from arrowhead.searches.budget.sensitivity.probes import LEAST, SiteProbes
-from arrowhead.searches.budget.sensitivity.sampler_gain import Sampling
+from arrowhead.searches.budget.sensitivity.sampler_gain import SchedulerReplay
 from arrowhead.searches.budget.sensitivity.table import Table
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Recorder:
             whole = counted.enter_context(self._counting())
             with step.traced(lambda call, state: self._at_site(call, state, probes)) as outputs:
                 counted.close()  # before anything goes back
-                self._note(outputs, whole)
+                self._note(step, outputs, whole)
                 for i in range(vectors):
                     yield self._of_vector(probes, outputs, last=i == vectors - 1)
 
@@ -98,7 +98,7 @@ class Recorder:
         """Forward, and again with sites changed. What stands for a gradient is a vector as long as the output by the site's."""
         with self._counting() as whole:
             outputs = step.finish_by(lambda call, state: self._at_site(call, state, None))
-        self._note(outputs, whole)
+        self._note(step, outputs, whole)
         guided = self._guidance.guided(outputs).float()
         for _ in range(0 if step.first else math.ceil(LEAST / self._images)):  # a first one has none before it
             which = self._weights.chosen(self._images)
@@ -115,10 +115,11 @@ class Recorder:
         """The first step tells for all."""
         return nullcontext() if self._products else flop_counter()
 
-    def _note(self, outputs: Sequence[Tensor], whole: "FlopCounterMode | None") -> None:
+    def _note(self, step: Step, outputs: Sequence[Tensor], whole: "FlopCounterMode | None") -> None:
         """What is known once the first step has run."""
         if whole is None:
             return
+        self._sites = step.sites  # in the order in which they run
         channels, given = self._guidance.channels, outputs[0].shape
         if channels is not None and channels > given[1]:
             raise InputsInvalid(
@@ -164,7 +165,7 @@ class Recorder:
 
     def table(
         self,
-        sampling: Sampling | LoopRun,
+        sampling: SchedulerReplay | LoopReplay,
         branches: Branches,
         target: Target,
         blocks: tuple[Site, ...],
@@ -174,7 +175,7 @@ class Recorder:
         """All steps together."""
         final, feedback = sampling.latents(), self._extent.feedback
         images = self._share.of_all(self._images)
-        gains, answers = sampling.gains(len(self._products), images)
+        gains, answers = sampling.gains_and_feedback(len(self._products), images)
         products = [self._of_all(torch.stack(of_steps)) for of_steps in zip(*self._products, strict=True)]
         if not self._extent.gradients:
             heads = torch.tensor([site.heads for site in self._sites])

@@ -60,7 +60,7 @@ def benches(request):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_search_finds_the_same_plan_and_an_old_plan_fits(benches, strategy):
-    here, there = benches
+    here, _ = benches
     plan, again = (ah.search(b.pipe, b.inputs(steps=STEPS), progress=False, **STRATEGIES[strategy]) for b in benches)
     assert plan.flops().module < 1
     assert paths(again.target.sites) == paths(plan.target.sites)

@@ -18,7 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 import arrowhead as ah
-from arrowhead.engine import attention_hook, compile_boundary
+from arrowhead.engine import compile_boundary
 from arrowhead.errors import InputsInvalid, NotIntercepted
 from arrowhead.plans.cells import Reuse
 
@@ -29,7 +29,7 @@ GROUP = "torch.compile"
 
 @pytest.fixture(autouse=True)
 def fresh():
-    """No graphs of other tests, and no open door afterwards."""
+    """No graphs of other tests, and nothing in the registry afterwards."""
     torch.compiler.reset()
     before = {*compile_boundary._registry}
     yield
@@ -436,10 +436,3 @@ def test_a_pipeline_that_is_dropped_with_its_plan_is_freed():
     gc.collect()
     assert transformer() is None
     assert not {*compile_boundary._registry} - before
-    unroute("diffusers.models.attention_processor", times=3)  # nobody is left who would
-
-
-def unroute(name, times):
-    """What removing a plan from so many modules does to the names that they share."""
-    for _ in range(times):
-        attention_hook.unroute(name)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 Forward = Callable[..., Any]
-OURS = ("arrowhead_around", "arrowhead_sign", "arrowhead_run")
+OURS = ("arrowhead_around", "arrowhead_handle", "arrowhead_run")
 """What our forwards carry; a hook's forward that is made to look like what it wraps has these as well."""
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from arrowhead.errors import UnsupportedPipeline
+from arrowhead.upstream import diffusers_hooks, parallel_config
 
 CACHES = {
     "faster_cache": "FasterCache",
@@ -48,8 +49,7 @@ def require_no_conflicts(transformers: Iterable[nn.Module]) -> None:
 
 def _caches(transformer: nn.Module) -> Iterator[str]:
     for module in transformer.modules():
-        hooks: dict[str, Any] = getattr(vars(module).get("_diffusers_hook"), "hooks", {})
-        for hook in hooks.values():
+        for hook in diffusers_hooks(module).values():
             if (cache := CACHES.get(type(hook).__module__.rpartition(".")[2])) is not None:
                 yield cache
 
@@ -62,7 +62,7 @@ def _adapted(transformer: nn.Module) -> Iterator[str]:
 
 def _shared_out(transformer: nn.Module) -> str | None:
     """How its work is shared out among processes; None where it is not."""
-    config = getattr(transformer, "_parallel_config", None)
+    config = parallel_config(transformer)
     if (context := getattr(config, "context_parallel_config", None)) is not None:
         if getattr(context, "ring_degree", 1) not in (None, 1):
             return "with ring context parallelism, which gives a process some of the tokens"

@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from arrowhead.upstream import has_hooks
+
 QKV = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 
 
@@ -26,4 +28,4 @@ def is_plain(linear: Any) -> bool:
     """Whether a layer multiplies by a plain weight and does no more: no LoRA, quantisation, hook, or forward put on it."""
     if type(linear) is not nn.Linear or type(linear.weight.data) is not Tensor:
         return False
-    return not (linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear))
+    return not (has_hooks(linear) or "forward" in vars(linear))

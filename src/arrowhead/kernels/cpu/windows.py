@@ -12,10 +12,11 @@ from torch import Tensor
 
 from arrowhead.plans import masks
 from arrowhead.plans.layout import Tokens
+from arrowhead.upstream import CPU_ATTENTION
 
 Part = tuple[Tensor, Tensor]
 """Attention over some of the keys, (B, H, N, D), and for each query log Σ exp(score) over them, (B, H, N)."""
-_attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # gives a Part
+_attend = CPU_ATTENTION  # gives a Part
 
 
 def serve(q: Tensor, k: Tensor, v: Tensor) -> bool:

@@ -31,6 +31,7 @@ from arrowhead.searches.budget.sensitivity.loop_gain import LoopRun
 from arrowhead.searches.budget.sensitivity.probes import LEAST, SiteProbes
 from arrowhead.searches.budget.sensitivity.sampler_gain import Sampling
 from arrowhead.searches.budget.sensitivity.table import Table
+from arrowhead.upstream import CPU_ATTENTION
 
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
@@ -397,5 +398,5 @@ def flop_counter() -> "FlopCounterMode":
     def attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
         return 2 * query[:-1].numel() * key[-2] * (query[-1] + value[-1])
 
-    mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    mapping = {CPU_ATTENTION: attention}
     return FlopCounterMode(display=False, custom_mapping=mapping)

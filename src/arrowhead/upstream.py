@@ -19,7 +19,7 @@ The step clock and the wrappers of compiled sites stand there, outside of the gr
 """
 
 HIDDEN = "_orig_mod"
-"""The attribute under which `torch.compile(module)` keeps the module. Without it a compiled module would have no known sites."""
+"""The attribute under which `torch.compile(module)` keeps the module. Without it a compiled model would have no known sites."""
 
 
 def uncompiled(module: Any) -> Any:
@@ -53,7 +53,10 @@ def no_dispatch_modes() -> AbstractContextManager[Any]:
 
 
 def graph_break(message: str) -> None:
-    """End the graph that torch.compile is making; with `fullgraph` the message is the error. Without it steps are not counted."""
+    """End the graph that torch.compile is making, or, with `fullgraph`, raise an error with the message.
+
+    Without it the calls of a model in a compiled loop would not be counted.
+    """
     torch._dynamo.graph_break(msg=message)
 
 
@@ -87,8 +90,11 @@ It is also the operator that torch's counter of FLOPs does not know.
 
 
 def forward_holders(module: nn.Module) -> Iterator[tuple[Any, str]]:
-    """The objects and attributes in which hooks keep the forward that they call. Without it, `remove` would be undone by them."""
-    yield module, "_old_forward"  # accelerate
+    """The objects and attributes in which accelerate's and diffusers' hooks keep the forward that they call.
+
+    Without it hooks that were added after a plan would go on calling the plan's forward when the plan is off.
+    """
+    yield module, "_old_forward"  # accelerate's
     for reference in getattr(vars(module).get("_diffusers_hook"), "_fn_refs", ()):
         yield reference, "forward"
         yield reference, "original_forward"
@@ -110,7 +116,7 @@ def execution_device(pipe: Any) -> torch.device:
 
 
 def progress_bar_config(pipe: Any) -> dict[str, Any] | None:
-    """What `set_progress_bar_config` was called with last; None: never. Without it a search would leave the bar switched off."""
+    """The latest arguments of `set_progress_bar_config`, or None. Without it a search would leave the bar switched off."""
     return getattr(pipe, "_progress_bar_config", None)
 
 

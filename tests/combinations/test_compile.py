@@ -218,6 +218,24 @@ def test_blocks_that_a_plan_skips(mechanism, outcome, compile_, counter):
     assert torch.equal(here.generate(5), plain)
 
 
+@pytest.mark.parametrize("compile_", [compile_blocks, compile_whole])
+@combines(GROUP, "a plan on another pipeline of the same family", "works: no new graph")
+def test_a_plan_elsewhere(mechanism, outcome, compile_, counter):
+    """What a plan changes is its pipeline's own: graphs of a pipeline beside it stay valid."""
+    there, here = subject(mechanism), subject(mechanism)
+    compile_(there.transformer, counter)
+    wanted, plan = there.generate(5), here.plan(1)
+    graphs = counter.frame_count
+    with here.applied(plan):
+        assert torch.equal(there.generate(5), wanted)
+        here.generate(0)
+        assert torch.equal(there.generate(5), wanted)
+    assert torch.equal(there.generate(5), wanted)
+    here.search(threshold=0.3)
+    assert torch.equal(there.generate(5), wanted)
+    assert counter.frame_count == graphs > 0
+
+
 @states(GROUP, "feed-forwards that are compiled by themselves", mechanism="own module")
 def test_feed_forwards_compiled_by_themselves(counter):
     here = subject("own")

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from arrowhead.engine.compile_boundary import compiling
-from arrowhead.engine.function_clones import with_stand_ins
+from arrowhead.engine.function_clones import uses_attribute, with_stand_ins
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,10 +142,10 @@ class _HookedFunctional(types.ModuleType):
 _functional = _HookedFunctional("torch.nn.functional")
 
 
-def _stand_in(name: str, value: Any, names: frozenset[str]) -> Any:
-    """What a processor's function finds under a global name; None: what it always found."""
-    if value is F:
-        return _functional if "scaled_dot_product_attention" in names else None
+def _stand_in(name: str, value: Any, function: types.FunctionType) -> Any:
+    """What the clone of a processor's function finds under a global name; None: what the function finds."""
+    if value is F:  # other functions of F are no reason for a clone
+        return _functional if uses_attribute(function.__code__, "scaled_dot_product_attention") else None
     if value is F.scaled_dot_product_attention:
         return hooked_attention
     return _hooked_dispatch(value) if name == "dispatch_attention_fn" and callable(value) else None

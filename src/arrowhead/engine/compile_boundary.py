@@ -7,7 +7,6 @@ surrounded outside of what is compiled of them.
 
 import ast
 import itertools
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from arrowhead.errors import InputsInvalid, NotIntercepted
 from arrowhead.plans.layout import Site
-from arrowhead.upstream import COMPILED
+from arrowhead.upstream import COMPILED, compiler_is_loaded, graph_break, uncompiled_call
 
 
 @dataclass(frozen=True)
@@ -254,7 +253,7 @@ class CallWrapper:
     def __init__(self, module: nn.Module, around: Callable[..., Any]) -> None:
         """`around(call, *args, **kwargs)` stands for `call(*args, **kwargs)`."""
         self._module, self._own = module, vars(module).get(COMPILED)
-        call = module._call_impl if self._own is None else self._own
+        call = uncompiled_call(module) if self._own is None else self._own
 
         def surrounded(*args: Any, **kwargs: Any) -> Any:
             return (outside_graph(around) if compiling() else around)(call, *args, **kwargs)
@@ -278,12 +277,12 @@ OUTSIDE = "arrowhead counts calls of the model, which a graph cannot; compile th
 
 def outside_graph(function: Callable[..., Any]) -> Callable[..., Any]:
     """From within a graph: end it, run the function, of which none is made, and begin another one with what that calls."""
-    torch._dynamo.graph_break(msg=OUTSIDE)
+    graph_break(OUTSIDE)
     return torch.compiler.disable(function, recursive=False, reason=OUTSIDE)  # type: ignore[no-untyped-call]
 
 
 def force_eager() -> AbstractContextManager[Any]:
     """Within the block nothing is compiled, and nothing compiled is run."""
-    if "torch._dynamo" not in sys.modules:  # seconds to import; without it nothing is compiled
+    if not compiler_is_loaded():
         return nullcontext()
     return torch.compiler.set_stance("force_eager")

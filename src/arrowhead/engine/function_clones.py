@@ -9,11 +9,8 @@ from collections.abc import Callable, Iterator
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
-StandIn = Callable[[str, Any, frozenset[str]], Any]
-"""`stand_in(name, value, names)`: what a function finds under a global `name` in place of `value`, or None: the value.
-
-`names` are all names in the function's code.
-"""
+StandIn = Callable[[str, Any, FunctionType], Any]
+"""`stand_in(name, value, function)`: what the function's clone finds under a global name in place of its value, or None."""
 
 
 def with_stand_ins(base: type, stand_in: StandIn) -> type | None:
@@ -31,7 +28,7 @@ def with_stand_ins(base: type, stand_in: StandIn) -> type | None:
         for cls in base.__mro__
         if (members := {name: clone for name, value in vars(cls).items() if (clone := cloner.of_member(value)) is not None})
     }
-    named = {cls for function in _functions(base) for cls in _classes_named(function)}
+    named = {value for function in _functions(base) for value in _globals_read(function).values() if isinstance(value, type)}
     if not layers or named & layers.keys() or any(map(_assigns_globals, cloner.originals)):
         return None
     # each class's clones stand right before it in the order of methods, where super() finds them
@@ -66,20 +63,22 @@ class _Cloner:
         return self._clones[function]
 
     def _cloned(self, function: FunctionType) -> FunctionType | None:
-        names, namespace = _names(function.__code__), function.__globals__
         replaced = {
-            name: found for name in names & namespace.keys() if (found := self._replacement(function, name, names)) is not None
+            name: found
+            for name, value in _globals_read(function).items()
+            if (found := self._replacement(function, name, value)) is not None
         }
         cells = tuple(map(self._cell, function.__closure__ or ()))
         if not replaced and cells == (function.__closure__ or ()):
             return None
-        clone = FunctionType(function.__code__, namespace | replaced, function.__name__, function.__defaults__, cells)
+        clone = FunctionType(
+            function.__code__, function.__globals__ | replaced, function.__name__, function.__defaults__, cells
+        )
         clone.__kwdefaults__ = function.__kwdefaults__
         return functools.update_wrapper(clone, function)  # type: ignore[return-value]
 
-    def _replacement(self, function: FunctionType, name: str, names: frozenset[str]) -> Any:
-        value = function.__globals__[name]
-        found = self._stand_in(name, value, names)
+    def _replacement(self, function: FunctionType, name: str, value: Any) -> Any:
+        found = self._stand_in(name, value, function)
         if found is None and isinstance(value, FunctionType) and value.__globals__ is function.__globals__:
             return self.of(value)
         return found
@@ -92,34 +91,29 @@ class _Cloner:
         return cell if clone is None else CellType(clone)
 
 
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    """A function's code, and that of the functions within it."""
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _codes(constant)
+@functools.lru_cache(maxsize=4096)  # a plan that is applied again reads the same code
+def _global_names(code: CodeType, *operations: str) -> frozenset[str]:
+    """Names of globals on which code, or that of a function within it, does one of these operations."""
+    own = {step.argval for step in dis.get_instructions(code) if step.opname in operations}
+    return frozenset(own.union(*(_global_names(inner, *operations) for inner in code.co_consts if isinstance(inner, CodeType))))
 
 
-def _names(code: CodeType) -> frozenset[str]:
-    """Names of globals and attributes in a function's code."""
-    return frozenset(name for each in _codes(code) for name in each.co_names)
+def uses_attribute(code: CodeType, name: str) -> bool:
+    """Whether code, or that of a function within it, uses an attribute or a global of this name."""
+    return name in code.co_names or any(uses_attribute(inner, name) for inner in code.co_consts if isinstance(inner, CodeType))
+
+
+def _globals_read(function: FunctionType) -> dict[str, Any]:
+    """The globals of its module that a function reads, by name."""
+    names = _global_names(function.__code__, "LOAD_GLOBAL")
+    return {name: function.__globals__[name] for name in names & function.__globals__.keys()}
 
 
 def _assigns_globals(function: FunctionType) -> bool:
-    return any(
-        step.opname in ("STORE_GLOBAL", "DELETE_GLOBAL")
-        for code in _codes(function.__code__)
-        for step in dis.get_instructions(code)
-    )
+    return bool(_global_names(function.__code__, "STORE_GLOBAL", "DELETE_GLOBAL"))
 
 
 def _functions(base: type) -> Iterator[FunctionType]:
     """Functions in the bodies of a class and of those that it inherits from."""
     for cls in base.__mro__:
         yield from (value for value in vars(cls).values() if isinstance(value, FunctionType))
-
-
-def _classes_named(function: FunctionType) -> list[type]:
-    """Classes that a function reaches by global names."""
-    found = (function.__globals__.get(name) for name in _names(function.__code__))
-    return [value for value in found if isinstance(value, type)]

@@ -29,6 +29,8 @@ from arrowhead.upstream import COMPILED, no_dispatch_modes, uncompiled
 
 Around = Callable[[SiteCall], Output]
 """What answers a site's calls in place of its module."""
+SLOTS = ("arrowhead_site", "arrowhead_around", "arrowhead_handle", "arrowhead_original")
+"""What the wrapper of a processor has of its own. All its other attributes are the processor's."""
 TOLERANCE = 2e-3
 """Largest relative difference, in float32, between a custom forward's output and the module's own."""
 
@@ -203,15 +205,19 @@ def _wrap_processor(processor: Any, site: Site, around: Around, processors: Hook
     """The wrapper of a processor for one site. It shares the processor's attributes, so those set on either are set on both."""
     base = type(processor)
     keeps_slots = any(isinstance(member, types.MemberDescriptorType) for cls in base.__mro__ for member in vars(cls).values())
-    if keeps_slots or isinstance(processor, types.FunctionType | types.BuiltinFunctionType) or not hasattr(processor, "__dict__"):
+    if (
+        keeps_slots
+        or isinstance(processor, types.FunctionType | types.BuiltinFunctionType)
+        or not hasattr(processor, "__dict__")
+    ):
         raise NotIntercepted(
             f"{site.path}: got a {base.__name__} for a processor, wanted an object whose class can be derived from, with its "
             "attributes in __dict__; use one of diffusers' processors, such as AttnProcessor2_0"
         )
     wrapped = twin(processor, _wrapper_class(base))
-    wrapped.arrowhead_site, wrapped.arrowhead_around = site, around
-    wrapped.arrowhead_handle = SiteHandle.of(site, _parameters(base.__call__)[2:])
-    wrapped.arrowhead_original = processors.call_of(processor)
+    own = site, around, SiteHandle.of(site, _parameters(base.__call__)[2:]), processors.call_of(processor)
+    for name, value in zip(SLOTS, own, strict=True):
+        object.__setattr__(wrapped, name, value)  # a processor that is a torch module would register what is set
     return wrapped
 
 
@@ -235,8 +241,7 @@ def _wrapper_class(base: type) -> type:
         raise uncopied(base.__name__)
 
     __call__.__wrapped__ = base.__call__  # type: ignore[attr-defined]  # inspect.signature follows it, for torch's compiler, too
-    slots = ("arrowhead_site", "arrowhead_around", "arrowhead_handle", "arrowhead_original")
-    members = {"__call__": __call__, "__reduce_ex__": __reduce_ex__, "__module__": base.__module__, "__slots__": slots}
+    members = {"__call__": __call__, "__reduce_ex__": __reduce_ex__, "__module__": base.__module__, "__slots__": SLOTS}
     return type(base.__name__, (base,), members)
 
 

@@ -1,4 +1,4 @@
-"""Replaces a module's forward on the instance, as hooks of accelerate and diffusers do, and puts it back from beneath such hooks."""
+"""Replaces a module's forward on the instance, as hooks of accelerate and diffusers do, and restores it beneath such hooks."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -37,7 +37,7 @@ def is_reached(module: nn.Module, forward: Forward) -> bool:
 
 
 def restore_forward(module: nn.Module, forward: Forward, before: Forward | None) -> bool:
-    """Put the forward from before back, also beneath hooks that were added since. Returns False where `forward` is not found."""
+    """Put the forward from before back, also beneath hooks added since. Returns False where `forward` is not found."""
     if vars(module).get("forward") is forward:
         if before is None:
             del module.forward

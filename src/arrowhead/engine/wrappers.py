@@ -140,14 +140,17 @@ def _wrap_forward(
         if compiling():
             return call_operator(sign, args, kwargs)
         if site.kind != "self_attention":
-            return around((BlockCall if site.kind == "block" else ModuleCall)(site, module, forward, args, kwargs))
+            if site.kind == "block":
+                return around(BlockCall(site, module, forward, args, kwargs, parameters))
+            return around(ModuleCall(site, module, forward, args, kwargs))
         call = ForwardSiteCall(site, module, forward, args, kwargs, routed)
         if unchecked:
             _require_alike(call)
             unchecked = False
         return around(call)
 
-    sign = SiteHandle.of(site, _parameters(uncompiled(module).forward))
+    parameters = _parameters(uncompiled(module).forward)
+    sign = SiteHandle.of(site, parameters)
     wrapped.arrowhead_around, wrapped.arrowhead_sign = around, sign  # type: ignore[attr-defined]
     return wrapped
 

@@ -343,7 +343,11 @@ class Step:
 
     def _by(self, cells: Sequence[Cell], writes: Callable[[Site, Cell], Writes]) -> AtSite:
         cell_of = dict(zip(self.sites, cells, strict=True))
-        return lambda call, state: execute_site(call, cell_of[call.site], writes(call.site, cell_of[call.site]), state)
+        return lambda call, state: _execute(call, cell_of[call.site], writes(call.site, cell_of[call.site]), state)
+
+
+def _execute(call: SiteCall, cell: Cell, writes: Writes, state: Generation) -> Output:
+    return execute_site(call, state.prepared(call.site, cell, writes), state)
 
 
 def _resumed(worker: greenlet.greenlet, *answer: Any) -> Any:

@@ -87,8 +87,8 @@ class CustomRun(Run):
         return replaced
 
     def _counted(self, transformer: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self._pace is not None:
-            self._pace.require_same_thread(self._model.family.name)
+        if self._step_clock is not None:
+            self._step_clock.require_same_thread(self._model.family.name)
         try:
             self._tick(transformer, args, kwargs)
             self._counting = True

@@ -141,7 +141,6 @@ def _wrap_forward(
 ) -> Callable[..., Output]:
     hooked = under_mode(forward) if custom is None else partial(custom, module, hooked_attention)
     unchecked = custom is not None
-    kind = BlockCall if site.kind == "block" else ModuleCall
 
     @wraps(forward)
     def wrapped(*args: Any, **kwargs: Any) -> Output:
@@ -149,14 +148,17 @@ def _wrap_forward(
         if compiling():
             return call_operator(handle, args, kwargs)
         if site.kind != "self_attention":
-            return around(kind(site, module, forward, args, kwargs))
+            if site.kind == "block":
+                return around(BlockCall(site, module, forward, args, kwargs, parameters))
+            return around(ModuleCall(site, module, forward, args, kwargs))
         call = ForwardSiteCall(site, module, forward, args, kwargs, hooked)
         if unchecked:
             _require_alike(call)
             unchecked = False
         return around(call)
 
-    handle = SiteHandle.of(site, _parameters(uncompiled(module).forward))
+    parameters = _parameters(uncompiled(module).forward)
+    handle = SiteHandle.of(site, parameters)
     wrapped.arrowhead_around, wrapped.arrowhead_handle = around, handle  # type: ignore[attr-defined]
     return wrapped
 

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -112,8 +113,12 @@ class Model:
 
     def transformer_arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The transformer call's arguments by name, defaults included, as the family's class names them."""
+        return self._transformer_parameters.by_name((self.transformer, *args), kwargs)
+
+    @cached_property
+    def _transformer_parameters(self) -> "_Parameters":
         known: Any = next(c for c in type(self.transformer).__mro__ if c.__name__ == self.family.transformer)
-        return _by_name(inspect.signature(known.forward), (self.transformer, *args), kwargs, "the transformer")
+        return _Parameters(inspect.signature(known.forward), "the transformer")
 
     def latents_argument(self, arguments: Mapping[str, Any]) -> Any:
         """What the transformer works on, (B, …) or a list, of a call with these `transformer_arguments`."""
@@ -156,6 +161,30 @@ def called(pipe: "DiffusionPipeline | CustomModel") -> tuple[Any, ...]:
     """A pipeline's transformers, in the order they are called."""
     both = (getattr(pipe, name, None) for name in ("transformer", "transformer_2"))
     return tuple(transformer for transformer in both if isinstance(transformer, nn.Module))
+
+
+class _Parameters:
+    """A function's parameters, looked at once, for the arguments of its many calls."""
+
+    def __init__(self, signature: inspect.Signature, callee: str) -> None:
+        parameters = signature.parameters.values()
+        self._signature, self._callee = signature, callee
+        self._names, self._known = tuple(signature.parameters), signature.parameters.keys()
+        self._defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+        self._plain = all(p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for p in parameters)
+
+    def by_name(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """A call's arguments by name, defaults included, in the order of the parameters.
+
+        Raises:
+            InputsInvalid: the function does not take them.
+        """
+        named = dict(zip(self._names, args, strict=False))
+        found = {**self._defaults, **named, **kwargs}
+        once = len(args) <= len(self._names) and named.keys().isdisjoint(kwargs)
+        if self._plain and once and found.keys() == self._known:
+            return {name: found[name] for name in self._names}
+        return _by_name(self._signature, args, kwargs, self._callee)  # which says what is wrong
 
 
 def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any], callee: str) -> dict[str, Any]:

@@ -24,6 +24,9 @@ class Flops:
     def __add__(self, other: "Flops") -> "Flops":
         return Flops(self.attention + other.attention, self.module + other.module)
 
+    def __mul__(self, times: float) -> "Flops":
+        return Flops(self.attention * times, self.module * times)
+
 
 def pairs(method: Method, tokens: Tokens) -> int:
     """How many query–key pairs the method looks at."""

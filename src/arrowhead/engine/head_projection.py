@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from arrowhead.kernels.head_index import places, serving
 from arrowhead.models.head_separation import QKV
+from arrowhead.upstream import child_modules
 
 
 class ProjectedHeads:
@@ -19,7 +20,7 @@ class ProjectedHeads:
     """
 
     def __init__(self, module: Any, heads: Sequence[int]) -> None:
-        layers, every = module._modules, module.heads
+        layers, every = child_modules(module), module.heads
         width = module.to_q.out_features // every
         some, count = tuple(heads), len(heads)
         view = dict(layers)  # found without a detour over `__getattr__`

@@ -12,22 +12,22 @@ PADDED_TO = 32
 """Of so many tokens Z-Image makes the lengths of image and text a multiple, as diffusers' SEQ_MULTI_OF has it."""
 
 
-def patches(transformer: Any, call: Mapping[str, Any]) -> Tokens:
-    """The image in square patches."""
+def patches(transformer: Any, call: Mapping[str, Any], *, text: int = 0, text_first: bool = False) -> Tokens:
+    """The image in square patches, with so many tokens of text after or before it."""
     height, width = call["hidden_states"].shape[-2:]  # (B, C, H, W)
     patch = transformer.config.patch_size
-    return Tokens.of_grid(1, height // patch, width // patch)
+    return Tokens.of_grid(1, height // patch, width // patch, text=text, text_first=text_first)
 
 
 def patches_then_text(transformer: Any, call: Mapping[str, Any]) -> Tokens:
     """Image and text attend together, the image first."""
-    return replace(patches(transformer, call), text=call["encoder_hidden_states"].shape[1])  # (B, T, C)
+    return patches(transformer, call, text=call["encoder_hidden_states"].shape[1])  # (B, T, C)
 
 
 def patches_beside_two_texts(transformer: Any, call: Mapping[str, Any]) -> Tokens:
     """Image in square patches, beside the texts of two encoders."""
     texts = call["encoder_hidden_states"], call["encoder_hidden_states_t5"]
-    return replace(patches(transformer, call), text=sum(text.shape[1] for text in texts))  # (B, T, C) each
+    return patches(transformer, call, text=sum(text.shape[1] for text in texts))  # (B, T, C) each
 
 
 def text_then_packed(_: Any, call: Mapping[str, Any]) -> Tokens:
@@ -95,7 +95,7 @@ def text_then_frames(transformer: Any, call: Mapping[str, Any]) -> Tokens:
 def registers_then_patches(transformer: Any, call: Mapping[str, Any]) -> Tokens:
     """Learnt tokens and the text before the image in square patches."""
     before = transformer.register_tokens.shape[1] + call["encoder_hidden_states"].shape[1]
-    return replace(patches(transformer, call), text=before, text_first=True)
+    return patches(transformer, call, text=before, text_first=True)
 
 
 def caption_then_patches(transformer: Any, call: Mapping[str, Any]) -> Tokens:
@@ -110,7 +110,7 @@ def caption_then_patches(transformer: Any, call: Mapping[str, Any]) -> Tokens:
             f"got prompts of {', '.join(map(str, lengths))} tokens in one batch, so that each image begins elsewhere; wanted "
             "one length; generate them one by one, or pad embeddings and masks"
         )
-    return replace(patches(transformer, call), text=lengths[0], text_first=True)
+    return patches(transformer, call, text=lengths[0], text_first=True)
 
 
 def padded_patches_then_text(_: Any, call: Mapping[str, Any]) -> Tokens:

@@ -225,14 +225,19 @@ LONG = {  # whose budgets are left to the slow tests: those of others like them 
 FIRST = {"DiTPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline", "StableDiffusion3Pipeline", "FluxPipeline"}
 
 
-@pytest.fixture(params=VARIANTS)
-def bench(request, monkeypatch):
-    make, how = VARIANTS[request.param]
-    cls = getattr(diffusers, request.param.split(",")[0])
+def variant(name, monkeypatch):
+    """The bench of a pipeline in `VARIANTS`."""
+    make, how = VARIANTS[name]
+    cls = getattr(diffusers, name.split(",")[0])
     module = sys.modules[cls.__module__]
-    if sized := getattr(module, "calculate_dimensions", None):  # pictures to go by have a million pixels, whatever they had
+    if sized := getattr(module, "calculate_dimensions", None):  # diffusers scales reference images to a million pixels
         monkeypatch.setattr(module, "calculate_dimensions", lambda area, ratio: sized(area // 256, ratio))
     return make(cls, **how)
+
+
+@pytest.fixture(params=VARIANTS)
+def bench(request, monkeypatch):
+    return variant(request.param, monkeypatch)
 
 
 def steps_of(bench):

@@ -18,7 +18,7 @@ from arrowhead.cli import main
 from arrowhead.errors import UnsupportedPipeline
 from arrowhead.models.families import FAMILIES
 from arrowhead.models.find import find
-from arrowhead.models.unsupported import REFUSED
+from arrowhead.models.unsupported import UNSUPPORTED
 
 PAGE = Path(__file__).parents[1] / "docs/families.md"
 
@@ -46,8 +46,8 @@ def test_the_walk_finds_transformers():
 
 def test_what_is_covered_and_what_is_refused_exists():
     assert CLASSES.keys() >= COVERED
-    assert REFUSED.keys() <= CLASSES.keys()
-    assert not COVERED & REFUSED.keys()
+    assert UNSUPPORTED.keys() <= CLASSES.keys()
+    assert not COVERED & UNSUPPORTED.keys()
     named = [name for family in FAMILIES for name in family.branch_order if not name.startswith("Tiny")]
     assert [name for name in named if not hasattr(diffusers, name)] == []
     assert len(named) == len({*named})
@@ -60,7 +60,7 @@ def test_every_other_class_is_refused_by_name(name):
     pipe = SimpleNamespace(transformer=transformer)
     with pytest.raises(UnsupportedPipeline, match=f"with a {name}.*wanted one of.*DiTPipeline") as caught:
         find(pipe)
-    assert REFUSED.get(name, "") in str(caught.value)
+    assert UNSUPPORTED.get(name, "") in str(caught.value)
 
 
 def test_a_second_transformer_is_refused():

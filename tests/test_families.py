@@ -58,7 +58,7 @@ def test_a_full_plan_changes_no_bit(name, guidance, dtype):
 @pytest.mark.parametrize("seed", range(3))
 def test_random_plans_are_what_a_replay_gives(name, guidance, kinds, seed):
     bench = MORE[name]()
-    if kinds == {"block"} and not next(f for f in FAMILIES if f.transformer == type(bench.pipe.transformer).__name__).knows(
+    if kinds == {"block"} and not next(f for f in FAMILIES if f.transformer == type(bench.pipe.transformer).__name__).has(
         "block"
     ):
         pytest.skip("has no blocks that are sites")
@@ -135,7 +135,7 @@ def test_searches_compress_and_their_plans_run(name, strategy, guidance):
 @with_and_without
 def test_a_budget_is_met(name, guidance):
     bench, inputs = MORE[name](), {"images": 2, "guidance": guidance}
-    asked = "transformer_flops" if find(bench.pipe).family.knows("feed_forward") else "module_flops"
+    asked = "transformer_flops" if find(bench.pipe).family.has("feed_forward") else "module_flops"
     with left_as_it_was(bench, **inputs):
         plan = ah.search(bench.pipe, bench.inputs(**inputs), budget=ah.Budget(**{asked: 0.6}), progress=False)
     assert 0 < plan.about["search"][asked] <= 0.6

@@ -13,7 +13,7 @@ import arrowhead as ah
 from arrowhead.calibration.run import CalibrationRun
 from arrowhead.errors import InputsInvalid, PlanMismatch
 from arrowhead.models.find import find
-from arrowhead.models.token_layouts import PADDED_TO
+from arrowhead.models.token_layouts import Z_IMAGE_MULTIPLE
 from arrowhead.plans.cells import FULL
 
 
@@ -104,7 +104,7 @@ def test_a_plan_serves_prompts_of_one_padded_length():
 
 
 def test_it_is_diffusers_padding():
-    assert PADDED_TO == SEQ_MULTI_OF
+    assert Z_IMAGE_MULTIPLE == SEQ_MULTI_OF
 
 
 def test_images_of_several_sizes_are_refused():

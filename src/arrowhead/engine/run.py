@@ -72,7 +72,7 @@ class Run:
     def _clocked(self) -> ExitStack:
         """Start the clock, which stops when this is closed."""
         clock = ExitStack()
-        for transformer, called in zip(self._model.transformers, self._model.called, strict=True):
+        for transformer, called in zip(self._model.transformers, self._model.called_transformers, strict=True):
             clock.callback(CallWrapper(called, functools.partial(self._counted, transformer)).remove)
         return clock
 

@@ -1,4 +1,4 @@
-"""What may be on a transformer that no plan goes with: diffusers' caches, IP-Adapters, shares of it in other processes."""
+"""Checks that a transformer carries nothing that no plan goes with: diffusers' caches, IP-Adapters, parallelism."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -72,9 +72,3 @@ def _shared_out(transformer: nn.Module) -> str | None:
     if sharded or getattr(config, "tensor_parallel_config", None) is not None:
         return "whose weights are DTensors, shared out by tensor parallelism or FSDP: a process has some of the heads, or rows"
     return None
-
-
-def looks_at_an_image(transformer: Any) -> str | None:
-    """Wan 2.1's from images has a second attention, to the image, within the one to the text."""
-    image_dim = transformer.config.image_dim
-    return None if image_dim is None else f"image_dim={image_dim}: attention to an image beside the one to the text"

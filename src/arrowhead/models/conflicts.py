@@ -17,7 +17,7 @@ CACHES = {
     "taylorseer_cache": "TaylorSeerCache",
     "text_kv_cache": "TextKVCache",
 }
-"""By the module of `diffusers.hooks` that a hook's class is of. Other hooks (offloading, casting) may stay."""
+"""By the module of `diffusers.hooks` that a hook's class is in, the cache's name. Other hooks (offloading, casting) may stay."""
 
 
 def require_no_conflicts(transformers: Iterable[nn.Module]) -> None:
@@ -34,7 +34,7 @@ def require_no_conflicts(transformers: Iterable[nn.Module]) -> None:
                 "two would know what the other computed; wanted one of them; call disable_cache() on the transformer, or load "
                 "it anew, or remove the plan"
             )
-        if path := next(_adapted(transformer), None):
+        if path := next(_ip_adapters(transformer), None):
             raise UnsupportedPipeline(
                 f"got a {name} with an IP-Adapter at {path}, which attends twice, to the picture as well; wanted none; call "
                 "unload_ip_adapter() of the pipeline, or remove the plan"
@@ -47,6 +47,7 @@ def require_no_conflicts(transformers: Iterable[nn.Module]) -> None:
 
 
 def _caches(transformer: nn.Module) -> Iterator[str]:
+    """The names of diffusers' caches on modules of the transformer."""
     for module in transformer.modules():
         hooks: dict[str, Any] = getattr(vars(module).get("_diffusers_hook"), "hooks", {})
         for hook in hooks.values():
@@ -54,7 +55,8 @@ def _caches(transformer: nn.Module) -> Iterator[str]:
                 yield cache
 
 
-def _adapted(transformer: nn.Module) -> Iterator[str]:
+def _ip_adapters(transformer: nn.Module) -> Iterator[str]:
+    """The paths of attention modules that have an IP-Adapter."""
     for path, module in transformer.named_modules():
         if "IPAdapter" in type(getattr(module, "processor", None)).__name__:
             yield path

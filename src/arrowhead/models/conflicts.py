@@ -17,7 +17,7 @@ CACHES = {
     "taylorseer_cache": "TaylorSeerCache",
     "text_kv_cache": "TextKVCache",
 }
-"""By the module of `diffusers.hooks` that a hook's class is in, the cache's name. Other hooks (offloading, casting) may stay."""
+"""By the module of `diffusers.hooks` that has a hook's class, the cache's name. Other hooks (offloading, casting) may stay."""
 
 
 def require_no_conflicts(transformers: Iterable[nn.Module]) -> None:

@@ -11,7 +11,7 @@ from arrowhead.errors import InputsInvalid
 from arrowhead.models.custom import CustomModel, Forward
 from arrowhead.models.family import Family
 from arrowhead.plans.layout import Branches, BranchOrder, Site, Tokens, relevant_tokens
-from arrowhead.plans.target import NO_SCHEDULER, Target, plain
+from arrowhead.plans.target import NO_SCHEDULER, Target, to_json_value
 from arrowhead.upstream import uncompiled
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
@@ -173,5 +173,5 @@ def target_of(model: Model) -> Target:
         return Target(model.family.transformer, NO_SCHEDULER, {}, model.sites)
     scheduler = model.pipe.scheduler
     # as JSON holds it, and without what diffusers adds of its own
-    config = {name: plain(value) for name, value in scheduler.config.items() if not name.startswith("_")}
+    config = {name: to_json_value(value) for name, value in scheduler.config.items() if not name.startswith("_")}
     return Target(model.family.transformer, type(scheduler).__name__, config, model.sites)

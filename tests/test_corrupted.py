@@ -158,7 +158,9 @@ LARGE = {
     "weights": lambda c: c["target"]["sites"][0].update(weights=10**18),
     "steps": lambda c: c.update(cells=["F"] * (limits.MAX_STEPS + 1)),
     "sites": lambda c: c["target"].update(sites=c["target"]["sites"] * (limits.MAX_SITES + 1)),
-    "sites within": lambda c: c["target"]["sites"][0].update(within=[c["target"]["sites"][0] | {"path": "a"}] * limits.MAX_SITES),
+    "sites within": lambda c: c["target"]["sites"][0].update(
+        within=[c["target"]["sites"][0] | {"path": "a"}] * limits.MAX_SITES
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""Where heads are: an index for each set of them, made once."""
+"""Indices of heads: a slice or a tensor for each set of them, made once."""
 
 import torch
 from hypothesis import given

@@ -43,9 +43,9 @@ def arrow(
     """Writes the attention of each head under its policy into `out`.
 
     `out`, `q`, `k` and `v` are (B, H, N, D) of one dtype, with any strides as long as the last dimension is contiguous.
-    `policy` is (H, 2) int32; or (H, 3) where heads may be in int8, for four more launches. `residual`, (B, H, V, D), is added to
-    the visual rows of the heads whose policy says so. `seen`, (B, N) bool, is a mask of keys: a query that sees no key gives 0.
-    The `visual` tokens are those from `visual_start` on, which is 0 or N − V. `scale`, above 0, multiplies the scores.
+    `policy` is (H, 2) int32; or (H, 3) where heads may be in int8, for four more launches. `residual`, (B, H, V, D), is added
+    to the visual rows of the heads whose policy says so. `seen`, (B, N) bool, is a mask of keys; a query that sees none
+    gives 0. The `visual` tokens are those from `visual_start` on, which is 0 or N − V. `scale`, above 0, multiplies the scores.
     """
     _launch(out, q, k, v, policy, residual, seen, visual, visual_start, scale, split=False)
 

@@ -1,11 +1,17 @@
 """Files that are no sound plans: each is refused, and the message names the file."""
 
 import json
+import re
+from dataclasses import asdict
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_plan import PLAN
 
 from arrowhead.errors import PlanInvalid
+from arrowhead.plans import file_format
+from arrowhead.plans.layout import Tokens
 from arrowhead.plans.plan import Plan
 
 
@@ -100,6 +106,35 @@ UNSOUND = {
     "three calls": broken(lambda c: c.update(calls=3)),
     "two calls without guidance": broken(lambda c: c.update(calls=2, guided=False)),
 }
+
+
+PIECES = ["full", "cached", "arrow", ":", "8", "08", "0", "-1", "1x4xall", "allxallxall", "x", "+", "+residual", "+int8", "all"]
+WORD = re.compile(r"cached|(full|arrow:(\d+|((\d+|all)x){2}(\d+|all))(\+residual)?)(\+int8)?")
+words = st.lists(st.sampled_from(PIECES), min_size=1, max_size=5).map("".join)
+likely = st.builds(
+    "".join,
+    st.tuples(
+        st.sampled_from(["full", "arrow:8", "arrow:08x4xall"]),
+        st.sampled_from(["", "+residual"]),
+        st.sampled_from(["", "+int8"]),
+    ),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(word=words | likely)
+def test_a_word_is_read_if_and_only_if_it_is_written_for_some_method(word):
+    """Up to zeros before a number."""
+    content = json.loads(PLAN.text()) | {"tokens": asdict(Tokens.of_grid(1, 8, 8))}
+    content["legend"]["W"]["heads"] = word
+    try:
+        plan = Plan(**file_format.read(json.dumps(content).encode()))
+    except ValueError:
+        assert not WORD.fullmatch(word)
+        return
+    assert WORD.fullmatch(word)
+    written = json.loads(plan.text())
+    assert re.sub(r"(?<!\d)0+(?=\d)", "", word) == written["legend"][written["cells"][1].split()[0]]["heads"]
 
 
 class TestUnsoundFiles:

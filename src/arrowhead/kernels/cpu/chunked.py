@@ -70,8 +70,8 @@ def _one_radius(call: Call, radius: Radius | None) -> Tensor:
         bias = F.pad(windows.chunk_bias(start, stop, low, high, radius, q.dtype, q.device), (0, tokens.text))
         if mask is not None:
             first = visual.start
-            rows, columns = slice(first + start, first + stop), slice(first + low, first + high)
-            bias = bias + _chunk_mask(mask, tokens, rows, columns, q.dtype)
+            queries, seen = slice(first + start, first + stop), slice(first + low, first + high)
+            bias = bias + _chunk_mask(mask, tokens, queries, seen, q.dtype)
         out_visual[:, :, start:stop] = F.scaled_dot_product_attention(
             q_visual[:, :, start:stop], keys, values, attn_mask=bias, scale=scale
         )

@@ -10,7 +10,7 @@ from arrowhead.engine.cache_encoding import NATIVE, CacheEncoding, EncodedTensor
 from arrowhead.errors import NotIntercepted
 from arrowhead.plans.cells import Radius
 from arrowhead.plans.layout import Branches
-from arrowhead.plans.lifetimes import What
+from arrowhead.plans.lifetimes import EntryKind
 
 Output = Tensor | tuple[Tensor | None, ...]
 """What a site's module gives: (B, N, C), or such a tensor for the image and one for the text, None where it gives no text."""
@@ -26,7 +26,7 @@ class Key:
     """
 
     site: str
-    what: What = "output"
+    what: EntryKind = "output"
     radius: Radius | None = None
 
 

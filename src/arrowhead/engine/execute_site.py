@@ -22,7 +22,7 @@ from arrowhead.engine.site_calls import SiteCall
 from arrowhead.errors import PlanMismatch
 from arrowhead.kernels import dispatch
 from arrowhead.kernels.call import Call, Policy
-from arrowhead.kernels.head_index import places
+from arrowhead.kernels.head_index import head_index
 from arrowhead.models.head_separation import can_project_heads_separately
 from arrowhead.plans import masks
 from arrowhead.plans.cells import Arrow, Attend, Cached, Cell, Full, Method, Reuse, grouped, precision_of
@@ -186,7 +186,7 @@ def _attention(call: AttentionCall, passage: SitePass) -> Tensor:
         _write_residual(call, out, residual, passage)
     for of_heads in passage.writes.head_outputs:
         if (rows := _wanted(of_heads, passage)) is not None:
-            value = out[rows] if of_heads.heads is None else out[rows, places(of_heads.heads, out.device)]
+            value = out[rows] if of_heads.heads is None else out[rows, head_index(of_heads.heads, out.device)]
             key = Key(passage.call.site.path, "heads")
             _keep(key, _kept(compact_output(value), passage), of_heads.last_reader, passage, of_heads)
     return out
@@ -202,10 +202,10 @@ def _by_method(call: AttentionCall, passage: SitePass) -> Tensor:
     out = call.q.new_empty(call.q.shape[0], site.heads, *call.q.shape[2:])
     if computed:
         own = [methods[head] for head in computed]
-        out[:, places(computed, out.device)] = attend_heads(
+        out[:, head_index(computed, out.device)] = attend_heads(
             call, computed, own, slice(None), passage, _residual(call, computed, passage)
         )
-    out[:, places(cached, out.device)] = _read(Key(site.path, "heads"), cached, passage)
+    out[:, head_index(cached, out.device)] = _read(Key(site.path, "heads"), cached, passage)
     return out
 
 
@@ -220,7 +220,7 @@ def _residual(call: AttentionCall, heads: tuple[int, ...], passage: SitePass) ->
         return None
     out = call.q.new_empty(call.q.shape[0], len(heads), passage.tokens.visual, call.q.shape[3])
     for key, own in found:
-        out[:, places(own, out.device)] = _read(key, [heads[place] for place in own], passage)
+        out[:, head_index(own, out.device)] = _read(key, [heads[place] for place in own], passage)
     return out
 
 
@@ -244,7 +244,7 @@ def _write_residual(call: AttentionCall, out: Tensor, residual: Residual, passag
     visual = passage.tokens.visual_slice
     methods = [Arrow(residual.radius)] * len(heads)
     band = attend_heads(call, heads, methods, rows, passage)[:, :, visual]
-    whole = out[rows, :, visual] if residual.heads is None else out[rows, places(heads, out.device), visual]
+    whole = out[rows, :, visual] if residual.heads is None else out[rows, head_index(heads, out.device), visual]
     key = Key(site.path, "residual", residual.radius)
     _keep(key, _kept(whole - band, passage), residual.last_reader, passage, residual)
     generation.stats.residuals += 1
@@ -273,7 +273,7 @@ def attend_heads(
             "drops weights; wanted attention with a mask at most; search again without these"
         )
     own, all_heads = tuple(passage.heads.index(head) for head in heads), call.q.shape[1]
-    where = places(own, call.q.device)
+    where = head_index(own, call.q.device)
     q = call.q[rows][:, where]
     k, v = (_serving(own, tensor[rows], all_heads) for tensor in (call.k, call.v))
     mask = None if call.mask is None else call.mask[(None,) * (4 - call.mask.ndim)]
@@ -302,7 +302,7 @@ def require_token_sizes(call: AttentionCall, passage: SitePass) -> None:
 
 def _serving(heads: tuple[int, ...], tensor: Tensor, of: int) -> Tensor:
     """What serves these of so many heads, (B, h, N, D), of keys or values that may have fewer."""
-    return tensor[:, places(tuple(head * tensor.shape[1] // of for head in heads), tensor.device)]
+    return tensor[:, head_index(tuple(head * tensor.shape[1] // of for head in heads), tensor.device)]
 
 
 def _policy(method: Method) -> Policy:

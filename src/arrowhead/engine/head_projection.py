@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arrowhead.kernels.head_index import places
+from arrowhead.kernels.head_index import head_index
 from arrowhead.models.head_separation import QKV
 
 
@@ -41,8 +41,8 @@ class ProjectedHeads:
         if linear.out_features < self._width:  # they serve several heads each
             shared = linear(x).unflatten(-1, (-1, self._width // self._all))  # (B, N, G, D)
             serving = tuple(row * shared.shape[2] // self._all for row in self._some)
-            return shared[:, :, places(serving, x.device)].flatten(2)
-        some = places(self._some, linear.weight.device)
+            return shared[:, :, head_index(serving, x.device)].flatten(2)
+        some = head_index(self._some, linear.weight.device)
         weight = linear.weight.view(self._all, -1, linear.in_features)[some].flatten(0, 1)  # (H·D, C) -> (h·D, C)
         bias = None if linear.bias is None else linear.bias.view(self._all, -1)[some].flatten()
         return F.linear(x, weight, bias)

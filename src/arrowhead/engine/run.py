@@ -43,7 +43,7 @@ class Run:
 
     def __init__(self, model: Model, plan: Plan, kernel: str, encoding: CacheEncoding = NATIVE) -> None:
         self.plan = plan
-        self.kernel = dispatch.known(kernel)
+        self.kernel = dispatch.require_kernel(kernel)
         self.encoding = encoding
         self._model = model
         self._pipeline_class = type(model.pipe)

@@ -12,7 +12,7 @@ from arrowhead.errors import InputsInvalid
 from arrowhead.models.custom import CustomModel, Forward
 from arrowhead.models.family import Family
 from arrowhead.plans.layout import Branches, BranchOrder, Site, Tokens, relevant_tokens
-from arrowhead.plans.target import NO_SCHEDULER, Target, plain
+from arrowhead.plans.target import NO_SCHEDULER, Target, to_json_value
 from arrowhead.upstream import uncompiled
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
@@ -172,7 +172,7 @@ def target_of(model: Model) -> Target:
     if scheduler is None:
         return Target(model.family.transformer, NO_SCHEDULER, {}, model.sites)
     # as JSON holds it, and without the entries that diffusers adds
-    config = {name: plain(value) for name, value in scheduler.config.items() if not name.startswith("_")}
+    config = {name: to_json_value(value) for name, value in scheduler.config.items() if not name.startswith("_")}
     return Target(model.family.transformer, type(scheduler).__name__, config, model.sites)
 
 

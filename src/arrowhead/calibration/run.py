@@ -116,9 +116,9 @@ class CalibrationRun:
             if self.branches.calls == 2:  # the pipeline may change what it gave before the first call is looked at
                 kwargs = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
             arguments = self._model.transformer_arguments(args, kwargs)
-            tokens, rows = self._model.tokens(arguments), len(self._model.latents_argument(arguments))
+            tokens, rows = self._model.tokens(arguments), len(self._model.latents(arguments))
             scales = {value.get("scale") for value in kwargs.values() if isinstance(value, dict)} - {None, 1}
-            run, returned = partial(_run_forward, own_forward, args, kwargs), self._model.family.returned(arguments)
+            run, returned = partial(_run_forward, own_forward, args, kwargs), self._model.family.output_tokens(arguments)
             counted = self._model.scheduler_step
             return worker.parent.switch(_Call(transformer, tokens, rows, run, bool(scales), returned, counted))
 

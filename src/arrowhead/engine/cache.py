@@ -13,7 +13,7 @@ from arrowhead.errors import NotIntercepted
 from arrowhead.kernels.head_index import select_heads
 from arrowhead.plans.cells import Radius
 from arrowhead.plans.layout import Branches
-from arrowhead.plans.lifetimes import What
+from arrowhead.plans.lifetimes import EntryKind
 
 Output = Tensor | tuple[Tensor | None, ...]
 """What a site's module gives: (B, N, C), or such a tensor for the image and one for the text, None where it gives no text."""
@@ -28,7 +28,7 @@ class Key(NamedTuple):
     """
 
     site: str
-    what: What = "output"
+    what: EntryKind = "output"
     radius: Radius | None = None
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arrowhead.kernels.head_index import places, serving
+from arrowhead.kernels.head_index import head_index, serving
 from arrowhead.models.head_separation import QKV
 from arrowhead.upstream import child_modules
 
@@ -47,8 +47,8 @@ def _project(linear: nn.Linear, heads: tuple[int, ...], of: int, width: int, x: 
     weight, bias = linear.weight, linear.bias
     if weight.shape[0] < of * width:  # keys or values, each for several heads of queries
         shared = linear(x).unflatten(-1, (-1, width))  # (B, N, G, D)
-        return shared[:, :, places(serving(heads, shared.shape[2], of), x.device)].flatten(2)
-    where = places(heads, weight.device)
+        return shared[:, :, head_index(serving(heads, shared.shape[2], of), x.device)].flatten(2)
+    where = head_index(heads, weight.device)
     if isinstance(where, slice):
         rows = slice(where.start * width, where.stop * width)
         return F.linear(x, weight[rows], None if bias is None else bias[rows])

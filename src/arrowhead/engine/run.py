@@ -46,7 +46,7 @@ class Run:
 
     def __init__(self, model: Model, plan: Plan, kernel: str, encoding: CacheEncoding = NATIVE) -> None:
         self.plan = plan
-        self.kernel = dispatch.known(kernel)
+        self.kernel = dispatch.require_kernel(kernel)
         self.encoding = encoding
         self._model = model
         self._pipeline_class = type(model.pipe)
@@ -76,7 +76,7 @@ class Run:
     def _wrap_calls(self) -> ExitStack:
         """Count the transformer's calls, until the stack is closed."""
         wrappers = ExitStack()
-        for transformer, called in zip(self._model.transformers, self._model.called, strict=True):
+        for transformer, called in zip(self._model.transformers, self._model.called_transformers, strict=True):
             wrappers.callback(CallWrapper(called, functools.partial(self._counted, transformer)).remove)
         return wrappers
 

@@ -96,7 +96,7 @@ def timed(
     Raises what `arrowhead.search` raises.
     """
     looked_at = {*sites, *blocks}
-    model = find(pipe, {site.kind for site in looked_at}).only(lambda site: site in looked_at)
+    model = find(pipe, {site.kind for site in looked_at}).filtered(lambda site: site in looked_at)
     calibration = CalibrationRun(model, inputs)
     seconds: dict[tuple[Shape, Cell | Residual], list[float]] = defaultdict(list)
     whole: list[float] = []

@@ -8,7 +8,7 @@ import torch
 
 from arrowhead.calibration.run import CalibrationRun
 from arrowhead.engine.cache import Output
-from arrowhead.engine.execute_site import execute_site
+from arrowhead.engine.execute_site import SitePass, execute_site
 from arrowhead.engine.generation import Generation
 from arrowhead.engine.site_calls import SiteCall
 from arrowhead.engine.stats import Stats

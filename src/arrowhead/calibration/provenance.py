@@ -10,6 +10,7 @@ from arrowhead.calibration.sharding import Part
 from arrowhead.models.custom import CustomModel
 from arrowhead.models.model import transformers_of
 from arrowhead.plans.target import to_json_value
+from arrowhead.upstream import name_or_path
 from arrowhead.versions import versions
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
@@ -27,7 +28,7 @@ def provenance(
     seeds = [g.initial_seed() for g in ([generator] if isinstance(generator, torch.Generator) else generator or [])]
     return {
         "pipeline": type(transformer if own else pipe).__name__,
-        "model": "" if own else str(pipe.config.get("_name_or_path") or ""),
+        "model": "" if own else name_or_path(pipe),
         what: {name: to_json_value(value) for name, value in settings.items()},
         "inputs": {name: _said(value) for name, value in inputs.items() if name != "generator"},
         "seeds": seeds,

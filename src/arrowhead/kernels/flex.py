@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes  # torch does not compile under a counter of FLOPs
 
 from arrowhead.errors import KernelUnavailable
 from arrowhead.kernels.call import Call, Policy
 from arrowhead.plans import masks
 from arrowhead.plans.cells import Box
 from arrowhead.plans.layout import Tokens
+from arrowhead.upstream import is_compiler_error, no_dispatch_modes, recompile_limit
 
 BLOCK = 128  # tokens on each side of a block
 LAYOUTS = 64  # compiled at most. By torch's default of 8, FlexAttention would then run uncompiled, and store N² scores
@@ -39,10 +39,10 @@ def attend(call: Call) -> Tensor:
     blocks = _block_mask(call.tokens, call.policies, q.device)
     tracked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
     try:
-        with torch._dynamo.config.patch(recompile_limit=LAYOUTS), torch.set_grad_enabled(tracked), _disable_current_modes():
+        with recompile_limit(LAYOUTS), torch.set_grad_enabled(tracked), no_dispatch_modes():
             return _compiled()(q, k, v, score_mod=score_mod, block_mask=blocks, scale=call.scale)
     except Exception as error:
-        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        if not is_compiler_error(error):
             raise
         raise KernelUnavailable(
             f"kernel='flex': got {type(error).__name__} when compiling for {tuple(q.shape)}, {q.dtype}, {q.device}; wanted "

@@ -17,3 +17,24 @@ def head_index(heads: tuple[int, ...], device: torch.device) -> slice | Tensor:
     with torch.inference_mode(False):  # the cached tensor is also used outside of inference mode
         made = torch.tensor(heads, pin_memory=device.type == "cuda")
         return made.to(device, non_blocking=device.type == "cuda")  # only from pinned memory is that safe
+
+
+def select_heads(tensor: Tensor, heads: tuple[int, ...]) -> Tensor:
+    """Some heads of a tensor (B, H, …) in this order: a view where they follow one another, else a copy."""
+    where = head_index(heads, tensor.device)
+    return tensor[:, where] if isinstance(where, slice) else tensor.index_select(1, where)
+
+
+def put_heads(out: Tensor, heads: tuple[int, ...], values: Tensor) -> None:
+    """Write `values`, (B, len(heads), …), to some heads of `out`, (B, H, …)."""
+    where = head_index(heads, out.device)
+    if isinstance(where, slice):
+        out[:, where] = values
+    else:
+        out.index_copy_(1, where, values)
+
+
+@lru_cache
+def serving(heads: tuple[int, ...], kv_heads: int, of: int) -> tuple[int, ...]:
+    """Which of `kv_heads` heads of keys and values serve these heads, out of `of` heads of queries."""
+    return tuple(head * kv_heads // of for head in heads)

@@ -28,6 +28,9 @@ class Flops:
     def __add__(self, other: "Flops") -> "Flops":
         return Flops(self.attention + other.attention, self.module + other.module)
 
+    def __mul__(self, times: float) -> "Flops":
+        return Flops(self.attention * times, self.module * times)
+
 
 def pairs(method: Method, tokens: Tokens) -> int:
     """The number of query–key pairs that a head computes under a method, in a sequence of these tokens."""

@@ -80,7 +80,7 @@ class Tokens:
     @property
     def image(self) -> "Tokens":
         """The visual tokens alone."""
-        return replace(self, text=0, text_first=False)
+        return Tokens(self.visual, frames=self.frames, grid=self.grid)
 
     @property
     def flat(self) -> "Tokens":

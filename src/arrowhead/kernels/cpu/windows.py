@@ -12,10 +12,11 @@ from torch import Tensor
 
 from arrowhead.plans import masks
 from arrowhead.plans.layout import Tokens
+from arrowhead.upstream import CPU_ATTENTION
 
 Part = tuple[Tensor, Tensor]
 """Attention over some of the keys, (B, H, N, D), and for each query log Σ exp(score) over them, (B, H, N)."""
-_attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # returns a Part
+_attend = CPU_ATTENTION  # returns a Part
 
 
 def can_attend(q: Tensor, k: Tensor, v: Tensor) -> bool:

@@ -11,7 +11,6 @@ import math
 import torch
 import triton
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -22,6 +21,7 @@ from arrowhead.kernels.triton.launch_table import CACHED, FULL, HEAD_DIMS, INT8_
 from arrowhead.kernels.triton.rounding import rounding_kernel
 from arrowhead.plans import masks
 from arrowhead.plans.layout import Tokens
+from arrowhead.upstream import is_fake
 
 UNIT = 8
 """Elements of half precision in 16 bytes. Where all strides are multiples of it, 16 bytes are moved at once."""
@@ -107,7 +107,7 @@ def _full_and_residual_flops(
 
 def _radii(policy: Tensor, heads: int) -> list[int]:
     """The radius of each head, FULL or CACHED; FULL for all where the policy has no values."""
-    return [FULL] * heads if isinstance(policy, FakeTensor) or policy.is_meta else policy[:, 0].tolist()
+    return [FULL] * heads if is_fake(policy) or policy.is_meta else policy[:, 0].tolist()
 
 
 def _launch(

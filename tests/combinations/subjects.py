@@ -20,7 +20,7 @@ from arrowhead.plans.layout import ATTENTION_KINDS, Tokens, relevant_tokens
 from arrowhead.plans.plan import Plan
 
 STEPS = 5
-MECHANISMS = {"sd3": "processor with SDPA", "flux": "dispatch_attention_fn", "own": "own module"}
+MECHANISMS = {"sd3": "processor with SDPA", "flux": "dispatch_attention_fn", "own": "custom model"}
 """Subjects by name, and the mechanism that each stands for."""
 
 

@@ -179,7 +179,7 @@ def test_hidden_while_applied(counter):
     assert counter.frame_count == 2
 
 
-@states(GROUP, "blocks that are `torch.compile(block)`", mechanism="own module")
+@states(GROUP, "blocks that are `torch.compile(block)`", mechanism="custom model")
 def test_hidden_blocks(counter):
     here = subject("own")
     plan, plain = here.plan(1, {"self_attention", "feed_forward"}), here.generate(5)
@@ -218,7 +218,7 @@ def test_blocks_that_a_plan_skips(mechanism, outcome, compile_, counter):
     assert torch.equal(here.generate(5), plain)
 
 
-@states(GROUP, "feed-forwards that are compiled by themselves", mechanism="own module")
+@states(GROUP, "feed-forwards that are compiled by themselves", mechanism="custom model")
 def test_feed_forwards_compiled_by_themselves(counter):
     here = subject("own")
     for block in here.transformer.blocks:

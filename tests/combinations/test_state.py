@@ -249,7 +249,7 @@ def test_a_second_call_that_is_missing(name, step):
     assert torch.equal(bench.pipe(**bench.inputs())[0], undisturbed)
 
 
-@states("State", "an odd batch where both branches are said to come in one", "refused", "own module")
+@states("State", "an odd batch where both branches are said to come in one", "refused", "custom model")
 def test_an_odd_batch():
     class Unguided(Own):
         def output(self, model, x, t, y):

@@ -152,9 +152,9 @@ def locality(analysis: Analysis) -> Figure:
     """The fraction of the image's attention that an arrow keeps, heads over steps."""
     assert analysis.band_mass is not None
     assert analysis.text_mass is not None
-    kept, heads = analysis.band_mass + analysis.text_mass, sum(analysis.heads)
+    inside, heads = analysis.band_mass + analysis.text_mass, sum(analysis.heads)
     figure, axis = plt.subplots(figsize=(8, min(2.2 + 0.06 * heads, 14)), layout="constrained")
-    image = axis.imshow(kept, vmin=0, vmax=1, cmap="cividis", aspect="auto", interpolation="nearest")
+    image = axis.imshow(inside, vmin=0, vmax=1, cmap="cividis", aspect="auto", interpolation="nearest")
     ends = np.cumsum(analysis.heads)
     for end in ends[:-1]:
         axis.axhline(end - 0.5, color="white", linewidth=0.8)
@@ -165,9 +165,7 @@ def locality(analysis: Analysis) -> Figure:
     tokens, radius = analysis.tokens, analysis.radius
     even = (masks.pairs(tokens, radius) - tokens.text * tokens.total) / (tokens.visual * tokens.total)
     on_text = f" or on text ({np.median(analysis.text_mass):.0%})" if tokens.text else ""
-    title = (
-        f"Attention within {radius} tokens on each side{on_text}: median {np.median(kept):.0%} (if it were uniform: {even:.0%})"
-    )
+    title = f"Attention within {radius} tokens on each side{on_text}: median {np.median(inside):.0%} (if uniform: {even:.0%})"
     axis.set_title(f"How local heads are\n{title}", loc="left", fontsize=10)
     figure.colorbar(image, ax=axis).set_label("share of the image's attention")
     return figure

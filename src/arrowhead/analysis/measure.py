@@ -66,8 +66,8 @@ def analyze(
     """Measure every attention site of a pipeline in every step of one run with `inputs`.
 
     Nothing is compressed. Kernels do not return attention weights, so the weights are computed again in float32, in chunks of
-    queries. The run holds the last step's output and window (B, H, V, D) of every site on the device, and all steps' outputs for
-    `sampled` tokens on the CPU.
+    queries. The run holds the last step's output and window (B, H, V, D) of every site on the device. It holds all steps'
+    outputs for `sampled` tokens on the CPU.
 
     Args:
         pipe: a diffusers pipeline of a supported family. Afterwards it is as it was before.

@@ -56,8 +56,8 @@ class Measure:
             InputsInvalid: `compute` gave another shape or dtype, or values that are not finite.
         """
         with torch.no_grad():
-            given = self.compute(batch)
-        values = given if isinstance(given, Tensor) else torch.tensor(given)
+            computed = self.compute(batch)
+        values = computed if isinstance(computed, Tensor) else torch.tensor(computed)
         count = len(batch.pixels)
         if values.numel() == count:
             values = values.reshape(count, 1)
@@ -84,9 +84,9 @@ def ssim() -> Measure:
     return Measure("ssim", "ssim", lambda batch: ssim_each(unit(batch.pixels), unit(_raw(batch))), paired=True)
 
 
-def lpips(given: NetworkSource, device: torch.device | str = "cpu") -> Measure:
+def lpips(source: NetworkSource, device: torch.device | str = "cpu") -> Measure:
     """LPIPS, by a network that takes two batches of images in [-1, 1] and gives a distance for each pair."""
-    found = load_network(given, "lpips", device)
+    found = load_network(source, "lpips", device)
 
     def compute(batch: Batch) -> Tensor:
         return found(unit(batch.pixels, device) * 2 - 1, unit(_raw(batch), device) * 2 - 1)
@@ -94,7 +94,7 @@ def lpips(given: NetworkSource, device: torch.device | str = "cpu") -> Measure:
     return Measure("lpips", _key("lpips", found), compute, paired=True, about=name_of(found))
 
 
-def inception(given: NetworkSource, resize: str = "tf1", device: torch.device | str = "cpu") -> Measure:
+def inception(source: NetworkSource, resize: str = "tf1", device: torch.device | str = "cpu") -> Measure:
     """Features (n, d) of a network that takes images (n, 3, 299, 299) in [-1, 1], and its logits behind them if it gives any.
 
     Raises:
@@ -102,7 +102,7 @@ def inception(given: NetworkSource, resize: str = "tf1", device: torch.device | 
     """
     if resize not in MODES:
         raise InputsInvalid(f"got resize {resize!r}, wanted one of {', '.join(MODES)}; the original FID has tf1")
-    found = load_network(given, "inception", device)
+    found = load_network(source, "inception", device)
 
     def parts(pixels: Tensor) -> tuple[Tensor, ...]:
         made = found((MODES[resize](pixels.to(device).float(), INCEPTION_SIDE) - 128) / 128)
@@ -126,12 +126,12 @@ def inception(given: NetworkSource, resize: str = "tf1", device: torch.device | 
     )
 
 
-def clip(given: str | Path, device: torch.device | str = "cpu") -> Measure:
+def clip(source: str | Path, device: torch.device | str = "cpu") -> Measure:
     """CLIP score: 100 · max(0, cos) of a CLIP's embeddings of an image and its caption (Hessel et al., arXiv:2104.08718).
 
-    `given` is a folder that transformers can load.
+    `source` is a folder that transformers can load.
     """
-    folder = Path(given)
+    folder = Path(source)
     try:
         from transformers import AutoTokenizer, CLIPModel  # noqa: PLC0415  # takes seconds
 
@@ -163,9 +163,9 @@ def clip(given: str | Path, device: torch.device | str = "cpu") -> Measure:
     return Measure("clip", _key(f"clip-{digest(processor.to_dict())[:6]}", model), compute, about=about)
 
 
-def accuracy(given: NetworkSource, device: torch.device | str = "cpu") -> Measure:
+def accuracy(source: NetworkSource, device: torch.device | str = "cpu") -> Measure:
     """Accuracy: whether a classifier of images in [0, 1] predicts the label that the image was generated for."""
-    found = load_network(given, "classifier", device)
+    found = load_network(source, "classifier", device)
 
     def compute(batch: Batch) -> Tensor:
         made = found(unit(batch.pixels, device))
@@ -181,9 +181,9 @@ def accuracy(given: NetworkSource, device: torch.device | str = "cpu") -> Measur
     return Measure("accuracy", _key("accuracy", found), compute, about=name_of(found))
 
 
-def reward(name: str, given: NetworkSource, device: torch.device | str = "cpu") -> Measure:
+def reward(name: str, source: NetworkSource, device: torch.device | str = "cpu") -> Measure:
     """A reward such as HPSv2 or ImageReward: a function of images (n, 3, H, W) in [0, 1] and n captions that gives n scores."""
-    found = load_network(given, name, device)
+    found = load_network(source, name, device)
 
     def compute(batch: Batch) -> Tensor:
         scores = found(unit(batch.pixels, device), _captions(batch, name))

@@ -40,12 +40,12 @@ class Networks:
         """
         if taken := NAMES & {*self.rewards}:
             raise InputsInvalid(f"got rewards named {sorted(taken)}, which are names of other measures; rename them")
-        for what, needed, given in (
+        for what, needed, network in (
             ("CLIP score", "prompt", self.clip),
             ("a reward", "prompt", self.rewards),
             ("accuracy", "class_labels", self.classifier),
         ):
-            if given and needed not in request.rows:
+            if network and needed not in request.rows:
                 raise InputsInvalid(
                     f"{what} needs {needed} among the inputs, got {sorted(request.rows)}; add it, or leave the network out"
                 )
@@ -58,7 +58,7 @@ class Networks:
             found.append(measures.clip(self.clip, device))
         if self.classifier is not None:
             found.append(measures.accuracy(self.classifier, device))
-        return [*found, *(measures.reward(name, given, device) for name, given in self.rewards.items())]
+        return [*found, *(measures.reward(name, source, device) for name, source in self.rewards.items())]
 
     def not_measured(self, request: Request, found: list[Measure], real: object) -> dict[str, str]:
         """What the inputs would allow but is not measured, by name, with how to get what is missing."""

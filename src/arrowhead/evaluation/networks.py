@@ -31,7 +31,7 @@ HOW_TO_GET: Mapping[str, str] = {
 """How to get each network, for errors and for the notes of what was not measured."""
 
 
-def load_network(given: NetworkSource, what: str, device: torch.device | str = "cpu") -> Callable[..., Any]:
+def load_network(source: NetworkSource, what: str, device: torch.device | str = "cpu") -> Callable[..., Any]:
     """Load a network and return it ready to call; a module is moved to the device and set to inference mode.
 
     `what` names the network in errors, by the keys of `HOW_TO_GET`.
@@ -39,23 +39,23 @@ def load_network(given: NetworkSource, what: str, device: torch.device | str = "
     Raises:
         InputsInvalid: it cannot be loaded; the message has the command that gets the network.
     """
-    found = given if callable(given) else _load_by_name(str(given), what)
+    found = source if callable(source) else _load_by_name(str(source), what)
     if isinstance(found, type) or (inspect.isfunction(found) and not _required_arguments(found)):
         found = found()  # a class, or a function without arguments that builds the network
     if isinstance(found, nn.Module):
         found = found.to(device).eval()
     if not callable(found):
         raise InputsInvalid(
-            f"got {given!r} for {what}, which is no network; wanted something callable; get it by: {_how_to_get(what)}"
+            f"got {source!r} for {what}, which is no network; wanted something callable; get it by: {_how_to_get(what)}"
         )
     return found
 
 
-def _load_by_name(given: str, what: str) -> Any:
-    source, colon, name = given.rpartition(":")
+def _load_by_name(text: str, what: str) -> Any:
+    source, colon, name = text.rpartition(":")
     try:
         if not colon:
-            return _load_file(Path(given))
+            return _load_file(Path(text))
         if source.endswith(".py"):
             spec = importlib.util.spec_from_file_location(Path(source).stem, source)
             assert spec is not None
@@ -67,7 +67,7 @@ def _load_by_name(given: str, what: str) -> Any:
         return getattr(module, name)
     except (OSError, ImportError, AttributeError, RuntimeError, ValueError) as error:
         raise InputsInvalid(
-            f"cannot load {given!r} for {what}: {str(error).strip().splitlines()[-1] if str(error) else type(error).__name__}; "
+            f"cannot load {text!r} for {what}: {str(error).strip().splitlines()[-1] if str(error) else type(error).__name__}; "
             f"wanted a TorchScript file, FILE.py:NAME or module:NAME; get it by: {_how_to_get(what)}"
         ) from error
 

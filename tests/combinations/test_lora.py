@@ -39,7 +39,7 @@ def drawn(here, mechanism, seed):
 
 
 def load(here, lora, name="one"):
-    """Into a pipeline as users do; into one's own module by peft."""
+    """Into a pipeline as users do; into a custom model by peft."""
     if here.adapter is None:
         parts = {
             f"transformer.{path}.lora_{w}.weight": m for path, both in lora.items() for w, m in zip("AB", both, strict=True)

@@ -320,7 +320,7 @@ PUT_ON = "works: from the next generation on"
 
 @combines("State", "put on in the middle", {"sd3": PUT_ON, "flux": PUT_ON, "own": "refused: by `run.step`"})
 def test_put_on_in_the_middle(mechanism, outcome):
-    """Of a loop nobody knows when it began: `run.step` refuses the rest of it, see the tests of modules of one's own."""
+    """Nothing says when a custom loop begins; `run.step` refuses the rest of it, see the tests of custom models."""
     if mechanism == "own":
         here = subject(mechanism)
         with here.applied(here.plan(seed=4)) as run, pytest.raises(PlanMismatch, match="got step 2 after 0 whole steps"):

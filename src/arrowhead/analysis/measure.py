@@ -24,9 +24,8 @@ from arrowhead.metrics.error import relative_squared_error
 from arrowhead.models.custom import call_inputs
 from arrowhead.models.find import find
 from arrowhead.plans import masks
-from arrowhead.plans.cells import FULL, Arrow
+from arrowhead.plans.cells import Arrow
 from arrowhead.plans.layout import Site, Tokens
-from arrowhead.plans.lifetimes import Writes
 from arrowhead.searches.radii import fewest
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
@@ -140,8 +139,9 @@ class _Observer:
     def at_site(self, call: SiteCall, state: Generation) -> Output:
         """Run the site's module untouched, and record its output."""
         site, parts = call.site, self.request.parts
-        state.stats.record_pass(site, FULL, state.tokens)
-        out = call.run(lambda attention: self._attention(attention, call, state))
+        site_pass = SitePass.full(call, state)
+        site_pass.record_pass()
+        out = call.run(lambda attention: self._attention(attention, site_pass))
         image = _image_tokens(out, site.tokens(state.tokens))  # (B, V, C)
         if "branches" in parts:
             one, other = image.float().flatten(1).chunk(2)  # (B/2, V·C)
@@ -152,8 +152,9 @@ class _Observer:
             self._outputs.setdefault(site, []).append(image[:, tokens].cpu())  # (B, sampled, C)
         return out
 
-    def _attention(self, attention: AttentionCall, call: SiteCall, state: Generation) -> Tensor:
+    def _attention(self, attention: AttentionCall, site_pass: SitePass) -> Tensor:
         """Compute full attention (B, H, N, D), and record errors, masses and the map."""
+        call, state = site_pass.call, site_pass.generation
         site, parts = call.site, self.request.parts
         out = attention.native()  # (B, H, N, D)
         require_finite(out, call, state)
@@ -163,7 +164,6 @@ class _Observer:
                 "branches only"
             )
         if "reuse" in parts:
-            site_pass = SitePass(call, FULL, Writes(), state, tuple(range(site.heads)))
             self._errors.setdefault(site, []).append(self._reuse_errors(attention, out, site_pass))
         if "locality" in parts:
             masses = _masses(attention, site.tokens(state.tokens), self.request.radius)

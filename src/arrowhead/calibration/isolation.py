@@ -8,6 +8,7 @@ import torch
 
 from arrowhead.errors import AlreadyGenerating, InputsInvalid
 from arrowhead.models.custom import CustomModel
+from arrowhead.upstream import execution_device, progress_bar_config, restore_progress_bar_config
 
 
 @contextmanager
@@ -36,7 +37,7 @@ def exclusive_call(pipe: Any) -> Iterator[Callable[..., Any]]:
 def preserved_rng(pipe: Any, generator: torch.Generator | Sequence[torch.Generator] | None) -> Iterator[None]:
     """No progress bar, and random states, the inputs' generators included, as they were afterwards."""
     own = isinstance(pipe, CustomModel)
-    device = next(pipe.transformer.parameters()).device if own else pipe._execution_device
+    device = next(pipe.transformer.parameters()).device if own else execution_device(pipe)
     with _preserved_random_state(generator, device), nullcontext() if own else _no_progress_bar(pipe):
         yield
 
@@ -62,12 +63,9 @@ def _preserved_random_state(
 
 @contextmanager
 def _no_progress_bar(pipe: Any) -> Iterator[None]:
-    before: dict[str, Any] | None = getattr(pipe, "_progress_bar_config", None)
+    before = progress_bar_config(pipe)
     pipe.set_progress_bar_config(**(before or {}) | {"disable": True})
     try:
         yield
     finally:
-        if before is None:
-            del pipe._progress_bar_config
-        else:
-            pipe._progress_bar_config = before
+        restore_progress_bar_config(pipe, before)

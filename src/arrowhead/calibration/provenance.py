@@ -9,7 +9,8 @@ import torch
 from arrowhead.calibration.sharding import Part
 from arrowhead.models.custom import CustomModel
 from arrowhead.models.model import transformers_of
-from arrowhead.plans.target import plain
+from arrowhead.plans.target import to_json_value
+from arrowhead.upstream import name_or_path
 from arrowhead.versions import versions
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
@@ -27,8 +28,8 @@ def provenance(
     seeds = [g.initial_seed() for g in ([generator] if isinstance(generator, torch.Generator) else generator or [])]
     return {
         "pipeline": type(transformer if own else pipe).__name__,
-        "model": "" if own else str(pipe.config.get("_name_or_path") or ""),
-        what: {name: plain(value) for name, value in settings.items()},
+        "model": "" if own else name_or_path(pipe),
+        what: {name: to_json_value(value) for name, value in settings.items()},
         "inputs": {name: _said(value) for name, value in inputs.items() if name != "generator"},
         "seeds": seeds,
         "device": str(weight.device if own else transformer.device),
@@ -41,4 +42,4 @@ def provenance(
 def _said(value: Any) -> Any:
     if callable(value):
         return getattr(value, "__qualname__", type(value).__name__)
-    return f"tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else plain(value)
+    return f"tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else to_json_value(value)

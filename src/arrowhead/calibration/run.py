@@ -116,9 +116,9 @@ class CalibrationRun:
             if self.branches.calls == 2:  # the pipeline may change what it gave before the first call is looked at
                 kwargs = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
             arguments = self._model.transformer_arguments(args, kwargs)
-            tokens, rows = self._model.tokens(arguments), len(self._model.latents_argument(arguments))
+            tokens, rows = self._model.tokens(arguments), len(self._model.latents(arguments))
             scales = {value.get("scale") for value in kwargs.values() if isinstance(value, dict)} - {None, 1}
-            run, returned = partial(_run_forward, own_forward, args, kwargs), self._model.family.returned(arguments)
+            run, returned = partial(_run_forward, own_forward, args, kwargs), self._model.family.output_tokens(arguments)
             counted = self._model.scheduler_step
             return worker.parent.switch(_Call(transformer, tokens, rows, run, bool(scales), returned, counted))
 
@@ -343,7 +343,11 @@ class Step:
 
     def _by(self, cells: Sequence[Cell], writes: Callable[[Site, Cell], Writes]) -> AtSite:
         cell_of = dict(zip(self.sites, cells, strict=True))
-        return lambda call, state: execute_site(call, cell_of[call.site], writes(call.site, cell_of[call.site]), state)
+        return lambda call, state: _execute(call, cell_of[call.site], writes(call.site, cell_of[call.site]), state)
+
+
+def _execute(call: SiteCall, cell: Cell, writes: Writes, state: Generation) -> Output:
+    return execute_site(call, state.prepared(call.site, cell, writes), state)
 
 
 def _resumed(worker: greenlet.greenlet, *answer: Any) -> Any:

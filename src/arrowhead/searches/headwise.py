@@ -11,7 +11,7 @@ from arrowhead.calibration.run import CalibrationRun, SearchResult, require_fini
 from arrowhead.calibration.sharding import ALONE, Share, share_of
 from arrowhead.engine.attention_hook import AttentionCall
 from arrowhead.engine.cache import Entry, Key, Output, both_branches, encode_output
-from arrowhead.engine.execute_site import SitePass, attend_heads, record_attention
+from arrowhead.engine.execute_site import SitePass, attend_heads
 from arrowhead.engine.generation import Generation
 from arrowhead.engine.site_calls import SiteCall
 from arrowhead.errors import InputsInvalid
@@ -20,7 +20,7 @@ from arrowhead.models.find import find
 from arrowhead.plans import flops
 from arrowhead.plans.cells import FULL, Arrow, Attend, Box, Cached, Cell, Full, Method, Radius, grouped
 from arrowhead.plans.layout import Site, Tokens
-from arrowhead.plans.lifetimes import FOREVER, Writes
+from arrowhead.plans.lifetimes import FOREVER
 from arrowhead.searches.multiple_choice import solve_multiple_choice
 from arrowhead.searches.radii import narrower, require_radii
 from arrowhead.searches.settings import is_number, require_flags
@@ -113,17 +113,17 @@ class Chooser:
 
     def at_site(self, call: SiteCall, state: Generation) -> Output:
         """Run the site's module with the heads chosen; remember what they gave."""
-        site, stats = call.site, state.stats
-        stats.record_pass(site, FULL, state.tokens)
-        out = call.run(lambda attention: self._attention(attention, call, state))
-        stats.record_projections(site, state.tokens, site.heads, state.branches.samples)
+        passage = SitePass.full(call, state)
+        passage.record_pass()
+        out = call.run(lambda attention: self._attention(attention, passage))
+        passage.record_projections()
         return out
 
-    def _attention(self, attention: AttentionCall, call: SiteCall, state: Generation) -> Tensor:
-        passage = SitePass(call, FULL, Writes(), state, tuple(range(call.site.heads)))
+    def _attention(self, attention: AttentionCall, passage: SitePass) -> Tensor:
+        call = passage.call
         full = attention.native()  # (B, H, N, D)
-        require_finite(full, call, state)
-        record_attention(passage, passage.methods, len(full), "native")
+        require_finite(full, call, passage.generation)
+        passage.record_attention(len(full))
         site = _AtSite(self._settings, attention, passage, full, self._share)
         cell, error = site.choose(self._threshold) if self._threshold > 0 else (FULL, 0.0)
         self.chosen[call.site] = cell, error

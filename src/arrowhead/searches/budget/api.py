@@ -128,7 +128,7 @@ def _require(table: Table, pipe: "DiffusionPipeline", inputs: Mapping[str, Any])
         PlanMismatch: it was not; the message names every difference.
     """
     sites = table.target.sites
-    model = find(pipe, {site.kind for site in sites}).only(lambda site: site.path in {own.path for own in sites})
+    model = find(pipe, {site.kind for site in sites}).filtered(lambda site: site.path in {own.path for own in sites})
     found = table.target.differences(target_of(model))
     branches = model.branches(model.call_arguments((), inputs))
     if branches != table.branches:

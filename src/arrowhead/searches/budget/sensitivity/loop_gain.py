@@ -120,7 +120,7 @@ class LoopRun:
         return given, final
 
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        return self.model.latents_argument(self.model.transformer_arguments(args, kwargs))
+        return self.model.latents(self.model.transformer_arguments(args, kwargs))
 
     def _guided(self, outputs: list[Any]) -> Tensor:
         assert self.guidance is not None

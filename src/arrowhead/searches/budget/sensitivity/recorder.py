@@ -16,14 +16,13 @@ from arrowhead.calibration.run import Step, require_finite
 from arrowhead.calibration.sharding import ALONE, Share
 from arrowhead.engine.attention_hook import AttentionCall
 from arrowhead.engine.cache import Output, map_output
-from arrowhead.engine.execute_site import SitePass, attend_heads, record_attention, require_token_sizes
+from arrowhead.engine.execute_site import SitePass, attend_heads, require_token_sizes
 from arrowhead.engine.generation import Generation
 from arrowhead.engine.site_calls import SiteCall
 from arrowhead.errors import InputsInvalid, NotIntercepted
-from arrowhead.plans.cells import FULL, Arrow, Full
+from arrowhead.plans.cells import Arrow, Full
 from arrowhead.plans.flops import full_flops
 from arrowhead.plans.layout import Branches, Site, Tokens, outermost
-from arrowhead.plans.lifetimes import Writes
 from arrowhead.plans.target import Target
 from arrowhead.searches.budget.config import Extent
 from arrowhead.searches.budget.sensitivity.cfg import Guidance
@@ -31,6 +30,7 @@ from arrowhead.searches.budget.sensitivity.loop_gain import LoopRun
 from arrowhead.searches.budget.sensitivity.probes import LEAST, SiteProbes
 from arrowhead.searches.budget.sensitivity.sampler_gain import Sampling
 from arrowhead.searches.budget.sensitivity.table import Table
+from arrowhead.upstream import CPU_ATTENTION
 
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
@@ -361,13 +361,12 @@ def _in_sequences(samples: Tensor, site: Site, tokens: Tokens) -> Tensor:
 
 def _tallied(call: SiteCall, state: Generation) -> SitePass:
     """A passage that leaves nothing out, counted; what lies within a block is counted by itself."""
-    site = call.site
-    passage = SitePass(call, FULL, Writes(), state, tuple(range(site.heads)))
-    state.stats.record_pass(site, FULL, state.tokens)
-    if site.kind == "self_attention":
-        record_attention(passage, passage.methods, call.batch, "native")
-    if not site.within:
-        state.stats.record_projections(site, state.tokens, site.heads, state.branches.samples)
+    passage = SitePass.full(call, state)
+    passage.record_pass()
+    if call.site.kind == "self_attention":
+        passage.record_attention(call.batch)
+    if not call.site.within:
+        passage.record_projections()
     return passage
 
 
@@ -397,5 +396,5 @@ def flop_counter() -> "FlopCounterMode":
     def attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
         return 2 * query[:-1].numel() * key[-2] * (query[-1] + value[-1])
 
-    mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    mapping = {CPU_ATTENTION: attention}
     return FlopCounterMode(display=False, custom_mapping=mapping)

@@ -39,7 +39,7 @@ class Recording:
 def sites_of(pipe: "DiffusionPipeline", extent: Extent) -> Model:
     """The pipeline's model with the sites that are looked at."""
     model = find(pipe, extent.kinds or ALL_KINDS)
-    return model if extent.kinds else model.only(lambda site: site.kind != "block" or site.weights > 0)
+    return model if extent.kinds else model.filtered(lambda site: site.kind != "block" or site.weights > 0)
 
 
 def blocks_of(pipe: "DiffusionPipeline", extent: Extent, sites: Sequence[Site]) -> tuple[Site, ...]:

@@ -277,12 +277,12 @@ class Table:
             with safe_open(path, "pt") as file:
                 content = (file.metadata() or {}).get("arrowhead", "{}")
                 limits.require_length(content)
-                limits.parsed(content)
+                limits.parse_json(content)
                 header = _Header.model_validate_json(content, strict=True)
                 tensors = {name: file.get_tensor(name) for name in _tensors_of(header.precisions)}
         except (OSError, SafetensorError, ValueError) as error:  # a ValidationError is a ValueError
             raise InputsInvalid(
-                f"{path} is no sound table; wanted a file that Table.save wrote. {limits.short(error)}"
+                f"{path} is no sound table; wanted a file that Table.save wrote. {limits.shortened(error)}"
             ) from error
         try:
             found = header.faults(tensors)

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -12,7 +13,7 @@ import torch
 
 from arrowhead.calibration.run import CalibrationRun
 from arrowhead.engine.cache import Output
-from arrowhead.engine.execute_site import execute_site
+from arrowhead.engine.execute_site import SitePass, execute_site
 from arrowhead.engine.generation import Generation
 from arrowhead.engine.site_calls import SiteCall
 from arrowhead.engine.stats import Stats
@@ -95,7 +96,7 @@ def timed(
     Raises what `arrowhead.search` raises.
     """
     looked_at = {*sites, *blocks}
-    model = find(pipe, {site.kind for site in looked_at}).only(lambda site: site in looked_at)
+    model = find(pipe, {site.kind for site in looked_at}).filtered(lambda site: site in looked_at)
     calibration = CalibrationRun(model, inputs)
     seconds: dict[tuple[Shape, Cell | Residual], list[float]] = defaultdict(list)
     whole: list[float] = []
@@ -103,7 +104,7 @@ def timed(
 
     def at_site(call: SiteCall, state: Generation) -> Output:
         if not busy:
-            state.stats.record_pass(call.site, FULL, state.tokens)
+            SitePass.full(call, state).record_pass()
         if not busy and (_shape(call.site), FULL) not in seconds:
             busy.append(call.site)
             _time_site(call, state, choices, seconds)
@@ -139,14 +140,15 @@ def _time_site(
         choices = replace(choices, radii=(), precisions=())
     radii = choices.radii
     both = tuple(Residual(radius, FOREVER, conditional_only=False) for radius in radii)
-    execute_site(call, FULL, Writes(FOREVER, both), own)
+    execute_site(call, own.prepared(call.site, FULL, Writes(FOREVER, both)), own)
     if choices.slopes:
         own.advance(own.tokens)
-        execute_site(call, FULL, Writes(FOREVER, slope_until=FOREVER), own)
+        execute_site(call, own.prepared(call.site, FULL, Writes(FOREVER, slope_until=FOREVER)), own)
         own.advance(own.tokens)
     for counted in [False] + [True] * ROUNDS:
         for what, cell, writes in _tried(choices):
-            spent = _seconds(lambda cell=cell, writes=writes: execute_site(call, cell, writes, own))  # type: ignore[misc]
+            site_plan = own.prepared(call.site, cell, writes)
+            spent = _seconds(partial(execute_site, call, site_plan, own))
             if counted:
                 seconds[_shape(call.site), what].append(spent)
 

@@ -4,7 +4,7 @@
 
 One calibration with two radii of each kind, which keep nearly as many pairs; solved for each budget with the bands, with the
 boxes, and with both among the choices. Plans are judged on seeds and labels that the calibration has not seen, by the error of
-the final latents and of their detail: once with arrows alone, once with all that a plan may do.
+the final latents and of their detail: once with arrows alone, once with all cells that a plan may have.
 """
 
 import json
@@ -78,7 +78,7 @@ def main() -> None:
                     "detail": errors.detail,
                     "heads": {what: count / heads.total() for what, count in heads.most_common()},
                 }
-        path.write_text(json.dumps(about | results, indent=1, allow_nan=False) + "\n")  # what there is so far
+        path.write_text(json.dumps(about | results, indent=1, allow_nan=False) + "\n")  # written after each budget
 
 
 if __name__ == "__main__":

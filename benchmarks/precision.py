@@ -2,9 +2,9 @@
 
     python benchmarks/precision.py
 
-One calibration, solved for each budget with and without precision among the choices; plans judged on seeds and labels that the
+One calibration, solved for each budget with and without int8 among the choices. Plans are judged on seeds and labels that the
 calibration has not seen, by the error of the final latents and of their detail. A score in int8 counts as half of one
-(`arrowhead/cost.py`), as int8 tensor cores would have it: on the CPU int8 is emulated, and how much longer that takes is noted.
+(`plans/flops.py`), as on int8 tensor cores. On the CPU int8 is emulated; the time that this takes is noted.
 """
 
 import json

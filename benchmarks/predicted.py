@@ -1,9 +1,9 @@
-"""What is predicted of plans, and what they really do: the error of the final latents, over plans at random.
+"""The predicted and the measured error of the final latents, over random plans.
 
     python benchmarks/predicted.py dit
 
-Of fifty plans in which every site does what it likes, and of twenty-five in which all sites do the same in a step. What follows
-the name of the command may be `mmdit32` as well.
+There are fifty plans in which sites are independent, and twenty-five in which all sites do the same in a step. `mmdit32` may
+stand in place of `dit`.
 """
 
 import json

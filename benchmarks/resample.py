@@ -1,12 +1,12 @@
-"""Plans derived for other steps, or another resolution, beside plans that were searched for there, at the same FLOPs.
+"""Plans derived for other steps or another resolution, and plans that were searched for there, at the same FLOPs.
 
     python benchmarks/resample.py dit --tools TOOLS
     python benchmarks/resample.py mmdit32 --tools TOOLS
 
 A calibration at 20 steps and one at 40, of two images each, solved for two budgets; each plan is derived for the other's steps
-(`Plan.resample`), and the other's table solved for what FLOPs that has. Beside both: full in as many steps, evenly, and
-repeated in the others. For `mmdit32`, too: its plans on `mmdit`, which has the same blocks and sampler, other weights, and four
-times the tokens. Judged on four seeds and inputs (two of `mmdit`) that no calibration has seen, by the error of the final
+(`Plan.resample`), and the other's table is solved for the derived plan's FLOPs. A third plan is full in evenly spaced steps,
+and reuses in the others. For `mmdit32`, too: its plans on `mmdit`, which has the same blocks and sampler, other weights, and
+four times the tokens. Judged on four seeds and inputs (two of `mmdit`) that no calibration has seen, by the error of the final
 latents and of their detail, and by LPIPS where TOOLS holds `perceptual.py`, see benchmarks/README.md.
 """
 
@@ -98,7 +98,7 @@ def main(name: budget.Name, tools: Annotated[Path | None, typer.Option(help="fol
         for left in tqdm(BUDGETS, desc=f"{before} to {after} steps"):
             found = beside(plans[before, left].resample(steps=after), tables[after])
             results.setdefault(f"{before} to {after} steps", {})[f"{left:.0%}"] = judged(pipe, call, found, raw, lpips)
-            path.write_text(json.dumps(about | results, indent=1, allow_nan=False) + "\n")  # what there is so far
+            path.write_text(json.dumps(about | results, indent=1, allow_nan=False) + "\n")  # written after each part
     if name != budget.Name.MMDIT32:
         return
     larger = ah.tiny.load("mmdit")

@@ -17,7 +17,7 @@ from arrowhead.engine.execute_site import SitePass, attend_heads
 from arrowhead.engine.generation import Generation
 from arrowhead.engine.site_calls import SiteCall
 from arrowhead.errors import InputsInvalid
-from arrowhead.metrics.error import moments, of_moments
+from arrowhead.metrics.error import error_from_moments, error_moments
 from arrowhead.models.find import find
 from arrowhead.plans import flops
 from arrowhead.plans.cells import FULL, Arrow, Attend, Box, Cached, Cell, Full, Method, Radius, grouped
@@ -186,8 +186,8 @@ class _Candidates:
                 for s, share in enumerate(shares):
                     other = both_branches(candidate[self.conditional]) if share else candidate
                     assert isinstance(other, Tensor)
-                    found[:, s, some[0] : some[-1] + 1, m] = moments(self.full[:, some], other).cpu()
-        return self.share.agreed(of_moments(self.share.pooled(found)))
+                    found[:, s, some[0] : some[-1] + 1, m] = error_moments(self.full[:, some], other).cpu()
+        return self.share.agreed(error_from_moments(self.share.pooled(found)))
 
     def output(self, cell: Attend) -> Tensor:
         """The heads' outputs under a cell, for both branches: (B, H, N, D)."""

@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import arrowhead as ah
-from arrowhead.searches.budget.solver.problem import Granularity
+from arrowhead.searches.budget.config import Granularity
 from arrowhead.searches.budget.validation import errors_of, final_latents
 from arrowhead.versions import versions
 

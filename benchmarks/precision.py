@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import arrowhead as ah
 from arrowhead.plans.cells import FULL, Attend, Full
-from arrowhead.searches.budget.solver.problem import Granularity
+from arrowhead.searches.budget.config import Granularity
 from arrowhead.searches.budget.validation import errors_of, final_latents, measured_seconds
 from arrowhead.versions import versions
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import arrowhead as ah
 from arrowhead.plans.cells import ASC, AST, EXTRAPOLATE, FULL, Cell
-from arrowhead.searches.budget.solver.states import site_outputs_of
+from arrowhead.searches.budget.sensitivity.site_outputs import site_outputs_of
 from arrowhead.searches.budget.validation import final_latents, measured_errors
 from arrowhead.versions import versions
 
@@ -50,13 +50,13 @@ def plans(table: ah.Table) -> Iterator[tuple[str, ah.Plan]]:
             yield kind, ah.Plan(tuple(zip(*columns, strict=True)), table.target, table.tokens, table.branches.guided)
 
 
-def damage(table: ah.Table, plan: ah.Plan, kind: str) -> float:
-    """Sites that do the same err together, as the search has it."""
+def predicted_error(table: ah.Table, plan: ah.Plan, kind: str) -> float:
+    """The predicted squared error; changes of sites that do the same are added, as in the search."""
     if kind != "all sites in step":
-        return float(table.damage(plan.columns).sum())
-    givens = site_outputs_of(plan.columns[0])
-    harm = table.damages([range(table.outputs.shape[1])], givens)[:, :, 0]
-    return float(harm.diagonal().sum())
+        return float(table.predicted_error(plan.columns).sum())
+    outputs = site_outputs_of(plan.columns[0])
+    errors = table.predicted_errors([range(table.outputs.shape[1])], outputs)[:, :, 0]
+    return float(errors.diagonal().sum())
 
 
 def main(name: budget.Name) -> None:
@@ -69,7 +69,7 @@ def main(name: budget.Name) -> None:
     table, raw = ah.calibrate(pipe, inputs), final_latents(pipe, inputs)
     found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
     for kind, plan in tqdm([*plans(table)], mininterval=10):
-        found[kind].append((damage(table, plan, kind) ** 0.5, measured_errors(pipe, inputs, plan, raw).error))
+        found[kind].append((predicted_error(table, plan, kind) ** 0.5, measured_errors(pipe, inputs, plan, raw).error))
     correlations = {kind: float(spearmanr(*zip(*pairs, strict=True)).statistic) for kind, pairs in found.items()}
     about = {
         "command": "see the head of benchmarks/predicted.py",

@@ -76,7 +76,7 @@ def draw(seed, *shape):
 
 def whole(sampling, steps, images):
     """What becomes of an error: the sampler's part by the model's answer."""
-    return tuple(alone * answer for alone, answer in zip(*sampling.gains(steps, images), strict=True))
+    return tuple(alone * answer for alone, answer in zip(*sampling.gains_and_feedback(steps, images), strict=True))
 
 
 def some_model(seed, shape=(2, 4, 8, 8)):

@@ -17,8 +17,9 @@ from arrowhead.models.model import target_of
 from arrowhead.plans.plan import Plan
 from arrowhead.searches.budget.config import PRESETS, Budget, Extent
 from arrowhead.searches.budget.sensitivity.recording import Recording, record, sites_of
+from arrowhead.searches.budget.sensitivity.site_history import held_elements
 from arrowhead.searches.budget.sensitivity.table import Table
-from arrowhead.searches.budget.solver.problem import group_size
+from arrowhead.searches.budget.solver.head_groups import group_size
 from arrowhead.searches.budget.solver.solution import solve, sweep, with_provenance
 from arrowhead.searches.budget.validation import corrected, fast_enough, final_latents, within_error
 from arrowhead.searches.settings import require_a
@@ -78,7 +79,7 @@ def calibration_bytes(
         computes = getattr(
             model.transformer, "dtype", next(model.transformer.parameters()).dtype
         )  # weights may be kept in less
-        return extent.held(model.sites, calibration.tokens) * calibration.rows * computes.itemsize
+        return held_elements(extent, model.sites, calibration.tokens) * calibration.rows * computes.itemsize
 
 
 def _extent(extent: Extent | None) -> Extent:

@@ -25,9 +25,9 @@ from arrowhead.searches.budget.sensitivity.loop_gain import final_of
 from arrowhead.searches.budget.sensitivity.recording import Recording
 from arrowhead.searches.budget.sensitivity.sampler_gain import observed
 from arrowhead.searches.budget.sensitivity.table import Table
-from arrowhead.searches.budget.solver.allocation import Allocation, Infeasible, within_cost, within_damage
+from arrowhead.searches.budget.solver.allocation import Allocation, Infeasible, within_cost, within_predicted_error
 from arrowhead.searches.budget.solver.costs import timed
-from arrowhead.searches.budget.solver.problem import Problem
+from arrowhead.searches.budget.solver.problem import Problem, choices_of, problem_of
 from arrowhead.searches.budget.solver.solution import plan_of, short, with_provenance, within
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
@@ -134,10 +134,10 @@ def keep_to(error: float, problem: Problem, measure: Callable[[Allocation], floa
     tries: list[Try] = []
     limit = error
     while True:
-        found = within_damage(problem, min(limit, LARGEST) ** 2)
+        found = within_predicted_error(problem, min(limit, LARGEST) ** 2)
         if any(found.columns == known.found.columns for known in tries):
             break  # nothing lies between, or nothing is cheaper
-        tries.append(Try(found, found.damage**0.5, measure(found)))
+        tries.append(Try(found, found.error**0.5, measure(found)))
         best = _best(tries, error)
         if best and (len(tries) >= TRIES or best.measured >= CLOSE * error):
             break
@@ -197,7 +197,7 @@ def corrected(
     refused: InputsInvalid | None = None
 
     def attempt(power: float, each: Budget) -> None:
-        plan = with_provenance(solved(table.answering(power), each), feedback=power)
+        plan = with_provenance(solved(table.with_feedback(power), each), feedback=power)
         if not any(plan.cells == other.cells and plan.target == other.target for _, other, _ in tried):
             found = measured_errors(pipe, inputs, plan, recording.final)
             plan = with_provenance(plan, measured_error=short(found.error), measured_detail=short(found.detail))
@@ -223,10 +223,10 @@ def corrected(
 def fast_enough(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], budget: Budget, recording: Recording) -> Plan:
     """Time cells, solve, and time a generation beside an untouched one."""
     table = recording.table
-    seconds = timed(pipe, inputs, table.target.sites, budget.choices(table), table.blocks)
+    seconds = timed(pipe, inputs, table.target.sites, choices_of(budget, table), table.blocks)
 
     def solved(table: Table, budget: Budget) -> Plan:
-        problem = budget.problem(table, seconds)
+        problem = problem_of(budget, table, seconds)
         found = within(problem, budget)
         return with_provenance(plan_of(problem, budget, found), predicted_speedup=short(1 / (found.cost + problem.fixed)))
 
@@ -250,7 +250,7 @@ def within_error(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], budget: B
     best: tuple[Try, Plan] | None = None
     generations = 0
     for granularity in budget.granularities:
-        problem = replace(budget, granularity=granularity).problem(recording.table)
+        problem = problem_of(replace(budget, granularity=granularity), recording.table)
 
         def measure(found: Allocation, problem: Problem = problem) -> float:
             return measured_errors(pipe, inputs, plan_of(problem, budget, found), recording.final).error
@@ -271,4 +271,4 @@ def within_error(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], budget: B
 
 def _least_cost(problem: Problem) -> float:
     """The smallest budget that a problem can meet."""
-    return float(problem.offer(problem.dear).cost.sum()) + problem.fixed
+    return float(problem.offer(problem.multiplier_of_least_cost).cost.sum()) + problem.fixed

@@ -54,7 +54,7 @@ class LoopRun:
             raise NotIntercepted("the generation did not end; wanted a callable that returns the final latents")
         return self.final
 
-    def gains(self, steps: int, images: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    def gains_and_feedback(self, steps: int, images: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """As those of a pipeline's `Sampling`: what the sampler, and what the model afterwards, makes of an error.
 
         An error is given to both branches of a step's output; what it does to the latents is seen in what the model is given

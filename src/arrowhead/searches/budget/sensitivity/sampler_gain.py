@@ -55,7 +55,7 @@ class Sampling:
             raise NotIntercepted("the pipeline never called its scheduler's step; wanted one call in every denoising step")
         return self.final.float()
 
-    def gains(self, steps: int, images: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    def gains_and_feedback(self, steps: int, images: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """What becomes of an error in the guided output of each step, of so many images: two factors, (S,) each.
 
         What the sampler alone makes of it, as the norm of the change of the final latents over that of the error, is measured:
@@ -115,7 +115,7 @@ class Sampling:
 
 
 def answered(begun: Tensor, sample: Tensor, final: Tensor, change: Tensor, images: int) -> float:
-    """s/√(a²s² + b²) for latents, as `Sampling.gains` has it; some pipelines step both branches' rows, which are alike.
+    """s/√(a²s² + b²) for latents, as `Sampling.gains_and_feedback` has it; some pipelines step both branches' rows, which are alike.
 
     `begun` and `final` are the first and the last latents, `change` that of the guided output from the step before, (B, …).
     """

@@ -32,19 +32,23 @@ ROUNDS = 5
 
 
 class Costs(Protocol):
-    """Costs of one step: of a site under a cell, and of all that lies outside of the sites."""
+    """The costs of one step: of a site that runs a cell, and of everything outside of the sites."""
 
     @property
     def other(self) -> float:
-        """What no cell changes."""
+        """The cost outside of the sites, which no cell changes."""
 
     def of(self, site: Site, cell: Cell, writes: Writes) -> float:
-        """A site's."""
+        """The cost of a site that runs this cell and writes this."""
 
 
 @dataclass(frozen=True)
 class FlopCosts:
-    """FLOPs of one image, of attention's matmuls alone, or of whole modules; of the `transformer`: with `outside`."""
+    """FLOPs of one image in one step.
+
+    The `measure` says which ones: those of attention's two matmuls, of whole modules, or of the transformer, which are those of
+    whole modules and `outside` of them.
+    """
 
     measure: Measure
     tokens: Tokens
@@ -53,11 +57,11 @@ class FlopCosts:
 
     @property
     def other(self) -> float:
-        """What the transformer multiplies outside of the sites."""
+        """FLOPs of the transformer outside of the sites."""
         return self.outside if self.measure == "transformer" else 0.0
 
     def of(self, site: Site, cell: Cell, writes: Writes) -> float:
-        """In closed form, see `cost.site_flops`."""
+        """FLOPs in closed form, see `plans.flops.site_flops`."""
         flops = site_flops(site, self.tokens, cell, writes, self.samples)
         return flops.attention if self.measure == "attention" else flops.module
 
@@ -68,9 +72,11 @@ Shape = Site
 
 @dataclass(frozen=True)
 class SecondCosts:
-    """Seconds of one step with the inputs that were timed: cells, residuals made (radius, for one branch alone), and other.
+    """Measured seconds of one step, with the inputs that were timed.
 
-    A difference of two outputs, which lines need, is a matter of two passes over them, and left out.
+    `cells` are the seconds of a cell at a site of this shape, `residuals` those that making a residual adds (radius, whether for
+    the conditional branch alone), `other` those outside of the sites. The slope that a computed output stores for later
+    extrapolation takes one pass over two outputs, and is left out.
     """
 
     cells: Mapping[tuple[Shape, Cell], float]
@@ -78,7 +84,7 @@ class SecondCosts:
     other: float
 
     def of(self, site: Site, cell: Cell, writes: Writes) -> float:
-        """As measured at the first site of its shape."""
+        """Seconds as measured at the first site of its shape."""
         shape, shared = _shape(site), isinstance(cell, Attend) and cell.share_cfg
         cell = EXTRAPOLATE if extrapolates(cell) else cell  # the slope's size makes no difference
         made = sum(self.residuals[shape, r.radius, r.conditional_only or shared] for r in writes.residuals)

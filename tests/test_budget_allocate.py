@@ -18,8 +18,8 @@ from arrowhead.plans.flops import site_flops
 from arrowhead.plans.layout import Site
 from arrowhead.plans.lifetimes import Writes, of_head
 from arrowhead.searches.budget.solver.allocation import within_cost, within_predicted_error
-from arrowhead.searches.budget.solver.states import Choices
 from arrowhead.searches.budget.solver.problem import problem_of
+from arrowhead.searches.budget.solver.states import Choices
 
 MEASURES = st.sampled_from(["attention", "module", "transformer"])
 MULTIPLIERS = st.sampled_from([0.0, 1e-3, 0.03, 0.3, 3.0, 30.0])

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import arrowhead as ah
 from arrowhead.plans.cells import FULL
-from arrowhead.searches.budget.validation import keep_to
 from arrowhead.searches.budget.solver.problem import problem_of
+from arrowhead.searches.budget.validation import keep_to
 
 MOST, TRIES = 10, 5
 

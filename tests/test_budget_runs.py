@@ -20,8 +20,8 @@ from arrowhead.searches.budget.sensitivity.site_outputs import (
     site_outputs_of,
 )
 from arrowhead.searches.budget.solver.allocation import within_predicted_error
-from arrowhead.searches.budget.solver.states import Choices
 from arrowhead.searches.budget.solver.problem import problem_of
+from arrowhead.searches.budget.solver.states import Choices
 
 NEAR, FAR = 3, 6
 

@@ -24,27 +24,28 @@ class Budget:
     """What a generation may cost, or how far its result may be from the uncompressed one. One of the first five is given.
 
     Args:
-        attention_flops: fraction of the FLOPs of attention's two matmuls that may remain, in (0, 1]. Feed-forwards stay as they are.
+        attention_flops: fraction of the FLOPs of attention's two matmuls that may remain, in (0, 1]. Feed-forwards stay as they
+            are.
         module_flops: fraction of the attention modules' FLOPs that may remain, in (0, 1]: attention_flops, and the Q, K, V and
             output projections. Feed-forwards stay as they are.
         transformer_flops: fraction of all FLOPs of the transformer that may remain, in (0, 1].
         speedup: how much faster the transformer has to be, above 1. It is predicted from the seconds that cells take on this
             device with the calibration's inputs.
-        error: norm of the change of the final latents over their norm, above 0, on the calibration's inputs. The search looks for
-            the plan of fewest FLOPs of the transformer that keeps to it.
-        cache_bytes: bytes that the caches may hold at most, for as many images as the calibration has at once. It goes with FLOPs
-            or a speedup, not with an error.
-        granularity: what does the same in a step: `step` for all sites, `site` for all heads of a site, `head` for nothing but
-            each head, or a number of heads that form a group. None tries `step` and `head` (for a speedup `step` and `site`), and
-            takes the one that errs less in a real generation; `arrowhead.solve`, which generates nothing, takes `step`.
+        error: norm of the change of the final latents over their norm, above 0, on the calibration's inputs. The search looks
+            for the plan with the fewest transformer FLOPs that keeps to it.
+        cache_bytes: bytes that the caches may hold at most, for as many images as the calibration has at once. It goes with
+            FLOPs or a speedup, not with an error.
+        granularity: what does the same in a step: all sites (`step`), all heads of a site (`site`), each head alone (`head`),
+            or groups of that many heads. None tries `step` and `head` (for a speedup `step` and `site`), and takes the one with
+            the smaller error in a real generation; `arrowhead.solve`, which generates nothing, takes `step`.
         share_cfg: whether a site may compute the conditional branch alone (ASC).
         residual: whether arrows may add a residual (WA-RS).
         reuse: whether outputs may be repeated (AST).
         extrapolate: whether whole sites' outputs may be extrapolated from the two that were computed last.
         precision: whether heads may multiply with less precision, if the table has any (`Extent(precisions=…)`).
         corrections: how many more plans may be tried in real generations on the calibration's inputs, 0 to 2, with FLOPs or a
-            speedup. They differ in the slopes, and in the power of the model's feedback, which is an estimate. The plan that errs
-            least in detail is kept.
+            speedup. They differ in the slopes, and in the power of the model's feedback, which is an estimate. The plan with
+            the smallest error in detail is kept.
         slopes: parts of the slope that an output may be extrapolated by, above 0 and at most 1. Less than 1 is better where
             outputs are noisy.
 
@@ -148,17 +149,17 @@ class Extent:
         radii: of the arrows, in tokens, or `Box`es in the grid. None: an eighth and a 32nd of the visual tokens (of a frame's,
             where a site sees one frame).
         ages: how many steps old what a step builds on may be. The run holds the tensors of that many steps.
-        precisions: other precisions than native that heads may have. Each takes one more attention per site and step, and memory
-            for its difference to native attention.
+        precisions: other precisions than native that heads may have. Each takes one more attention per site and step, and
+            memory for its difference to native attention.
         kinds: the kinds of sites. None: all; but of blocks only those that compute what no other site does, as FLUX's
             single-stream blocks.
         checkpoint: whether blocks run again on the way back instead of keeping their activations (diffusers' gradient
             checkpointing). The run takes half as long again, and a fraction of the memory.
-        gradients: False where a model or its memory does not allow gradients. What a change of a site does to the output is then
-            one number for each step and site, which is measured in passes in which each image has one site changed.
+        gradients: False where a model or its memory does not allow gradients. What a change of a site does to the output is
+            then one number for each step and site, measured in passes in which each image has one site changed.
         vectors: random vectors that are sent back through the transformer in each step.
-        feedback: the power of the model's feedback, from 0 to 1. With 0 the predicted error is what the sampler alone makes of a
-            step's error; with 1 what the model makes of that in the steps that follow counts in full.
+        feedback: the power of the model's feedback, from 0 to 1. With 0 the predicted error is what the sampler alone makes of
+            a step's error. With 1, what the model makes of that in the steps that follow counts in full.
         regions: parts of the sequence of tokens that are recorded apart. None: as many as give 64 products of each kind.
         seed: of the random vectors.
 

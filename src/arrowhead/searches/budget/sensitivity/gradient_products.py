@@ -12,8 +12,8 @@ from arrowhead.searches.budget.sensitivity.cfg import Guidance
 from arrowhead.searches.budget.sensitivity.site_history import SiteHistory
 
 Products = tuple[Tensor, Tensor, Tensor]
-"""Of outputs (H, ages + 1, pairs, M), residuals (H, radii, ages + 1, pairs, M), and quantisation errors (H, precisions, ages + 1,
-pairs, M); see `Table`. Of each step they are float64, on the CPU."""
+"""The products of one step, float64 on the CPU, see `Table`: of outputs (H, ages + 1, pairs, M), residuals (H, radii, ages + 1,
+pairs, M) and quantisation errors (H, precisions, ages + 1, pairs, M)."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Gradients of the guided output with respect to the sites' outputs: by backpropagation, or estimated from trials without it."""
+"""Gradients of the guided output with respect to the sites' outputs: by backpropagation, or stand-ins weighted by trials."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -95,8 +95,8 @@ class Backpropagation:
 class Trials:
     """No gradients: a random vector stands for each, weighted by how much a change of the site was seen to change the output.
 
-    The vectors are as long as the output is beside what the site gave. The weight is one number for each step and site, which is
-    fitted to trials: passes in which each image has one site changed to what it gave in the step before.
+    A vector's length is that of the guided output over that of the site's. The weight is one number for each step and site, and
+    is fitted to trials: passes in which each image has one site changed to what it gave in the step before.
     """
 
     def __init__(self, history: SiteHistory, vectors: int) -> None:
@@ -122,7 +122,7 @@ class Trials:
     def _try(self, step: Step, guidance: Guidance, guided: Tensor) -> None:
         """Run the step once more, with one site of each image changed, and note how much the output (B, …) changes."""
         chosen = self._probes.chosen(self.images)
-        changed = _guided(guidance, step.tried(partial(self._changed, chosen, guidance))).float()
+        changed = guidance.guided(step.tried(partial(self._changed, chosen, guidance))).float()
         for image, place in enumerate(chosen):
             now, change = self._of_image(self._history.sites[place], guidance, image)
             if change is not None:
@@ -151,7 +151,7 @@ class Trials:
         return now, change if change is not None and change.any() else None
 
     def _stand_in(self, site: Site, guidance: Guidance, guided: Tensor, generator: torch.Generator) -> Tensor:
-        """(B, H, N, D): a random vector for each image, as long as the output is beside what the site gave."""
+        """A random vector for each image in place of the gradient, (B, H, N, D)."""
         output = self._history.steps_of(site)[0].output
         out = output.flatten(2).float()  # (B, H, N·D)
         own = _at_site(guidance).guided([out])

@@ -22,8 +22,8 @@ from arrowhead.searches.budget.sensitivity.site_history import SiteHistory
 from arrowhead.searches.budget.sensitivity.table import Table
 
 PRODUCTS = 64
-"""Of each kind in a step, from so many regions of the tokens as that takes. The square of a single product tells little: a search
-would pick those of many candidates whose error is underestimated."""
+"""Products of each kind in a step, from as many regions of the tokens as that takes. The square of a single product tells
+little: a search would pick those of many candidates whose error is underestimated."""
 SEED_OFFSET = 0x51DE0F7E
 """Added to the vectors' seed, so that they are not the noise that the run began with: seeds of pictures are small numbers."""
 

@@ -115,7 +115,7 @@ class Sampling:
 
 
 def answered(begun: Tensor, sample: Tensor, final: Tensor, change: Tensor, images: int) -> float:
-    """s/√(a²s² + b²) for latents, as `Sampling.gains_and_feedback` has it; some pipelines step both branches' rows, which are alike.
+    """s/√(a²s² + b²) for latents, see `gains_and_feedback`; some pipelines step both branches' rows, which are alike.
 
     `begun` and `final` are the first and the last latents, `change` that of the guided output from the step before, (B, …).
     """

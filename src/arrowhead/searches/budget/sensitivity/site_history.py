@@ -1,4 +1,4 @@
-"""What the sites gave in the last steps of a calibration run, with the residuals and quantisation errors that arrows would need."""
+"""What sites gave in the last steps of a calibration run, with residuals and quantisation errors."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -222,7 +222,7 @@ class Table:
     def _along_runs(self, columns: "_Products", outputs: Iterable[SiteOutput]) -> Iterator[tuple[SiteOutput, Floats]]:
         """Each output, and those that its run gave before it, with its errors (S, C).
 
-        Outputs that continue the same one form a tree. The sum of a run's changes is passed on from an output to those after it.
+        Runs that begin alike form a tree. The sum of a run's changes is passed on from an output to those that follow it.
         """
         following: dict[SiteOutput | None, list[SiteOutput]] = {}
         pending, seen = list(outputs), set(outputs)

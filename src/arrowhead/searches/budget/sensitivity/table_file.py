@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def read_table(path: str | Path) -> dict[str, Any]:
     except (OSError, SafetensorError, ValueError) as error:  # a ValidationError is a ValueError
         raise InputsInvalid(f"{path} is no sound table; wanted a file that Table.save wrote. {limits.short(error)}") from error
     try:
-        fault = _fault(header) or _tensors_fault(header, tensors)
+        fault = next(_faults(header, tensors), None)
         limits.require_sizes(len(header.sampler_gains), header.tokens, (*header.target.sites, *header.blocks))
     except ValueError as error:
         fault = str(error)
@@ -89,48 +89,45 @@ def _stored_tensors(precisions: Sequence[Precision]) -> dict[str, str]:
     return {name: key for name, key in TENSORS.items() if precisions or name != "quantisation_errors"}
 
 
-def _fault(header: _Header) -> str | None:
-    """What is wrong with a header; None if nothing is."""
+def _faults(header: _Header, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """What is wrong with a file, one after the other: each check assumes that those before it found nothing."""
     if header.format not in READABLE:
-        return f"got format {header.format}, wanted {' or '.join(map(str, READABLE))}"
+        yield f"got format {header.format}, wanted {' or '.join(map(str, READABLE))}"
     gains, feedback, steps = header.sampler_gains, header.model_feedback, len(header.sampler_gains)
     sizes = {"steps": steps, "ages": header.ages, "elements": header.elements, "images": header.images}
     sizes |= {"regions": header.regions, "itemsize": header.itemsize, "sites": len(header.target.sites)}
     sizes |= {} if header.switch is None else {"switch + 1": header.switch + 1, "steps - switch": steps - header.switch}
     if small := [f"{name} {value}" for name, value in sizes.items() if value < 1]:
-        return f"got {', '.join(small)}, wanted at least 1"
+        yield f"got {', '.join(small)}, wanted at least 1"
     of_tokens = [radius for radius in header.radii if isinstance(radius, int)]
     values, above = (*gains, header.other_flops, *of_tokens), (*feedback, header.final)
     if not all(0 <= value < math.inf for value in values) or not all(0 < value < math.inf for value in above):
-        return "got gains, answers, FLOPs, radii or a final square below 0 or not finite"
+        yield "got gains, answers, FLOPs, radii or a final square below 0 or not finite"
     if len(feedback) not in (0, steps) or not 0 <= header.feedback <= 1:
-        return f"got {len(feedback)} answers to the power {header.feedback}, wanted one a step, and a power of 0 to 1"
+        yield f"got {len(feedback)} answers to the power {header.feedback}, wanted one a step, and a power of 0 to 1"
     if strange := [block.path for block in header.blocks if not block.made_of(header.target.sites)]:
-        return f"got blocks {', '.join(strange)}, wanted such as compute sites of the table"
+        yield f"got blocks {', '.join(strange)}, wanted such as compute sites of the table"
     if header.tokens.grid is None and len(of_tokens) < len(header.radii):
-        return "got boxes for tokens of no grid"
+        yield "got boxes for tokens of no grid"
     if "native" in header.precisions or len(set(header.precisions)) < len(header.precisions):
-        return f"got precisions {header.precisions}, wanted others than native, each once"
-    return None
+        yield f"got precisions {header.precisions}, wanted others than native, each once"
+    yield from _tensor_faults(header, tensors)
 
 
-def _tensors_fault(header: _Header, tensors: Mapping[str, Tensor]) -> str | None:
-    """How the tensors of a file do not fit its header; None if they do."""
+def _tensor_faults(header: _Header, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """How the tensors of a file do not fit its header."""
     if not all(t.dtype == torch.float32 and t.isfinite().all() for t in tensors.values()):
-        return "got tensors that are not float32, or not finite"
+        yield "got tensors that are not float32, or not finite"
     heads, pairs = sum(site.heads for site in header.target.sites), 3 if header.branches.guided else 1
     products = tensors["outputs"].shape[-1] if tensors["outputs"].ndim == 5 else 0
     if products < 1 or products % header.regions:
-        return f"got {products} products of each kind, wanted a multiple of {header.regions} regions"
+        yield f"got {products} products of each kind, wanted a multiple of {header.regions} regions"
     steps, each = len(header.sampler_gains), (header.ages + 1, pairs, products)
     shapes = {
         "outputs": (steps, heads, *each),
         "residuals": (steps, heads, len(header.radii), *each),
         "roundings": (steps, heads, len(header.precisions), *each),
     }
-    wrong = [
-        f"{key} of shape {tuple(tensor.shape)}, wanted {shapes[key]}"
-        for key, tensor in tensors.items()
-        if tuple(tensor.shape) != shapes[key]
-    ]
-    return "; ".join(wrong) or None
+    for key, tensor in tensors.items():
+        if tuple(tensor.shape) != shapes[key]:
+            yield f"got {key} of shape {tuple(tensor.shape)}, wanted {shapes[key]}"

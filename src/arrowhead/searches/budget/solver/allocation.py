@@ -1,4 +1,4 @@
-"""A limit on the sum of all sites' costs, errors or caches, met by bisecting one multiplier, and a repair that spends the rest."""
+"""Limits on the sum of all sites' costs, errors or caches, met by bisecting a multiplier; a repair spends what is left."""
 
 import math
 from collections.abc import Callable

@@ -74,9 +74,9 @@ Shape = Site
 class SecondCosts:
     """Measured seconds of one step, with the inputs that were timed.
 
-    `cells` are the seconds of a cell at a site of this shape, `residuals` those that making a residual adds (radius, whether for
-    the conditional branch alone), `other` those outside of the sites. The slope that a computed output stores for later
-    extrapolation takes one pass over two outputs, and is left out.
+    `cells` are the seconds of a cell at a site of this shape, `residuals` those that making a residual adds (by its radius, and
+    whether for the conditional branch alone), `other` those outside of the sites. The slope that a computed output stores for
+    later extrapolation takes one pass over two outputs, and is left out.
     """
 
     cells: Mapping[tuple[Shape, Cell], float]

@@ -28,8 +28,8 @@ class DynamicProgram:
 
     At the step `switch` a second transformer takes over: every column is in the state START again.
 
-    `transitions` are numbered, those first that are open in every state. `outputs` are the distinct site outputs that they give,
-    and `writings` the distinct pairs of a cell and what it writes, which decide what a transition costs.
+    `transitions` are numbered, those first that are open in every state. `outputs` are the distinct site outputs that they
+    give, and `writings` the distinct pairs of a cell and what it writes, which a transition's cost follows from.
     """
 
     def __init__(self, choices: Choices, switch: int | None = None) -> None:
@@ -65,8 +65,8 @@ class DynamicProgram:
             error: (S, outputs, C), infinite where an output is not open.
             cost: (writings, C), of one step.
             multiplier: the error that a unit of cost is worth, 0 or more.
-            held: (outputs, C), a price for what the caches have to hold for a step to give the output. It is minimised, too, but
-                is no part of the error that the solution states.
+            held: (outputs, C), a price for what the caches have to hold for a step to give the output. It is minimised, too,
+                but is no part of the error that the solution states.
         """
         priced, price = error if held is None else error + held, multiplier * cost
         to_come = self._least_to_come(priced, price)
@@ -107,7 +107,7 @@ class DynamicProgram:
 
 
 def _padded(common: int, first: Numbers, counts: Numbers) -> Numbers:
-    """The numbers of the transitions that are open in each state: (states, most), padded with transition 0, which is open in all."""
+    """The numbers of the transitions that are open in each state: (states, most), padded with 0, which is open in all."""
     places = np.arange(counts.max())
     own = np.where(places < counts[:, None], first[:, None] + places, 0)
     return np.concatenate([np.broadcast_to(np.arange(common), (len(counts), common)), own], 1)

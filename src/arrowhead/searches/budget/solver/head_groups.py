@@ -93,8 +93,8 @@ class HeadGroups:
     def _errors_of(self, transitions: Numbers, sharing: Flags, idle: Flags) -> Floats:
         """The errors (groups,) of columns; all arguments are (S, groups).
 
-        A step in which all groups of a site reuse is a step that reuses the site's stored output, and computes nothing. It gives
-        both branches what the last step gave them that was not such a step.
+        A step in which all groups of a site reuse is a step that reuses the site's stored output. It gives both branches what
+        the last other step gave them.
         """
         groups = np.arange(transitions.shape[1])
         found, serves_both = np.zeros(len(groups)), np.zeros(len(groups), dtype=bool)

@@ -12,8 +12,8 @@ from arrowhead.searches.budget.sensitivity.table import Floats, Table
 def held_for(outputs: Sequence[SiteOutput], columns: Sequence[tuple[Site, int]], table: Table) -> Floats:
     """Elements that are held from one step to the next so that a step can give an output: (outputs, C).
 
-    In units of one image's latents. A column is some heads of a site, given by the site and their number. A stored output counts
-    in each step that reuses it, a residual in each step that adds it.
+    In units of one image's latents. A column is some heads of a site, given by the site and their number. A stored output
+    counts in each step that reuses it, a residual in each step that adds it.
     """
     held = [[_elements(output, site, heads, table) for site, heads in columns] for output in outputs]
     return np.array(held, dtype=np.float64) / table.elements

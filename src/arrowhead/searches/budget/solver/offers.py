@@ -15,8 +15,8 @@ class Offer:
     """The columns of least error + multiplier · cost, with the error and the cost of each unit (units,).
 
     A unit is a site, or a block with the sites within it, or all sites where they do the same in a step. The cost is a fraction
-    of the uncompressed run's. `column` gives the cells of a site by its number in `Problem.sites`; None where the block around it
-    has a column, or the sites within it have.
+    of the uncompressed run's, the error the predicted squared error (see `Table`). `column` gives the cells of a site by its
+    number in `Problem.sites`; None where the block around it has a column, or the sites within it have.
     """
 
     multiplier: float

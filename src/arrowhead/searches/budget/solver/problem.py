@@ -92,9 +92,9 @@ class Problem:
         return self.costs.of(site, FULL, Writes())
 
     def offer(self, multiplier: float, memory_price: float = 0.0) -> Offer:
-        """The best column of every site at this multiplier, exact where all heads of a site do the same (else see `HeadGroups`).
+        """The best column of every site at this multiplier; exact where a site has one column, else see `HeadGroups`.
 
-        Either a block has a column, or the sites within it have, whatever is better.
+        Either a block has a column, or the sites within it have, if that is better.
 
         `memory_price` is the error that holding the elements of one image's latents for a step is worth.
         """

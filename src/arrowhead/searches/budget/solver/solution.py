@@ -23,8 +23,8 @@ def solve(table: Table, budget: Budget) -> Plan:
         budget: of attention, module or transformer FLOPs.
 
     Raises:
-        InputsInvalid: these are no table and budget, nothing is as cheap, or the budget is an error or a speedup, which only the
-            pipeline can show.
+        InputsInvalid: these are no table and budget, nothing is as cheap, or the budget is an error or a speedup, which only
+            the pipeline can show.
 
     Examples:
         >>> plan = ah.solve(table, ah.Budget(module_flops=0.4))

@@ -26,8 +26,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import arrowhead as ah
+from arrowhead.calibration.driver import driver_of
 from arrowhead.searches.budget.config import Granularity
-from arrowhead.searches.budget.validation import errors_of, final_latents
+from arrowhead.searches.budget.validation import errors_of
 from arrowhead.versions import versions
 
 BUDGETS, GRANULARITIES = (0.4, 0.25), tuple[Granularity, ...](("step", "head"))
@@ -65,7 +66,7 @@ def calls(name: budget.Name) -> list[dict[str, Any]]:
 def generated(pipe: Any, inputs: list[dict[str, Any]]) -> list[Tensor]:
     """Final latents of each call; those of the bundled models are pixels in [−1, 1]."""
     seeded = ({**call, "generator": torch.Generator().manual_seed(call["generator"])} for call in inputs)
-    return [final_latents(pipe, call) for call in seeded]
+    return [driver_of(pipe, call).final_latents() for call in seeded]
 
 
 def compared(made: list[Tensor], other: list[Tensor], lpips: Callable[..., Tensor] | None) -> dict[str, float]:

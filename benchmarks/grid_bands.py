@@ -17,9 +17,10 @@ import torch
 from tqdm import tqdm
 
 import arrowhead as ah
+from arrowhead.calibration.driver import driver_of
 from arrowhead.plans import masks
 from arrowhead.plans.cells import Radius
-from arrowhead.searches.budget.validation import final_latents, measured_errors
+from arrowhead.searches.budget.validation import measured_errors
 from arrowhead.versions import versions
 
 BUDGETS = (0.7, 0.5, 0.35)
@@ -50,7 +51,8 @@ def main() -> None:
     torch.set_num_threads(1)
     pipe = ah.tiny.load("dit")
     pipe.set_progress_bar_config(disable=True)
-    raw = final_latents(pipe, inputs(HELD_OUT))
+    driver = driver_of(pipe, inputs(HELD_OUT))
+    raw = driver.final_latents()
     table = ah.calibrate(pipe, inputs(CALIBRATION), extent=ah.Extent(radii=CHOICES["both"], kinds=("self_attention",)))
     about = {
         "command": "python benchmarks/grid_bands.py",
@@ -69,7 +71,7 @@ def main() -> None:
         for left in tqdm(BUDGETS, desc=name):
             for choice, radii in CHOICES.items():
                 plan = ah.solve(among(table, radii), ah.Budget(attention_flops=left, granularity="head", **may))
-                errors, heads = measured_errors(pipe, inputs(HELD_OUT), plan, raw), plan.count_heads()
+                errors, heads = measured_errors(driver, plan, raw), plan.count_heads()
                 results.setdefault(name, {}).setdefault(f"{left:.0%}", {})[choice] = {
                     "attention_flops": plan.flops().attention,
                     "error": errors.error,

@@ -20,9 +20,10 @@ from scipy.stats import spearmanr  # type: ignore[import-untyped]
 from tqdm import tqdm
 
 import arrowhead as ah
+from arrowhead.calibration.driver import driver_of
 from arrowhead.plans.cells import ASC, AST, EXTRAPOLATE, FULL, Cell
 from arrowhead.searches.budget.sensitivity.site_outputs import site_outputs_of
-from arrowhead.searches.budget.validation import final_latents, measured_errors
+from arrowhead.searches.budget.validation import measured_errors
 from arrowhead.versions import versions
 
 STEPS, IMAGES, PLANS = 12, 4, 50
@@ -66,10 +67,11 @@ def main(name: budget.Name) -> None:
     pipe.set_progress_bar_config(disable=True)
     inputs = budget.calibration(case)
     inputs |= {"num_inference_steps": STEPS, case.asks: case.calibration[:IMAGES]}
-    table, raw = ah.calibrate(pipe, inputs), final_latents(pipe, inputs)
+    driver = driver_of(pipe, inputs)
+    table, raw = ah.calibrate(pipe, inputs), driver.final_latents()
     found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
     for kind, plan in tqdm([*plans(table)], mininterval=10):
-        found[kind].append((predicted_error(table, plan, kind) ** 0.5, measured_errors(pipe, inputs, plan, raw).error))
+        found[kind].append((predicted_error(table, plan, kind) ** 0.5, measured_errors(driver, plan, raw).error))
     correlations = {kind: float(spearmanr(*zip(*pairs, strict=True)).statistic) for kind, pairs in found.items()}
     about = {
         "command": "see the head of benchmarks/predicted.py",

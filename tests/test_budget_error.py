@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow  # minutes, all of them together
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 with_and_without = pytest.mark.parametrize("guidance", [3.0, 1.0], ids=["guided", "alone"])
-MODULE = sys.modules[ah.search.__module__].__package__ + ".budget.tried"
+MODULE = sys.modules[ah.search.__module__].__package__ + ".budget.validation"
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +76,7 @@ def test_more_error_costs_less(generations):
 def test_the_names_of_errors(name, error, monkeypatch):
     wanted = []
 
-    def budgeted(pipe, inputs, budget, **more):
+    def budgeted(driver, budget, **more):
         wanted.append(budget)
         raise KeyboardInterrupt
 

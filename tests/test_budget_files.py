@@ -176,7 +176,12 @@ def test_tensors_that_do_not_fit(table, name, how, dim, tmp_path):
 
 
 @few
-@given(table=tables, name=st.sampled_from((*TENSORS, "quantisation_errors")), bad=st.sampled_from([torch.nan, torch.inf, -torch.inf]), data=st.data())
+@given(
+    table=tables,
+    name=st.sampled_from((*TENSORS, "quantisation_errors")),
+    bad=st.sampled_from([torch.nan, torch.inf, -torch.inf]),
+    data=st.data(),
+)
 def test_tensors_that_are_not_finite(table, name, bad, data, tmp_path):
     tensor = getattr(table, name)
     if tensor is None or not tensor.numel():

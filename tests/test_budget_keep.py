@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import arrowhead as ah
 from arrowhead.plans.cells import FULL
 from arrowhead.searches.budget.solver.problem import problem_of
-from arrowhead.searches.budget.validation import keep_to
+from arrowhead.searches.budget.validation import cheapest_within
 
 MOST, TRIES = 10, 5
 
@@ -40,19 +40,19 @@ def keep_problem(seed=0, **sizes):
 def assert_kept_to(error, problem, of):
     """And what it says is what it saw: the cheapest of what keeps to it, or full attention; then all that was measured."""
     measure = Measured(of, [])
-    kept = keep_to(error, problem, measure)
+    kept = cheapest_within(error, problem, measure)
     assert kept.generations == len(measure.seen)
     assert kept.best.measured <= error
     met = [(found.cost, seen) for found, seen in measure.seen if seen <= error]
     if met:
-        assert kept.best.found.cost == min(cost for cost, _ in met)
-        assert (kept.best.found, kept.best.measured) in measure.seen
-        assert kept.best.predicted == pytest.approx(kept.best.found.error**0.5)
+        assert kept.best.allocation.cost == min(cost for cost, _ in met)
+        assert (kept.best.allocation, kept.best.measured) in measure.seen
+        assert kept.best.predicted == pytest.approx(kept.best.allocation.error**0.5)
     else:
         sites, steps = len(problem.table.target.sites), problem.table.steps
-        assert kept.best.found.columns == ((FULL,) * steps,) * sites
-        assert kept.best.found.cost == pytest.approx(problem.offer(0.0).cost.sum())
-        assert (kept.best.measured, kept.best.predicted, kept.best.found.error) == (0.0, 0.0, 0.0)
+        assert kept.best.allocation.columns == ((FULL,) * steps,) * sites
+        assert kept.best.allocation.cost == pytest.approx(problem.offer(0.0).cost.sum())
+        assert (kept.best.measured, kept.best.predicted, kept.best.allocation.error) == (0.0, 0.0, 0.0)
     columns = [found.columns for found, _ in measure.seen]
     assert all(a != b for a, b in pairwise(columns)), "one plan is not measured twice in a row"
     return kept, measure.seen
@@ -92,13 +92,13 @@ def test_whatever_is_measured_times_the_error(seed, error, exponents):
 def test_where_nothing_keeps_to_it_there_is_full_attention(error):
     kept, seen = assert_kept_to(error, keep_problem(), lambda found: 2 * error)
     assert len(seen) >= 1
-    assert not kept.best.found.error
+    assert not kept.best.allocation.error
 
 
 def test_where_nothing_but_full_attention_keeps_to_it():
     """A jump: whatever is left out does ten times what was asked."""
     kept, _ = assert_kept_to(0.1, keep_problem(), lambda found: 0.0 if found.error == 0 else 1.0)
-    assert {cell for column in kept.best.found.columns for cell in column} == {FULL}
+    assert {cell for column in kept.best.allocation.columns for cell in column} == {FULL}
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
@@ -111,7 +111,7 @@ def test_what_goes_wrong_entirely_is_not_kept(bad):
 def test_where_everything_keeps_to_it_the_cheapest_is_found():
     problem = keep_problem()
     kept, _ = assert_kept_to(1e6, problem, lambda found: found.error**0.5)
-    assert kept.best.found.cost == pytest.approx(problem.offer(problem.multiplier_of_least_cost).cost.sum())
+    assert kept.best.allocation.cost == pytest.approx(problem.offer(problem.multiplier_of_least_cost).cost.sum())
 
 
 def test_where_nothing_changes_anything_more_and_more_is_left_out():
@@ -120,7 +120,7 @@ def test_where_nothing_changes_anything_more_and_more_is_left_out():
     kept, seen = assert_kept_to(0.2 * worst**0.5, problem, lambda found: 0.0)
     costs = [found.cost for found, _ in seen]
     assert costs == sorted(costs, reverse=True)
-    assert kept.best.found.cost == costs[-1] < costs[0]
+    assert kept.best.allocation.cost == costs[-1] < costs[0]
 
 
 def test_where_the_table_knows_of_no_error():
@@ -159,5 +159,5 @@ def test_full_attention_costs_what_is_not_fixed():
     problem = problem_of(ah.Budget(transformer_flops=1.0, granularity="site"), table)
     kept, _ = assert_kept_to(1e-9, problem, lambda found: 1.0)
     assert 0 < problem.fixed < 1
-    assert kept.best.found.cost == pytest.approx(1 - problem.fixed)
+    assert kept.best.allocation.cost == pytest.approx(1 - problem.fixed)
     assert torch.equal(table.outputs, problem.table.outputs)

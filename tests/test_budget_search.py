@@ -10,9 +10,10 @@ from pipelines import sd35, tiny, tiny_mmdit
 from untouched import left_as_it_was
 
 import arrowhead as ah
+from arrowhead.calibration.driver import driver_of
 from arrowhead.errors import AlreadyApplied, InputsInvalid, PlanMismatch, UnsupportedPipeline
 from arrowhead.searches.budget.sensitivity.recording import record
-from arrowhead.searches.budget.sensitivity.sampler_gain import Sampling
+from arrowhead.searches.budget.sensitivity.sampler_gain import SchedulerReplay
 
 pytestmark = pytest.mark.slow  # minutes, all of them together
 
@@ -91,13 +92,8 @@ def test_a_calibration_is_the_untouched_run_and_leaves_no_trace(family, guidance
     inputs = bench.inputs(images=2, guidance=guidance)
     generator = inputs["generator"].get_state()
     with nothing_left(bench, images=2, guidance=guidance):
-        steps, seen = record(bench.pipe, inputs, ah.Extent(ages=2)), []
-        while True:
-            try:
-                seen.append(next(steps))
-            except StopIteration as end:
-                recording = end.value
-                break
+        seen = []
+        recording = record(driver_of(bench.pipe, inputs), ah.Extent(ages=2), lambda *step: seen.append(step))
         assert torch.equal(inputs["generator"].get_state(), generator)
     assert seen == [(step, 5) for step in range(5)]
     assert torch.equal(recording.final, final_latents(bench, bench.inputs(images=2, guidance=guidance)).float())
@@ -111,12 +107,16 @@ def test_a_calibration_is_the_untouched_run_and_leaves_no_trace(family, guidance
 @every_family
 @pytest.mark.parametrize(("guidance", "steps"), [(3.0, 1), (3.0, 3), (1.0, 1)])
 def test_a_calibration_closed_early_leaves_no_trace(family, guidance, steps):
+    class Closed(Exception):
+        pass
+
+    def close(step, _):
+        if step + 1 == steps:
+            raise Closed
+
     bench = FAMILIES[family]()
-    with nothing_left(bench, same_run=False, guidance=guidance):
-        calibration = record(bench.pipe, bench.inputs(guidance=guidance), ah.Extent())
-        for _ in range(steps):
-            next(calibration)
-        calibration.close()
+    with nothing_left(bench, same_run=False, guidance=guidance), pytest.raises(Closed):
+        record(driver_of(bench.pipe, bench.inputs(guidance=guidance)), ah.Extent(), close)
 
 
 @every_family
@@ -307,13 +307,13 @@ def test_a_table_of_something_else_is_refused_before_anything_runs():
 
 def test_a_step_that_the_sampler_makes_nothing_of(monkeypatch):
     """Its errors count for nothing, to whatever power."""
-    own = Sampling.gains_and_feedback
+    own = SchedulerReplay.gains_and_feedback
 
     def gains_and_feedback(self, steps, images):
         gains, feedback = own(self, steps, images)
         return (0.0, *gains[1:]), feedback
 
-    monkeypatch.setattr(Sampling, "gains_and_feedback", gains_and_feedback)
+    monkeypatch.setattr(SchedulerReplay, "gains_and_feedback", gains_and_feedback)
     bench = FAMILIES["dit"]()
     table = ah.calibrate(bench.pipe, bench.inputs(), progress=False)
     for power in (0.0, 0.5, 1.0):

@@ -12,14 +12,17 @@ from hypothesis import strategies as st
 from untouched import left_as_it_was
 
 import arrowhead as ah
+from arrowhead.calibration.driver import driver_of
 from arrowhead.errors import InputsInvalid
 from arrowhead.plans.cells import FULL, Attend, Full, Reuse
 from arrowhead.plans.layout import outermost
 from arrowhead.plans.lifetimes import lifetimes
+from arrowhead.searches.budget.sensitivity.recording import record
 from arrowhead.searches.budget.solver.allocation import within_cost
-from arrowhead.searches.budget.solver.costs import SecondCosts, timed
+from arrowhead.searches.budget.solver.costs import SecondCosts
 from arrowhead.searches.budget.solver.dynamic_program import DynamicProgram
 from arrowhead.searches.budget.solver.states import Choices
+from arrowhead.searches.budget.solver.timing import timed
 
 pytestmark = pytest.mark.slow  # minutes, all of them together
 
@@ -84,7 +87,7 @@ def test_all_that_may_be_chosen_is_timed_and_no_trace_is_left(family, guidance):
     choices = Choices((4, 2), 3, share_cfg=guidance > 1, slopes=SLOPES, precisions=("int8",))
     table = ah.calibrate(bench.pipe, bench.inputs(guidance=guidance, steps=2), progress=False)
     with left_as_it_was(bench, guidance=guidance):
-        seconds = timed(bench.pipe, bench.inputs(guidance=guidance), table.target.sites, choices, table.blocks)
+        seconds = timed(driver_of(bench.pipe, bench.inputs(guidance=guidance)), table.target.sites, choices, table.blocks)
     assert {site.kind for site in table.in_blocks} == {"block"}
     for site in (*table.target.sites, *table.blocks):
         own = choices if site.kind == "self_attention" else replace(choices, radii=(), precisions=())
@@ -100,8 +103,8 @@ def known(monkeypatch):
     module = sys.modules["arrowhead.searches.budget.validation"]
     held = {}
 
-    def timing(pipe, inputs, sites, choices, blocks):
-        table = held["table"] = ah.calibrate(pipe, inputs, progress=False)
+    def timing(driver, sites, choices, blocks):
+        table = held["table"] = record(driver, ah.Extent()).table
         assert (sites, blocks) == (table.target.sites, table.blocks)
         held["seconds"] = some_seconds(0, table, table.branches.guided)
         return held["seconds"]

@@ -14,6 +14,7 @@ from test_budget_search import nothing_left
 from test_budget_table import FAR, NEAR, STEPS, every_family, squared, with_and_without
 
 import arrowhead as ah
+from arrowhead.calibration.driver import driver_of
 from arrowhead.errors import InputsInvalid
 from arrowhead.plans.cells import AST, FULL
 from arrowhead.searches.budget.sensitivity.probes import SiteProbes
@@ -138,13 +139,7 @@ def test_the_run_is_the_untouched_one_and_needs_no_gradients(family, guidance):
         bench = FAMILIES[family]()
         inputs = {"images": 2, "guidance": guidance, "steps": STEPS}
         with nothing_left(bench, **inputs):
-            steps = record(bench.pipe, bench.inputs(**inputs), ah.Extent(**WITHOUT))
-            while True:
-                try:
-                    next(steps)
-                except StopIteration as end:
-                    recording = end.value
-                    break
+            recording = record(driver_of(bench.pipe, bench.inputs(**inputs)), ah.Extent(**WITHOUT))
     assert recording.passes == STEPS + (STEPS - 1) * 2 + (guidance > 1 and family == "flux")
     with_gradients = ah.calibrate(FAMILIES[family]().pipe, bench.inputs(**inputs), extent=ah.Extent(ages=2), progress=False)
     assert recording.table.other_flops == with_gradients.other_flops

@@ -27,6 +27,7 @@ from test_families import INNER, plan_of
 from untouched import left_as_it_was
 
 import arrowhead as ah
+from arrowhead.calibration.driver import driver_of
 from arrowhead.calibration.run import CalibrationRun
 from arrowhead.errors import PlanMismatch
 from arrowhead.models.families import FAMILIES
@@ -303,10 +304,9 @@ def test_searches_know_the_steps(bench, how):
 )
 def test_pictures_to_go_by_are_no_part_of_what_is_drawn(bench, drawn):
     """A search does not look at what becomes of them; and what stands after the image's own tokens is not in its grid."""
-    calibration = CalibrationRun(find(bench.pipe), bench.inputs())
-    steps = calibration.steps()
-    assert next(steps).full().shape[1] == drawn
-    steps.close()
+    calibration, seen = CalibrationRun(driver_of(bench.pipe, bench.inputs()), find(bench.pipe)), []
+    calibration.run(lambda step: seen.append(step.full().shape[1]), first_only=True)
+    assert seen == [drawn]
     assert calibration.tokens == bench.tokens
     assert bench.tokens.grid is None
     assert bench.visual > drawn
@@ -315,10 +315,9 @@ def test_pictures_to_go_by_are_no_part_of_what_is_drawn(bench, drawn):
 def test_without_pictures_all_is_drawn():
     make, how = VARIANTS["FluxKontextPipeline"]
     bench = make(diffusers.FluxKontextPipeline, **how)
-    calibration = CalibrationRun(find(bench.pipe), bench.inputs(image=None))
-    steps = calibration.steps()
-    assert next(steps).full().shape[1] == 4 * 4
-    steps.close()
+    calibration, seen = CalibrationRun(driver_of(bench.pipe, bench.inputs(image=None)), find(bench.pipe)), []
+    calibration.run(lambda step: seen.append(step.full().shape[1]), first_only=True)
+    assert seen == [4 * 4]
     assert calibration.tokens.grid == Grid(1, 4, 4)
 
 

@@ -1,7 +1,6 @@
 """Where a pipeline's attention repeats itself, and how local it is: one run with full attention, looked at site by site."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -12,16 +11,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from arrowhead.analysis.arrays import REUSED, Analysis, AttentionMap, Floats
+from arrowhead.calibration.driver import driver_of
 from arrowhead.calibration.provenance import provenance
-from arrowhead.calibration.run import CalibrationRun, require_finite
+from arrowhead.calibration.run import CalibrationRun
+from arrowhead.calibration.step import Step, require_finite
 from arrowhead.engine.attention_hook import AttentionCall
 from arrowhead.engine.cache import Output, compact_output
 from arrowhead.engine.execute_site import SitePass, attend_heads
 from arrowhead.engine.generation import Generation
 from arrowhead.engine.site_calls import SiteCall
-from arrowhead.errors import InputsInvalid, NotIntercepted
+from arrowhead.errors import InputsInvalid
 from arrowhead.metrics.error import relative_squared_error
-from arrowhead.models.custom import call_inputs
 from arrowhead.models.find import find
 from arrowhead.plans import masks
 from arrowhead.plans.cells import FULL, Arrow
@@ -87,32 +87,36 @@ def analyze(
         NotIntercepted: attention was computed where it could not be seen.
     """
     model = find(pipe)
-    calibration = CalibrationRun(model, call_inputs(pipe, inputs))
+    driver = driver_of(pipe, inputs)
+    calibration = CalibrationRun(driver, model)
     parts = _parts(only, calibration.branches.guided)
     place = _place(model.sites, site)
     _check(model.sites[place], heads, step, radius, sampled)
     observer: _Observer | None = None
-    with closing(calibration.steps()) as steps, tqdm(desc="analyze", unit="step", disable=not progress) as bar:
-        for current in steps:
-            if observer is None:
-                tokens = fewest(model.sites, calibration.tokens)
-                at = _step(step, calibration.step_count or 0, parts), _radius(radius, tokens)
-                observer = _Observer(_Asked(parts, model.sites[place], tuple(heads), *at, sampled))
-                bar.total = calibration.step_count
-            current.finish_by(observer.at_site)
-            bar.update()
-    if observer is None:
-        raise NotIntercepted("the pipeline never called its transformer; wanted at least one denoising step")
+
+    def look(current: Step) -> None:
+        nonlocal observer
+        if observer is None:
+            tokens = fewest(model.sites, calibration.tokens)
+            at = _step(step, calibration.step_count or 0, parts), _radius(radius, tokens)
+            observer = _Observer(_Asked(parts, model.sites[place], tuple(heads), *at, sampled))
+            bar.total = calibration.step_count
+        current.finish_by(observer.at_site)
+        bar.update()
+
+    with tqdm(desc="analyze", unit="step", disable=not progress) as bar:
+        calibration.run(look)
+    assert observer is not None  # the run had a step
     settings = {"parts": [part for part in PARTS if part in parts], "radius": observer.asked.radius, "sampled": sampled}
     return Analysis(
-        sites=tuple(s.path for s in model.sites),
-        heads=tuple(s.heads for s in model.sites),
+        sites=tuple(s.path for s in calibration.sites),
+        heads=tuple(s.heads for s in calibration.sites),
         steps=calibration.step_count or 0,  # None is for loops of one's own
         tokens=fewest(model.sites, calibration.tokens),
         guided=calibration.branches.guided,
         radius=observer.asked.radius,
-        about=provenance(pipe, inputs, settings, "analysis"),
-        **observer.arrays(model.sites),
+        about=provenance(driver, settings, "analysis"),
+        **observer.arrays(calibration.sites),
     )
 
 

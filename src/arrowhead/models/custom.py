@@ -281,20 +281,3 @@ def with_adapter(pipe: Any, adapter: Adapter | None) -> Any:
             "give its transformer"
         )
     return CustomModel(pipe, adapter)
-
-
-def call_inputs(pipe: Any, inputs: Any) -> Mapping[str, Any]:
-    """The arguments of a pipeline's call: keyword arguments, or, for a module of one's own, a callable that generates once.
-
-    Raises:
-        InputsInvalid: it is the one where the other was wanted.
-    """
-    if isinstance(pipe, CustomModel) != callable(inputs):
-        wanted = "a callable that generates once, such as lambda: sample(model)"
-        wanted = wanted if isinstance(pipe, CustomModel) else "a mapping of the pipeline call's keyword arguments"
-        raise InputsInvalid(f"got inputs of type {type(inputs).__name__}, wanted {wanted}")
-    if isinstance(pipe, CustomModel):
-        return {"generate": inputs}
-    if not isinstance(inputs, Mapping) or not all(isinstance(name, str) for name in inputs):
-        raise InputsInvalid(f"got inputs {inputs!r:.200}, wanted a mapping of the pipeline call's keyword arguments")
-    return inputs

@@ -49,7 +49,10 @@ class Target:
                 if mine != theirs:
                     found.append(f"scheduler's {key}: plan {mine}, pipeline {theirs}")
         if len(self.sites) == len(other.sites):
-            wrong = [(a, b) for a, b in zip(self.sites, other.sites, strict=True) if a != b]
+            place = {site.path: i for i, site in enumerate(self.sites)}  # where torch lists modules says nothing
+            mine, theirs = ({*self.sites} - {*other.sites}, {*other.sites} - {*self.sites})
+            by_path = [sorted(sites, key=lambda site: place.get(site.path, len(place))) for sites in (mine, theirs)]
+            wrong = list(zip(*by_path, strict=True))
             found += [f"site: plan {a}, pipeline {b}" for a, b in wrong[:3]]
             found += [f"and {len(wrong) - 3} more sites"] if len(wrong) > 3 else []
         return found

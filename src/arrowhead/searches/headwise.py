@@ -1,14 +1,16 @@
 """DiTFastAttnV2's search: every head of every site chosen by a local error, in one run of the pipeline."""
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from arrowhead.calibration.run import CalibrationRun, SearchResult, require_finite
-from arrowhead.calibration.sharding import ALONE, Share, share_of
+from arrowhead.calibration.driver import Driver
+from arrowhead.calibration.run import CalibrationRun, SearchResult
+from arrowhead.calibration.sharding import ALONE, Share
+from arrowhead.calibration.step import Step, require_finite
 from arrowhead.engine.attention_hook import AttentionCall
 from arrowhead.engine.cache import Entry, Key, Output, both_branches, encode_output
 from arrowhead.engine.execute_site import SitePass, attend_heads, record_attention
@@ -24,9 +26,6 @@ from arrowhead.plans.lifetimes import FOREVER, Writes
 from arrowhead.searches.multiple_choice import solve_multiple_choice
 from arrowhead.searches.radii import narrower, require_radii
 from arrowhead.searches.settings import is_number, require_flags
-
-if TYPE_CHECKING:  # diffusers takes seconds to import
-    from diffusers import DiffusionPipeline
 
 HEADS_AT_ONCE = 4
 """Heads whose candidates are in memory together."""
@@ -82,25 +81,28 @@ class Choice:
     error: float
 
 
-def headwise_choices(
-    pipe: "DiffusionPipeline", inputs: Mapping[str, Any], *, threshold: float, settings: Headwise
-) -> Generator[Choice, None, SearchResult]:
-    """Yield the choices of each step of one run of the pipeline with `inputs`; return what was found.
+def headwise_search(
+    driver: Driver, *, threshold: float, settings: Headwise, on_choice: Callable[[Choice], None] = lambda _: None
+) -> SearchResult:
+    """Choose for every head on one generation of the driver, and call `on_choice` for every site of a step; gives what was found.
 
-    A transformer's first step is full. At every later one each site computes its full output on the input that it really gets,
-    from it the error of every candidate of every head, and chooses: the greatest saving with Σ errors ≤ threshold. What was
-    chosen is what the site gives to the next one. No projection runs twice.
+    A transformer's first step is full. At every later one each site computes its full output on the input that it gets in the
+    compressed trajectory, and from that output the error of every candidate of every head. It chooses the greatest saving with
+    Σ errors ≤ threshold, and passes the output of the chosen cell on. No projection runs twice.
 
     Raises what `arrowhead.search` raises.
     """
-    calibration = CalibrationRun(find(pipe), inputs)
+    calibration = CalibrationRun(driver, find(driver.pipe))
     rows: list[list[Cell]] = []
-    for step in calibration.steps():
-        chooser = Chooser(settings, 0.0 if step.first else threshold, share_of(inputs))
+
+    def choose(step: Step) -> None:
+        chooser = Chooser(settings, 0.0 if step.first else threshold, driver.share)
         step.finish_by(chooser.at_site)
         rows.append([chooser.chosen[site][0] for site in step.sites])
         for site, (cell, error) in chooser.chosen.items():
-            yield Choice(step.index, calibration.step_count, site.path, cell, error)
+            on_choice(Choice(step.index, calibration.step_count, site.path, cell, error))
+
+    calibration.run(choose)
     return calibration.found(rows)
 
 

@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from arrowhead.calibration.run import Step
 from arrowhead.calibration.sharding import Share
+from arrowhead.calibration.step import Step
 from arrowhead.engine.attention_hook import AttentionCall
 from arrowhead.engine.cache import Output
 from arrowhead.engine.generation import Generation

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arrowhead.calibration.run import Step
 from arrowhead.calibration.sharding import ALONE, Share
+from arrowhead.calibration.step import Step
 from arrowhead.errors import InputsInvalid
 from arrowhead.plans.flops import full_flops
 from arrowhead.plans.layout import Branches, Site, Tokens, outermost
@@ -16,8 +16,8 @@ from arrowhead.searches.budget.config import Extent
 from arrowhead.searches.budget.sensitivity.cfg import Guidance
 from arrowhead.searches.budget.sensitivity.gradient_products import GradientProducts, Products
 from arrowhead.searches.budget.sensitivity.gradient_sources import Backpropagation, GradientSource, Trials
-from arrowhead.searches.budget.sensitivity.loop_gain import LoopRun
-from arrowhead.searches.budget.sensitivity.sampler_gain import Sampling
+from arrowhead.searches.budget.sensitivity.loop_gain import LoopReplay
+from arrowhead.searches.budget.sensitivity.sampler_gain import SchedulerReplay
 from arrowhead.searches.budget.sensitivity.site_history import SiteHistory
 from arrowhead.searches.budget.sensitivity.table import Table
 
@@ -32,7 +32,7 @@ class Recorder:
     """The history of the last steps, where gradients come from, and the products of the steps so far."""
 
     def __init__(self, sites: Sequence[Site], tokens: Tokens, extent: Extent, share: Share = ALONE) -> None:
-        self._sites, self._tokens, self._extent, self._share = tuple(sites), tokens, extent, share
+        self._tokens, self._extent, self._share = tokens, extent, share
         self.history = SiteHistory(sites, tokens, extent)
         self._source: GradientSource = (
             Backpropagation(self.history, share, extent.vectors) if extent.gradients else Trials(self.history, extent.vectors)
@@ -45,10 +45,11 @@ class Recorder:
         if step.first:  # what another transformer gave is of no use
             self.history.clear()
         self._generator.manual_seed(SEED_OFFSET + self._extent.seed)  # the same vectors in every step: what steps do adds up
-        found = [
-            GradientProducts(self.history, guidance, self._regions).of_all_sites(gradients)
-            for gradients in self._source.gradients(step, guidance, self._generator)
-        ]
+        found: list[Products] = []
+        for gradients in self._source.gradients(step, guidance, self._generator):
+            if not self._products:
+                self.history.sites = step.sites  # in the order in which they run, which is known now
+            found.append(GradientProducts(self.history, guidance, self._regions).of_all_sites(gradients))
         outputs, residuals, quantisation_errors = (torch.cat(each, -1) for each in zip(*found, strict=True))
         self._products.append((outputs, residuals, quantisation_errors))
 
@@ -63,7 +64,7 @@ class Recorder:
 
     def table(
         self,
-        sampling: Sampling | LoopRun,
+        replay: SchedulerReplay | LoopReplay,
         branches: Branches,
         target: Target,
         blocks: tuple[Site, ...],
@@ -75,8 +76,8 @@ class Recorder:
         Raises:
             InputsInvalid: float32 does not hold the products.
         """
-        final, feedback, steps = sampling.latents(), self._extent.feedback, len(self._products)
-        sampler_gains, model_feedback = sampling.gains_and_feedback(steps, self._images)
+        final, feedback, steps = replay.latents(), self._extent.feedback, len(self._products)
+        sampler_gains, model_feedback = replay.gains_and_feedback(steps, self._images)
         weights = self._source.weights(steps)  # (S, H)
         joined = [self._of_all_processes(torch.stack(of_steps)) for of_steps in zip(*self._products, strict=True)]
         products = [own * weights[(...,) + (None,) * (own.ndim - 2)] for own in joined]
@@ -103,7 +104,7 @@ class Recorder:
             other_flops=self._other_flops(branches),
             images=self._images,
             regions=self._regions,
-            itemsize=self.history.steps_of(self._sites[0])[0].output.itemsize,
+            itemsize=self.history.steps_of(self.history.sites[0])[0].output.itemsize,
             about=about,
             switch=switch,
             precisions=self.history.precisions,
@@ -112,7 +113,7 @@ class Recorder:
 
     def _other_flops(self, branches: Branches) -> float:
         """FLOPs outside of all sites, per image and step, of a run whose two calls of a step (if there are two) run as one."""
-        known = full_flops(outermost(self._sites), self._tokens, 2 if branches.guided else 1).module
+        known = full_flops(outermost(self.history.sites), self._tokens, 2 if branches.guided else 1).module
         return max(self.history.flops.total / self._source.images - known, 0.0)
 
     def _of_all_processes(self, products: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from arrowhead.calibration.run import require_finite
+from arrowhead.calibration.step import require_finite
 from arrowhead.engine.attention_hook import AttentionCall
 from arrowhead.engine.cache import Output, map_output
 from arrowhead.engine.execute_site import SitePass, attend_heads, record_attention, require_token_sizes

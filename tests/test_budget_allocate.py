@@ -317,7 +317,7 @@ def test_an_offer_s_error_is_what_its_columns_do(table, what, multiplier):
 @pytest.mark.parametrize("seed", range(4))
 def test_an_offer_s_error_is_what_its_columns_do_where_branches_are_shared(seed):
     """Heads that are cached in a shared step serve both branches with the conditional one's."""
-    problem = budget_of("module", granularity="head").problem(synthetic(seed, 8, 3, 4, ages=3, uneven=True))
+    problem = problem_of(budget_of("module", granularity="head"), synthetic(seed, 8, 3, 4, ages=3, uneven=True))
     for multiplier in (0.1, 0.3, 1.0, 3.0):
         assert_error_is_of_its_columns(problem, problem.offer(multiplier), 1)
 

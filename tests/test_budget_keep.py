@@ -126,7 +126,7 @@ def test_where_nothing_changes_anything_more_and_more_is_left_out():
 def test_where_the_table_knows_of_no_error():
     problem = keep_problem()
     nothing = replace(problem.table, sampler_gains=(0.0,) * problem.table.steps)
-    blind = ah.Budget(transformer_flops=1.0, granularity="site").problem(nothing)
+    blind = problem_of(ah.Budget(transformer_flops=1.0, granularity="site"), nothing)
     kept, seen = assert_kept_to(0.05, blind, lambda found: 1.0)
     assert len(seen) == 1
     assert kept.best.measured == 0

@@ -78,7 +78,7 @@ class Budget:
         _require_granularity(self.granularity)
         _require_cache_bytes(self)
         if not isinstance(self.slopes, tuple) or not all(is_number(slope) and 0 < slope <= 1 for slope in self.slopes):
-            raise InputsInvalid(f"got slopes={self.slopes!r}, wanted a tuple of numbers above 0 and at most 1; () for no lines")
+            raise InputsInvalid(f"got slopes={self.slopes!r}, wanted a tuple of numbers above 0 and at most 1; () for none")
         if type(self.corrections) is not int or not 0 <= self.corrections < 3:
             raise InputsInvalid(f"got corrections={self.corrections!r}, wanted 0, 1 or 2")
         if self.speedup is not None and self.granularity not in (None, "step", "site"):

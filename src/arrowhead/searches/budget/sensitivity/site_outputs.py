@@ -45,7 +45,7 @@ class ComputedOutput:
         return self.residual.age if self.residual else 0
 
     def before(self) -> None:
-        """A computed output continues nothing that was given a step ago."""
+        """None: the output is new in this step, and continues no other."""
 
     def aged(self) -> "RepeatedOutput":
         """The same output, repeated one step later."""

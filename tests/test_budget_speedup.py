@@ -21,6 +21,7 @@ from arrowhead.searches.budget.sensitivity.recording import record
 from arrowhead.searches.budget.solver.allocation import within_cost
 from arrowhead.searches.budget.solver.costs import SecondCosts
 from arrowhead.searches.budget.solver.dynamic_program import DynamicProgram
+from arrowhead.searches.budget.solver.problem import problem_of
 from arrowhead.searches.budget.solver.states import Choices
 from arrowhead.searches.budget.solver.timing import timed
 
@@ -61,7 +62,7 @@ def seconds_of(site, column, seconds):
 def test_the_best_there_is_lies_between_the_bound_and_what_is_found(seed, data, share, ages):
     table = synthetic(seed, steps=3, count=1, feed_forward=True, ages=ages)
     seconds = some_seconds(seed, table)
-    problem = ah.Budget(speedup=2.0, share_cfg=share, granularity="site").problem(table, seconds)
+    problem = problem_of(ah.Budget(speedup=2.0, share_cfg=share, granularity="site"), table, seconds)
     columns, error, cost = [], [], []
     whole = 3 * (2.0 + seconds.other)
     for place, site in enumerate(table.target.sites):

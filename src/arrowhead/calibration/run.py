@@ -91,6 +91,7 @@ class CalibrationRun:
         self.rows = 0
         self._caller = greenlet.getcurrent()  # where the run's own calls come from
         self._searching = False  # while `on_step` runs
+        self._failure: Exception | None = None  # what `on_step` raised; a loop might catch it, and go on
         self._at_site: Callable[[SiteCall], Output] | None = None  # set while the search runs the transformer
         self._first_calls: dict[Site, None] = {}  # the sites in the order of their first calls
         self._generation: Generation | None = None
@@ -131,6 +132,8 @@ class CalibrationRun:
                 replaced.enter_context(forward_replaced(transformer, called))
             with suppress(_Stopped):
                 result = generate()
+        if self._failure is not None:
+            raise self._failure
         if self._waiting is not None:
             raise _call_missing()
         done = self._begun.step + 1
@@ -251,6 +254,8 @@ class CalibrationRun:
                 f"{type(transformer).__name__} was called from outside while a search runs on it; wanted the pipeline's "
                 "own calls alone; let the search end first"
             )
+        if self._failure is not None:
+            raise self._failure
         call = self._call(transformer, forward, args, kwargs)
         if self.branches.calls == 1:
             return self._searched(search, [call])[0]
@@ -298,6 +303,9 @@ class CalibrationRun:
         self._searching = True
         try:
             search(step)
+        except Exception as error:
+            self._failure = error
+            raise
         finally:
             self._searching = False
         return step.outputs

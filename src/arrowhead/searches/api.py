@@ -52,10 +52,10 @@ def search(
             search ends, the pipeline is as before, but for the scheduler's timesteps, which every call sets. Compiled parts run
             eagerly in the search, which finds the same plan as without compiling.
         inputs: the keyword arguments of the pipeline's call: prompts or labels, steps, guidance. A `generator` among them
-            has the same state afterwards. For a custom model: a callable without arguments that generates once, by any loop over
-            the model, with the same result at every call, and returns the final latents (B, C, …), which only budgets read. For
-            a budget the callable is called once more for every step, with the model's outputs as they were; do what does not
-            depend on the model, such as encoding prompts, before.
+            has the same state afterwards. For a custom model: a callable without arguments that generates once, by any loop
+            over the model, with the same result at every call, and returns the final latents (B, C, …), which only budgets
+            read. For a budget the callable is called once more for every step, with the model's outputs as they were: what does
+            not depend on the model, such as encoding prompts, is better done before.
         adapter: describes a custom model.
         strategy: `greedy` is DiTFastAttn's Algorithm 1, `headwise` DiTFastAttnV2's choice for single heads; a `Greedy` or a
             `Headwise` holds the candidates of these; `budget` keeps the whole generation to a budget, with the least error.
@@ -68,7 +68,7 @@ def search(
         table: for `budget`: the table that `calibrate` gave for these inputs, in place of another calibration.
         shard: names of the inputs that have one entry for each prompt, the list of generators among them. These are split among
             the processes of `torch.distributed`, which are all given the same arguments. Each process runs the pipeline on its
-            prompts, and all end with the same plan: that of all prompts in one process, but for rounding. None: nothing is split.
+            prompts, and all end with the same plan: that of all prompts in one process, but for rounding. None: no splitting.
         progress: whether to show a tqdm bar.
 
     Raises:

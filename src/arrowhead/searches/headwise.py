@@ -1,4 +1,4 @@
-"""DiTFastAttnV2's search: every head of every site chosen by a local error, in one run of the pipeline."""
+"""DiTFastAttnV2's search: a method for every head of every site, chosen by errors at the site itself, in one generation."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ HEADS_AT_ONCE = 4
 
 @dataclass(frozen=True)
 class Headwise:
-    """What DiTFastAttnV2's search may choose from, and how.
+    """The candidates of DiTFastAttnV2's search (Zhang et al. 2025), and how it chooses among them.
 
     Args:
         radii: of the arrows, in tokens on each side, or boxes in the grid; None for a sixteenth, a 32nd and a 64th of the
@@ -43,7 +43,12 @@ class Headwise:
         residual: whether arrows add O − W of their head's last full step.
         prefilter: candidates whose error is this many times a head's share of the threshold, or more, are dropped before the
             choice; None drops none.
-        savings: what a candidate is worth: the FLOPs that it really saves, projections included, or the paper's weights.
+        savings: the value of a candidate: the FLOPs that it saves, projections included, or the paper's weights.
+
+    Raises:
+        InputsInvalid: a setting is out of range, or radii are boxes with the paper's weights.
+
+    >>> arrowhead.search(pipe, inputs, strategy=arrowhead.Headwise(radii=(16, 64), share_cfg=True), threshold=0.6)
     """
 
     radii: tuple[Radius, ...] | None = None
@@ -64,7 +69,7 @@ class Headwise:
             raise InputsInvalid(f"got savings='paper' with radii={self.radii!r}, wanted radii in tokens; or savings='flops'")
 
     def methods(self, tokens: Tokens) -> tuple[Method, ...]:
-        """What a head may do, full attention first. Bands that would cover everything are left out."""
+        """The methods of a head, full attention first. Bands that would cover everything are left out."""
         radii = (tokens.visual // 16, tokens.visual // 32, tokens.visual // 64) if self.radii is None else self.radii
         arrows = [Arrow(radius, self.residual) for radius in narrower(radii, tokens)]
         return (Full(), *arrows, *([Cached()] if self.caching else []))
@@ -72,7 +77,7 @@ class Headwise:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen at one site in one step, and the sum of its heads' errors; `steps` as a `Trial` has it."""
+    """The cell chosen at one site in one step, and the sum of its heads' errors; `steps` as in `Trial`."""
 
     step: int
     steps: int | None
@@ -84,7 +89,7 @@ class Choice:
 def headwise_search(
     driver: Driver, *, threshold: float, settings: Headwise, on_choice: Callable[[Choice], None] = lambda _: None
 ) -> SearchResult:
-    """Choose for every head on one generation of the driver, and call `on_choice` for every site of a step; gives what was found.
+    """Choose for every head on one generation of the driver, and call `on_choice` for every site; gives what was found.
 
     A transformer's first step is full. At every later one each site computes its full output on the input that it gets in the
     compressed trajectory, and from that output the error of every candidate of every head. It chooses the greatest saving with
@@ -107,14 +112,14 @@ def headwise_search(
 
 
 class Chooser:
-    """The choices of one step: site by site, as the transformer comes to them."""
+    """The choices of one step, made at each site when it is called; `chosen` are the cells with their sums of errors."""
 
     def __init__(self, settings: Headwise, threshold: float, share: Share = ALONE) -> None:
         self.chosen: dict[Site, tuple[Attend, float]] = {}
         self._settings, self._threshold, self._share = settings, threshold, share
 
     def at_site(self, call: SiteCall, state: Generation) -> Output:
-        """Run the site's module with the heads chosen; remember what they gave."""
+        """Run the site's module with the methods chosen for its heads; write what later steps may read to the cache."""
         site, stats = call.site, state.stats
         stats.record_pass(site, FULL, state.tokens)
         out = call.run(lambda attention: self._attention(attention, call, state))
@@ -122,48 +127,48 @@ class Chooser:
         return out
 
     def _attention(self, attention: AttentionCall, call: SiteCall, state: Generation) -> Tensor:
-        passage = SitePass(call, FULL, Writes(), state, tuple(range(call.site.heads)))
+        site_pass = SitePass(call, FULL, Writes(), state, tuple(range(call.site.heads)))
         full = attention.native()  # (B, H, N, D)
         require_finite(full, call, state)
-        record_attention(passage, passage.methods, len(full), "native")
-        site = _AtSite(self._settings, attention, passage, full, self._share)
-        cell, error = site.choose(self._threshold) if self._threshold > 0 else (FULL, 0.0)
+        record_attention(site_pass, site_pass.methods, len(full), "native")
+        candidates = _Candidates(self._settings, attention, site_pass, full, self._share)
+        cell, error = candidates.choose(self._threshold) if self._threshold > 0 else (FULL, 0.0)
         self.chosen[call.site] = cell, error
-        out = full if cell == FULL else site.output(cell)
-        site.remember(cell, out)
+        out = full if cell == FULL else candidates.output(cell)
+        candidates.store(cell, out)
         return out
 
 
 @dataclass(frozen=True)
-class _AtSite:
-    """One site in one step: candidates, their errors, and the output of a cell made of them."""
+class _Candidates:
+    """The candidates of one site in one step: their errors, the choice among them, and the output of a cell made of them."""
 
     settings: Headwise
     attention: AttentionCall
-    passage: SitePass
+    site_pass: SitePass
     full: Tensor  # (B, H, N, D)
     share: Share
 
     @property
     def methods(self) -> tuple[Method, ...]:
-        return self.settings.methods(self.passage.tokens)
+        return self.settings.methods(self.site_pass.tokens)
 
     @property
     def conditional(self) -> slice:
-        return self.passage.generation.branches.conditional(self.full.shape[0])
+        return self.site_pass.generation.branches.conditional(self.full.shape[0])
 
     def choose(self, threshold: float) -> tuple[Attend, float]:
-        """The cell that saves most, and the sum of its errors."""
-        site, heads = self.passage.call.site, self.passage.call.site.heads
-        shares = (False, True) if self.settings.share_cfg and self.passage.generation.branches.guided else (False,)
+        """The cell that saves most with errors of at most `threshold` in sum, and that sum."""
+        site, heads = self.site_pass.call.site, self.site_pass.call.site.heads
+        shares = (False, True) if self.settings.share_cfg and self.site_pass.generation.branches.guided else (False,)
         errors = self._errors(shares)
         if self.settings.prefilter is not None:
             errors[errors >= self.settings.prefilter * threshold / heads] = torch.inf
         errors[shares.index(False), :, 0] = 0.0  # full attention is always open
         best: tuple[int, Attend, float] | None = None
         for share, of_share in zip(shares, errors, strict=True):
-            gains, constant = _savings(self.settings, site, self.passage.generation.tokens, self.methods, share)
-            if (found := solve_multiple_choice(of_share.tolist(), gains, threshold)) is None:
+            savings, constant = _savings(self.settings, site, self.site_pass.generation.tokens, self.methods, share)
+            if (found := solve_multiple_choice(of_share.tolist(), savings, threshold)) is None:
                 continue
             options, saved = found
             if best is None or saved + constant > best[0]:
@@ -173,8 +178,8 @@ class _AtSite:
         return best[1], best[2]
 
     def _errors(self, shares: Sequence[bool]) -> Tensor:
-        """(shares, H, methods), on the CPU."""
-        heads = self.passage.call.site.heads
+        """The error of every candidate, (shares, H, methods), on the CPU: relative squared errors of a head's output."""
+        heads = self.site_pass.call.site.heads
         found = torch.zeros(3, len(shares), heads, len(self.methods))
         for m, method in enumerate(self.methods):
             for some in _runs(heads, HEADS_AT_ONCE):
@@ -186,7 +191,7 @@ class _AtSite:
         return self.share.agreed(of_moments(self.share.pooled(found)))
 
     def output(self, cell: Attend) -> Tensor:
-        """What the heads give under a cell, for both branches: (B, H, N, D)."""
+        """The heads' outputs under a cell, for both branches: (B, H, N, D)."""
         rows = self.conditional if cell.share_cfg else slice(None)
         out = self.full[rows].clone()
         for method, heads in grouped(cell.methods(out.shape[1])):
@@ -195,28 +200,29 @@ class _AtSite:
         return torch.cat([out, out]) if cell.share_cfg else out
 
     def _heads(self, method: Method, heads: Sequence[int], rows: slice) -> Tensor:
-        """These heads under one method: (b, h, N, D)."""
+        """The outputs of these heads under one method: (b, h, N, D)."""
         if isinstance(method, Full):
             return self.full[rows][:, heads]
         if isinstance(method, Cached):
-            return self._kept(Key(self.passage.call.site.path, "heads"), heads, rows)
-        key = Key(self.passage.call.site.path, "residual", method.radius)
-        residual = self._kept(key, heads, rows) if method.residual else None
-        return attend_heads(self.attention, heads, [method] * len(heads), rows, self.passage, residual)
+            return self._read(Key(self.site_pass.call.site.path, "heads"), heads, rows)
+        key = Key(self.site_pass.call.site.path, "residual", method.radius)
+        residual = self._read(key, heads, rows) if method.residual else None
+        return attend_heads(self.attention, heads, [method] * len(heads), rows, self.site_pass, residual)
 
-    def _kept(self, key: Key, heads: Sequence[int], rows: slice) -> Tensor:
-        state = self.passage.generation
-        return state.cache.read_heads(key, heads, self.passage.call.site.heads, state.step)[rows]
+    def _read(self, key: Key, heads: Sequence[int], rows: slice) -> Tensor:
+        """A cache entry for these heads and rows: (b, h, N, D) or (b, h, V, D)."""
+        state = self.site_pass.generation
+        return state.cache.read_heads(key, heads, self.site_pass.call.site.heads, state.step)[rows]
 
-    def remember(self, cell: Attend, out: Tensor) -> None:
-        """Keep what later steps may read: every head's output, and the residuals of the heads that were full."""
-        state, site = self.passage.generation, self.passage.call.site
+    def store(self, cell: Attend, out: Tensor) -> None:
+        """Write what later steps may read: every head's output (B, H, N, D), and the residuals of the heads that were full."""
+        state, site = self.site_pass.generation, self.site_pass.call.site
         if self.settings.caching:
             state.cache.write(Key(site.path, "heads"), Entry(encode_output(out, site.head_dim), False, FOREVER))
         full = tuple(head for head, method in enumerate(cell.methods(site.heads)) if isinstance(method, Full))
         if not self.settings.residual or not full:
             return
-        visual, rows = self.passage.tokens.visual_slice, self.conditional if cell.share_cfg else slice(None)
+        visual, rows = self.site_pass.tokens.visual_slice, self.conditional if cell.share_cfg else slice(None)
         for method in self.methods:
             if isinstance(method, Arrow):
                 band = self._heads(Arrow(method.radius), full, rows)[:, :, visual]
@@ -227,6 +233,7 @@ class _AtSite:
 
 
 def _runs(heads: int, length: int) -> Iterator[list[int]]:
+    """All heads in groups of at most `length`."""
     for start in range(0, heads, length):
         yield list(range(start, min(start + length, heads)))
 
@@ -237,10 +244,10 @@ def _radius(arrow: Arrow) -> int:
 
 
 def _savings(settings: Headwise, site: Site, tokens: Tokens, methods: Sequence[Method], share: bool) -> tuple[list[int], int]:
-    """What each method saves per head, and what the site saves besides, as whole numbers.
+    """The savings of each method per head, and those of the site besides, as whole numbers.
 
-    By default FLOPs of one image under guidance. The paper's weights, in billionths: 1 for a cached head, ½ for sharing,
-    ((V − w) / (V + T))² for a band of w tokens on each side.
+    By default they are FLOPs of one image under guidance. With the paper's weights they are billionths of a full head: 1 for a
+    cached head, ½ for sharing, ((V − w) / (V + T))² for a band of w tokens on each side.
     """
     if settings.savings == "paper":
         visual, total = site.tokens(tokens).visual, site.tokens(tokens).total

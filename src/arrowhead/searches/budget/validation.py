@@ -1,7 +1,7 @@
 """Candidate plans tried in real generations on the calibration's inputs; the best one is kept.
 
-The predicted error is too small, and does not order plans perfectly: it takes the errors of different sites as independent. So each
-kind of budget ends with a few generations, in which candidates are measured:
+The predicted error is too small, and does not order plans perfectly: it takes the errors of different sites as independent. So
+each kind of budget ends with a few generations, in which candidates are measured:
 
 * an error: `within_error` looks for the cheapest plan whose measured error is within the budget;
 * FLOPs: `corrected` keeps the plan with the least measured error in detail, of the table's solution and its variants;

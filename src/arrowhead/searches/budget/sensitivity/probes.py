@@ -8,7 +8,7 @@ from torch import Tensor
 LEAST = 4
 """Trials in each step: a pass has one for each image."""
 BETWEEN_STEPS, BETWEEN_SITES = 1.0, 0.1
-"""In the fit, the weights of squared differences between two steps, and between a site and all sites; a trial's misfit has 1."""
+"""In the fit, the weights of differences between two steps, and between a site and all sites; that of a trial's misfit is 1."""
 
 
 class SiteProbes:

@@ -25,7 +25,7 @@ from arrowhead.searches.budget.sensitivity.table import Table
 
 @dataclass(frozen=True)
 class Recording:
-    """The result of a calibration: the table, the run's final latents (B, C, …), and `passes` and `cost` as `SearchResult` has."""
+    """The result of a calibration: the table, the final latents (B, C, …), and `passes` and `cost` as in `SearchResult`."""
 
     table: Table
     final: Tensor

@@ -112,7 +112,7 @@ class Setting:
 
 def everything_projected() -> AbstractContextManager[Any]:
     """As if no module could tell its heads apart."""
-    return patch("arrowhead.engine.execute_site.can_project_heads_separately", new=lambda _: False)
+    return patch("arrowhead.engine.run.can_project_heads_separately", new=lambda _: False)
 
 
 def projecting_all(own: ah.Plan) -> ah.Plan:

@@ -69,7 +69,7 @@ def plan(pipe: Any, cached: int) -> ah.Plan:
 
 def everything_projected() -> AbstractContextManager[Any]:
     """As if no module could tell its heads apart."""
-    return patch("arrowhead.engine.execute_site.can_project_heads_separately", new=lambda _: False)
+    return patch("arrowhead.engine.run.can_project_heads_separately", new=lambda _: False)
 
 
 def module_flops(own: ah.Plan, heads_apart: bool) -> float:

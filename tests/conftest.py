@@ -1,7 +1,6 @@
 """Fixtures: every pipeline in turn, fresh for each test."""
 
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,8 +11,6 @@ if not torch.cuda.is_available():
 
 from diffusers.utils import logging
 from pipelines import BENCHES, Bench
-
-from arrowhead.engine import attention_hook
 
 logging.set_verbosity_error()  # casting these small models to float64 is meant
 
@@ -34,13 +31,3 @@ def bench32(request: Any) -> Bench:
 def either(request: Any) -> Bench:
     """One pipeline of each order of the CFG branches, where the others would tell nothing more."""
     return BENCHES[request.param]()
-
-
-@pytest.fixture(autouse=True)
-def _names_are_put_back() -> Iterator[None]:
-    """No test leaves a plan on: its routed names would stay in diffusers' modules, and other tests would be blamed."""
-    yield
-    left = dict(attention_hook._users)
-    while attention_hook._users:
-        attention_hook.unroute(next(iter(attention_hook._users)))
-    assert not left, f"a plan was left applied: {left}"

@@ -1,4 +1,4 @@
-"""Small pipelines of the families beyond DiT, PixArt, SD3 and FLUX: diffusers' classes, random weights, no text encoder."""
+"""Small pipelines of the families other than DiT, PixArt, SD3 and FLUX: diffusers' classes, random weights, no text encoder."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ from arrowhead.plans.layout import Grid, Tokens
 
 TEXT, CHANNELS = CAPTION
 HEADS, DIM = 2, 8
-SECOND = (3, 8)  # of a second text encoder
+SECOND = (3, 8)  # text tokens and channels of a second text encoder
 HUNYUAN_TEXTS = {
     "cross_attention_dim": CHANNELS,
     "cross_attention_dim_t5": SECOND[1],
@@ -60,9 +60,15 @@ SHARP = (".attn1.", ".attn.")
 
 @dataclass
 class FamilyBench(Bench):
-    """`text_seen` are the text tokens that any site looks at, attending jointly or not; `grid` is what boxes are tested in.
+    """A bench of a family.
 
-    `switch` is the step from which a second transformer is called, of five; `frames` are sequences of their own.
+    Attributes:
+        text_first: whether the text tokens come before the visual ones.
+        text_seen: the text tokens that some site attends to, jointly or by cross-attention.
+        two_calls: whether the CFG branches come in two calls.
+        switch: the step, of five, from which a second transformer is called; None without one.
+        frames: the number of sequences that the visual tokens are for sites that attend within a frame.
+        grid: the grid of the visual tokens where boxes are tested.
     """
 
     text_first: bool = False
@@ -74,7 +80,7 @@ class FamilyBench(Bench):
 
     @property
     def attentions(self) -> list[Any]:
-        """In the order they run."""
+        """The self-attention modules in the order they run."""
         return list(find(self.pipe).modules.values())
 
     @property
@@ -91,7 +97,10 @@ def _finished(pipe: Any, dtype: torch.dtype) -> Any:
 def _inputs(
     dtype: torch.dtype, scale: str, mask: str | None, pooled: bool = False, channels: int = CHANNELS, **common: Any
 ) -> Callable[..., dict[str, Any]]:
-    """Of a pipeline whose guidance is named `scale`, and prompts' masks `mask`: the prompt's last two tokens are padding."""
+    """The arguments of a call of a pipeline: `scale` is the name of its guidance scale, `mask` that of the prompts' masks.
+
+    The last two tokens of the prompt are padding.
+    """
 
     def inputs(seed: int = 0, images: int = 1, guidance: float = 3.0, steps: int = 5, **more: Any) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(seed)
@@ -128,7 +137,7 @@ def wan(dtype: torch.dtype = torch.float64, seed: int = 0, **parts: Any) -> Fami
 
 
 def wan22(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
-    """The same; at timesteps below 875, the third of five, a second transformer takes over, which is guided by less."""
+    """As `wan`, with a second transformer at timesteps below 875 (from the third step of five on), at a smaller scale."""
     bench = wan(dtype, seed, transformer_2=wan_transformer(seed + 1), boundary_ratio=0.875)
     own, bench.switch = bench.inputs, 2
     bench.inputs = lambda *args, **more: own(*args, **{"guidance_scale_2": 2.0, **more})
@@ -190,7 +199,7 @@ def cogvideox(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
 
 
 def allegro(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
-    """Frames × height × width beside a text whose padding is masked; one batch, [uncond, cond]; a sampler that draws noise."""
+    """Frames × height × width beside a text whose padding is masked; one batch, [uncond, cond]; a sampler that adds noise."""
     sizes = {"num_attention_heads": HEADS, "attention_head_dim": 12, "num_layers": 2, "cross_attention_dim": HEADS * 12}
     model = AllegroTransformer3DModel(caption_channels=CHANNELS, sample_height=8, sample_width=6, sample_frames=2, **sizes)
     randomise(model, seed, SHARP)
@@ -201,7 +210,7 @@ def allegro(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
 
 
 def latte(dtype: torch.dtype = torch.float64, seed: int = 0, frames: int = 3) -> FamilyBench:
-    """Frame by frame, and then along time; one batch, [uncond, cond], each of videos × frames; a variance besides."""
+    """Within frames, and then along time; one batch, [uncond, cond], of videos × frames rows each; a variance in the output."""
     sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "num_layers": 2, "cross_attention_dim": HEADS * DIM}
     shape = {"sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 8, "video_length": frames}
     how = {"norm_type": "ada_norm_single", "norm_elementwise_affine": False, "num_embeds_ada_norm": 1000}
@@ -214,7 +223,7 @@ def latte(dtype: torch.dtype = torch.float64, seed: int = 0, frames: int = 3) ->
 
 
 def mochi(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
-    """Video before text, of which each sample sees what is no padding, as wide as it likes; one batch, [uncond, cond]."""
+    """Video before text, where each sample attends to its text without padding; one batch, [uncond, cond]."""
     sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "num_layers": 2, "pooled_projection_dim": 24}
     shape = {"in_channels": 4, "text_embed_dim": 16, "time_embed_dim": 8, "max_sequence_length": TEXT}
     model = MochiTransformer3DModel(**sizes, **shape)
@@ -237,7 +246,7 @@ def aura_flow(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
 
 
 def hunyuan_dit(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
-    """The image beside two texts whose padding is learnt, with skips from block to block; one batch, [uncond, cond]."""
+    """The image beside two texts with learnt padding, and skip connections between blocks; one batch, [uncond, cond]."""
     sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "hidden_size": HEADS * DIM, "num_layers": 4}
     model = HunyuanDiT2DModel(in_channels=4, patch_size=2, sample_size=8, activation_fn="gelu", **sizes, **HUNYUAN_TEXTS)
     randomise(model, seed, SHARP)
@@ -269,7 +278,7 @@ def lumina2(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     own = _inputs(dtype, "guidance_scale", None, height=64, width=80)
 
     def inputs(seed: int = 0, images: int = 1, **more: Any) -> dict[str, Any]:
-        shown = torch.arange(TEXT + 2).lt(TEXT).expand(images, -1)  # what is hidden never gets in
+        shown = torch.arange(TEXT + 2).lt(TEXT).expand(images, -1)  # the pipeline removes the padding
         call = own(seed, images, **dict.fromkeys(masks, shown) | more)
         for name in ("prompt_embeds", "negative_prompt_embeds"):
             call[name] = torch.nn.functional.pad(call[name], (0, 0, 0, 2))
@@ -279,11 +288,11 @@ def lumina2(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
 
 
 def flux2(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
-    """Text before image, in two streams and then in one, whose attention has the feed-forward in it; two calls."""
+    """Text before image, in two streams and then in one, whose attention contains the feed-forward; two calls."""
     sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "num_layers": 1, "num_single_layers": 2}
     more = {"timestep_guidance_channels": 16, "axes_dims_rope": (2, 2, 2, 2), "guidance_embeds": False}
     model = Flux2Transformer2DModel(in_channels=16, joint_attention_dim=CHANNELS, **sizes, **more)
-    randomise(model, seed + 3, SHARP)  # of others a search by heads has little to save
+    randomise(model, seed + 3, SHARP)  # with other weights a headwise search saves little
     pipe = Flux2KleinPipeline(flow(), vae(seed + 1, halvings=3, cls=AutoencoderKLFlux2), None, None, model)
     inputs = _inputs(dtype, "guidance_scale", None, height=64, width=80)
     return FamilyBench(_finished(pipe, dtype), True, 4 * 5, inputs, TEXT, text_first=True, two_calls=True)
@@ -294,7 +303,7 @@ def z_image(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     sizes = {"dim": HEADS * DIM, "n_heads": HEADS, "n_kv_heads": HEADS, "n_layers": 2, "n_refiner_layers": 1}
     rope = {"axes_dims": [4, 2, 2], "axes_lens": [128, 64, 64]}
     model = ZImageTransformer2DModel(in_channels=4, cap_feat_dim=CHANNELS, **sizes, **rope)
-    randomise(model, seed + 2, (".attention.",))  # of others a search by heads has little to save
+    randomise(model, seed + 2, (".attention.",))  # with other weights a headwise search saves little
     pipe = ZImagePipeline(flow(), None, None, None, model)
     own = _inputs(dtype, "guidance_scale", None, height=64, width=80)
 

@@ -1,6 +1,6 @@
-"""A plan replayed on any model: its own processors run, and attention is computed head by head from the formulas.
+"""Replays a plan on any model: the model's processors run, and attention is computed head by head from the formulas.
 
-Nothing of arrowhead's engine is used here. Where its routed names are replaced, they are replaced by hand.
+The engine is not used. The names by which processors call attention are replaced here, while a processor runs.
 """
 
 import inspect
@@ -25,13 +25,13 @@ RADII = (2, 5)
 
 
 def random_cells(seed: int, sites: Sequence[Site], steps: int, share: bool, switch: int | None = None) -> list[list[Cell]]:
-    """Steps × sites: a full step, then anything that the kind of site may do; so again from `switch` on."""
+    """Random cells, steps × sites: a full step, then any cells that the kind of site allows; again so from `switch` on."""
     if switch:
         return random_cells(seed, sites, switch, share) + random_cells(seed + 100, sites, steps - switch, share)
     draw = random.Random(seed)
     kinds = [Full(), Cached(), *(Arrow(radius, residual) for radius in RADII for residual in (False, True))]
 
-    def some(site: Site) -> Cell:
+    def random_cell(site: Site) -> Cell:
         shared = share and draw.random() < 0.4
         if draw.random() < (0.15 if site.kind == "self_attention" else 0.5):
             return AST
@@ -39,25 +39,25 @@ def random_cells(seed: int, sites: Sequence[Site], steps: int, share: bool, swit
             return Attend(Full(), shared)
         return Attend(tuple(draw.choice(kinds) for _ in range(site.heads)), shared)
 
-    return [[FULL] * len(sites), *([some(site) for site in sites] for _ in range(steps - 1))]
+    return [[FULL] * len(sites), *([random_cell(site) for site in sites] for _ in range(steps - 1))]
 
 
 def methods_of(column: Sequence[Cell]) -> Iterator[Method]:
-    """What heads do somewhere."""
+    """The methods of the heads in a column of cells."""
     for cell in column:
         if isinstance(cell, Attend):
             yield from cell.method if isinstance(cell.method, tuple) else (cell.method,)
 
 
-def each(function: Callable[..., Tensor], *outputs: Any) -> Any:
-    """Of tensors, or of tuples of them."""
+def on_tensors(function: Callable[..., Tensor], *outputs: Any) -> Any:
+    """Call a function with tensors, or with the tensors of tuples one by one."""
     if isinstance(outputs[0], tuple):
         return tuple(function(*parts) for parts in zip(*outputs, strict=True))
     return function(*outputs)
 
 
 class Replayed:
-    """One site of one transformer under its column of cells."""
+    """A site of one transformer, replayed by its column of cells."""
 
     def __init__(self, site: Site, column: Sequence[Cell], bench: FamilyBench, guided: bool) -> None:
         self.site, self.column = site, column
@@ -70,44 +70,43 @@ class Replayed:
         self.tokens = replace(bench.tokens if site.joint else alone, grid=grid)
         self.passed = 0
         self.outputs: list[Any] = [None] * self.calls
-        self.kept: list[dict[Any, Tensor]] = [{} for _ in range(self.calls)]
-        self.made: dict[
-            Any, list[Tensor]
-        ] = {}  # in the running step, of one sample after another where these ask by themselves
+        self.stored: list[dict[Any, Tensor]] = [{} for _ in range(self.calls)]  # of the last steps
+        self.made: dict[Any, list[Tensor]] = {}  # in the running step: several parts where attention is called by sample
 
-    def for_both(self, value: Tensor) -> Tensor:
-        """The conditional branch's rows in place of the other's."""
+    def conditional_for_both(self, value: Tensor) -> Tensor:
+        """The rows of the conditional branch, twice."""
         if not self.batched:
             return value
         first, second = value.chunk(2)
         return torch.cat([first, first] if self.conditional_first else [second, second])
 
     def __call__(self, run: Callable[[], Any], given: Any = None) -> Any:
-        """What the module gives in its next call; `given` is a block's input, to which it adds."""
+        """The output of the module's next call; `given` is the input of a block, to which the block adds."""
         (step, self.call), self.passed = divmod(self.passed, self.calls), self.passed + 1
         self.cell = self.column[step]
         if self.cell != AST and not (self.cell.share_cfg and self.call):
-            self.made, self.asked = {}, 0
-            out = run() if given is None else each(torch.sub, run(), given)
+            self.made, self.rows_done = {}, 0
+            out = run() if given is None else on_tensors(torch.sub, run(), given)
             for what, parts in self.made.items():
+                value = torch.cat(parts)
                 for call in range(self.calls) if self.cell.share_cfg else [self.call]:
-                    self.kept[call][what] = self.for_both(torch.cat(parts)) if self.cell.share_cfg else torch.cat(parts)
+                    self.stored[call][what] = self.conditional_for_both(value) if self.cell.share_cfg else value
             if self.cell.share_cfg:
-                out = each(self.for_both, out)
+                out = on_tensors(self.conditional_for_both, out)
                 self.outputs = [out] * self.calls
             self.outputs[self.call] = out
         out = self.outputs[self.call]
-        return out if given is None else each(torch.add, given, out)
+        return out if given is None else on_tensors(torch.add, given, out)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, own: Tensor | None, scale: float | None) -> Tensor:
-        """(B, H, N, D)."""
-        asks, n = q.shape[2], self.tokens.total
-        if self.site.by_sample:  # over its valid text, which the others' may be longer than
-            q, k, v = (F.pad(tensor, (0, 0, 0, n - asks)) for tensor in (q, k, v))
-            own = torch.arange(n) < asks
+        """Attention by the step's cell: tensors are (B, H, N, D), `own` is the mask that the model gives."""
+        length, n = q.shape[2], self.tokens.total
+        if self.site.by_sample:  # without the text's padding: other samples may be longer
+            q, k, v = (F.pad(tensor, (0, 0, 0, n - length)) for tensor in (q, k, v))
+            own = torch.arange(n) < length
         assert q.shape[2] == n
-        rows = slice(self.asked, self.asked + len(q))
-        self.asked += len(q)
+        rows = slice(self.rows_done, self.rows_done + len(q))
+        self.rows_done += len(q)
         scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
         if own is not None:
             scores = scores.masked_fill(~own, -torch.inf) if own.dtype == torch.bool else scores + own
@@ -116,29 +115,29 @@ class Replayed:
             weights = scores[:, h].masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num()
             return weights @ v[:, h]
 
-        def keep(what: Any, value: Tensor) -> None:
+        def store(what: Any, value: Tensor) -> None:
             self.made.setdefault(what, []).append(value)
 
         outs = []
-        kept = {what: value[rows] for what, value in self.kept[self.call].items()}
+        stored = {what: value[rows] for what, value in self.stored[self.call].items()}
         for h, method in enumerate(self.cell.methods(self.site.heads)):
             if isinstance(method, Cached):
-                outs.append(kept[h])
+                outs.append(stored[h])
                 continue
             radius = method.radius if isinstance(method, Arrow) else n
             out = under(dense_mask(self.tokens, radius), h)
             if isinstance(method, Full):
                 for radius in self.radii:
-                    keep((h, radius), out - under(dense_mask(self.tokens, radius), h))
+                    store((h, radius), out - under(dense_mask(self.tokens, radius), h))
             elif method.residual:
-                out = out + kept[h, method.radius]
-            keep(h, out)
+                out = out + stored[h, method.radius]
+            store(h, out)
             outs.append(out)
-        return torch.stack(outs, 1)[:, :, :asks].to(v.dtype)
+        return torch.stack(outs, 1)[:, :, :length].to(v.dtype)
 
 
 def processor_of(processor: Any, replayed: Replayed) -> Any:
-    """A processor that runs the model's own, with another attention."""
+    """A processor that runs the model's, with the replayed attention."""
     base, names = type(processor), sys.modules[type(processor).__module__]
 
     def of_functional(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, scale: Any = None, **_: Any) -> Tensor:
@@ -185,7 +184,7 @@ def forward_of(module: Any, replayed: Replayed) -> Callable[..., Any]:
 def replaying(
     bench: FamilyBench, modules: dict[Site, Any], cells: Sequence[Sequence[Cell]], guided: bool
 ) -> Iterator[list[Replayed]]:
-    """The modules under these cells, steps × sites; a second transformer's have what is left of the columns to themselves."""
+    """Replay these cells, steps × sites, on the modules; from `switch` on, on those of the second transformer."""
     split, placed = bench.switch if bench.switch is not None else len(cells), []
     for site, column, module in zip(modules, zip(*cells, strict=True), modules.values(), strict=True):
         placed.append((Replayed(site, column[:split], bench, guided), module))

@@ -1,4 +1,4 @@
-"""What caches hold under a plan, a second time: entries are stored, read and freed one by one, in each call site by site."""
+"""What caches hold under a plan, by simulation: entries are stored, read and freed one by one, call by call, site by site."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from arrowhead.plans.plan import Plan
 
 @dataclass
 class Held:
-    """The most bytes at any moment of each step, those at its end, and what the first greatest moment of all consists of."""
+    """The most bytes at any moment of each step, those at its end, and the kinds of entries at the fullest moment."""
 
     peaks: list[int] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
@@ -21,7 +21,7 @@ class Held:
 
 
 def rows_of(site: Site, what: tuple[Any, ...], tokens: Tokens) -> list[tuple[int, int]]:
-    """Tokens of one sample of what a site keeps, and numbers in each: the image's, and the text's where that is otherwise."""
+    """The tokens of one sample's entry and the numbers in each: of the image, and of the text."""
     visual, text = tokens.visual, tokens.text if site.joint else 0
     if what in WHOLE:
         width, of_text = site.heads * site.head_dim, site.text_channels or site.channels
@@ -31,7 +31,7 @@ def rows_of(site: Site, what: tuple[Any, ...], tokens: Tokens) -> list[tuple[int
 
 
 def size_of(site: Site, what: tuple[Any, ...], tokens: Tokens, itemsize: int, dtype: str) -> int:
-    """Bytes of one sample. In 8 bits a byte for each number, and four for each head's width of a token, or for the token."""
+    """Bytes of one sample. In 8 bits: one byte a number, and four a scale, of which a token has one a head, or one."""
     found = 0
     for count, numbers in rows_of(site, what, tokens):
         scales = numbers / site.head_dim
@@ -43,7 +43,7 @@ def size_of(site: Site, what: tuple[Any, ...], tokens: Tokens, itemsize: int, dt
 def simulated_bytes(plan: Plan, images: int, itemsize: int, dtype: str = "native") -> Held:
     """`held` has (call, site, name): (tensor, bytes), so that a tensor which serves both calls of a step counts once.
 
-    In 8 bits what one call hands over to the next is another tensor than what is kept of it.
+    In 8 bits, an output that is handed over is another tensor than the stored one.
     """
     held: dict[Any, tuple[Any, int]] = {}
     found, greatest = Held(), -1

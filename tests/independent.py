@@ -1,4 +1,4 @@
-"""Random tokens, columns and plans, and the mask written a second time: shares nothing with src but the value types."""
+"""Random tokens, columns and plans, and masks and lifetimes written a second time: uses nothing of src but the value types."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +15,7 @@ from arrowhead.plans.target import Target
 
 few = settings(max_examples=80, deadline=None)
 RADII = (0, 1, 3, 20)
-WHOLE = (("output",), ("slope",))  # what is of the whole module, rather than of heads
+WHOLE = (("output",), ("slope",))  # entries of the whole site, rather than of heads
 
 BOXES = (Box(1, 1, 2), Box(0, None, 1), Box(rows=2, columns=3))
 
@@ -35,7 +35,7 @@ def grid_layouts(draw: st.DrawFn) -> Tokens:
 
 
 def in_box(tokens: Tokens, box: Box) -> list[list[bool]]:
-    """Which visual tokens see which, (V, V): frames so far away, rows and columns in blocks beside one another."""
+    """Which visual tokens see which, (V, V): by the distance of frames, and by blocks of rows and columns."""
     grid = tokens.grid
     assert grid is not None
     places = [(f, r, c) for f in range(grid.frames) for r in range(grid.rows) for c in range(grid.columns)]
@@ -63,7 +63,7 @@ def dense_mask(tokens: Tokens, radius: Radius) -> torch.Tensor:
 
 
 def in_blocks(x: torch.Tensor, block: int) -> torch.Tensor:
-    """(…, N, D) to 255 levels in each block of tokens, the largest element of which is one of the two outermost."""
+    """Rounds (…, N, D) to 255 levels in each block of tokens, of which the largest element is the outermost level."""
     parts = []
     for part in x.split(block, -2):
         unit = part.abs().amax((-1, -2), keepdim=True) / 127
@@ -72,7 +72,7 @@ def in_blocks(x: torch.Tensor, block: int) -> torch.Tensor:
 
 
 def in_int8(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What int8 leaves of queries and keys, (…, N, D): by blocks of 128 and 64 tokens, of the keys without their mean."""
+    """Queries and keys after encoding in int8, (…, N, D): in blocks of 128 and 64 tokens, keys without their mean."""
     q, k = q.float(), k.float()
     return in_blocks(q, 128).double(), in_blocks(k - k.mean(-2, keepdim=True), 64).double()
 
@@ -87,8 +87,8 @@ def told_apart(column: tuple[Cell, ...]) -> int:
     return max((len(c.method) for c in column if isinstance(c, Attend) and isinstance(c.method, tuple)), default=1)
 
 
-def on_a_line(column: Sequence[Cell], step: int) -> bool:
-    """Whether the output computed in a step is continued along a line, which the one computed before it begins."""
+def begins_extrapolation(column: Sequence[Cell], step: int) -> bool:
+    """Whether the output computed in a step is extrapolated, from the one computed before it and from it."""
     following = takewhile(lambda cell: isinstance(cell, Reuse), column[step + 1 :])
     return not isinstance(column[step], Reuse) and any(cell.extrapolate for cell in following)
 
@@ -100,12 +100,12 @@ def reads(column: Sequence[Cell], step: int, heads: int) -> set[tuple]:
         return {("output",), ("slope",)} if cell.extrapolate else {("output",)}
     methods = list(enumerate(by_head(cell, heads)))
     cached = {("head", head) for head, method in methods if isinstance(method, Cached)}
-    begun = {("output",)} if on_a_line(column, step) else set()
-    return begun | cached | {("residual", m.radius, head) for head, m in methods if isinstance(m, Arrow) and m.residual}
+    slope_from = {("output",)} if begins_extrapolation(column, step) else set()
+    return slope_from | cached | {("residual", m.radius, head) for head, m in methods if isinstance(m, Arrow) and m.residual}
 
 
 def renews(cell: Cell, what: tuple, heads: int) -> bool:
-    """Whether the cell voids what an earlier step kept under this name, and can make it anew."""
+    """Whether the cell replaces the entry of this name that an earlier step stored."""
     if isinstance(cell, Reuse) or what in WHOLE:
         return not isinstance(cell, Reuse)
     method = by_head(cell, heads)[what[-1]]
@@ -113,7 +113,7 @@ def renews(cell: Cell, what: tuple, heads: int) -> bool:
 
 
 def readers(column: tuple[Cell, ...], step: int, what: tuple, heads: int) -> list[Cell]:
-    """The cells after `step` that need what is known under this name there."""
+    """The cells after `step` that read the entry of this name that is there."""
     found = []
     for later in range(step + 1, len(column)):
         found += [column[later]] * (what in reads(column, later, heads))
@@ -123,13 +123,13 @@ def readers(column: tuple[Cell, ...], step: int, what: tuple, heads: int) -> lis
 
 
 def made(column: tuple[Cell, ...], step: int, heads: int) -> dict[tuple, list[Cell]]:
-    """What a later step needs of this one, with who needs it."""
+    """The entries of this step that later cells read, with those cells."""
     later = set().union(*(reads(column, after, heads) for after in range(step + 1, len(column))))
     return {what: who for what in later if renews(column[step], what, heads) and (who := readers(column, step, what, heads))}
 
 
 def for_one_branch(what: tuple, who: list[Cell]) -> bool:
-    """Whether it is kept for the conditional branch alone: every reader shares CFG. A reused output serves both."""
+    """Whether an entry is stored for the conditional branch alone: every reader shares CFG. A reused output serves both."""
     return what not in WHOLE and all(cell.share_cfg for cell in who)
 
 
@@ -137,9 +137,9 @@ def for_one_branch(what: tuple, who: list[Cell]) -> bool:
 def columns(
     draw: st.DrawFn, steps: int, heads: int | None = None, lines: bool = True, radii: Sequence[Radius] = RADII
 ) -> tuple[Cell, ...]:
-    """One site's cells over the steps: any that has what it reads. With `heads`, these may each do something else.
+    """A random column that can run. With `heads`, heads may differ.
 
-    `lines`: some are extrapolated. `radii` are those of the arrows.
+    `lines`: some outputs are extrapolated. `radii` are those of the arrows.
     """
     column: list[Cell] = []
     for step in range(steps):
@@ -157,11 +157,11 @@ def columns(
 
 
 def _methods(before: list[list[Method]], choice: Sequence[Radius]) -> st.SearchStrategy[Method]:
-    """What a head can do that did these before, in steps that were not reused; or what all of several can."""
+    """The methods that heads can have which had these before, in steps that were computed: those that all of them can."""
     radii, precisions = st.sampled_from(choice), st.sampled_from(["native", "native", "int8"])
     kinds = [st.builds(Full, precisions), st.builds(Arrow, radii, st.just(False), precisions)]
     kinds += [st.builds(Arrow, radii, st.just(True), precisions)] * all(Full() in seen for seen in before)
-    kinds += [st.just(Cached())] * all(before)  # the first of them computed
+    kinds += [st.just(Cached())] * all(before)  # each was computed once
     return st.one_of(kinds)
 
 
@@ -184,7 +184,7 @@ sites = st.builds(
 
 
 def tokens_of(site: Site, tokens: Tokens) -> Tokens:
-    """What a sequence of a site's has: everything where it is joint, else the image, or a frame of it, or a place's frames."""
+    """The tokens of one sequence of a site: all if it is joint, else the image's, a frame's, or a position's frames."""
     frames, grid = tokens.frames, tokens.grid
     if site.over == "space":
         return Tokens(tokens.visual // frames, grid=grid and Grid(1, grid.rows, grid.columns))
@@ -194,7 +194,7 @@ def tokens_of(site: Site, tokens: Tokens) -> Tokens:
 
 
 def sequences_of(site: Site, tokens: Tokens) -> int:
-    """How many of these a sample has."""
+    """How many sequences a sample has."""
     return tokens.visual // tokens_of(site, tokens).visual
 
 

@@ -1,4 +1,4 @@
-"""What the fused kernel's tests give to its operators. Imports triton: skipped where it cannot be interpreted, nor run."""
+"""Operands for tests of the fused kernel's operators. Skips the tests where Triton can neither interpret nor run."""
 
 import os
 from types import SimpleNamespace
@@ -27,7 +27,7 @@ def close(got, wanted):
 
 
 def inputs(tokens, radii, dim=64, batch=2, dtype=DTYPE, seed=0, adds=None, eights=None):
-    """Everything that an operator takes, seen as processors make it: (B, H, N, D) views of (B, N, H, D).
+    """All operands of an operator, as processors make them: (B, H, N, D) views of (B, N, H, D).
 
     `radii` are as the policy has them. The buffers hold noise, by which it is told who was left alone. `eights` say which heads
     are in int8; then all is in multiples of 1/256, so that sums are exact, and what is rounded is the same in any order.
@@ -54,7 +54,7 @@ def inputs(tokens, radii, dim=64, batch=2, dtype=DTYPE, seed=0, adds=None, eight
 
 
 def attended(x, tokens, radii):
-    """What the oracle gives for a policy's radii, and its precisions, (B, H, N, D)."""
+    """The reference kernel's attention for a policy's radii and precisions, (B, H, N, D)."""
     mask = None if x.seen is None else x.seen[:, None, None]
     radii = [None if radius in {FULL, CACHED} else radius for radius in radii]
     eights = x.policy[:, 2].tolist() if x.policy.shape[-1] > 2 else [0] * len(radii)

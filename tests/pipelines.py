@@ -25,20 +25,25 @@ from arrowhead.tiny.pipeline import TinyDiTPipeline
 from arrowhead.tiny.text_to_image import TinyMMDiTPipeline
 
 CAPTION = (7, 12)  # text tokens, channels
-POOLED = 10  # channels of what SD3 knows of the whole text
+POOLED = 10  # channels of SD3's embedding of the whole text
 
 
 @dataclass
 class Bench:
-    """A pipeline under test. `conditional_first` is the order of its CFG batch, `visual` its tokens when called by `inputs`.
+    """A pipeline under test.
 
-    `text` are the tokens of text that its joint attention sees beside them.
+    Attributes:
+        pipe: the pipeline.
+        conditional_first: whether the conditional rows come first in its CFG batch.
+        visual: the visual tokens in a call with `inputs`.
+        inputs: `inputs(seed, images, guidance, steps, **more)`, new keyword arguments of a call.
+        text: the text tokens in its joint attention.
     """
 
     pipe: Any
     conditional_first: bool
     visual: int
-    inputs: Callable[..., dict[str, Any]]  # of seed, images, guidance, steps, and more: fresh keyword arguments of a call
+    inputs: Callable[..., dict[str, Any]]
     text: int = 0
 
     @property
@@ -55,7 +60,7 @@ class Bench:
 
 
 def randomise(module: torch.nn.Module, seed: int, sharp: Sequence[str] = (".attn1.",)) -> None:
-    """Random weights, none of them zero, with sharp attention: scores of a deviation of about 3, outputs of order 1."""
+    """Give a module random weights other than zero, so that attention scores have a deviation of about 3, outputs about 1."""
     generator = torch.Generator().manual_seed(seed)
     for name, weight in module.named_parameters():
         noise = torch.randn(weight.shape, generator=generator)
@@ -75,7 +80,7 @@ def scheduler(**settings: Any) -> DPMSolverMultistepScheduler:
 
 
 def vae(seed: int, halvings: int = 1, cls: type = AutoencoderKL, **config: Any) -> Any:
-    """Latents of 4 channels, if not of more, at half the size, if not less; one attention of its own, in the middle."""
+    """A VAE with one attention: by default 4 latent channels, and half the image's size."""
     blocks = halvings + 1
     model = cls(
         down_block_types=("DownEncoderBlock2D",) * blocks,
@@ -108,7 +113,7 @@ def _class_inputs(classes: int) -> Callable[..., dict[str, Any]]:
 def _caption_inputs(
     seed: int = 0, images: int = 1, guidance: float = 3.0, steps: int = 5, negative: int = 0, **more: Any
 ) -> dict[str, Any]:
-    """`images` prompts, as embeddings; `negative` seeds the negative prompt."""
+    """The arguments of a call with the embeddings of `images` prompts; `negative` seeds those of the negative prompt."""
     generator = torch.Generator().manual_seed(seed)
     shape = (images, *CAPTION)
     mask = torch.ones(images, CAPTION[0], dtype=torch.long)
@@ -195,7 +200,7 @@ def _sd3_transformer(seed: int, **config: Any) -> SD3Transformer2DModel:
 
 
 def sd3(dtype: torch.dtype = torch.float64, seed: int = 0, **config: Any) -> Bench:
-    """Text and image attend jointly, image first; the text of the last block goes nowhere."""
+    """Text and image attend jointly, the image first; the last block returns no text."""
     parts: dict[str, Any] = dict.fromkeys(
         ["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3"]
     )
@@ -225,7 +230,7 @@ def sd3(dtype: torch.dtype = torch.float64, seed: int = 0, **config: Any) -> Ben
 
 
 def sd35(dtype: torch.dtype = torch.float64, seed: int = 0, **config: Any) -> Bench:
-    """Two blocks of three sites, the second of which sees the image alone; Q and K are normalised head by head."""
+    """Two blocks with three sites, the second of which attends over the image alone; Q and K have norms for each head."""
     return sd3(dtype, seed, **{"num_layers": 2, "qk_norm": "rms_norm", "dual_attention_layers": (0,), **config})
 
 

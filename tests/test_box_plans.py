@@ -45,7 +45,7 @@ MANY = Box(0, None, 1), Box(None, 1, 2), Box(1, 2, 1)
 
 
 def bench_of(name):
-    """A bench that knows its grid."""
+    """A bench with its expected grid."""
     if name in GRIDS:
         bench = MORE[name]()
         bench.grid = GRIDS[name]
@@ -55,7 +55,7 @@ def bench_of(name):
 
 
 def in_boxes(seed, sites):
-    """Steps × sites: each step's heads in boxes, with residuals and without, beside what else there is."""
+    """Random cells, steps × sites: boxes with and without residuals, among all other methods."""
     draw = torch.Generator().manual_seed(seed)
 
     def some(kinds):
@@ -83,7 +83,7 @@ def tokens_of(bench, **inputs):
 
 
 @pytest.mark.parametrize("name", [*GRIDS, "dit", "sd3"])
-def test_models_tell_their_grid(name):
+def test_the_grid_of_every_model(name):
     bench = bench_of(name)
     assert tokens_of(bench).grid == bench.grid
 
@@ -100,7 +100,7 @@ def test_oblong_grids():
 
 @pytest.mark.parametrize("name", ["wan", "hunyuan_video", "cogvideox", "aura_flow", "dit", "sd3"])
 def test_tokens_stand_frame_by_frame_and_row_by_row(name):
-    """Where a latent is changed, the token of its frame, row and column is another at the first site, and no other one."""
+    """A changed latent changes only the token of its frame, row and column at the input of the first site."""
     bench = MORE[name]() if name in MORE else bench_of(name)
     model, grid, calls, inputs = find(bench.pipe), tokens_of(bench).grid, [], []
     hook = model.transformer.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
@@ -192,7 +192,7 @@ def test_searches_choose_boxes_and_their_plans_run(name, strategy, tmp_path):
 
 @pytest.mark.parametrize("name", ["dit", "wan"])
 def test_a_budget_is_met_with_boxes(name, tmp_path):
-    """From a table that was saved; what the plan does is what its search measured."""
+    """From a saved table; the plan's error is the one that its search measured."""
     bench = bench_of(name)
     extent = ah.Extent(radii=MANY, kinds=("self_attention",))
     table = ah.calibrate(bench.pipe, bench.inputs(images=2), extent=extent, progress=False)
@@ -211,7 +211,7 @@ def test_a_budget_is_met_with_boxes(name, tmp_path):
     assert error > 0
 
 
-def test_words_and_symbols_of_boxes(tmp_path):
+def test_boxes_are_spelt(tmp_path):
     row = Attend(Arrow(Box(1, 4, None))), Attend((Arrow(Box(columns=2), True), Full(), Full(), Arrow(Box(0, 0, 0))))
     last = Attend(Arrow(Box(rows=2), True), share_cfg=True), Attend(Arrow(Box(1), precision="int8"))
     plan = ah.Plan(((FULL, FULL), row, last), TARGET, Tokens.of_grid(4, 4, 4), guided=True)

@@ -26,7 +26,7 @@ RADII = st.none() | st.integers(0, 40) | boxes
 
 @few
 @given(tokens=grid_layouts(), box=boxes)
-def test_the_mask_is_the_definition_pair_by_pair_and_pairs_are_counted(tokens, box):
+def test_the_mask_and_the_number_of_pairs_are_those_of_the_definition(tokens, box):
     mask = masks.arrow(tokens, box)
     assert torch.equal(mask, dense_mask(tokens, box))
     assert masks.pairs(tokens, box) == int(mask.sum())
@@ -122,8 +122,8 @@ def test_where_a_box_is_a_band_of_the_sequence(grid, box, radius):
     assert torch.equal(masks.arrow(tokens, box), masks.arrow(tokens, radius))
 
 
-def test_nothing_is_computed_to_be_masked_away(monkeypatch):
-    """Torch is given as many pairs as are kept, and no mask."""
+def test_no_masked_pair_is_computed(monkeypatch):
+    """Torch computes exactly the pairs that are kept, without a mask."""
     tokens, box, pairs, real = Tokens.of_grid(3, 13, 10, text=6), Box(1, 4, 3), [], F.scaled_dot_product_attention
 
     def counted(q, k, v, attn_mask=None, scale=None):
@@ -146,7 +146,7 @@ def test_memory_is_a_small_part_of_all_pairs():
 
 
 def test_grids_of_one_size_are_told_apart():
-    """What is kept from one call serves no other grid."""
+    """Cached blocks of one grid are not used for another grid."""
     box = Box(rows=2, columns=2)
     for tokens in (Tokens.of_grid(1, 4, 9), Tokens.of_grid(1, 9, 4), Tokens.of_grid(2, 3, 6)):
         q, k, v = random_qkv(tokens)
@@ -172,25 +172,25 @@ def test_kernels_without_boxes_refuse_them_by_name(kernel, monkeypatch):
 
 
 def test_auto_takes_a_kernel_that_has_boxes(monkeypatch):
-    """On a device that is not here: a tensor that says it is on one."""
+    """For a stand-in of a tensor on a CUDA device."""
 
-    class There:
+    class CudaTensor:
         is_cuda, device, dtype, shape, requires_grad = True, "cuda:0", torch.bfloat16, (2, 2, 25, 72), False
 
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    call = Call(There(), There(), There(), Tokens.of_grid(1, 5, 5), (Policy(3), Policy()), 1.0)
+    call = Call(CudaTensor(), CudaTensor(), CudaTensor(), Tokens.of_grid(1, 5, 5), (Policy(3), Policy()), 1.0)
     assert dispatch.resolve("auto", call) == "fused"
     assert dispatch.resolve("auto", replace(call, policies=(Policy(3), Policy(Box(1))))) == "chunked"
 
 
 @pytest.mark.parametrize("make", [lambda: Box(-1), lambda: Box(rows=1.5), lambda: Box(columns=True), lambda: Box("all")])
-def test_a_box_of_what_is_no_number_is_refused(make):
+def test_a_box_of_something_else_than_numbers_is_refused(make):
     with pytest.raises(ValueError, match="wanted numbers of frames, rows and columns of 0 or more, or None for all"):
         make()
 
 
-def test_grids_that_hold_something_else_are_refused():
+def test_a_grid_of_another_size_than_its_tokens_is_refused():
     with pytest.raises(ValueError, match="at least one of each"):
         Grid(1, 0, 3)
     with pytest.raises(ValueError, match=r"got 11 visual tokens on a Grid\(frames=1, rows=3, columns=4\), wanted 12"):

@@ -90,7 +90,7 @@ def read_or_refused(path, tmp_path):
         said = str(error)
         assert path.name in said
         assert "wanted" in said
-        assert len(said) < 3 * limits.SAID
+        assert len(said) < 3 * limits.MAX_MESSAGE
         return
     is_sound(plan, tmp_path)
 
@@ -156,9 +156,11 @@ LARGE = {
     "channels": lambda c: c["target"]["sites"][0].update(channels=2**63),
     "text channels": lambda c: c["target"]["sites"][0].update(text_channels=2**63),
     "weights": lambda c: c["target"]["sites"][0].update(weights=10**18),
-    "steps": lambda c: c.update(cells=["F"] * (limits.STEPS + 1)),
-    "sites": lambda c: c["target"].update(sites=c["target"]["sites"] * (limits.SITES + 1)),
-    "sites within": lambda c: c["target"]["sites"][0].update(within=[c["target"]["sites"][0] | {"path": "a"}] * limits.SITES),
+    "steps": lambda c: c.update(cells=["F"] * (limits.MAX_STEPS + 1)),
+    "sites": lambda c: c["target"].update(sites=c["target"]["sites"] * (limits.MAX_SITES + 1)),
+    "sites within": lambda c: c["target"]["sites"][0].update(
+        within=[c["target"]["sites"][0] | {"path": "a"}] * limits.MAX_SITES
+    ),
 }
 
 
@@ -175,7 +177,7 @@ def test_a_file_that_is_too_long(tmp_path, monkeypatch):
     plan = sound()
     plan.save(tmp_path / "plan")
     length = len(plan.text())
-    monkeypatch.setattr(limits, "BYTES", length)
+    monkeypatch.setattr(limits, "MAX_BYTES", length)
     assert Plan.load(tmp_path / "plan") == plan
     (tmp_path / "plan").write_text(plan.text() + " ")
     with pytest.raises(PlanInvalid, match=f"more than {length} bytes"):
@@ -186,15 +188,15 @@ def test_a_file_that_is_too_long(tmp_path, monkeypatch):
 
 
 def test_a_file_without_end_is_not_read_to_it(monkeypatch):
-    monkeypatch.setattr(limits, "BYTES", 1000)
+    monkeypatch.setattr(limits, "MAX_BYTES", 1000)
     with pytest.raises(PlanInvalid, match="more than 1000 bytes"):
         Plan.load("/dev/zero")
 
 
 def test_the_largest_that_is_read_is_read_in_time(tmp_path):
     """As many steps, and as many heads in all steps, as there may be; what takes longer would show as minutes."""
-    heads = limits.HEADS_IN_STEPS // limits.STEPS
-    plan = sound(steps=limits.STEPS, heads=heads)
+    heads = limits.MAX_HEADS_TIMES_STEPS // limits.MAX_STEPS
+    plan = sound(steps=limits.MAX_STEPS, heads=heads)
     plan.save(tmp_path / "plan")
     assert Plan.load(tmp_path / "plan") == plan
 
@@ -212,7 +214,7 @@ class TestTables:
             table = ah.Table.load(path)
         except InputsInvalid as error:
             assert "wanted a file that Table.save wrote" in str(error)
-            assert len(str(error)) < 3 * limits.SAID
+            assert len(str(error)) < 3 * limits.MAX_MESSAGE
             return
         try:
             plan = ah.solve(table, ah.Budget(transformer_flops=0.7, granularity="site"))

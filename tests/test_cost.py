@@ -54,7 +54,7 @@ def test_a_step_of_heads_by_hand():
     full, attended = 4 * heads * n * n * d, 4 * d * (n * n + band)
     spent = full + 4 * d * band + attended
     assert left.attention == pytest.approx(spent / (3 * full))
-    projected = (heads * qkv + out) + (2 * qkv + out) + (qkv + out)  # one head leads a step of cached ones to its projection
+    projected = (heads * qkv + out) + (2 * qkv + out) + (qkv + out)  # one head is projected where all are cached
     assert left.module == pytest.approx((spent + projected) / (3 * (full + heads * qkv + out)))
     bytes_held = Plan(cells, Target("Transformer", "Scheduler", {}, (site,)), Tokens(v, t), guided=False).cache_bytes(1, 2)
     assert bytes_held == (2 * d * (v + n), 2 * d * 3 * n, 2 * d * 3 * n)
@@ -79,21 +79,21 @@ def test_a_step_in_int8_by_hand():
 
 
 def kept(method, tokens):
-    """Query–key pairs: those of a mask, every one, or none."""
+    """The query–key pairs of a method: those of its mask, all, or none."""
     if isinstance(method, Cached):
         return 0
     return int(dense_mask(tokens, method.radius if isinstance(method, Arrow) else 10**6).sum())
 
 
 def multiplied(method, tokens):
-    """Multiply–adds for each channel: two for a pair, for its score and its value; the score's is half of one in int8."""
+    """Multiply–adds for each channel: two for each pair, of its score and its value; that of an int8 score counts half."""
     return kept(method, tokens) * (1.5 if getattr(method, "precision", "native") == "int8" else 2)
 
 
 def projected(site, cell, tokens):
-    """Weights met in the projections of one sample: Q, K, V of the heads at work, and the output from all heads.
+    """Multiply–adds of the projections of one sample: Q, K, V of the computed heads, and the output from all heads.
 
-    K and V are all projected where several heads share them; a feed-forward in the same layers has weights of its own.
+    K and V are all projected where several heads share them. A feed-forward in the same layers adds the site's weights.
     """
     own, sequences = tokens_of(site, tokens), sequences_of(site, tokens)
     working = [head for head, method in enumerate(by_head(cell, site.heads)) if not isinstance(method, Cached)]
@@ -159,12 +159,12 @@ def test_cache_of_a_step_is_never_below_what_the_step_leaves_behind(plan):
         assert peak >= left
 
 
-def test_a_cached_output_counts_in_the_step_that_reads_it():
+def test_a_stored_output_counts_in_the_step_that_reads_it():
     target = Target("Transformer", "Scheduler", {}, (Site("attn", heads=2, head_dim=4, channels=8),))
     plan = Plan(((FULL,), (AST,)), target, Tokens(10), guided=True)
     assert plan.cache_bytes(images=1, itemsize=4) == (2 * 10 * 8 * 4, 2 * 10 * 8 * 4)
 
 
-def test_a_plan_that_remembers_nothing_holds_nothing():
+def test_a_plan_that_stores_nothing_holds_no_bytes():
     target = Target("Transformer", "Scheduler", {}, (DIT,))
     assert Plan(((FULL,), (ASC,), (FULL,)), target, Tokens(64), guided=True).cache_bytes() == (0, 0, 0)

@@ -1,4 +1,4 @@
-"""Every transformer that the installed diffusers has: covered, refused with a reason, or refused as unknown. None silently."""
+"""Every transformer of the installed diffusers is supported, refused with a reason, or refused by name."""
 
 import importlib
 import inspect
@@ -18,13 +18,13 @@ from arrowhead.cli import main
 from arrowhead.errors import UnsupportedPipeline
 from arrowhead.models.families import FAMILIES
 from arrowhead.models.find import find
-from arrowhead.models.unsupported import REFUSED
+from arrowhead.models.unsupported import UNSUPPORTED
 
 PAGE = Path(__file__).parents[1] / "docs/families.md"
 
 
-def walk():
-    """The transformers of the installed diffusers, by name."""
+def transformer_classes():
+    """The transformer classes of the installed diffusers, by name."""
     found = {}
     for info in pkgutil.iter_modules(package.__path__):
         module = importlib.import_module(f"{package.__name__}.{info.name}")
@@ -35,19 +35,19 @@ def walk():
     return found
 
 
-CLASSES = walk()
+CLASSES = transformer_classes()
 COVERED = {family.transformer for family in FAMILIES}
 
 
-def test_the_walk_finds_transformers():
+def test_transformer_classes_are_found():
     assert len(CLASSES) > 30
     assert {"DiTTransformer2DModel", "FluxTransformer2DModel", "SanaTransformer2DModel"} <= CLASSES.keys()
 
 
-def test_what_is_covered_and_what_is_refused_exists():
+def test_supported_and_unsupported_classes_exist():
     assert CLASSES.keys() >= COVERED
-    assert REFUSED.keys() <= CLASSES.keys()
-    assert not COVERED & REFUSED.keys()
+    assert UNSUPPORTED.keys() <= CLASSES.keys()
+    assert not COVERED & UNSUPPORTED.keys()
     named = [name for family in FAMILIES for name in family.branch_order if not name.startswith("Tiny")]
     assert [name for name in named if not hasattr(diffusers, name)] == []
     assert len(named) == len({*named})
@@ -60,7 +60,7 @@ def test_every_other_class_is_refused_by_name(name):
     pipe = SimpleNamespace(transformer=transformer)
     with pytest.raises(UnsupportedPipeline, match=f"with a {name}.*wanted one of.*DiTPipeline") as caught:
         find(pipe)
-    assert REFUSED.get(name, "") in str(caught.value)
+    assert UNSUPPORTED.get(name, "") in str(caught.value)
 
 
 def test_a_second_transformer_is_refused():
@@ -70,7 +70,7 @@ def test_a_second_transformer_is_refused():
         find(SimpleNamespace(transformer=transformer, transformer_2=transformer))
 
 
-def test_the_table_says_what_the_families_do():
+def test_supported_gives_the_families():
     table = {row.transformer: row for row in ah.supported()}
     assert table.keys() == COVERED
     assert all(row.pipelines and row.left_alone and row.tested and row.cfg for row in table.values())
@@ -85,7 +85,7 @@ def test_the_page_has_the_table_as_the_command_prints_it():
     assert printed.output.strip() in PAGE.read_text(encoding="utf-8")
 
 
-def test_the_command_shows_it():
+def test_the_command_shows_every_family():
     shown = CliRunner().invoke(main.app, ["families"], terminal_width=200)
     assert shown.exit_code == 0
     assert all(row.family in shown.output for row in ah.supported())

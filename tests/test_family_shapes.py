@@ -1,4 +1,4 @@
-"""Sizes, batches and numbers that users have, for the families beyond the first four: oblong, several at once, 16 bits."""
+"""The sizes, batches and dtypes of users, for the families other than the first four: oblong, several images, 16 bits."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from test_families import INNER, STEPS, plan_of, with_and_without
 from arrowhead import applied
 from arrowhead.models.find import find
 
-OBLONG = {  # what a call says, and how many visual tokens that is
+OBLONG = {  # the size in a call, and its number of visual tokens
     "wan": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
     "wan22": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
     "qwen": ({"height": 48, "width": 112}, 3 * 7),
@@ -28,13 +28,13 @@ OBLONG = {  # what a call says, and how many visual tokens that is
     "z_image": ({"height": 80, "width": 112}, 64),  # 5 × 7, padded
 }
 SEVERAL = ["qwen", "aura_flow", "allegro", "latte", "hunyuan_dit", "flux2", "z_image"]
-"""The others repeat no embeddings, or no masks that come with them."""
+"""The families whose pipelines repeat embeddings and masks for several images of a prompt."""
 
 PER_PROMPT = {"allegro": "num_videos_per_prompt"}
 
 
 def compare(name, dtype, visual=None, made=lambda bench: bench, **inputs):
-    """A plan at random against its replay: how far apart they are, and how far the replay is from the untouched run."""
+    """Run a random plan: returns its distance from its replay, and that of the replay from the untouched run."""
     bench, guided = made(MORE[name](dtype)), inputs["guidance"] > 1
     bench.visual = visual or bench.visual
     model = find(bench.pipe, INNER)
@@ -71,7 +71,7 @@ def test_several_images_of_a_prompt(name, guidance, images):
 
 @with_and_without
 def test_texts_of_other_lengths_in_one_batch(guidance):
-    """Mochi's attention sees of each sample's text what is no padding: here none, some and all of it."""
+    """Mochi attends to each sample's text without padding: here to none, some and all of it."""
     masks = {"prompt_attention_mask": torch.arange(7).lt(torch.tensor([[0], [4], [7]]))}
     masks["negative_prompt_attention_mask"] = masks["prompt_attention_mask"].flip(0)
     masks = masks if guidance > 1 else {"prompt_attention_mask": masks["prompt_attention_mask"]}
@@ -82,7 +82,7 @@ def test_texts_of_other_lengths_in_one_batch(guidance):
 
 @with_and_without
 def test_frames_that_are_padding(guidance):
-    """Allegro's transformer takes a mask of the video, which its pipeline does not give: the band is ANDed with it."""
+    """Allegro's transformer takes a mask of the video, which its pipeline never gives: a band is ANDed with it."""
 
     def masked(bench):
         def forward(hidden_states, **kwargs):

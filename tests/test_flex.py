@@ -71,7 +71,7 @@ def test_agrees_with_dense_attention(tokens, radii, seed):
 @pytest.mark.parametrize(
     "kind", ["padding", "each", *(pytest.param(kind, marks=slow) for kind in ("one", "two dimensions", "each row"))]
 )
-def test_the_models_own_mask_counts_as_well(tokens, kind):
+def test_the_models_own_mask_is_applied_too(tokens, kind):
     radii = (40, None, 1)
     q, k, v = random_qkv(tokens)
     mask = random_mask(kind, tokens, radii, (2, 3))
@@ -93,7 +93,7 @@ def test_a_layout_is_compiled_once_whatever_the_policies():
 
 
 @compiles
-def test_it_runs_where_a_counter_of_flops_looks_on():
+def test_it_runs_under_a_flop_counter():
     tokens = LAYOUTS[0]
     q, k, v = random_qkv(tokens)
     with FlopCounterMode(display=False):
@@ -134,7 +134,7 @@ def test_short_sequences_odd_widths_and_scales(visual, dim, scale):
     ],
     ids=["float64", "gradients", "device"],
 )
-def test_what_it_cannot_do_is_refused_by_name(change, named):
+def test_what_flex_cannot_compute_is_refused(change, named):
     tokens = Tokens(20)
     with pytest.raises(KernelUnavailable, match=f"{named}.*wanted.*chunked"):
         attend(*map(change, random_qkv(tokens)), tokens, 3)
@@ -149,12 +149,12 @@ def test_too_many_layouts_are_refused_rather_than_run_uncompiled(monkeypatch):
 
 
 def test_without_a_compiler_it_is_refused_and_nothing_else_runs(tmp_path):
-    """In a process of its own: torch looks for a compiler once."""
+    """In another process, because torch looks for a compiler once."""
     code = """if True:
         import torch
         from arrowhead.errors import KernelUnavailable
         from arrowhead.kernels import dispatch
-        from arrowhead.layout import Tokens
+        from arrowhead.plans.layout import Tokens
         try:
             dispatch.arrow(*torch.randn(3, 1, 2, 50, 8), Tokens(50), 3, kernel="flex")
         except KernelUnavailable as error:

@@ -1,4 +1,4 @@
-"""The fused kernel against the oracle: under Triton's interpreter, or on the device where there is one."""
+"""The fused kernel against the reference kernel: under Triton's interpreter, or on the device where there is one."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def config(monkeypatch):
 
 
 def check_arrow(tokens, radii, adds, dim=64, seen=None, **kwargs):
-    """Every head does what its policy says, and nobody touches what is not theirs."""
+    """Check that each head is computed by its policy, and that cached heads and residuals are left as they were."""
     x = inputs(tokens, radii, dim, adds=adds, **kwargs)
     x.seen, before, residual = seen, x.out.clone(), x.residual.clone()
     arrow(x)
@@ -48,6 +48,7 @@ def check_arrow(tokens, radii, adds, dim=64, seen=None, **kwargs):
 
 
 def check_full_and_residual(tokens, radii, dim=64, seen=None, **kwargs):
+    """Check full outputs and residuals of each head by its policy, and that all others are left as they were."""
     x = inputs(tokens, radii, dim, **kwargs)
     x.seen, out, residual = seen, x.out.clone(), x.residual.clone()
     full_and_residual(x)
@@ -73,7 +74,7 @@ tiles = st.builds(
 
 @few
 @given(lengths, policies, tiles, st.integers(0, 2**32), st.booleans())
-def test_agrees_with_the_oracle(tokens, policy, tile, seed, masked):
+def test_agrees_with_the_reference(tokens, policy, tile, seed, masked):
     radii, adds = zip(*policy, strict=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch_table, "chosen", lambda *_, **__: tile)
@@ -82,7 +83,7 @@ def test_agrees_with_the_oracle(tokens, policy, tile, seed, masked):
 
 @few
 @given(lengths, policies, tiles, st.integers(0, 2**32), st.booleans())
-def test_residuals_agree_with_the_oracle(tokens, policy, tile, seed, masked):
+def test_residuals_agree_with_the_reference(tokens, policy, tile, seed, masked):
     radii, _ = zip(*policy, strict=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch_table, "chosen", lambda *_, **__: tile)
@@ -182,8 +183,8 @@ def test_outputs_that_share_memory_with_others(config):
 
 @pytest.mark.parametrize("variant", ["pointers", "tma"])
 @pytest.mark.parametrize("dim", [72, 128])
-def test_what_lies_between_rows_and_after_them_is_never_read(config, dim, variant):
-    """Not even to be multiplied by zero: it may be no number."""
+def test_memory_between_rows_and_after_them_is_never_read(config, dim, variant):
+    """Not even to be multiplied by zero: the memory may hold NaN."""
     config(Config(16, 16, 4, 2, variant))
     tokens, radii = Tokens(41, 5), [9, FULL]
     x = inputs(tokens, radii, dim, batch=1)
@@ -206,7 +207,7 @@ def test_what_lies_between_rows_and_after_them_is_never_read(config, dim, varian
 @pytest.mark.parametrize("dim", HEAD_DIMS)
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
 def test_the_shipped_table(dim, capability):
-    """Sizes of tiles, and descriptors, are those that will run; 300 tokens have more than one of each."""
+    """With the sizes of tiles that will run; 300 tokens have more than one tile of each."""
     x = inputs(Tokens(290, 10), [40], dim, batch=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "_architecture", lambda _: capability)

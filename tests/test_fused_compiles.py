@@ -1,4 +1,4 @@
-"""Every shipped configuration compiles where there is no GPU, to tensor cores' instructions and without spilled registers."""
+"""All configurations of the launch table compile without a GPU: to tensor cores' instructions, without spilled registers."""
 
 import json
 import os
@@ -15,7 +15,7 @@ if find_spec("triton") is None:
     pytest.skip("Triton is not installed: the fused kernel cannot be compiled", allow_module_level=True)
 
 HERE = Path(__file__).parent
-SHARED = {80: 99 * 1024, 90: 227 * 1024}  # bytes that a program can have; of sm_86 and sm_89, which run what is for sm_80
+SHARED = {80: 99 * 1024, 90: 227 * 1024}  # bytes of a program; those of sm_86 and sm_89, which run what is compiled for sm_80
 REGISTERS = 255
 
 
@@ -61,7 +61,7 @@ def test_a_configuration_for_each_architecture(tmp_path, capability):
 @pytest.mark.parametrize("dim", HEAD_DIMS)
 @pytest.mark.parametrize("capability", [80, 90])
 def test_every_configuration(tmp_path, capability, dim, split, seen):
-    """On sm_90 those for tensors that descriptors do not fit, too."""
+    """On sm_90 also those for tensors that descriptors cannot describe."""
     found = reports(tmp_path, capability, dim, split=split, seen=seen)
     assert found
     for report in found:
@@ -74,7 +74,7 @@ def test_every_configuration(tmp_path, capability, dim, split, seen):
 @pytest.mark.parametrize("dim", HEAD_DIMS)
 @pytest.mark.parametrize("capability", [80, 90])
 def test_every_configuration_in_int8(tmp_path, capability, dim, seen):
-    """Scores by tensor cores' instructions for whole numbers, the rest as ever."""
+    """Scores by tensor cores' integer instructions, all else as before."""
     for report in reports(tmp_path, capability, dim, seen=seen, int8=True):
         print(json.dumps(report))
         check(report)

@@ -23,7 +23,7 @@ RESIDUALS = (
 
 
 def generated(rows):
-    """What the fused kernel makes of a plan, and what else is needed to have it made otherwise."""
+    """The trace of a plan by the fused kernel, with the bench, the plan and the inputs that gave it."""
     bench = dit(torch.float32, attention_head_dim=64)
     target, inputs = target_of(find(bench.pipe)), {"steps": len(rows)}
     plan = ah.Plan(rows, target, Tokens(bench.visual), guided=True)
@@ -31,13 +31,13 @@ def generated(rows):
 
 
 def test_a_plan_with_residuals_gives_what_other_kernels_give():
-    """Theirs are added afterwards, here they are while heads are written, which have residuals of other radii, or none."""
+    """The fused kernel adds residuals while it writes; heads have residuals of different radii, or none."""
     got, bench, plan, inputs = generated(RESIDUALS)
     assert distance(got, compressed(bench, plan, bench.inputs(**inputs), kernel="chunked")) < 1e-5
 
 
 def test_a_plan_in_int8_gives_nearly_what_the_formulas_give():
-    """In float32 a few numbers are rounded the other way; the oracle itself is as far from what is computed in float64."""
+    """In float32 a few numbers round to the other side; the reference kernel is as far from float64."""
     got, bench, plan, inputs = generated(ROWS)
     near, native = (distance(got, replayed(bench, ROWS, plan.target, inputs, native=kind)) for kind in (False, True))
     assert near < 0.4 * native

@@ -1,4 +1,4 @@
-"""Heads in int8 in the fused kernel, beside native ones, against the oracle."""
+"""Heads in int8 in the fused kernel, next to native ones, against the reference kernel."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from arrowhead.kernels.triton import launch_table, ops
 from arrowhead.kernels.triton.launch_table import CACHED, FULL, HEAD_DIMS, Config
 from arrowhead.plans.layout import Tokens
 
-TOKENS = Tokens(118, 19, True)  # two blocks of queries and three of keys, none of which begins where a tile does
+TOKENS = Tokens(118, 19, True)  # two blocks of queries and three of keys; their ends are within tiles
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +45,7 @@ tiles = st.builds(
 
 @settings(max_examples=6, deadline=None)
 @given(lengths, st.lists(heads, min_size=1, max_size=3), tiles, st.integers(0, 2**32), st.booleans())
-def test_agrees_with_the_oracle(tokens, policy, tile, seed, masked):
+def test_agrees_with_the_reference(tokens, policy, tile, seed, masked):
     radii, adds, eights = zip(*policy, strict=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch_table, "chosen", lambda *_, **__: tile)
@@ -82,7 +82,7 @@ def test_float16():
 
 
 def test_blocks_of_very_different_size():
-    """And one of nothing but zeros, whose scale is none."""
+    """And one block of zeros."""
     x = inputs(TOKENS, [FULL, 30], eights=[1, 1], batch=1)
     x.q[:, :, 128:] *= 4
     x.q[:, 1, :128] = 0
@@ -91,7 +91,7 @@ def test_blocks_of_very_different_size():
     torch.testing.assert_close(x.out, attended(x, TOKENS, [FULL, 30]).to(DTYPE), atol=2e-2 if CUDA else 3e-5, rtol=1e-2)
 
 
-def test_what_all_keys_have_in_common_costs_no_levels():
+def test_a_shift_of_all_keys_loses_no_precision():
     x = inputs(TOKENS, [FULL], eights=[1], batch=1)
     arrow(x, residual=False)
     before = x.out.clone()
@@ -100,8 +100,8 @@ def test_what_all_keys_have_in_common_costs_no_levels():
     assert (x.out - before).norm() < 1e-2 * before.norm()
 
 
-def test_native_heads_do_not_notice():
-    """To the bit; and heads in int8 are not what native ones are."""
+def test_native_heads_are_the_same_to_the_bit():
+    """With heads in int8 in the same call or without; and int8 differs from native."""
     x = inputs(TOKENS, [FULL, 20, 20], eights=[0, 0, 1], batch=1)
     arrow(x, residual=False)
     mixed = x.out.clone()
@@ -111,8 +111,8 @@ def test_native_heads_do_not_notice():
     assert not torch.allclose(x.out[:, 2], mixed[:, 2], atol=1e-4)
 
 
-def test_what_lies_between_rows_and_after_them_is_never_read():
-    """Nor what cached and native heads' keys hold: they may be no numbers."""
+def test_memory_between_rows_and_after_them_is_never_read():
+    """Nor the keys of cached heads: they may hold NaN."""
     x = inputs(TOKENS, [FULL, 9, CACHED, 9], 72, eights=[1, 1, 0, 0], batch=1)
     for name in ("q", "k", "v"):
         tensor = getattr(x, name)
@@ -124,7 +124,7 @@ def test_what_lies_between_rows_and_after_them_is_never_read():
     close(x.out[:, [0, 1, 3]], wanted[:, [0, 1, 3]])
 
 
-def test_residuals_are_made_of_native_heads_alone():
+def test_residuals_are_made_from_native_heads_alone():
     x = inputs(TOKENS, [FULL, 9], eights=[0, 1])
     with pytest.raises(ValueError, match=r"policy: got \(2, 3\) torch.int32.*wanted \(2, 2\)"):
         full_and_residual(x)
@@ -137,7 +137,7 @@ def test_opcheck(config):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_door_agrees_with_the_oracle(masked):
+def test_dispatch_agrees_with_the_reference(masked):
     x = inputs(TOKENS, [FULL] * 3, eights=[0] * 3)
     mask = random_keys(TOKENS, [0], 2)[:, None, None] if masked else None
     got, wanted = (

@@ -1,4 +1,4 @@
-"""The fused kernel as torch sees it: operators, graphs, FLOPs; and the door that it stands behind."""
+"""The fused kernel as torch sees it (operators, graphs, FLOPs), and what `api` refuses."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def counting():
 
 
 def test_policies_of_every_step_are_one_graph():
-    """A head's policy is data, its precision, too: a plan that changes from step to step does not compile anew."""
+    """Policies, precisions too, are data: a plan that changes from step to step is compiled once."""
     torch._dynamo.reset()
     backend, graphs = counting()
     x = inputs(TOKENS, [FULL] * 3, batch=1, eights=[0] * 3)
@@ -83,7 +83,7 @@ def test_outputs_with_residuals_are_one_graph_too():
 
 
 def kept(radius):
-    """Pairs that a head looks at, one by one."""
+    """The query–key pairs of a head, counted one by one."""
     visual = [(i, j) for i in range(20) for j in range(20) if radius == FULL or abs(i - j) <= radius]
     return 0 if radius == CACHED else len(visual) + 25 * 25 - 20 * 20
 
@@ -130,7 +130,7 @@ def test_operands_that_would_read_beyond_memory_are_refused(name, wrong):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("scale", [None, 0.3])
-def test_the_door_agrees_with_the_oracle(masked, scale):
+def test_dispatch_agrees_with_the_reference(masked, scale):
     x = inputs(TOKENS, [FULL] * 3)
     mask = None
     if masked:
@@ -146,7 +146,7 @@ def test_the_door_agrees_with_the_oracle(masked, scale):
 @pytest.mark.parametrize("kernel", ["fused", "chunked"])
 @pytest.mark.parametrize("adds", [(0, 2), (1, 2), (0, 1, 2)])
 def test_residuals_are_added_to_some_heads(kernel, adds):
-    """By the fused kernel as it writes, to others' outputs afterwards; of other heads they may be no numbers."""
+    """By the fused kernel while it writes, by `dispatch` for others. Residuals of other heads may hold NaN."""
     x = inputs(TOKENS, [FULL] * 3)
     policies = (Policy(), Policy(4), Policy(2))
     x.residual[:, [head for head in range(3) if head not in adds]] = torch.nan
@@ -188,7 +188,7 @@ def test_what_the_kernel_cannot_do_is_refused_and_auto_takes_another(change, sai
 
 
 @pytest.mark.parametrize("which", ["k", "v"])
-def test_no_gradient_is_lost_in_silence(which):
+def test_gradients_are_refused(which):
     x = inputs(TOKENS, [FULL])
     getattr(x, which).requires_grad_()
     with pytest.raises(KernelUnavailable, match="require a gradient"):
@@ -234,8 +234,8 @@ def test_a_machine_without_triton(monkeypatch):
         dispatch.arrow(x.q, x.k, x.v, TOKENS, 3, kernel="fused")
 
 
-class There:
-    """A tensor that is not here, but says that it is on a device."""
+class CudaTensor:
+    """A stand-in for a tensor on a CUDA device."""
 
     is_cuda, device, shape = True, torch.device("cuda:0"), (2, 3, 25, 72)
 
@@ -244,8 +244,8 @@ class There:
 
 
 def picked(*tensors, precision="native", mask=None):
-    """What `auto` is for queries, keys and values, all of which are plain where none is given."""
-    q, k, v = tensors or [There()] * 3
+    """The kernel that "auto" chooses for these queries, keys and values; for ordinary ones where none are given."""
+    q, k, v = tensors or [CudaTensor()] * 3
     return dispatch.resolve("auto", Call(q, k, v, TOKENS, (Policy(), Policy(3, precision), Policy(3)), 0.1, mask))
 
 
@@ -256,20 +256,20 @@ def test_auto_on_devices(monkeypatch, capability, kernel):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert picked() == picked(precision="int8") == kernel
     assert picked(mask=torch.ones(1, 1, 25, 25)) == "chunked"
-    assert picked(*[There(torch.float32)] * 3) == "chunked"
+    assert picked(*[CudaTensor(torch.float32)] * 3) == "chunked"
 
 
 @pytest.mark.parametrize("which", range(3))
 def test_auto_loses_no_gradient(monkeypatch, which):
-    """Of keys and values no more than of queries."""
+    """Neither of queries nor of keys or values."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    tensors = [There(requires_grad=i == which) for i in range(3)]
+    tensors = [CudaTensor(requires_grad=i == which) for i in range(3)]
     assert picked(*tensors) == "chunked"
     with torch.no_grad():
         assert picked(*tensors) == "fused"
 
 
-def test_auto_where_triton_is_not(monkeypatch):
+def test_auto_without_triton(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(api, "find_spec", lambda _: None)
     assert picked() == "chunked"

@@ -1,4 +1,4 @@
-"""Heads of queries that share keys and values: in kernels, in the engine, in what is projected and counted, in Lumina 2."""
+"""Heads of queries that share keys and values: in kernels, the engine, projections, FLOPs, and Lumina 2."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ from arrowhead.plans.layout import Site, Tokens
 @pytest.mark.parametrize("kernel", ["chunked", "reference"])
 @few
 @given(data=st.data(), tokens=token_layouts, groups=st.integers(1, 3), each=st.integers(2, 3), masked=st.booleans())
-def test_kernels_give_what_every_head_s_own_keys_give(kernel, data, tokens, groups, each, masked):
+def test_kernels_give_the_same_as_with_repeated_keys(kernel, data, tokens, groups, each, masked):
     heads = groups * each
     radii = data.draw(st.lists(st.sampled_from([None, 0, 1, 3]), min_size=heads, max_size=heads))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
@@ -42,7 +42,7 @@ def test_kernels_give_what_every_head_s_own_keys_give(kernel, data, tokens, grou
 
 
 class Grouped(Lumina2AttnProcessor2_0):
-    """The model's own, but that keys are left to the call as they are: by torch's name, or by diffusers'."""
+    """The model's processor, but keys are not repeated before the call of attention: torch's function, or diffusers'."""
 
     by_diffusers = False
 
@@ -117,7 +117,7 @@ def shown(*lengths):
 
 
 def test_prompts_of_other_lengths_in_one_batch_are_refused():
-    """Their images begin at other places."""
+    """Images begin at several positions."""
     bench = lumina2()
     model = find(bench.pipe)
     plan = plan_of(bench, model, [[FULL] * len(model.sites)] * STEPS, guided=False)

@@ -1,4 +1,4 @@
-"""What is particular about FLUX.2 and Z-Image: guidance that settings rule out, pictures to go by, lists."""
+"""Special cases of FLUX.2 and Z-Image: distilled weights, reference images, inputs in lists."""
 
 import pytest
 import torch
@@ -14,19 +14,19 @@ from arrowhead.calibration.driver import driver_of
 from arrowhead.calibration.run import CalibrationRun
 from arrowhead.errors import InputsInvalid, PlanMismatch
 from arrowhead.models.find import find
-from arrowhead.models.token_layouts import PADDED_TO
+from arrowhead.models.token_layouts import Z_IMAGE_MULTIPLE
 from arrowhead.plans.cells import FULL
 
 
 @pytest.mark.parametrize(
-    ("make", "alone"),
+    ("make", "left_alone"),
     [(hunyuan_dit, set()), (lumina2, {"context_refiner"}), (flux2, set()), (z_image, {"noise_refiner", "context_refiner"})],
 )
-def test_no_attention_is_missed_but_where_the_table_says_so(make, alone):
+def test_every_attention_outside_of_the_refiners_is_a_site(make, left_alone):
     bench = make()
     attends = {path for path, module in bench.pipe.transformer.named_modules() if hasattr(module, "processor")}
     sites = {site.path for site in find(bench.pipe, {"self_attention", "cross_attention"}).sites}
-    assert {path.split(".")[0] for path in attends - sites} == alone
+    assert {path.split(".")[0] for path in attends - sites} == left_alone
     assert sites <= attends
 
 
@@ -42,12 +42,12 @@ def test_distilled_klein_is_not_guided():
     assert not ah.search(bench.pipe, bench.inputs(), threshold=0.7, progress=False).guided
 
 
-@pytest.mark.parametrize("guidance", [3.0, 1.0], ids=["guided", "alone"])
-def test_pictures_to_go_by_are_looked_at_and_thrown_away(guidance):
+@pytest.mark.parametrize("guidance", [3.0, 1.0], ids=["guided", "unguided"])
+def test_tokens_of_reference_images_are_attended_to_and_dropped(guidance):
     bench, guided = flux2(), guidance > 1
     bench.visual = 4 * 5 + 4 * 5 + 4 * 4
-    pictures = [Image.effect_noise(size, 64).convert("RGB") for size in ((80, 64), (64, 64))]
-    inputs = {"guidance": guidance, "image": pictures}
+    references = [Image.effect_noise(size, 64).convert("RGB") for size in ((80, 64), (64, 64))]
+    inputs = {"guidance": guidance, "image": references}
     model = find(bench.pipe, INNER)
     cells = random_cells(3, model.sites, STEPS, guided)
     with ah.applied(bench.pipe, plan_of(bench, model, cells, guided)):
@@ -70,10 +70,10 @@ def texts(*lengths, seed):
     return [torch.randn(length, CHANNELS, generator=generator).double() for length in lengths]
 
 
-@pytest.mark.parametrize("guidance", [3.0, 1.0], ids=["guided", "alone"])
+@pytest.mark.parametrize("guidance", [3.0, 1.0], ids=["guided", "unguided"])
 @pytest.mark.parametrize("seed", range(2))
-def test_prompts_of_other_lengths_go_together(guidance, seed):
-    """Z-Image pads to 32 each, then to the longest, and masks that; the images before them stand alike."""
+def test_prompts_of_other_lengths_in_one_batch(guidance, seed):
+    """Z-Image pads each to a multiple of 32, then to the longest, which it masks; images come before, at the same positions."""
     bench, guided = z_image(), guidance > 1
     bench.text = bench.text_seen = 64
     inputs = {"images": 2, "guidance": guidance, "prompt_embeds": texts(7, 40, seed=seed)}
@@ -103,8 +103,8 @@ def test_a_plan_serves_prompts_of_one_padded_length():
             bench.pipe(**bench.inputs(guidance=1.0, prompt_embeds=texts(33, seed=0)))
 
 
-def test_it_is_diffusers_padding():
-    assert PADDED_TO == SEQ_MULTI_OF
+def test_texts_are_padded_to_the_multiple_of_diffusers():
+    assert Z_IMAGE_MULTIPLE == SEQ_MULTI_OF
 
 
 def test_images_of_several_sizes_are_refused():
@@ -113,7 +113,7 @@ def test_images_of_several_sizes_are_refused():
         find(z_image().pipe).tokens(arguments | {"patch_size": 2, "f_patch_size": 1})
 
 
-@pytest.mark.parametrize("guidance", [3.0, 1.0], ids=["guided", "alone"])
+@pytest.mark.parametrize("guidance", [3.0, 1.0], ids=["guided", "unguided"])
 def test_guidance_that_ends_early_is_refused(guidance):
     bench = z_image()
     inputs = bench.inputs(guidance=guidance, cfg_truncation=0.5)

@@ -1,4 +1,4 @@
-"""Scores in int8, as SageAttention has them: kernels and engine against quantisation written here, block by block."""
+"""Scores in int8, as in SageAttention: kernels and engine against an encoding written here, block by block."""
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from arrowhead.models.model import target_of
 from arrowhead.plans.cells import FULL, Arrow, Attend, Cached, Full
 from arrowhead.plans.layout import Site, Tokens
 from arrowhead.plans.lifetimes import lifetimes
+from arrowhead.plans.target import Target
 
 KERNELS = ["chunked", "reference"]
 PRECISIONS = st.sampled_from(["native", "int8"])
@@ -25,7 +26,7 @@ every_kernel = pytest.mark.parametrize("kernel", KERNELS)
 
 
 def dense(q, k, v, tokens, radii, precisions, scale=None, mask=None):
-    """Head by head, (B, H, N, D), in float64 but for what is rounded: queries by 128, keys by 64, without their mean."""
+    """Attention head by head, (B, H, N, D), in float64; int8 encodes queries and keys in blocks of 128 and 64 tokens."""
     out = torch.empty(q.shape, dtype=torch.float64)
     for b in range(len(q)):
         for h, (radius, precision) in enumerate(zip(radii, precisions, strict=True)):
@@ -40,7 +41,7 @@ def dense(q, k, v, tokens, radii, precisions, scale=None, mask=None):
 
 
 def exact_qkv(*args, **kwargs):
-    """Multiples of 1/256, of which every sum is exact: rounded in any order, they come to the same whole numbers."""
+    """Multiples of 1/256, whose sums are exact, so that they round to the same whole numbers in any order."""
     return [(256 * x).round() / 256 for x in random_qkv(*args, **kwargs)]
 
 
@@ -72,7 +73,7 @@ def test_each_head_has_its_precision(kernel, tokens, heads, batch, dim, kind, sc
 @pytest.mark.parametrize(("text", "text_first"), LAYOUTS)
 @pytest.mark.parametrize("size", [4.0, 1e-2])
 def test_blocks_of_sequences_longer_than_one(kernel, text, text_first, size):
-    """Of very different scales, from block to block; one is nothing but zeros."""
+    """Blocks of very different scales, and one of zeros."""
     tokens, radii, precisions = Tokens(301, text, text_first), (40, None, 1, None, 300), ("int8",) * 3 + ("native", "int8")
     q, k, v = exact_qkv(tokens, heads=5, dim=16)
     q[:, :, 128:256] = (256 * q[:, :, 128:256] * size).round() / 256
@@ -96,8 +97,8 @@ def test_the_dtype_is_kept(kernel, dtype, tolerance):
 
 
 @every_kernel
-def test_what_all_keys_have_in_common_costs_no_levels(kernel):
-    """With keys far from zero the rounding is as fine as without: their mean is subtracted before."""
+def test_a_shift_of_all_keys_loses_no_precision(kernel):
+    """Keys far from zero round as finely, because their mean is subtracted first."""
     tokens = Tokens(200)
     q, k, v = exact_qkv(tokens, dim=32)
     shift = 64.0 * torch.randint(-3, 4, (1, 3, 1, 32))
@@ -123,13 +124,13 @@ def test_flex_has_no_int8_and_refuses_it_by_name():
         dispatch.arrow(q, k, v, tokens, [None, 3, None], precision=["native", "int8", "native"], kernel="flex")
 
 
-def test_a_precision_that_is_none_is_refused():
+def test_an_unknown_precision_is_refused():
     for method in (lambda: Full("int7"), lambda: Arrow(3, precision="int7")):
         with pytest.raises(ValueError, match="got precision 'int7', wanted one of native, int8"):
             method()
 
 
-def test_native_is_what_there_was():
+def test_native_is_the_default():
     assert (Full("native"), Arrow(3, True, "native")) == (Full(), Arrow(3, residual=True))
     assert Attend(Full("int8")) != FULL
 
@@ -145,7 +146,7 @@ def test_a_residual_needs_native_attention_before_it():
     site = Site("attn", 2, 8, 16)
     rows = ((Attend(Full("int8")),), (Attend(Arrow(3, residual=True)),))
     with pytest.raises(PlanInvalid, match="adds a residual, but no earlier step has full attention"):
-        ah.Plan(rows, ah.plan.Target("Transformer", "Scheduler", {}, (site,)), Tokens(20), guided=False)
+        ah.Plan(rows, Target("Transformer", "Scheduler", {}, (site,)), Tokens(20), guided=False)
 
 
 EIGHT, BAND, MIXED = Full("int8"), Arrow(3, precision="int8"), Arrow(3, residual=True, precision="int8")
@@ -159,7 +160,7 @@ ROWS = (
 
 
 def replayed(bench, rows, target, inputs, *, native=False):
-    """The rows' formulas, put by hand into the untouched pipeline as its heads' outputs; with `native` scores throughout."""
+    """The trace of the untouched pipeline with its heads' outputs replaced by the rows' formulas; `native`: without int8."""
     tokens, visual, heads = Tokens(bench.visual, bench.text), slice(0, bench.visual), target.sites[0].heads
     place, passed = {site.path: i for i, site in enumerate(target.sites)}, dict.fromkeys(range(len(target.sites)), 0)
     kept, residuals = {}, {}
@@ -171,14 +172,14 @@ def replayed(bench, rows, target, inputs, *, native=False):
         own = tokens if q.shape[2] == tokens.total else Tokens(tokens.visual)
         cell = rows[passed[site]][site]
         for head, method in enumerate(by_head(cell, heads)):
-            alone = [x[:, head : head + 1] for x in (q, k, v)]
+            one_head = [x[:, head : head + 1] for x in (q, k, v)]
             if method == Full():
-                residuals[site, head] = (out[:, head] - dense(*alone, own, [3], ["native"])[:, 0])[:, visual]
+                residuals[site, head] = (out[:, head] - dense(*one_head, own, [3], ["native"])[:, 0])[:, visual]
             elif isinstance(method, Cached):
                 out[:, head] = kept[site, head]
             else:
                 precision = "native" if native else method.precision
-                out[:, head] = dense(*alone, own, [getattr(method, "radius", None)], [precision])[:, 0]
+                out[:, head] = dense(*one_head, own, [getattr(method, "radius", None)], [precision])[:, 0]
                 if getattr(method, "residual", False):
                     out[:, head, visual] += residuals[site, head]
         if cell.share_cfg:
@@ -196,7 +197,7 @@ def replayed(bench, rows, target, inputs, *, native=False):
 @pytest.mark.parametrize("make", [dit, sd3])
 @pytest.mark.parametrize("kernel", ["auto", *KERNELS])
 def test_a_plan_in_int8_gives_what_the_formulas_give(make, kernel):
-    """Quantised, banded, with the residual of native attention, cached, shared; to the last digits, ties being unlikely."""
+    """Full, bands, with residuals of native attention, cached and shared; to the last digits, because ties are unlikely."""
     bench = make()
     target, inputs = target_of(find(bench.pipe)), {"steps": len(ROWS), "images": 2}
     rows = tuple(row[: len(target.sites)] for row in ROWS)

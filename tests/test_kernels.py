@@ -1,4 +1,4 @@
-"""Every kernel against dense attention written here, and the edges of the door they stand behind."""
+"""Every kernel against dense attention written here, and how `dispatch` chooses a kernel."""
 
 import pytest
 import torch
@@ -47,9 +47,9 @@ def dense(q, k, v, tokens, radii, scale=None, mask=None):
 
 
 def random_mask(kind, tokens, radii, shape, seed=None):
-    """A model's own mask, under which each query keeps itself, a text token, or a visual one within every radius.
+    """A model's own mask, under which each query still sees a key: itself, a text token, or a visual one within every radius.
 
-    `padding`: keys hidden from everyone, (B, 1, 1, N); the others are added to the scores, and hide pairs, too.
+    `padding` hides keys from all queries, (B, 1, 1, N), boolean. The others are added to the scores, and hide pairs, too.
     """
     generator = torch.Generator()
     seed = generator.seed() if seed is None else seed
@@ -221,7 +221,7 @@ def test_an_unknown_kernel_is_refused_and_the_known_ones_are_named():
     assert all(name in str(refused.value) for name in ["fussed", "auto", *KERNELS])
 
 
-def test_auto_picks_a_kernel_and_an_explicit_choice_stands():
+def test_auto_chooses_a_kernel_and_a_named_one_is_kept():
     call = Call(*torch.randn(3, 1, 1, 8, 64), Tokens(8), (Policy(),), 1.0)
     assert dispatch.resolve("auto", call) == "chunked"  # on a CPU
     assert [dispatch.resolve(name, call) for name in dispatch.KERNELS] == list(dispatch.KERNELS)

@@ -1,4 +1,4 @@
-"""Latte's attention along time, which is compressed where its transformer is described rather than its pipeline named."""
+"""Latte's transformer with its adapter, so that attention along time is compressed, too."""
 
 import pytest
 import torch
@@ -14,8 +14,8 @@ from arrowhead.models.find import find
 from arrowhead.plans.cells import FULL
 from arrowhead.searches.headwise import Headwise
 
-FRAMES = 7  # more than radii
-with_and_without = pytest.mark.parametrize("guidance", [3.0, 1.0], ids=["guided", "alone"])
+FRAMES = 7  # more than the radii cover
+with_and_without = pytest.mark.parametrize("guidance", [3.0, 1.0], ids=["guided", "unguided"])
 
 
 def described(guidance):
@@ -23,7 +23,7 @@ def described(guidance):
     return bench, adapter, find(CustomModel(bench.pipe.transformer, adapter))
 
 
-def test_sites_are_all_self_attention_there_is():
+def test_every_self_attention_is_a_site():
     bench, _, model = described(3.0)
     seen = []
     for site, module in model.modules.items():

@@ -1,4 +1,4 @@
-"""What a column has to remember: everything that is read, nothing that is not, and not a step longer."""
+"""What a column stores: all that is read, nothing else, and no step longer than it is read."""
 
 import pytest
 from hypothesis import given
@@ -12,7 +12,7 @@ BAND, RESIDUAL, CACHED = Arrow(3), Arrow(3, residual=True), Cached()
 
 
 def stored(writes, heads):
-    """What is written, name by name: (name, last reader promised, for the conditional branch alone)."""
+    """The entries of `writes`, one a head: (name, last reader, for the conditional branch alone)."""
     whole = zip(WHOLE, (writes.output_until, writes.slope_until), strict=True)
     found = [(name, until, False) for name, until in whole if until is not None]
     for entry in writes.residuals + writes.head_outputs:
@@ -23,7 +23,7 @@ def stored(writes, heads):
 
 
 def replay(column):
-    """Follow the writes: (step written, name) -> (last reader promised, for one branch, readers by their steps)."""
+    """Follow the writes step by step: (step written, name) -> (last reader, for one branch, {step: cell} of its readers)."""
     entries, latest, heads = {}, {}, told_apart(column)
     for step, (cell, writes) in enumerate(zip(column, lifetimes(column), strict=True)):
         for name in reads(column, step, heads):
@@ -48,7 +48,7 @@ def test_every_read_has_a_live_entry(column):
 
 @few
 @given(column=any_columns)
-def test_nothing_is_written_in_vain_or_kept_too_long(column):
+def test_every_entry_is_read_and_no_longer_stored_than_that(column):
     for promised, _, readers in replay(column).values():
         assert readers
         assert promised == max(readers)
@@ -56,14 +56,14 @@ def test_nothing_is_written_in_vain_or_kept_too_long(column):
 
 @few
 @given(column=any_columns)
-def test_what_is_for_the_conditional_branch_alone_has_only_readers_that_share(column):
+def test_entries_for_the_conditional_branch_alone_have_only_readers_that_share(column):
     for (_, name), (_, for_one, readers) in replay(column).items():
         assert for_one == for_one_branch(name, list(readers.values()))
 
 
 @few
 @given(column=any_columns)
-def test_only_full_heads_make_residuals_computed_ones_outputs_and_reusing_steps_nothing(column):
+def test_full_heads_store_residuals_computed_heads_outputs_and_reusing_steps_nothing(column):
     heads = told_apart(column)
     for cell, writes in zip(column, lifetimes(column), strict=True):
         assert not isinstance(cell, Reuse) or writes == Writes()
@@ -74,7 +74,7 @@ def test_only_full_heads_make_residuals_computed_ones_outputs_and_reusing_steps_
 
 @few
 @given(column=any_columns)
-def test_heads_that_agree_are_kept_together(column):
+def test_heads_with_equal_entries_share_one(column):
     for writes in lifetimes(column):
         for kind in (writes.residuals, writes.head_outputs):
             alike = [(getattr(entry, "radius", None), entry.last_reader, entry.conditional_only) for entry in kind]
@@ -82,7 +82,7 @@ def test_heads_that_agree_are_kept_together(column):
             assert all(entry.heads is None or 0 < len(entry.heads) < told_apart(column) for entry in kind)
 
 
-def test_heads_with_a_fate_of_their_own():
+def test_heads_that_differ_by_hand():
     column = (
         FULL,
         Attend((BAND, Full(), RESIDUAL)),  # renews the second head's residual, and the outputs of all
@@ -148,7 +148,7 @@ def test_a_column_that_can_run_has_no_fault(column):
         ((WA, EXTRAPOLATE, FULL), 1, "extrapolates"),
     ],
 )
-def test_the_first_read_of_what_nothing_wrote_is_named(column, step, word):
+def test_the_first_read_of_something_not_computed_is_named(column, step, word):
     fault = first_fault(column)
     assert fault is not None
     assert fault.startswith(f"step {step} ")
@@ -166,7 +166,7 @@ def test_the_first_read_of_what_nothing_wrote_is_named(column, step, word):
         ((AST, Attend((Full(), BAND))), 0, 0, "reuses"),
     ],
 )
-def test_the_first_head_that_reads_what_nothing_wrote_is_named(column, head, step, word):
+def test_the_first_head_that_reads_something_not_computed_is_named(column, head, step, word):
     fault = first_fault(column)
     assert fault is not None
     assert fault.startswith(f"head {head}: step {step} ")
@@ -188,5 +188,5 @@ def test_the_first_head_that_reads_what_nothing_wrote_is_named(column, head, ste
         (Attend((Full(), BAND)), Attend((RESIDUAL, Full())), AST, Attend((CACHED, RESIDUAL))),
     ],
 )
-def test_what_lies_between_a_full_step_and_its_reader_is_no_fault(column):
+def test_columns_whose_reads_were_all_computed_have_no_fault(column):
     assert first_fault(column) is None

@@ -14,7 +14,7 @@ MIXED = ["FFF", "WXV", "RRW", "CwR", "VYR"]
 
 
 def under(mask):
-    """What `replay.softmax_attention` computes, where the model has a mask of its own: boolean, or added to the scores."""
+    """A `replay.softmax_attention` under the model's own mask: boolean, or added to the scores."""
 
     def attention(q, k, v, radius):
         bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask

@@ -1,4 +1,4 @@
-"""What a plan says its caches will hold, against storing and freeing one by one; combinations/test_caches.py has real runs."""
+"""`Plan.memory` against storing and freeing entry by entry. Real runs are in combinations/test_caches.py."""
 
 import pytest
 import torch
@@ -37,14 +37,14 @@ def test_memory_by_hand():
     assert str(plan.memory(2**20, 1)) == "160.00 MiB in step 0 (output 160.00)"
 
 
-def test_in_two_calls_what_is_handed_over_stays_native():
+def test_outputs_handed_over_between_two_calls_stay_native():
     target = Target("Transformer", "Scheduler", {}, (Site("attn", heads=1, head_dim=8, channels=8),))
     plan = Plan(((ASC,), (FULL,)), target, Tokens(10), guided=True, calls=2)
     assert plan.memory(1, 4, "int8").of == plan.memory(1, 4).of == {"handed over": 10 * 8 * 4}
 
 
 @pytest.mark.parametrize("dtype", ["int4", None, torch.int8])
-def test_memory_of_no_such_dtype(dtype):
+def test_an_unknown_cache_dtype_is_refused(dtype):
     target = Target("Transformer", "Scheduler", {}, (Site("attn", heads=1, head_dim=8, channels=8),))
     with pytest.raises(InputsInvalid, match="cache_dtype"):
         Plan(((FULL,),), target, Tokens(10), guided=True).memory(cache_dtype=dtype)

@@ -220,7 +220,7 @@ def test_a_block_beside_what_lies_within_another():
     bench = BENCHES["dit"](num_layers=2)
     found = find(bench.pipe, {"block", "self_attention"})
     paths = ("transformer_blocks.0", "transformer_blocks.1.attn1")
-    target = target_of(found.only(lambda site: site.path in paths))
+    target = target_of(found.filtered(lambda site: site.path in paths))
     cells = ((FULL, FULL), (AST, FULL), (FULL, AST), (AST, AST), (FULL, FULL))
     got = compressed(bench, Plan(cells, target, tokens(bench), guided=True), bench.inputs(images=2))
     alone = Plan(
@@ -231,6 +231,6 @@ def test_a_block_beside_what_lies_within_another():
         wanted = compressed(bench, alone, bench.inputs(images=2))
     assert_same(got, wanted)
     for missing in paths:
-        left = target_of(found.only(lambda site, missing=missing: site.path in paths and site.path != missing))
+        left = target_of(found.filtered(lambda site, missing=missing: site.path in paths and site.path != missing))
         with pytest.raises(PlanMismatch, match="number of sites"):
             ah.apply(bench.pipe, Plan(((FULL,),) * 5, left, tokens(bench), guided=True))

@@ -1,4 +1,4 @@
-"""Plans on disk and in the hand: nothing is lost, nothing unsound gets in, and every difference is named."""
+"""Plans: written and read without loss, checked when they are made, and compared with a pipeline difference by difference."""
 
 import json
 import math
@@ -43,7 +43,7 @@ class TestRoundTrip:
         assert loaded == plan
         strict_json(path.read_text())
 
-    def test_bands_of_several_radii_have_symbols_of_their_own(self, tmp_path):
+    def test_each_radius_has_its_own_symbol(self, tmp_path):
         row = [wa_rs(8), wa_rs(4), Attend(Arrow(8)), wa_rs(2, share_cfg=True), wa_rs(1), Attend(Arrow(8), share_cfg=True)]
         sites = tuple(Site(f"blocks.{i}", 2, 8, 16) for i in range(len(row)))
         plan = Plan(((FULL,) * len(row), tuple(row)), replace(TARGET, sites=sites), TOKENS, guided=True)
@@ -95,14 +95,14 @@ class TestRoundTrip:
         assert plan.count_heads() == {"full": 6, "full-int8": 1 + 2 + 4, "WA-RS-int8": 1, "WA-int8": 4}
 
     @pytest.mark.parametrize("version", [2, 3])
-    def test_a_file_from_before_there_were_precisions_or_grids(self, tmp_path, version):
+    def test_files_of_formats_2_and_3_are_read(self, tmp_path, version):
         PLAN.save(tmp_path / "plan.json")
         content = strict_json((tmp_path / "plan.json").read_text()) | {"format": version}
         del content["tokens"]["grid"]
         (tmp_path / "plan.json").write_text(json.dumps(content))
         assert Plan.load(tmp_path / "plan.json") == PLAN
 
-    def test_lines_are_spelt(self, tmp_path):
+    def test_extrapolation_is_spelt(self, tmp_path):
         plan = replace(PLAN, cells=((FULL, FULL), (ASC, FULL), (EXTRAPOLATE, AST), (EXTRAPOLATE, Reuse(0.5))))
         plan.save(tmp_path / "plan.json")
         content = strict_json((tmp_path / "plan.json").read_text())
@@ -114,16 +114,16 @@ class TestRoundTrip:
         assert plan.count_heads() == {"full": 2 + 4 + 2 + 4, "extrapolate": 2 + 2 + 4, "AST": 4}
 
     @pytest.mark.parametrize("slope", [0.0, 1.0, 1.5, -0.5, "0.5"])
-    def test_of_a_slope_there_is_part_or_nothing_is_said(self, tmp_path, slope):
+    def test_a_slope_is_between_0_and_1_or_not_there(self, tmp_path, slope):
         replace(PLAN, cells=((FULL, FULL), (FULL, FULL), (Reuse(0.5), AST))).save(tmp_path / "plan.json")
         content = strict_json((tmp_path / "plan.json").read_text())
-        (line,) = [cell for cell in content["legend"].values() if "slope" in cell]
-        line["slope"] = slope
+        (cell,) = [cell for cell in content["legend"].values() if "slope" in cell]
+        cell["slope"] = slope
         (tmp_path / "plan.json").write_text(json.dumps(content))
         with pytest.raises(PlanInvalid, match="slope"):
             Plan.load(tmp_path / "plan.json")
 
-    def test_what_people_read_comes_back_too(self, tmp_path):
+    def test_provenance_comes_back(self, tmp_path):
         about = {"model": "tiny:dit", "search": {"threshold": 0.1, "loss": "paper"}, "seeds": [3, 4]}
         replace(PLAN, about=about).save(tmp_path / "plan.json")
         assert Plan.load(tmp_path / "plan.json").about == about
@@ -162,7 +162,7 @@ class TestConstructor:
             Plan(((),), replace(TARGET, sites=()), TOKENS, guided=True)
 
     @pytest.mark.parametrize("cells", [((FULL, AST),), ((FULL, wa_rs(3)),), ((FULL, Attend(Arrow(3))), (FULL, wa_rs(3)))])
-    def test_a_cell_that_reads_what_nothing_wrote_is_named_with_its_site(self, cells):
+    def test_a_cell_that_reads_something_not_computed_is_named_with_its_site(self, cells):
         with pytest.raises(PlanInvalid, match=f"{SITES[1].path}.*step {len(cells) - 1}"):
             Plan(cells, TARGET, TOKENS, guided=True)
 
@@ -171,32 +171,32 @@ class TestConstructor:
         with pytest.raises(PlanInvalid, match=f"{SITES[1].path} has 4 heads, got methods for {len(methods)}"):
             Plan(((FULL, Attend(methods)),), TARGET, TOKENS, guided=True)
 
-    def test_a_head_that_reads_what_nothing_wrote_is_named(self):
+    def test_a_head_that_reads_something_not_computed_is_named(self):
         cells = (FULL, Attend((Full(), Arrow(3), Full(), Full()))), (FULL, Attend((Cached(), *[Arrow(3, residual=True)] * 3)))
         with pytest.raises(PlanInvalid, match=f"{SITES[1].path}: head 1: step 1"):
             Plan(cells, TARGET, TOKENS, guided=True)
 
     @pytest.mark.parametrize(("guided", "calls"), [(True, 0), (True, 3), (False, 2)])
-    def test_a_step_has_a_call_or_with_guidance_two(self, guided, calls):
+    def test_a_step_has_one_call_or_with_guidance_two(self, guided, calls):
         with pytest.raises(PlanInvalid, match=f"got {calls} calls"):
             Plan(PLAN.cells, TARGET, TOKENS, guided, calls=calls)
 
-    def test_a_line_goes_through_two_outputs(self):
+    def test_extrapolation_needs_two_outputs(self):
         cells = ((FULL, FULL), (FULL, FULL), (EXTRAPOLATE, FULL))
         Plan(cells, TARGET, TOKENS, guided=True)
         with pytest.raises(PlanInvalid, match=f"{SITES[0].path}: step 1 extrapolates"):
             Plan((cells[0], *cells[2:]), TARGET, TOKENS, guided=True)
 
     @pytest.mark.parametrize("slope", [-0.1, 1.01, math.nan, math.inf])
-    def test_a_slope_is_taken_in_part_or_whole(self, slope):
+    def test_extrapolate_is_between_0_and_1(self, slope):
         with pytest.raises(ValueError, match="wanted the part of a slope"):
             Reuse(slope)
 
-    def test_a_negative_radius_is_no_band(self):
+    def test_a_negative_radius_is_refused(self):
         with pytest.raises(ValueError, match="-1"):
             Arrow(-1)
 
-    def test_a_cell_of_no_heads_is_none(self):
+    def test_a_cell_without_heads_is_refused(self):
         with pytest.raises(ValueError, match="one for each head"):
             Attend(())
 
@@ -206,7 +206,7 @@ class TestConstructor:
         heads=st.integers(1, 9),
         shared=st.booleans(),
     )
-    def test_heads_that_all_do_the_same_are_the_uniform_cell(self, method, heads, shared):
+    def test_equal_methods_of_all_heads_become_one_method(self, method, heads, shared):
         each, uniform = Attend((method,) * heads, shared), Attend(method, shared)
         assert each == uniform
         assert hash(each) == hash(uniform)
@@ -223,8 +223,8 @@ class TestConstructor:
         count = Counter()
         for row in plan.cells:
             for cell, site in zip(row, plan.target.sites, strict=True):
-                reused = "extrapolate" if isinstance(cell, Reuse) and cell.extrapolate else "AST"
-                methods = [reused] * site.heads if isinstance(cell, Reuse) else by_head(cell, site.heads)
+                reuse_name = "extrapolate" if isinstance(cell, Reuse) and cell.extrapolate else "AST"
+                methods = [reuse_name] * site.heads if isinstance(cell, Reuse) else by_head(cell, site.heads)
                 names = {
                     "AST": "AST",
                     "extrapolate": "extrapolate",
@@ -250,7 +250,7 @@ class TestMismatch:
         PLAN.require(replace(TARGET, scheduler_config=dict(TARGET.scheduler_config)))
         PLAN.require_call(3, Tokens(64), 1)
         replace(PLAN, calls=2).require_call(3, Tokens(64), 2)
-        replace(PLAN, guided=False).require_call(3, Tokens(64), 2)  # it shares nothing between branches
+        replace(PLAN, guided=False).require_call(3, Tokens(64), 2)  # without guidance there is one branch
 
     def test_another_transformer(self):
         message = self.differences(transformer="FluxTransformer2DModel")
@@ -274,8 +274,8 @@ class TestMismatch:
         message = self.differences(scheduler_config=config)
         assert all(word in message for word in words)
 
-    def test_a_setting_that_the_plan_says_nothing_of(self):
-        """Schedulers set some settings of their own while they run; a search leaves these out."""
+    def test_scheduler_settings_that_the_plan_does_not_have_are_ignored(self):
+        """Some schedulers change settings while they run; searches leave these out of the plan."""
         extra = replace(TARGET, scheduler_config={**TARGET.scheduler_config, "rescale_betas": True})
         assert extra.common(TARGET) == TARGET.common(extra) == TARGET
         PLAN.require(extra)

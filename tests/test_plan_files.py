@@ -1,11 +1,17 @@
-"""Files that are no sound plans: each is refused, and named."""
+"""Files that are no sound plans: each is refused, and the message names the file."""
 
 import json
+import re
+from dataclasses import asdict
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_plan import PLAN
 
 from arrowhead.errors import PlanInvalid
+from arrowhead.plans import file_format
+from arrowhead.plans.layout import Tokens
 from arrowhead.plans.plan import Plan
 
 
@@ -17,7 +23,7 @@ def saved(tmp_path):
 
 
 def broken(change):
-    """A sound file's content after `change`."""
+    """A function that applies `change` to the content of a sound file, and returns that."""
 
     def edit(content):
         change(content)
@@ -80,12 +86,12 @@ UNSOUND = {
     "reuse with heads": broken(lambda c: c["legend"]["R"].update(heads="full")),
     "reuse with empty heads": broken(lambda c: c["legend"]["R"].update(heads="")),
     "equal words for more heads than there are": broken(lambda c: c["legend"]["F"].update(heads="full full full")),
-    "a line with heads": broken(lambda c: c["legend"]["R"].update(does="extrapolate", heads="full")),
-    "a line through one output": broken(lambda c: c["legend"]["R"].update(does="extrapolate")),
-    "a slope of nothing": broken(lambda c: c["legend"]["R"].update(slope=0.5)),
-    "a line that shares": broken(lambda c: c["legend"]["R"].update(does="extrapolate", share_cfg=True)),
+    "extrapolation with heads": broken(lambda c: c["legend"]["R"].update(does="extrapolate", heads="full")),
+    "extrapolation from one output": broken(lambda c: c["legend"]["R"].update(does="extrapolate")),
+    "a slope where nothing is extrapolated": broken(lambda c: c["legend"]["R"].update(slope=0.5)),
+    "extrapolation that shares": broken(lambda c: c["legend"]["R"].update(does="extrapolate", share_cfg=True)),
     "reuse that shares": broken(lambda c: c["legend"]["R"].update(share_cfg=True)),
-    "an unknown deed": broken(lambda c: c["legend"]["W"].update(does="dance")),
+    "an unknown kind of cell": broken(lambda c: c["legend"]["W"].update(does="dance")),
     "an unknown kind of site": broken(lambda c: c["target"]["sites"][0].update(kind="no_such_kind")),
     "fewer than no tokens": broken(lambda c: c["tokens"].update(visual=-64)),
     "a short row": broken(lambda c: c["cells"].__setitem__(1, "F")),
@@ -94,7 +100,7 @@ UNSOUND = {
     "no steps": broken(lambda c: c.update(cells=[])),
     "no sites": broken(lambda c: c["target"].update(sites=[])),
     "a first step that reuses": broken(lambda c: c["cells"].__setitem__(0, "F R")),
-    "a residual of nothing": broken(lambda c: c["cells"].__setitem__(0, "W F")),
+    "a residual that was not computed": broken(lambda c: c["cells"].__setitem__(0, "W F")),
     "a first step that repeats a head": broken(lambda c: c["legend"]["F"].update(heads="cached")),
     "no calls": broken(lambda c: c.pop("calls")),
     "three calls": broken(lambda c: c.update(calls=3)),
@@ -102,9 +108,38 @@ UNSOUND = {
 }
 
 
+PIECES = ["full", "cached", "arrow", ":", "8", "08", "0", "-1", "1x4xall", "allxallxall", "x", "+", "+residual", "+int8", "all"]
+WORD = re.compile(r"cached|(full|arrow:(\d+|((\d+|all)x){2}(\d+|all))(\+residual)?)(\+int8)?")
+words = st.lists(st.sampled_from(PIECES), min_size=1, max_size=5).map("".join)
+likely = st.builds(
+    "".join,
+    st.tuples(
+        st.sampled_from(["full", "arrow:8", "arrow:08x4xall"]),
+        st.sampled_from(["", "+residual"]),
+        st.sampled_from(["", "+int8"]),
+    ),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(word=words | likely)
+def test_a_word_is_read_if_and_only_if_it_is_written_for_some_method(word):
+    """Up to zeros before a number."""
+    content = json.loads(PLAN.text()) | {"tokens": asdict(Tokens.of_grid(1, 8, 8))}
+    content["legend"]["W"]["heads"] = word
+    try:
+        plan = Plan(**file_format.read(json.dumps(content).encode()))
+    except ValueError:
+        assert not WORD.fullmatch(word)
+        return
+    assert WORD.fullmatch(word)
+    written = json.loads(plan.text())
+    assert re.sub(r"(?<!\d)0+(?=\d)", "", word) == written["legend"][written["cells"][1].split()[0]]["heads"]
+
+
 class TestUnsoundFiles:
     def refused(self, path):
-        """The plan is refused, and the message says which file it was."""
+        """Check that the plan is refused, with a message that names the file."""
         with pytest.raises(PlanInvalid) as error:
             Plan.load(path)
         assert path.name in str(error.value)

@@ -272,13 +272,16 @@ def test_a_processor_without_sdpa(either, layers):
             ah.search(either.pipe, either.inputs(), progress=False)
 
 
-def test_a_processor_from_elsewhere(either):
-    """Its module does not call torch.nn.functional F: refused at once."""
+def test_a_processor_that_attends_by_itself(either):
+    """It multiplies, and calls no function for attention: refused when the site runs, whatever its cell."""
     either.attentions[1].processor = Processor(1, Memory(either, 2, 5, row="FFF"))
     with left_as_it_was(either):
-        with pytest.raises(NotIntercepted, match=r"transformer_blocks.1.attn1: Processor lives in replay"):
-            ah.apply(either.pipe, plan(either, MIXED))
-        with pytest.raises(NotIntercepted, match=r"transformer_blocks.1.attn1: Processor lives in replay"):
+        with (
+            ah.applied(either.pipe, plan(either, MIXED)),
+            pytest.raises(NotIntercepted, match=r"blocks.1.attn1: Processor did not"),
+        ):
+            either.pipe(**either.inputs())
+        with pytest.raises(NotIntercepted, match=r"transformer_blocks.1.attn1: Processor did not call"):
             ah.search(either.pipe, either.inputs(), progress=False)
 
 

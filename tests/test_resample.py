@@ -1,4 +1,4 @@
-"""Plans for other steps and tokens than they were found for: they can run, and do what the plan did at that part of the run."""
+"""Plans derived for other steps and tokens: they can run, and do what the plan did in the same part of the run."""
 
 from dataclasses import replace
 from fractions import Fraction
@@ -30,7 +30,7 @@ def plan_of(rows, tokens=Tokens(64), sites=(SITE,), **more):  # noqa: B008  # fr
 
 
 def require_runs(plan):
-    """Every read finds what some earlier step of the same transformer wrote, lines the outputs of two."""
+    """Check that an earlier step of the same transformer computed all that is read; for extrapolation, two steps."""
     for site, column in zip(plan.target.sites, plan.columns, strict=True):
         for step, cell in enumerate(column):
             begin = plan.switch if plan.switch is not None and step >= plan.switch else 0
@@ -43,7 +43,7 @@ def require_runs(plan):
 
 @st.composite
 def two_transformers(draw):
-    """A plan that begins anew in the middle."""
+    """A plan whose second transformer takes over in the middle."""
     parts = [draw(columns(draw(st.integers(1, 5)), 2)) for _ in range(2)]
     return plan_of([(cell,) for part in parts for cell in part], switch=len(parts[0]))
 
@@ -66,7 +66,7 @@ def test_any_plan_can_run_in_any_number_of_steps(plan, steps):
 
 @few
 @given(plan=plans(), steps=st.integers(1, 60))
-def test_as_many_steps_change_nothing(plan, steps):
+def test_the_same_steps_and_tokens_change_nothing(plan, steps):
     assert plan.resample(steps=plan.steps) is plan
     assert plan.resample(tokens=plan.tokens) is plan
     assert plan.resample(steps, plan.tokens) == plan.resample(steps)
@@ -74,7 +74,7 @@ def test_as_many_steps_change_nothing(plan, steps):
 
 @few
 @given(plan=plans(), steps=st.integers(1, 60))
-def test_a_file_keeps_what_was_derived(plan, steps, tmp_path_factory):
+def test_a_derived_plan_is_written_and_read(plan, steps, tmp_path_factory):
     path = tmp_path_factory.mktemp("plans") / "plan.json"
     found = plan.resample(steps).resample(steps + 1)
     found.save(path)
@@ -87,8 +87,8 @@ in_step = st.lists(st.sampled_from([FULL, FULL, ASC, AST]), min_size=0, max_size
 
 @few
 @given(column=in_step, steps=st.integers(1, 60))
-def test_flops_are_those_of_the_plan_to_one_step(column, steps):
-    """Where nothing has to be repaired the FLOPs of every beginning are the plan's by then, to one full step."""
+def test_flops_up_to_each_step_are_those_of_the_plan(column, steps):
+    """Up to each step, the FLOPs are those of the plan up to the same part of the run, to one full step."""
     plan = plan_of([(cell,) for cell in column])
     found = plan.resample(steps=steps)
     worth = {FULL: Fraction(1), ASC: Fraction(1, 2), AST: Fraction(0)}
@@ -102,8 +102,8 @@ def test_flops_are_those_of_the_plan_to_one_step(column, steps):
 
 @few
 @given(column=in_step, steps=st.integers(1, 60), draw=st.data())
-def test_every_step_is_what_the_plan_did_within_its_stretch(column, steps, draw):
-    """And what sites did together they still do: a row is a row of the plan."""
+def test_each_row_is_a_row_of_the_plan_from_the_same_stretch(column, steps, draw):
+    """So sites that did the same in a step still do."""
     others = draw.draw(st.permutations(column[1:]))
     rows = [*zip(column, [FULL, *others], strict=True)]
     found = plan_of(rows, sites=(SITE, replace(SITE, path="attn2"))).resample(steps=steps)
@@ -120,14 +120,14 @@ def test_every_step_is_what_the_plan_did_within_its_stretch(column, steps, draw)
     ("F", 3, "FFF"),
     ("FRRRRRRR", 1, "F"),
 ])  # fmt: skip
-def test_by_hand(before, steps, after):
+def test_steps_by_hand(before, steps, after):
     cells = {"F": FULL, "R": AST}
     found = plan_of([(cells[letter],) for letter in before]).resample(steps=steps)
     assert found.cells == tuple((cells[letter],) for letter in after)
 
 
-def test_what_was_not_written_is_computed():
-    """The full step whose residual is read falls between two steps; so does the second output of a line."""
+def test_what_would_read_something_not_computed_is_computed_in_full():
+    """No new step takes the full step that made the residual, or the second output that extrapolation needs."""
     narrow, band, heads = Attend(Arrow(2)), wa_rs(2), Attend((Arrow(2, residual=True), Cached()))
     assert plan_of([(narrow,), (FULL,), (band,), (band,)]).resample(steps=2).cells == ((narrow,), (FULL,))
     found = plan_of([(narrow,), (FULL,), (heads,), (heads,)]).resample(steps=2)
@@ -155,7 +155,7 @@ def test_bands_reach_over_the_same_part_of_other_tokens(plan, tokens, steps):
     sees_text = any(site.joint for site in plan.target.sites) and before.text > 0
     tokens = replace(tokens, text=3 if sees_text else 0, text_first=sees_text and before.text_first)
     if (before.text and not sees_text) or (before.text_first and not before.text):
-        return  # the strategy's: no call of such a model has text that nothing sees
+        return  # no call of such a model has text that no site sees
     found = plan.resample(steps, tokens)
     require_runs(found)
     for site, was, new in zip(plan.target.sites, plan.resample(steps).columns, found.columns, strict=True):
@@ -193,7 +193,7 @@ def test_radii_at_four_times_the_tokens():
     assert found.tokens == Tokens.of_grid(1, 16, 32)
 
 
-def test_tokens_of_another_kind():
+def test_tokens_that_the_plan_cannot_have_are_refused():
     box = plan_of([(FULL,), (Attend(Arrow(Box(rows=2, columns=4))),)], Tokens.of_grid(1, 8, 8))
     with pytest.raises(InputsInvalid, match="wanted a grid"):
         box.resample(tokens=Tokens(256))
@@ -207,12 +207,12 @@ def test_tokens_of_another_kind():
 @pytest.mark.parametrize(
     "asked", [{}, {"steps": 0}, {"steps": -3}, {"steps": 2.5}, {"steps": True}, {"steps": "9"}, {"switch": 1}]
 )
-def test_nothing_that_can_be_asked_for(asked):
+def test_invalid_steps_are_refused(asked):
     with pytest.raises(InputsInvalid, match="wanted a number of steps"):
         plan_of([(FULL,), (AST,)]).resample(**asked)
 
 
-def test_it_says_where_it_comes_from():
+def test_a_derived_plan_says_so_in_about():
     plan = plan_of([(FULL,), (AST,)] * 10)
     plan = replace(plan, about={"model": "x", "search": {"asked": "y"}})
     found = plan.resample(steps=50)
@@ -255,7 +255,7 @@ def test_a_derived_plan_is_warned_of_once_and_runs():
 
 
 def test_a_larger_picture():
-    """A plan for 16 tokens, on 64: of the same model, whose positions are computed for any size."""
+    """A plan for 16 tokens, on 64 of the same model, which computes positions for any size."""
     bench = sd3(pos_embed_max_size=16)
     found = pipeline_plan(bench, [FULL, wa_rs(2), AST, wa_rs(2), FULL]).resample(tokens=Tokens(64, bench.text))
     assert found.cells[1][0] == wa_rs(8)

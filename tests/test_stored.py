@@ -157,7 +157,7 @@ def test_what_is_sent_away_comes_back_before_it_is_looked_at(encoding, monkeypat
             return here[id(tensor)][1].clone()
         return tensor
 
-    monkeypatch.setattr(cache_encoding, "moved", moved)
+    monkeypatch.setattr(cache_encoding, "to_device", moved)
     sent = CacheEncoding(encoding.dtype, elsewhere)
     value = drawn(6, 4, 3, 5, 4)
     there = sent.stored(value, 4)

@@ -1,4 +1,4 @@
-"""CFG in two calls of the transformer against the same generation with both branches in one batch."""
+"""CFG in two calls of the transformer gives what both branches in one batch give."""
 
 import sys
 from dataclasses import replace
@@ -58,7 +58,7 @@ def benches(request, monkeypatch):
     known = next(family for family in families.FAMILIES if family.transformer == "SD3Transformer2DModel")
     orders = {"TwoCalls": "two_calls", "OneBatch": "cond_first"}
     own = replace(known, branch_order=orders, guided=lambda call: call["guidance"] > 1)
-    monkeypatch.setattr(sys.modules["arrowhead.models.find"], "FAMILIES", (own,))  # not the function of that name
+    monkeypatch.setattr(sys.modules["arrowhead.models.find"], "FAMILIES", (own,))  # arrowhead.models.find is a module
     bench = request.param()
     draw = torch.Generator().manual_seed(torch.seed() % 2**32)
 
@@ -83,7 +83,7 @@ def two_call_plan(bench, grid):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_any_plan_gives_what_it_gives_in_one_batch(benches, seed):
+def test_any_plan_gives_the_same_as_in_one_batch(benches, seed):
     batched, twice = benches
     grid = random_grid(seed, STEPS, batched, lines=True)
     with ah.applied(batched.pipe, grid_plan(batched, grid)) as run:
@@ -103,7 +103,7 @@ def test_any_plan_gives_what_it_gives_in_one_batch(benches, seed):
 @pytest.mark.parametrize(
     "strategy", ["greedy", Headwise(radii=(1, 3), share_cfg=True, residual=True)], ids=["greedy", "headwise"]
 )
-def test_a_search_judges_both_calls_as_it_would_one_batch(benches, strategy):
+def test_a_search_finds_the_same_plan_as_in_one_batch(benches, strategy):
     batched, twice = benches
     one = ah.search(batched.pipe, batched.inputs(), strategy=strategy, threshold=0.6, progress=False)
     with left_as_it_was(twice):
@@ -111,7 +111,9 @@ def test_a_search_judges_both_calls_as_it_would_one_batch(benches, strategy):
     assert two.cells == one.cells
     assert (one.calls, two.calls) == (1, 2)
     assert two.flops().module < 1
-    assert two.about["search"]["transformer_passes"] == one.about["search"]["transformer_passes"] + 1  # for the stand-in
+    assert (
+        two.about["search"]["transformer_passes"] == one.about["search"]["transformer_passes"] + 1
+    )  # the placeholder output of the first call
 
 
 def test_a_full_plan_is_the_untouched_pipeline_bit_for_bit(benches):

@@ -1,4 +1,4 @@
-"""Pipelines that start from an image, fill in a part of one, go by pictures, or are guided by a ControlNet."""
+"""Pipelines that start from an image, inpaint, take reference images, or have a ControlNet."""
 
 import inspect
 import sys
@@ -36,8 +36,8 @@ from arrowhead.plans.cells import FULL
 from arrowhead.plans.layout import Grid
 
 TEXTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-STRENGTH, CALLED, STEPS = 0.8, 5, 4  # of 5 steps the last 4
-PARTS: dict[str, Callable[[int, int], dict[str, Any]]] = {  # what a call brings besides: of so many images, of a size
+STRENGTH, ALL_STEPS, STEPS = 0.8, 5, 4  # at this strength a pipeline runs the last 4 of 5 steps
+PARTS: dict[str, Callable[[int, int], dict[str, Any]]] = {  # further arguments of a call, by images and size
     "image": lambda images, size: {"image": picture(images, size)},
     "mask": lambda images, size: {"image": picture(images, size), "mask_image": triangle(images, size)},
     "mask, control": lambda images, size: PARTS["mask"](images, size) | PARTS["control"](images, size),
@@ -86,7 +86,7 @@ def of_flux(cls, parts, in_channels=16, controlnet=False, distilled=False, pictu
 def of_chroma(cls, parts):
     bench = FamilyBench(None, True, 16, None, CAPTION[0], text_first=True, two_calls=True)
     base = chroma()
-    base.pipe.transformer.register_to_config(guidance_embeds=False)  # which inpainting asks for, as of FLUX
+    base.pipe.transformer.register_to_config(guidance_embeds=False)  # inpainting reads it
     return made(cls, base, 4, {"text_encoder": None, "tokenizer": None}, parts, bench)
 
 
@@ -105,7 +105,7 @@ def of_qwen(cls, parts, controlnet=False, extra=0, visual=16, one_prompt=False):
 
 
 def of_wan(cls, parts, second=False, frames=False):
-    """From an image, which the transformer sees beside the latents; `frames`: in place of their first, as in the 5B."""
+    """Image to video: the image is in further channels, or, with `frames`, in the latents' first frame, as in Wan 2.2 5B."""
     config = {"in_channels": 4 if frames else 12}
     transformers = {f"transformer{name}": wan_transformer(seed, **config) for seed, name in enumerate(["", "_2"][: 1 + second])}
     means = {"latents_mean": [0.1] * 4, "latents_std": [1.1] * 4}
@@ -146,9 +146,9 @@ def of_z_image(cls, parts, controls=None):
 
 
 def made(cls, base, channels, more, parts, bench, halvings=1, one_prompt=False):
-    """The pipeline around the bench's transformer, 8 × 8 latents; `bench` says how its calls come.
+    """Returns `bench` with a pipeline around the transformer of `base`, with 8 × 8 latents.
 
-    `one_prompt`: it takes no more, but draws several images of it.
+    `one_prompt`: the pipeline takes one prompt, and generates several images of it.
     """
     size = 8 * 2**halvings
     if "controlnet" in more:
@@ -162,8 +162,8 @@ def made(cls, base, channels, more, parts, bench, halvings=1, one_prompt=False):
     pipe.set_progress_bar_config(disable=True)
     taken = inspect.signature(cls.__call__).parameters
 
-    def inputs(seed=0, images=1, guidance=3.0, steps=CALLED, **others):
-        torch.manual_seed(seed)  # from which SD3's ControlNet pipeline draws its image's latents
+    def inputs(seed=0, images=1, guidance=3.0, steps=ALL_STEPS, **others):
+        torch.manual_seed(seed)  # SD3's ControlNet pipeline encodes its image with the global generator
         call = base.inputs(seed=seed, images=1 if one_prompt else images, guidance=guidance, steps=steps)
         call["num_images_per_prompt"] = images if one_prompt else 1
         call |= {"height": size, "width": size, "strength": STRENGTH} | PARTS[parts](images, size)
@@ -208,7 +208,7 @@ VARIANTS: dict[str, tuple[Callable[..., FamilyBench], dict[str, Any]]] = {
     "WanImageToVideoPipeline": (of_wan, {"parts": "image", "second": True}),
     "WanImageToVideoPipeline, 5B": (of_wan, {"parts": "image", "frames": True}),
 }
-LONG = {  # whose budgets are left to the slow tests: those of others like them are tested
+LONG = {  # a budget search with these is a slow test; similar ones are tested always
     "StableDiffusion3ControlNetInpaintingPipeline",
     "FluxControlImg2ImgPipeline",
     "FluxControlInpaintPipeline",
@@ -226,19 +226,24 @@ LONG = {  # whose budgets are left to the slow tests: those of others like them 
 FIRST = {"DiTPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline", "StableDiffusion3Pipeline", "FluxPipeline"}
 
 
-@pytest.fixture(params=VARIANTS)
-def bench(request, monkeypatch):
-    make, how = VARIANTS[request.param]
-    cls = getattr(diffusers, request.param.split(",")[0])
+def variant(name, monkeypatch):
+    """The bench of a pipeline in `VARIANTS`."""
+    make, how = VARIANTS[name]
+    cls = getattr(diffusers, name.split(",")[0])
     module = sys.modules[cls.__module__]
-    if sized := getattr(module, "calculate_dimensions", None):  # pictures to go by have a million pixels, whatever they had
+    if sized := getattr(module, "calculate_dimensions", None):  # diffusers scales reference images to a million pixels
         monkeypatch.setattr(module, "calculate_dimensions", lambda area, ratio: sized(area // 256, ratio))
     return make(cls, **how)
 
 
+@pytest.fixture(params=VARIANTS)
+def bench(request, monkeypatch):
+    return variant(request.param, monkeypatch)
+
+
 def steps_of(bench):
-    """That the pipeline runs."""
-    return STEPS if "strength" in bench.inputs() else CALLED
+    """The steps that the pipeline runs."""
+    return STEPS if "strength" in bench.inputs() else ALL_STEPS
 
 
 def test_every_pipeline_is_tested():
@@ -247,7 +252,7 @@ def test_every_pipeline_is_tested():
     assert named == FIRST | others | {name.split(",")[0] for name in VARIANTS}
 
 
-@pytest.mark.parametrize("guidance", [3.0, 1.0], ids=["guided", "alone"])
+@pytest.mark.parametrize("guidance", [3.0, 1.0], ids=["guided", "unguided"])
 def test_plans_are_what_a_replay_gives(bench, guidance):
     model, steps = find(bench.pipe, INNER), steps_of(bench)
     guided = guidance > 1 and (bench.two_calls or not bench.text_first)
@@ -281,7 +286,7 @@ HOW = {"greedy": {"threshold": 0.7}, "budget": {"budget": ah.Budget(module_flops
     ],
     indirect=["bench"],
 )
-def test_searches_know_the_steps(bench, how):
+def test_searches_find_plans_for_the_steps_that_run(bench, how):
     with left_as_it_was(bench):
         plan = ah.search(bench.pipe, bench.inputs(), progress=False, **how)
     assert plan.steps == steps_of(bench)
@@ -302,8 +307,8 @@ def test_searches_know_the_steps(bench, how):
     ],
     indirect=["bench"],
 )
-def test_pictures_to_go_by_are_no_part_of_what_is_drawn(bench, drawn):
-    """A search does not look at what becomes of them; and what stands after the image's own tokens is not in its grid."""
+def test_searches_leave_out_the_output_at_reference_images(bench, drawn):
+    """Where tokens of reference images follow those of the image, there is no grid."""
     calibration, seen = CalibrationRun(driver_of(bench.pipe, bench.inputs()), find(bench.pipe)), []
     calibration.run(lambda step: seen.append(step.full().shape[1]), first_only=True)
     assert seen == [drawn]
@@ -312,7 +317,7 @@ def test_pictures_to_go_by_are_no_part_of_what_is_drawn(bench, drawn):
     assert bench.visual > drawn
 
 
-def test_without_pictures_all_is_drawn():
+def test_without_reference_images_all_tokens_are_the_image():
     make, how = VARIANTS["FluxKontextPipeline"]
     bench = make(diffusers.FluxKontextPipeline, **how)
     calibration, seen = CalibrationRun(driver_of(bench.pipe, bench.inputs(image=None)), find(bench.pipe)), []

@@ -1,4 +1,4 @@
-"""Bands as windows: each way that queries can be taken, what is merged, and how much memory it takes."""
+"""Bands as windows: every case of chunks and windows, text merged in, gradients and memory."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ SHAPES = [  # visual tokens, radius, whether there are windows
 
 
 class LargestStorage(TorchDispatchMode):
-    """The bytes of the largest tensor that any operation gives; of a view, those of what it looks at."""
+    """The bytes of the largest storage among the results of all operations."""
 
     def __init__(self):
         super().__init__()
@@ -40,7 +40,7 @@ class LargestStorage(TorchDispatchMode):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How many queries, in windows of which length, each call of the operator for windows was given."""
+    """For each call of `_windows`, the number of queries and the length of a window."""
     seen, real = [], windows._windows
 
     def counted(q, k, v, radius, scale, into):
@@ -74,7 +74,7 @@ def test_agrees_with_dense_attention_and_uses_windows_where_there_are_any(
     seed=st.integers(0, 2**32),
 )
 def test_any_policy_agrees_with_dense_attention(tokens, radii, batch, sharpness, seed):
-    """Sharp ones, too, where text or band has all the weight."""
+    """Also with large scales, where text or band has all the weight."""
     q, k, v = random_qkv(tokens, batch, len(radii), dtype=torch.float64, seed=seed)
     out = dispatch.arrow(q, k, v, tokens, radii, scale=sharpness, kernel="chunked")
     torch.testing.assert_close(out, dense(q, k, v, tokens, radii, sharpness), atol=1e-11, rtol=1e-9)
@@ -94,7 +94,7 @@ def test_gradients_are_those_of_dense_attention(text):
         torch.testing.assert_close(ours, wanted, atol=1e-11, rtol=1e-9)
 
 
-def test_vectors_that_are_not_in_one_piece():
+def test_channels_that_are_not_contiguous():
     tokens = Tokens(150, 7)
     q, k, v = (tensor[..., ::2] for tensor in random_qkv(tokens, dim=16))
     out = dispatch.arrow(q, k, v, tokens, 20, kernel="chunked")

@@ -1,77 +1,116 @@
-"""What arrowhead raises and warns of. Every message says what was got, what was wanted, and what to do about it."""
+"""The errors that arrowhead raises and the warnings that it gives.
+
+Each message says what was got, what was wanted, and what to do about it.
+"""
 
 
 class ArrowheadError(Exception):
-    """Base of every error that arrowhead raises on purpose."""
+    """Base of all errors that arrowhead raises on purpose. Catch it to handle every one of them."""
 
 
 class PlanInvalid(ArrowheadError, ValueError):
-    """A plan, or the file that holds one, contradicts itself."""
+    """A plan, or a plan file, contradicts itself or cannot run.
+
+    Raised when a `Plan` is made, saved or loaded. Correct the cell that the message names, or search again.
+    """
 
 
 class PlanMismatch(ArrowheadError, ValueError):
-    """A sound plan was put on a pipeline, or met a call, that it was not made for."""
+    """A sound plan meets a pipeline, or a call of it, that the plan was not made for.
+
+    Raised by `apply`, and when a generation begins. The message names every difference. Search again on this pipeline with
+    these arguments; for other steps or tokens, `Plan.resample` may be enough.
+    """
 
 
 class UnsupportedPipeline(ArrowheadError, TypeError):
-    """The pipeline has no attention sites that arrowhead knows."""
+    """arrowhead cannot put plans on a pipeline or model: it finds no attention sites there, or something on it is in the way.
+
+    Raised by `apply`, `search`, `calibrate` and `analyze`. `supported()` lists what works; a model of other code needs an
+    `Adapter`.
+    """
 
 
 class InputsInvalid(ArrowheadError, ValueError):
-    """Arguments that the pipeline's call, or arrowhead itself, cannot take."""
+    """Arguments that the pipeline's call, or arrowhead itself, cannot take. Change the argument that the message names."""
 
 
 class AlreadyApplied(ArrowheadError, RuntimeError):
-    """The pipeline carries a plan already."""
+    """A pipeline has a plan already. Take the plan off with `remove`, then try again."""
 
 
 class AlreadyGenerating(ArrowheadError, RuntimeError):
-    """A generation, or a search, is going on: another call would take part in it."""
+    """A generation or a search is running on the pipeline, and another call would become part of it.
+
+    Wait until it has ended, or use another pipeline.
+    """
 
 
 class NotIntercepted(ArrowheadError, RuntimeError):
-    """An attention module ran, but arrowhead was never asked: nothing would have been compressed."""
+    """A module, scheduler or loop did not call what arrowhead intercepts, or gave something else than arrowhead expects.
+
+    The plan would have done nothing, or something wrong. Raised by `apply`, in generations, and in searches. The message names
+    the site, and what to look at.
+    """
 
 
 class KernelUnavailable(ArrowheadError, RuntimeError):
-    """The kernel that was asked for cannot run here. An explicit choice never falls back."""
+    """The kernel that was asked for by name cannot run here: no kernel has this name, or the call is none that it can compute.
+
+    Another kernel never takes over silently. Choose one that the message names, or ``kernel="auto"``.
+    """
 
 
 class ArrowheadWarning(UserWarning):
-    """Base of every warning that arrowhead gives."""
+    """Base of all warnings that arrowhead gives. Filter by it to silence every one of them."""
 
 
 class NothingCompressed(ArrowheadWarning):
-    """A search with a positive threshold found nothing to compress."""
+    """A search with a positive threshold found nothing to compress. Search with a larger threshold."""
 
 
 class ShareCfgIgnored(ArrowheadWarning):
-    """The plan shares attention between the CFG branches, but this generation has only one branch."""
+    """The plan shares attention between the CFG branches, but a generation has one branch, and nothing to share.
+
+    Given when a generation begins without guidance. Search again without guidance for a plan that fits it.
+    """
 
 
 class PlanDerived(ArrowheadWarning):
-    """The plan was not found for these steps, or these tokens, but derived from one for others."""
+    """The plan was derived by `Plan.resample`, for other steps or tokens than it was found for.
+
+    Given when the plan is applied. Search again with these steps and tokens for the best quality.
+    """
 
 
 class BandCoversAll(ArrowheadWarning):
-    """A band is as wide as the sequence: it is computed, and is the same as full attention."""
+    """A band reaches over the whole sequence: it computes full attention. Use smaller radii to save work."""
 
 
 class SiteNotReached(ArrowheadWarning):
-    """A site that the plan speaks of was passed over in a generation, or ran without arrowhead."""
+    """In a generation a site of the plan did not run, or ran without arrowhead, so that its cells did nothing.
+
+    Given when a generation ends. Apply the plan after whatever else replaces processors or skips blocks.
+    """
 
 
 class GenerationUnfinished(ArrowheadWarning):
-    """A generation ended before the plan's last step, or a loop of one's own began anew."""
+    """A generation ended before the plan's last step, or a custom model's loop began again.
+
+    The next generation begins with the plan's first step. Let a generation run to its end.
+    """
 
 
 class ProcessorReplaced(ArrowheadWarning):
-    """Somebody replaced an attention processor while a plan was applied."""
+    """An attention processor, or a forward, was replaced while a plan was applied, so that its site is no longer compressed.
+
+    `remove` leaves the new one in place. Apply the plan after whatever replaces processors.
+    """
 
 
 class InputsRepeated(ArrowheadWarning):
-    """There are fewer prompts or labels than images, and some are drawn more often than others."""
+    """There are fewer prompts or labels than images, so that some are used more often than others. Give more of them."""
 
 
 class TooFewSamples(ArrowheadWarning):
-    """There are too few images for a figure to mean what it says."""
+    """There are too few images for a metric to mean anything. Generate more."""

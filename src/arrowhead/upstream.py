@@ -1,21 +1,138 @@
-"""The private names of torch, diffusers and accelerate that arrowhead touches."""
+"""Every private name of torch, accelerate and diffusers that arrowhead uses: what for, and what breaks without it.
 
-from collections.abc import Iterator
+No other file uses such a name (`tests/test_import_law.py`), so that a new version of these packages is checked here.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 COMPILED = "_compiled_call_impl"
-"""What torch calls in place of a module's own call, where it is set: `Module.compile` sets it."""
+"""The attribute of a module that torch calls in place of the module's own call. `Module.compile` sets it.
+
+The step clock and the wrappers of compiled sites stand there, outside of the graph. Without it a graph would be made of them.
+"""
+
+HIDDEN = "_orig_mod"
+"""The attribute under which `torch.compile(module)` keeps the module. Without it a compiled model would have no known sites."""
+
+
+def child_modules(module: nn.Module) -> Mapping[str, nn.Module | None]:
+    """A module's children by name. Without it each of them would be looked up by torch's slow `__getattr__`, in every pass."""
+    return module._modules
 
 
 def uncompiled(module: Any) -> Any:
-    """The module that torch.compile(module) hides."""
-    return module._orig_mod if "_orig_mod" in getattr(module, "_modules", ()) else module
+    """The module that `torch.compile(module)` hides, or the module itself."""
+    return getattr(module, HIDDEN) if HIDDEN in getattr(module, "_modules", ()) else module
 
 
 def named_modules(root: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Modules by their paths, which are what they are where torch.compile hides one."""
+    """All modules by their paths. A module that torch.compile hides has the path that it has without."""
     for path, module in root.named_modules():
         if uncompiled(module) is module:
-            yield ".".join(part for part in path.split(".") if part != "_orig_mod"), module
+            yield ".".join(part for part in path.split(".") if part != HIDDEN), module
+
+
+def uncompiled_call(module: nn.Module) -> Any:
+    """The call of a module, its hooks included, past what `Module.compile` made. Without it hooks would be left out."""
+    return module._call_impl
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks surround a module's forward. Without it single heads would be projected past such hooks."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def no_dispatch_modes() -> AbstractContextManager[Any]:
+    """Within the block no mode, such as a counter of FLOPs, sees the operators that run.
+
+    Without it FlexAttention is not compiled under a counter, and comparing two forwards would be counted.
+    """
+    return _disable_current_modes()
+
+
+def graph_break(message: str) -> None:
+    """End the graph that torch.compile is making, or, with `fullgraph`, raise an error with the message.
+
+    Without it the calls of a model in a compiled loop would not be counted.
+    """
+    torch._dynamo.graph_break(msg=message)
+
+
+def compiler_is_loaded() -> bool:
+    """Whether anything has imported torch's compiler, which takes seconds. Without it every search would import it."""
+    return "torch._dynamo" in sys.modules
+
+
+def recompile_limit(limit: int) -> AbstractContextManager[Any]:
+    """Within the block one function has up to `limit` graphs. Without it FlexAttention runs uncompiled from the ninth on."""
+    return torch._dynamo.config.patch(recompile_limit=limit)
+
+
+def is_compiler_error(error: Exception) -> bool:
+    """Whether torch's compiler raised the error. Without it such an error would not name a kernel that works."""
+    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape and no values. Without it FLOPs of the fused kernel cannot be counted on fake tensors."""
+    from torch._subclasses.fake_tensor import FakeTensor  # noqa: PLC0415 - it takes long to import
+
+    return isinstance(tensor, FakeTensor)
+
+
+CPU_ATTENTION: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+"""Attention on the CPU: (output, log Σ exp(score)). No public function gives the sums, by which windows and text are merged.
+
+It is also the operator that torch's counter of FLOPs does not know.
+"""
+
+
+def forward_holders(module: nn.Module) -> Iterator[tuple[Any, str]]:
+    """The objects and attributes in which accelerate's and diffusers' hooks keep the forward that they call.
+
+    Without it hooks that were added after a plan would go on calling the plan's forward when the plan is off.
+    """
+    yield module, "_old_forward"  # accelerate's
+    for reference in getattr(vars(module).get("_diffusers_hook"), "_fn_refs", ()):
+        yield reference, "forward"
+        yield reference, "original_forward"
+
+
+def diffusers_hooks(module: nn.Module) -> Mapping[str, Any]:
+    """The hooks of diffusers on a module, by name. Without it its caches, which leave out sites, would not be noticed."""
+    return getattr(vars(module).get("_diffusers_hook"), "hooks", {})
+
+
+def parallel_config(transformer: nn.Module) -> Any:
+    """How diffusers shares the transformer's work among processes, or None. Without it a part would be taken for the whole."""
+    return getattr(transformer, "_parallel_config", None)
+
+
+def execution_device(pipe: Any) -> torch.device:
+    """The device on which a pipeline computes, also where its weights are offloaded. Without it the wrong RNG is preserved."""
+    return pipe._execution_device
+
+
+def progress_bar_config(pipe: Any) -> dict[str, Any] | None:
+    """The latest arguments of `set_progress_bar_config`, or None. Without it a search would leave the bar switched off."""
+    return getattr(pipe, "_progress_bar_config", None)
+
+
+def restore_progress_bar_config(pipe: Any, config: dict[str, Any] | None) -> None:
+    """Undo `set_progress_bar_config`: the attribute is as `progress_bar_config` gave it."""
+    if config is None:
+        del pipe._progress_bar_config
+    else:
+        pipe._progress_bar_config = config
+
+
+def name_or_path(pipe: Any) -> str:
+    """Where a pipeline was loaded from; empty if it was not. Without it provenance would lack the model's name."""
+    return str(pipe.config.get("_name_or_path") or "")

@@ -1,15 +1,19 @@
 """Processors that somebody sets while a plan is applied, and such as attend twice."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
-from matrix import combines
+from matrix import combines, states
 from subjects import subject
 from untouched import parts
 
 import arrowhead as ah
 from arrowhead.errors import PlanMismatch, ProcessorReplaced, SiteNotReached, UnsupportedPipeline
+from arrowhead.plans.cells import Attend
 
 GROUP = "Processors"
 NAMED = "works: full attention there, with a warning as the next generation begins"
@@ -120,3 +124,35 @@ def test_the_models_own_forward(mechanism, outcome):
             here.generate(1, by_call=False)
     assert torch.equal(here.generate(1), untouched)
     assert torch.equal(here.compressed(plan, 1), wanted)
+
+
+@pytest.fixture
+def backend_is_put_back():
+    yield
+    _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
+
+
+@pytest.mark.usefixtures("backend_is_put_back")
+@states(GROUP, "set_attention_backend while a plan is applied", "works, and is kept", "dispatch_attention_fn")
+def test_an_attention_backend_that_is_set_while_a_plan_is_on(monkeypatch):
+    here = subject("flux")
+    processors = [module.processor for module in here.transformer.modules() if hasattr(module, "processor")]
+    asked = []
+    own = _AttentionBackendRegistry._backends[AttentionBackendName._NATIVE_MATH]
+    counting = lambda *args, **kwargs: (asked.append(1), own(*args, **kwargs))[1]  # noqa: E731
+    monkeypatch.setitem(_AttentionBackendRegistry._backends, AttentionBackendName._NATIVE_MATH, counting)
+    here.transformer.set_attention_backend("native")
+    plan = here.plan(1)
+    full = replace(plan, cells=((Attend(),) * len(plan.cells[0]),) * len(plan.cells))
+    with here.applied(full):
+        here.generate()
+        assert not asked
+        here.transformer.set_attention_backend("_native_math")
+        here.generate()
+        assert len(asked) == 2 * len(processors) * len(full.cells)  # two calls a step
+    now = [module.processor for module in here.transformer.modules() if hasattr(module, "processor")]
+    assert all(own is before for own, before in zip(now, processors, strict=True))
+    assert {processor._attention_backend for processor in processors} == {AttentionBackendName._NATIVE_MATH}
+    with here.applied(full):
+        here.transformer.reset_attention_backend()
+    assert {processor._attention_backend for processor in processors} == {None}

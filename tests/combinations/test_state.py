@@ -17,7 +17,7 @@ from test_families import plan_of
 import arrowhead as ah
 from arrowhead.errors import GenerationUnfinished, InputsInvalid, PlanMismatch
 from arrowhead.models.find import find
-from arrowhead.plans.cells import FULL, Arrow, Attend, Full
+from arrowhead.plans.cells import FULL, Arrow, Attend, Full, Reuse
 from arrowhead.plans.layout import ATTENTION_KINDS
 
 
@@ -176,7 +176,7 @@ def test_guidance_that_ends_early(mechanism, outcome, images, cells):
     here = subject(mechanism)
     plan = here.plan(seed=9)
     if cells != "any":
-        cell = {"ASC": Attend(Full(), share_cfg=True), "AST": ah.methods.Reuse(), "band": Attend(Arrow(2))}[cells]
+        cell = {"ASC": Attend(Full(), share_cfg=True), "AST": Reuse(), "band": Attend(Arrow(2))}[cells]
         sites = len(plan.target.sites)
         plan = replace(plan, cells=((FULL,) * sites, (FULL,) * sites, *[(cell,) * sites] * 3))
     if mechanism == "own":

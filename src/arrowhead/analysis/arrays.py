@@ -146,7 +146,7 @@ class Analysis:
                 arrays = {member.filename.removesuffix(".npy"): _array(file, member) for member in file.infolist()}
             text = str(arrays.pop("meta")[()])
             limits.require_length(text)
-            limits.parsed(text)
+            limits.parse_json(text)
             meta = _Meta.model_validate_json(text, strict=True)
             return cls(**meta.fields(), **meta.with_map(arrays))
         except (
@@ -160,7 +160,7 @@ class Analysis:
             zipfile.BadZipFile,
         ) as error:
             raise InputsInvalid(
-                f"got {path}, which is no analysis ({limits.short(error)}); wanted an npz that Analysis.save wrote"
+                f"got {path}, which is no analysis ({limits.shortened(error)}); wanted an npz that Analysis.save wrote"
             ) from error
 
     def as_dict(self) -> dict[str, Any]:

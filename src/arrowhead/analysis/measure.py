@@ -24,9 +24,8 @@ from arrowhead.errors import InputsInvalid
 from arrowhead.metrics.error import relative_squared_error
 from arrowhead.models.find import find
 from arrowhead.plans import masks
-from arrowhead.plans.cells import FULL, Arrow
+from arrowhead.plans.cells import Arrow
 from arrowhead.plans.layout import Site, Tokens
-from arrowhead.plans.lifetimes import Writes
 from arrowhead.searches.radii import fewest
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
@@ -135,8 +134,9 @@ class _Observer:
     def at_site(self, call: SiteCall, state: Generation) -> Output:
         """Run the site's module, untouched."""
         site, parts = call.site, self.asked.parts
-        state.stats.record_pass(site, FULL, state.tokens)
-        out = call.run(lambda attention: self._attention(attention, call, state))
+        passage = SitePass.full(call, state)
+        passage.record_pass()
+        out = call.run(lambda attention: self._attention(attention, passage))
         image = _image(out, site.tokens(state.tokens))  # (B, V, C)
         if "branches" in parts:
             one, other = image.float().flatten(1).chunk(2)
@@ -147,7 +147,8 @@ class _Observer:
             self._outputs.setdefault(site, []).append(image[:, places].cpu())
         return out
 
-    def _attention(self, attention: AttentionCall, call: SiteCall, state: Generation) -> Tensor:
+    def _attention(self, attention: AttentionCall, passage: SitePass) -> Tensor:
+        call, state = passage.call, passage.generation
         site, parts = call.site, self.asked.parts
         out = attention.native()  # (B, H, N, D)
         require_finite(out, call, state)
@@ -157,7 +158,6 @@ class _Observer:
                 "branches only"
             )
         if "reuse" in parts:
-            passage = SitePass(call, FULL, Writes(), state, tuple(range(site.heads)))
             self._errors.setdefault(site, []).append(self._reused(attention, out, passage))
         if "locality" in parts:
             masses = _masses(attention, site.tokens(state.tokens), self.asked.radius)

@@ -19,7 +19,8 @@ from arrowhead.engine.compile_boundary import force_eager
 from arrowhead.errors import InputsInvalid
 from arrowhead.models.custom import Adapter, CustomModel, with_adapter
 from arrowhead.models.model import Model, transformers_of
-from arrowhead.plans.target import plain
+from arrowhead.plans.target import to_json_value
+from arrowhead.upstream import execution_device, name_or_path
 
 
 class Driver(ABC):
@@ -87,7 +88,7 @@ class PipelineDriver(Driver):
         """No progress bar is shown, and any other call of the pipeline is refused, with AlreadyGenerating."""
         pipe, generator = self.pipe, self._inputs.get("generator")
         with (
-            preserved_rng(generator, pipe._execution_device),
+            preserved_rng(generator, execution_device(pipe)),
             no_progress_bar(pipe),
             exclusive_call(pipe) as call,
             force_eager(),
@@ -111,7 +112,7 @@ class PipelineDriver(Driver):
         generators = [generator] if isinstance(generator, torch.Generator) else generator or []
         return {
             "pipeline": type(self.pipe).__name__,
-            "model": str(self.pipe.config.get("_name_or_path") or ""),
+            "model": name_or_path(self.pipe),
             "inputs": {name: _described(value) for name, value in self._all_inputs.items() if name != "generator"},
             "seeds": [g.initial_seed() for g in generators],
             "device": str(transformer.device),
@@ -221,4 +222,4 @@ def _described(value: Any) -> Any:
     """An input as JSON holds it: a callable by its name, a tensor by its shape."""
     if callable(value):
         return getattr(value, "__qualname__", type(value).__name__)
-    return f"tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else plain(value)
+    return f"tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else to_json_value(value)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from arrowhead.errors import AlreadyGenerating, InputsInvalid
+from arrowhead.upstream import progress_bar_config, restore_progress_bar_config
 
 
 @contextmanager
@@ -53,12 +54,9 @@ def preserved_rng(generator: torch.Generator | Sequence[torch.Generator] | None,
 @contextmanager
 def no_progress_bar(pipe: Any) -> Iterator[None]:
     """Hide the pipeline's progress bar within the block; its configuration is then as before."""
-    before: dict[str, Any] | None = getattr(pipe, "_progress_bar_config", None)
+    before = progress_bar_config(pipe)
     pipe.set_progress_bar_config(**(before or {}) | {"disable": True})
     try:
         yield
     finally:
-        if before is None:
-            del pipe._progress_bar_config
-        else:
-            pipe._progress_bar_config = before
+        restore_progress_bar_config(pipe, before)

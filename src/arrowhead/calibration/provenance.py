@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from arrowhead.calibration.driver import Driver
-from arrowhead.plans.target import plain
+from arrowhead.plans.target import to_json_value
 from arrowhead.versions import versions
 
 
@@ -13,7 +13,7 @@ def provenance(driver: Driver, settings: Mapping[str, Any], what: str = "search"
     """What ran, on which inputs, with which settings and versions, as JSON holds it; `what` names the settings' entry."""
     return {
         **driver.described(),
-        what: {name: plain(value) for name, value in settings.items()},
+        what: {name: to_json_value(value) for name, value in settings.items()},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
     }

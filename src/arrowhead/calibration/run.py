@@ -280,10 +280,10 @@ class CalibrationRun:
         return _Call(
             transformer,
             model.tokens(arguments),
-            model.latents_argument(arguments),
+            model.latents(arguments),
             partial(_run_forward, forward, args, kwargs),
             bool(scales),
-            model.family.returned(arguments),
+            model.family.output_tokens(arguments),
             model.scheduler_step,
         )
 

@@ -89,7 +89,12 @@ class Step:
 
     def _by(self, cells: Sequence[Cell], writes: Callable[[Site, Cell], Writes]) -> AtSite:
         cell_of = dict(zip(self.sites, cells, strict=True))
-        return lambda call, state: execute_site(call, cell_of[call.site], writes(call.site, cell_of[call.site]), state)
+
+        def at_site(call: SiteCall, state: Generation) -> Output:
+            cell = cell_of[call.site]
+            return execute_site(call, state.prepared(call.site, cell, writes(call.site, cell)), state)
+
+        return at_site
 
 
 def _writes(candidates: Sequence[Cell], cell: Cell) -> Writes:

@@ -210,7 +210,7 @@ def show(
     if png is not None:
         from arrowhead.analysis.draw import (
             head_map,
-            plan_map,  # noqa: PLC0415  # matplotlib
+            plan_map,  # matplotlib
         )
 
         if site is None:

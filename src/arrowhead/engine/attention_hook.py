@@ -1,19 +1,14 @@
-"""The place between a model's Q, K, V and its attention: two names in the module that defines its processor, routed.
+"""Where a model's attention is intercepted: a call with queries, keys and values goes to the handler of the running site.
 
-`F` becomes a stand-in for torch.nn.functional whose `scaled_dot_product_attention` asks whoever answers for the site that is
-running; `dispatch_attention_fn`, which newer models of diffusers call, becomes a function that does. Routed for the first
-model that needs a module, and put back with the last, so that an untouched process stays untouched.
-
-A module without a processor may call attention by any name and from anywhere: while its forward runs, torch itself is asked.
+A processor runs as a twin, whose class has clones of the processor's functions (`function_clones`): they find stand-ins under
+the names by which they call attention (`F`, diffusers' `dispatch_attention_fn`). No module and no class of the model's changes.
+Attention that is called in another way is caught by a mode of torch (`HookedAttention`), which is slower: it sees every call of
+a torch function.
 """
 
-import sys
-import threading
 import types
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable, Sequence
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -24,15 +19,16 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from arrowhead.engine.compile_boundary import compiling
-from arrowhead.errors import NotIntercepted
+from arrowhead.engine.function_clones import uses_attribute, with_stand_ins
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class AttentionCall:
-    """One call of scaled-dot-product attention: q, k, v (B, H, N, D), and `native` to run it just as the model would.
+    """One call of scaled dot-product attention: q, k, v, (B, H, N, D) each.
 
-    k and v may have fewer heads, each for as many heads of queries in a row. `mask` is the model's own, (B or 1, H or 1,
-    N or 1, N); `causal`, that it asks for more than a mask can say.
+    k and v may have fewer heads, each for as many heads of q that follow one another. `mask` is the model's own, (B or 1, H or
+    1, N or 1, N), or None. `causal`: the call asks for a causal mask, or for dropout, which no mask can express. `native()`
+    computes the attention as the model would, (B, H, N, D).
     """
 
     q: Tensor
@@ -45,88 +41,73 @@ class AttentionCall:
 
 
 def batch_calls(calls: Sequence[AttentionCall], length: int) -> AttentionCall:
-    """Calls of one sample each, without masks, as one of all, padded at the end to `length` tokens: the mask tells which."""
+    """One call for several calls of one sample each, without masks: padded at the end to `length` tokens, and masked there."""
 
-    def whole(parts: Iterable[Tensor]) -> Tensor:
-        return torch.cat([F.pad(part, (0, 0, 0, length - part.shape[2])) for part in parts])
+    def joined(parts: Iterable[Tensor]) -> Tensor:
+        return torch.cat([F.pad(part, (0, 0, 0, length - part.shape[2])) for part in parts])  # (1, H, n, D) -> (B, H, N, D)
 
     lengths = torch.tensor([call.k.shape[2] for call in calls], device=calls[0].k.device)
     seen = torch.arange(length, device=lengths.device) < lengths[:, None]  # (B, N)
     return AttentionCall(
-        whole(call.q for call in calls),
-        whole(call.k for call in calls),
-        whole(call.v for call in calls),
+        joined(call.q for call in calls),
+        joined(call.k for call in calls),
+        joined(call.v for call in calls),
         calls[0].scale,
         None if bool(seen.all()) else seen[:, None, None],
         any(call.causal for call in calls),
-        lambda: whole(call.native() for call in calls),
+        lambda: joined(call.native() for call in calls),
     )
 
 
-AttentionHandler = Callable[[AttentionCall], Tensor]  # (B, H, N, D)
-_handler: ContextVar[AttentionHandler | None] = ContextVar("arrowhead_answer", default=None)
+AttentionHandler = Callable[[AttentionCall], Tensor]  # gives (B, H, N, D)
+_handler: ContextVar[AttentionHandler | None] = ContextVar("arrowhead_attention_handler", default=None)
 
 
-@contextmanager
-def attention_handler(answer: AttentionHandler) -> Iterator[None]:
-    """Routed attention within the block goes to `answer`."""
-    token = _handler.set(answer)
-    try:
-        yield
-    finally:
-        _handler.reset(token)
+class attention_handler:  # noqa: N801 - used as a function, in a with statement
+    """Within the block, hooked attention is computed by `handler`."""
+
+    __slots__ = ("_before", "_own")
+
+    _before: Token[AttentionHandler | None]
+
+    def __init__(self, handler: AttentionHandler) -> None:
+        self._own = handler
+
+    def __enter__(self) -> None:
+        self._before = _handler.set(self._own)
+
+    def __exit__(self, *_: object) -> None:
+        _handler.reset(self._before)
 
 
-def _handle(call: AttentionCall) -> Tensor:
-    """What whoever answers says, or, when nobody does, what the model computes itself."""
-    answer = _handler.get()
-    return call.native() if answer is None else answer(call)
+def hooked_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """The stand-in for torch's `scaled_dot_product_attention`: the handler's answer, and torch's where no handler is set."""
+
+    def native() -> Tensor:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, **kwargs
+        )
+
+    # a graph of torch.compile holds torch's attention: handlers change from step to step
+    if compiling() or (handler := _handler.get()) is None:
+        return native()
+    return handler(AttentionCall(query, key, value, scale, attn_mask, is_causal or dropout_p > 0, native))
 
 
-class _RoutedFunctional(types.ModuleType):
-    """torch.nn.functional, but for attention."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(F, name)
-
-    @staticmethod
-    def scaled_dot_product_attention(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        def native() -> Tensor:
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, **kwargs
-            )
-
-        if compiling():  # a graph that sites are outside of, or within, is not asked
-            return native()
-        return _handle(AttentionCall(query, key, value, scale, attn_mask, is_causal or dropout_p > 0, native))
-
-
-hooked_attention = _RoutedFunctional.scaled_dot_product_attention
-"""What asks: to be called in place of torch's."""
-
-
-class HookedAttention(TorchFunctionMode):
-    """Within a `with` block every call of torch's scaled_dot_product_attention is routed, whatever name it goes by."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        routed = hooked_attention if function is F.scaled_dot_product_attention else function
-        return routed(*args, **(kwargs or {}))
-
-
-def _routed_dispatch(dispatch: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Diffusers' dispatch_attention_fn, whose tensors are (B, N, H, D)."""
+def _hooked_dispatch(dispatch: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The stand-in for diffusers' `dispatch_attention_fn`, whose tensors are (B, N, H, D)."""
 
     @wraps(dispatch)
-    def routed(
+    def hooked(
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -137,58 +118,78 @@ def _routed_dispatch(dispatch: Callable[..., Tensor]) -> Callable[..., Tensor]:
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        def native() -> Tensor:
-            return dispatch(query, key, value, attn_mask, dropout_p, is_causal, scale, *args, **kwargs).transpose(1, 2)
-
-        if compiling():
+        def own() -> Tensor:
             return dispatch(query, key, value, attn_mask, dropout_p, is_causal, scale, *args, **kwargs)
-        q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))  # (B, N, H, D) -> (B, H, N, D)
-        return _handle(AttentionCall(q, k, v, scale, attn_mask, is_causal or dropout_p > 0, native)).transpose(1, 2)
 
-    return routed
+        if compiling() or (handler := _handler.get()) is None:
+            return own()
+        q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, N, H, D) -> (B, H, N, D)
+        native = lambda: own().transpose(1, 2)  # noqa: E731
+        return handler(AttentionCall(q, k, v, scale, attn_mask, is_causal or dropout_p > 0, native)).transpose(1, 2)
 
-
-_functional = _RoutedFunctional("torch.nn.functional")
-_originals: dict[str, dict[str, Any]] = {}  # module: what its routed names were
-_users: Counter[str] = Counter()
-_lock = threading.Lock()  # pipelines in several threads may share a module
+    return hooked
 
 
-def route(processor: Any) -> list[str]:
-    """Route the names wherever a processor's class, or one that it inherits from, is defined; gives the modules, for `unroute`.
+class _HookedFunctional(types.ModuleType):
+    """torch.nn.functional with hooked attention."""
 
-    Raises:
-        NotIntercepted: none of them has either name.
-    """
-    with _lock:
-        modules = [name for name in dict.fromkeys(cls.__module__ for cls in type(processor).__mro__) if _stand_ins(name)]
-        for name in modules:
-            if name not in _originals:
-                namespace, stand_ins = vars(sys.modules[name]), _stand_ins(name)
-                _originals[name] = {own: namespace[own] for own in stand_ins}
-                namespace.update(stand_ins)
-            _users[name] += 1
-    if not modules:
-        raise NotIntercepted(
-            f"{type(processor).__name__} lives in {type(processor).__module__}, which uses neither torch.nn.functional as F "
-            "nor dispatch_attention_fn; wanted a processor of diffusers, such as AttnProcessor2_0"
-        )
-    return modules
+    scaled_dot_product_attention = staticmethod(hooked_attention)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(F, name)
 
 
-def _stand_ins(name: str) -> dict[str, Any]:
-    """What to put in place of a module's names, as they are when it is not routed."""
-    own = vars(sys.modules[name]) | _originals.get(name, {})
-    found: dict[str, Any] = {"F": _functional} if own.get("F") is F else {}
-    if callable(dispatch := own.get("dispatch_attention_fn")):
-        found["dispatch_attention_fn"] = _routed_dispatch(dispatch)
-    return found
+_functional = _HookedFunctional("torch.nn.functional")
 
 
-def unroute(name: str) -> None:
-    """Undo one `route`; the last one puts the module's names back."""
-    with _lock:
-        _users[name] -= 1
-        if not _users[name]:
-            vars(sys.modules[name]).update(_originals.pop(name))
-            del _users[name]
+def _stand_in(name: str, value: Any, function: types.FunctionType) -> Any:
+    """What the clone of a processor's function finds under a global name; None: what the function finds."""
+    if value is F:  # other functions of F are no reason for a clone
+        return _functional if uses_attribute(function.__code__, "scaled_dot_product_attention") else None
+    if value is F.scaled_dot_product_attention:
+        return hooked_attention
+    return _hooked_dispatch(value) if name == "dispatch_attention_fn" and callable(value) else None
+
+
+class HookedAttention(TorchFunctionMode):
+    """Within a `with` block, torch's scaled_dot_product_attention is hooked, by whatever name it is called."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        called = hooked_attention if function is F.scaled_dot_product_attention else function
+        return called(*args, **(kwargs or {}))
+
+
+def under_mode(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward under `HookedAttention`."""
+
+    def hooked(*args: Any, **kwargs: Any) -> Any:
+        with HookedAttention():
+            return forward(*args, **kwargs)
+
+    return hooked
+
+
+class HookedProcessors:
+    """Makes the hooked calls of a model's processors. A class of processors is looked into once."""
+
+    def __init__(self) -> None:
+        self._classes: dict[type, type | None] = {}
+
+    def call_of(self, processor: Any) -> Callable[..., Any]:
+        """A callable that does what the processor does, with its attention hooked.
+
+        It is the twin's call: an object of another class that shares the processor's attributes, those that are set later
+        included. Where clones do not do, it is the processor's own call under the mode.
+        """
+        base = type(processor)
+        if base not in self._classes:
+            self._classes[base] = with_stand_ins(base, _stand_in)
+        hooked = self._classes[base]
+        return under_mode(processor) if hooked is None else twin(processor, hooked)
+
+
+def twin(processor: Any, cls: type) -> Any:
+    """An object of class `cls` whose attributes are the processor's, and stay so: both have one `__dict__`."""
+    other = object.__new__(cls)
+    object.__setattr__(other, "__dict__", vars(processor))
+    return other

@@ -2,15 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from arrowhead.engine.cache_encoding import NATIVE, CacheEncoding, EncodedTensor, own_storage
 from arrowhead.errors import NotIntercepted
+from arrowhead.kernels.head_index import select_heads
 from arrowhead.plans.cells import Radius
 from arrowhead.plans.layout import Branches
-from arrowhead.plans.lifetimes import What
+from arrowhead.plans.lifetimes import EntryKind
 
 Output = Tensor | tuple[Tensor | None, ...]
 """What a site's module gives: (B, N, C), or such a tensor for the image and one for the text, None where it gives no text."""
@@ -18,15 +21,14 @@ EncodedOutput = EncodedTensor | tuple[EncodedTensor | None, ...]
 """The same as it is kept."""
 
 
-@dataclass(frozen=True)
-class Key:
+class Key(NamedTuple):
     """What an entry is: a site's module output, its change per step, its heads' outputs, or their residuals of one radius.
 
     What is `handed over` is a module output that the second call of the transformer in a step takes from the first.
     """
 
     site: str
-    what: What = "output"
+    what: EntryKind = "output"
     radius: Radius | None = None
 
 
@@ -50,7 +52,7 @@ class Entry:
         parts = self.value if isinstance(self.value, tuple) else (self.value,)
         return tuple(tensor for part in parts if part is not None for tensor in part.tensors)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Size of the value."""
         return sum(tensor.nbytes for tensor in self.tensors)
@@ -59,9 +61,9 @@ class Entry:
         """The entry for the other heads; None when there are none."""
         assert isinstance(self.value, EncodedTensor)
         held = self.heads or tuple(range(self.value.values.shape[1]))
-        others = [head for head in held if head not in heads]
-        if len(others) == len(held):
+        if set(held).isdisjoint(heads):
             return self
+        others = [head for head in held if head not in heads]
         if not others:
             return None
         return replace(self, value=self.value.heads(tuple(map(held.index, others))), heads=tuple(others))
@@ -96,22 +98,19 @@ class Cache:
     def read_heads(self, key: Key, heads: Sequence[int], count: int, step: int, *, conditional: bool = False) -> Tensor:
         """Stored tensors of these heads, (B, len(heads), ·, D), of a site with `count` heads; freed like others.
 
+        What is given may be the stored tensor itself.
+
         Raises:
             NotIntercepted: nothing was stored for one of them.
         """
         entries = self._stored(key, step)
-        rows: dict[int, Tensor] = {}
-        for entry in entries:
-            if entry.heads is None and len(entries) == 1 and len(heads) == count:  # nothing to pick
-                self._free(key, step)
-                return self._tensor(entry, conditional)
-            held = range(count) if entry.heads is None else entry.heads
-            if not set(held).isdisjoint(heads):
-                rows |= zip(held, self._tensor(entry, conditional).unbind(1), strict=True)
-        if missing := set(heads) - set(rows):
-            raise NotIntercepted(f"{key.site}: step {step} reads {key.what} of heads {sorted(missing)}, which were not stored")
+        which, places, missing = _places_in_entries(tuple(entry.heads for entry in entries), tuple(heads), count)
+        if missing:
+            raise NotIntercepted(f"{key.site}: step {step} reads {key.what} of heads {missing}, which were not stored")
+        tensors = [self._tensor(entries[number], conditional) for number in which]
         self._free(key, step)
-        return torch.stack([rows[head] for head in heads], 1)
+        whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors, 1)
+        return select_heads(whole, places)
 
     def write(self, key: Key, entry: Entry) -> None:
         """Store until step `last_reader` has read it, or until it is overwritten; for some heads beside others' values."""
@@ -119,13 +118,13 @@ class Cache:
             self.drop(key)
         else:
             trimmed = (other.without(entry.heads) for other in self.entries.get(key, []))
-            self._keep(key, [other for other in trimmed if other is not None])
+            self._replace(key, [other for other in trimmed if other is not None])
         self.entries.setdefault(key, []).append(entry)
         self.held_bytes += entry.nbytes
 
     def drop(self, key: Key) -> None:
         """Forget what is stored under a key, if anything is."""
-        self._keep(key, [])
+        self._replace(key, [])
 
     def expire(self, site: str, step: int) -> None:
         """Forget what of a site no step after `step` reads."""
@@ -142,13 +141,14 @@ class Cache:
         return entries
 
     def _free(self, key: Key, step: int) -> None:
-        self._keep(key, [entry for entry in self.entries[key] if entry.last_reader > step])
+        if any(entry.last_reader <= step for entry in self.entries[key]):
+            self._replace(key, [entry for entry in self.entries[key] if entry.last_reader > step])
 
-    def _keep(self, key: Key, kept: list[Entry]) -> None:
+    def _replace(self, key: Key, entries: list[Entry]) -> None:
         before = self.entries.pop(key, [])
-        self.held_bytes -= sum(entry.nbytes for entry in before) - sum(entry.nbytes for entry in kept)
-        if kept:
-            self.entries[key] = kept
+        self.held_bytes += sum(entry.nbytes for entry in entries) - sum(entry.nbytes for entry in before)
+        if entries:
+            self.entries[key] = entries
 
     def _tensor(self, entry: Entry, conditional: bool) -> Tensor:
         value = self._branch(entry, conditional=conditional)
@@ -161,6 +161,21 @@ class Cache:
         if not conditional:
             return both_branches(decode_output(entry.value))
         return decode_output(entry.value, self.branches)
+
+
+@lru_cache(maxsize=2**14)  # a plan head by head has others for every site and step
+def _places_in_entries(
+    held: tuple[tuple[int, ...] | None, ...], heads: tuple[int, ...], count: int
+) -> tuple[tuple[int, ...], tuple[int, ...], list[int]]:
+    """Which entries hold some of these heads, each head's place in these entries one after the other, and heads in none."""
+    every, which, place_of, length = tuple(range(count)), [], dict[int, int](), 0
+    for number, own in enumerate(own or every for own in held):
+        if not set(own).isdisjoint(heads):
+            which.append(number)
+            place_of |= {head: length + place for place, head in enumerate(own)}
+            length += len(own)
+    missing = [head for head in heads if head not in place_of]
+    return tuple(which), tuple(place_of[head] for head in heads if head in place_of), missing
 
 
 def held_bytes(caches: Sequence[Cache]) -> int:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from arrowhead.errors import InputsInvalid
-from arrowhead.kernels.head_index import places
+from arrowhead.kernels.head_index import head_index
 from arrowhead.plans.memory import CacheDtype, groups, require_cache_dtype
 
 EIGHT_BITS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
@@ -48,7 +48,7 @@ class EncodedTensor:
 
         They are picked where the tensor is read, since what is on its way to the CPU may not have arrived there.
         """
-        where = places(heads, self.device)
+        where = head_index(heads, self.device)
         picked = [own_storage(to_device(tensor, self.device)[:, where]) for tensor in self.tensors]
         values, *scales = (to_device(tensor, self.values.device) for tensor in picked)
         return replace(self, values=values, scales=scales[0] if scales else None)

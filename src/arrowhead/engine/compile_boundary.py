@@ -1,13 +1,12 @@
-"""A site within what torch.compile makes a graph of: one operator, opaque to the compiler, that runs the site as ever.
+"""Keeps sites out of the graphs of torch.compile: in a graph, a site is one operator that runs the site eagerly.
 
-So what is around sites is compiled, and no cell, step or plan is in the graph: all of them are one graph for each form of a
-block, as many as without a plan. Calls that are decided about as a whole (of blocks, of the transformer in a step) are
-surrounded outside of what is compiled of them.
+The compiler does not look into the operator, so no cell, step or plan is in a graph. Whatever lies around sites is compiled,
+and blocks of one form share a graph, as they do without a plan. Calls of the transformer, and of sites that are compiled on
+their own, are wrapped outside of their graphs.
 """
 
 import ast
 import itertools
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -20,50 +19,56 @@ from torch import Tensor, nn
 
 from arrowhead.errors import InputsInvalid, NotIntercepted
 from arrowhead.plans.layout import Site
-from arrowhead.upstream import COMPILED
+from arrowhead.upstream import COMPILED, compiler_is_loaded, graph_break, uncompiled_call
 
 
 @dataclass(frozen=True)
 class OutputSpec:
-    """What a site gives, as the compiler has to know beforehand: what blocks of one form have in common.
+    """The outputs of a site, which the compiler has to know before the site runs. Sites of one form have the same.
 
-    `image` and `text` are channels; `text` is 0 where none is given, and None where None is given in its place. `place` is
-    where the text stands among the arguments, None if it is always named.
+    `image` and `text` are channels. `text` is 0 where the site gives the image alone, and None where it gives None for the
+    text. `text_position` is the position of the text among the arguments; None if the text is passed by name alone.
     """
 
     image: int
     text: int | None
     text_first: bool
-    place: int | None
+    text_position: int | None
 
 
 @dataclass(frozen=True)
 class SiteHandle:
-    """What a graph knows of a site: a number, which is data, since a constant would be compiled, and what the site gives."""
+    """What a graph holds of a site: its number in the registry, and its outputs.
+
+    The number is a tensor, as a constant would make another graph for each site.
+    """
 
     number: Tensor
-    promise: OutputSpec
+    outputs: OutputSpec
 
     @classmethod
     def of(cls, site: Site, parameters: Sequence[str]) -> "SiteHandle":
-        """A new one; `parameters` are the names of the arguments that the graph has."""
+        """A new handle. `parameters` are the names of the arguments with which a graph calls the site."""
         return cls(torch.tensor(next(_numbers), device="cpu"), _output_spec(site, parameters))
 
 
 @dataclass(frozen=True)
 class RegistryEntry:
-    """The way from a sign to a site, held by whoever intercepts it: what stands in the site's module knows the sign alone."""
+    """Makes a site callable by the number in its handle, until `close`, or until nothing refers to the entry.
 
-    sign: SiteHandle
+    `call` is the wrapper of the site's module.
+    """
+
+    handle: SiteHandle
     site: Site
-    behind: Callable[..., Any]
+    call: Callable[..., Any]
 
     def __post_init__(self) -> None:
-        _registry[int(self.sign.number)] = self
+        _registry[int(self.handle.number)] = self
 
     def close(self) -> None:
-        """Nobody comes in by it any more."""
-        _registry.pop(int(self.sign.number), None)
+        """Take the entry out of the registry: a graph that calls the site from now on is refused."""
+        _registry.pop(int(self.handle.number), None)
 
 
 _registry: WeakValueDictionary[int, RegistryEntry] = WeakValueDictionary()
@@ -72,24 +77,24 @@ _numbers = itertools.count()
 
 def _output_spec(site: Site, parameters: Sequence[str]) -> OutputSpec:
     text = "encoder_hidden_states"
-    place = parameters.index(text) if text in parameters else None
+    position = parameters.index(text) if text in parameters else None
     if site.kind == "block":
         joint = any(own.joint for own in site.within)
-        return OutputSpec(site.channels, (site.channels if site.joint else None) if joint else 0, True, place)
+        return OutputSpec(site.channels, (site.channels if site.joint else None) if joint else 0, True, position)
     if site.kind != "self_attention":
-        return OutputSpec(site.channels, 0, False, place)
+        return OutputSpec(site.channels, 0, False, position)
     width = site.heads * site.head_dim
     of_text = (site.text_channels or site.channels) if site.projects_out == "all" else width
-    return OutputSpec(width if site.projects_out == "none" else site.channels, of_text if site.joint else 0, False, place)
+    return OutputSpec(width if site.projects_out == "none" else site.channels, of_text if site.joint else 0, False, position)
 
 
 def compiling() -> bool:
-    """Whether torch's compiler looks on, rather than the code running."""
+    """Whether torch's compiler is reading this code, rather than Python running it."""
     return torch.compiler.is_compiling()
 
 
-def call_operator(sign: SiteHandle, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a site gives, from within a graph: the compiler reads this function.
+def call_operator(handle: SiteHandle, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The outputs of a site that is called within a graph. The compiler reads this function, which calls the operator.
 
     Raises:
         NotIntercepted: arguments that are neither tensors nor plain values.
@@ -97,30 +102,33 @@ def call_operator(sign: SiteHandle, args: tuple[Any, ...], kwargs: dict[str, Any
     tensors: list[Tensor] = []
     sizes: list[int] = []
     scalars: list[float] = []
-    promise, given = sign.promise, _encode_argument((args, kwargs), tensors, sizes, scalars)
+    spec, form = handle.outputs, _encode_argument((args, kwargs), tensors, sizes, scalars)
     image = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0] if args else next(iter(kwargs.values()))
     text = kwargs.get("encoder_hidden_states")
-    if text is None and promise.place is not None and promise.place < len(args):
-        text = args[promise.place]
-    parts = [(image, promise.image)]
-    if text is image:  # as Lumina 2 has it
+    if text is None and spec.text_position is not None and spec.text_position < len(args):
+        text = args[spec.text_position]
+    parts = [(image, spec.image)]
+    if text is image:  # Lumina 2 passes one tensor for both
         text = None
-    if text is not None and promise.text:
-        parts.insert(0 if promise.text_first else 1, (text, promise.text))
-    pair = text is not None and promise.text != 0
+    if text is not None and spec.text:
+        parts.insert(0 if spec.text_first else 1, (text, spec.text))
+    pair = text is not None and spec.text != 0
     device = image.device.type
     cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     likes, channels = [like for like, _ in parts], [width for _, width in parts]
-    outs = torch.ops.arrowhead.site(sign.number, tensors, sizes, scalars, given, likes, channels, pair, cast)
+    outs = torch.ops.arrowhead.site(handle.number, tensors, sizes, scalars, form, likes, channels, pair, cast)
     if not pair:
         return outs[0]
-    if promise.text is None:
-        return (None, outs[0]) if promise.text_first else (outs[0], None)
+    if spec.text is None:
+        return (None, outs[0]) if spec.text_first else (outs[0], None)
     return outs[0], outs[1]
 
 
 def _encode_argument(value: Any, tensors: list[Tensor], sizes: list[int], scalars: list[float]) -> str:
-    """An argument as the text of a literal; what may change from call to call is added to these lists, and its place said."""
+    """The form of an argument, as the text of a Python literal.
+
+    Values that may change from call to call are appended to the three lists, and the form holds their indices.
+    """
     if isinstance(value, Tensor):
         tensors.append(value)
         return f"('tensor', {len(tensors) - 1})"
@@ -144,18 +152,18 @@ def _encode_argument(value: Any, tensors: list[Tensor], sizes: list[int], scalar
     )
 
 
-def _decode_argument(given: Any, places: dict[str, Sequence[Any]]) -> Any:
-    """What `_form` was of."""
-    kind, content = given
+def _decode_argument(form: Any, values: dict[str, Sequence[Any]]) -> Any:
+    """The argument of which `_encode_argument` gave this form, with the lists of values by their kind."""
+    kind, content = form
     if kind == "dict":
-        return {name: _decode_argument(item, places) for name, item in content}
+        return {name: _decode_argument(item, values) for name, item in content}
     if kind in ("tuple", "list"):
-        items = [_decode_argument(item, places) for item in content]
+        items = [_decode_argument(item, values) for item in content]
         return tuple(items) if kind == "tuple" else items
-    return content if kind == "plain" else places[kind][content]
+    return content if kind == "plain" else values[kind][content]
 
 
-_literal = lru_cache(maxsize=256)(ast.literal_eval)  # one for each form of a call
+_literal = lru_cache(maxsize=256)(ast.literal_eval)  # there is one text for each form of a call
 
 
 @torch.library.custom_op("arrowhead::site", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
@@ -164,45 +172,45 @@ def _site(
     tensors: list[Tensor],
     sizes: list[int],
     scalars: list[float],
-    given: str,
+    form: str,
     likes: list[Tensor],
     channels: list[int],
     pair: bool,
     cast: torch.dtype | None,
 ) -> list[Tensor]:
-    """What the site behind a door gives for the arguments that `given` tells of, without what is None.
+    """Run the site with this number on the arguments of this form. Returns its outputs, without those that are None.
 
-    `likes` are inputs that these have the shapes of, but for the `channels`; `pair` says whether it gives image and text.
-    `cast` is the dtype of the autocast around the graph, which is switched off where a graph runs.
+    `likes` are inputs with the shapes of the outputs, but for their last dimensions, which are `channels`. `pair`: the site
+    gives a tuple of image and text. `cast` is the dtype of the autocast around the graph, which torch switches off in a graph.
 
     Raises:
-        NotIntercepted: the site gives something else, or is no longer intercepted.
+        NotIntercepted: the outputs are others, or the site's plan has been taken off.
     """
-    entered = _registry.get(int(number))
-    if entered is None:
+    entry = _registry.get(int(number))
+    if entry is None:
         raise NotIntercepted(
             "a compiled graph called a site from which the plan has been taken off; wanted the model as it is without; put "
             "back whatever was replaced while the plan was applied"
         )
-    args, kwargs = _decode_argument(_literal(given), {"tensor": tensors, "size": sizes, "scalar": scalars})
+    args, kwargs = _decode_argument(_literal(form), {"tensor": tensors, "size": sizes, "scalar": scalars})
     with nullcontext() if cast is None else torch.autocast(likes[0].device.type, cast):
-        out = entered.behind(*args, **kwargs)
+        out = entry.call(*args, **kwargs)
     found = [part for part in (out if isinstance(out, tuple) else (out,)) if part is not None]
     wanted = _expected_outputs(likes, channels, cast)
     got = [(tuple(part.shape), part.dtype) for part in found]
     if got != wanted or isinstance(out, tuple) != pair:
         raise NotIntercepted(
-            f"{entered.site.path}: got {got} {'in' if isinstance(out, tuple) else 'without'} a tuple, wanted {wanted} "
-            f"{'in' if pair else 'without'} one, which was promised to torch.compile; run the model uncompiled"
+            f"{entry.site.path}: got {got} {'in' if isinstance(out, tuple) else 'without'} a tuple, wanted {wanted} "
+            f"{'in' if pair else 'without'} one, of which torch.compile made a graph; run the model uncompiled"
         )
-    # the cache may hold them, and the graph may write into what it is given
+    # the cache may hold the outputs, and the graph may write into what an operator returns
     return [part.clone(memory_format=torch.contiguous_format) for part in found]
 
 
 def _expected_outputs(
     likes: Sequence[Tensor], channels: Sequence[int], cast: torch.dtype | None
 ) -> list[tuple[Any, torch.dtype]]:
-    """Shapes and dtypes of what a site gives."""
+    """Shapes and dtypes of a site's outputs."""
     dtypes = (like.dtype if cast is None or like.dtype == torch.float64 else cast for like in likes)
     return [((*like.shape[:-1], width), dtype) for like, width, dtype in zip(likes, channels, dtypes, strict=True)]
 
@@ -217,7 +225,7 @@ _site.register_fake(_fake)
 
 @torch.library.custom_op("arrowhead::no_gradient", mutates_args=())
 def _no_gradient(tensors: list[Tensor]) -> list[Tensor]:  # noqa: ARG001
-    """Of what a site was called with.
+    """The gradients of a site's arguments, which are refused as the backward pass runs, and not as the graph is made.
 
     Raises:
         InputsInvalid: always.
@@ -233,7 +241,7 @@ _no_gradient.register_fake(lambda tensors: [torch.empty_like(tensor) for tensor 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001  # torch names them
     _, tensors, sizes, scalars, _, likes, _, _, _ = inputs
     ctx.save_for_backward(*tensors)
-    numbers: list[Any] = [[] if not given else None for given in (sizes, scalars)]  # torch takes empty lists for tensors
+    numbers: list[Any] = [[] if not values else None for values in (sizes, scalars)]  # torch takes empty lists for tensors
     ctx.lists = *numbers, [None] * len(likes)
 
 
@@ -249,41 +257,41 @@ _site.register_autograd(_backward, setup_context=_setup_context)
 
 
 class CallWrapper:
-    """A function around a module's calls, outside of what torch.compile has made of it, until `remove`."""
+    """Puts a function around a module's calls until `remove`, outside of the module's graph where the module is compiled."""
 
     def __init__(self, module: nn.Module, around: Callable[..., Any]) -> None:
-        """`around(call, *args, **kwargs)` stands for `call(*args, **kwargs)`."""
-        self._module, self._own = module, vars(module).get(COMPILED)
-        call = module._call_impl if self._own is None else self._own
+        """`around(call, *args, **kwargs)` is called in place of `call(*args, **kwargs)`."""
+        self._module, self._before = module, vars(module).get(COMPILED)
+        call = uncompiled_call(module) if self._before is None else self._before
 
-        def surrounded(*args: Any, **kwargs: Any) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
             return (outside_graph(around) if compiling() else around)(call, *args, **kwargs)
 
-        self._put = surrounded
-        setattr(module, COMPILED, surrounded)
+        self._wrapped = wrapped
+        setattr(module, COMPILED, wrapped)
 
     def remove(self) -> None:
-        """Leave the module as it was, or as it was compiled since."""
-        if vars(self._module).get(COMPILED) is not self._put:
+        """Put back what was there before. A module that was compiled since stays as it is."""
+        if vars(self._module).get(COMPILED) is not self._wrapped:
             return
-        if self._own is None:
+        if self._before is None:
             delattr(self._module, COMPILED)
         else:
-            setattr(self._module, COMPILED, self._own)
+            setattr(self._module, COMPILED, self._before)
 
 
-OUTSIDE = "arrowhead counts calls of the model, which a graph cannot; compile the model itself, before the plan is applied"
-"""Why a graph ends where the model is called in it, or is none where it has to be whole."""
+BREAK_REASON = "arrowhead counts calls of the model, which a graph cannot; compile the model itself, before the plan is applied"
+"""Why a graph ends where a model with a plan is called in it. Where the graph has to be whole, this is the error."""
 
 
 def outside_graph(function: Callable[..., Any]) -> Callable[..., Any]:
-    """From within a graph: end it, run the function, of which none is made, and begin another one with what that calls."""
-    torch._dynamo.graph_break(msg=OUTSIDE)
-    return torch.compiler.disable(function, recursive=False, reason=OUTSIDE)  # type: ignore[no-untyped-call]
+    """End the graph that is being made. Returns the function for eager calls; what the function calls may have graphs."""
+    graph_break(BREAK_REASON)
+    return torch.compiler.disable(function, recursive=False, reason=BREAK_REASON)  # type: ignore[no-untyped-call]
 
 
 def force_eager() -> AbstractContextManager[Any]:
-    """Within the block nothing is compiled, and nothing compiled is run."""
-    if "torch._dynamo" not in sys.modules:  # seconds to import; without it nothing is compiled
+    """Within the block torch.compile makes no graph and runs none."""
+    if not compiler_is_loaded():
         return nullcontext()
     return torch.compiler.set_stance("force_eager")

@@ -1,8 +1,9 @@
-"""A plan on a module of one's own, whose steps its calls say."""
+"""A plan on a custom model, whose sampler is any loop: the model's calls, or the loop's own words, tell the steps."""
 
 import functools
 from collections.abc import Callable
 from contextlib import ExitStack
+from enum import Enum, auto
 from typing import Any
 
 from torch import nn
@@ -15,90 +16,106 @@ from arrowhead.engine.run import Run
 from arrowhead.engine.site_calls import SiteCall
 from arrowhead.errors import GenerationUnfinished, PlanMismatch
 from arrowhead.models.model import Model
+from arrowhead.plans.layout import Branches
 from arrowhead.plans.plan import Plan
 
 
-class CustomRun(Run):
-    """A plan on a module of one's own, from `apply` to `remove`.
+class _State(Enum):
+    """Where a custom model is between two calls of it, and during them."""
 
-    Every call of the module is a step, or half of one where the CFG branches come in two calls, whether it is called as such
-    or by its forward. After the plan's steps the next call begins another generation, as `step(0)` does at any time.
+    IDLE = auto()
+    """No generation is going on: the next call of the model begins one."""
+    IN_LOOP = auto()
+    """A call of the model began a generation. It ends with the plan's last step, with an error, or with `step(0)`."""
+    IN_CALL = auto()
+    """A generation is going on within one call that generates (a search's, or an evaluation's), and ends with that call."""
+
+
+class CustomRun(Run):
+    """A plan on a custom model, from `apply` to `remove`.
+
+    Every call of the model is a step, or half a step where the CFG branches come in two calls. Calls of `model.forward` count
+    too. After the plan's last step the next call begins another generation; `step(0)` begins one at any time.
     """
 
     def __init__(self, model: Model, plan: Plan, kernel: str, encoding: CacheEncoding = NATIVE) -> None:
-        self._said: int | None = None  # the step that the loop says it is at
-        self._looping = False  # in a loop's generation, which no call of a pipeline surrounds
-        self._counting = False  # in a call of the model that has been counted, before that of its forward
+        self._state = _State.IDLE
+        self._announced: int | None = None  # the latest argument of `step`
+        self._forward_counted = False  # while a call of the model is counted, and its forward has not begun
         super().__init__(model, plan, kernel, encoding)
-        self._replaced = self._called_directly()
+        self._forward_wrapper = self._wrap_forward()
 
     def step(self, index: int) -> None:
-        """Say that a step of the loop begins, so that one that was left in the middle is noticed. The first is 0.
+        """Announce that the loop begins a step, so that a generation that ended early is noticed. The first step is 0.
 
         Raises:
             PlanMismatch: it is not the plan's next step.
         """
         if index == 0:
             self._renew()
-            unfinished = self._done if self._looping else None
+            unfinished = self._unfinished_steps
             self._end()
             self._warn_of(unfinished)
-        elif index != self._done or index >= self.plan.steps:
+        elif index != self._steps_done or index >= self.plan.steps:
             raise PlanMismatch(
-                f"got step {index} after {self._done} whole steps of a plan of {self.plan.steps}; wanted its steps in turn, "
-                f"each with every call of the {self._model.family.name} that belongs to it; begin again with step(0), or "
+                f"got step {index} after {self._steps_done} whole steps of a plan of {self.plan.steps}; wanted its steps in "
+                f"turn, each with every call of the {self._model.family.name} that belongs to it; begin again with step(0), or "
                 "search again in this loop"
             )
-        self._said = index
+        self._announced = index
 
     @property
-    def _done(self) -> int:
+    def _steps_done(self) -> int:
         """Whole steps of the generation that is going on."""
         if self._generation is None:
             return 0
         return self._generation.step + (self._generation.call + 1 == self._generation.branches.calls)
 
+    @property
+    def _unfinished_steps(self) -> int | None:
+        """Whole steps of a loop's generation that would be left unfinished now; None where there is no such generation."""
+        return self._steps_done if self._state is _State.IN_LOOP else None
+
     def close(self) -> None:
-        """Take the plan off; the module is as it was before `apply`."""
-        unfinished = self._done if self._looping else None
-        self._replaced.close()
+        """Take the plan off. The model is as it was before `apply`."""
+        unfinished = self._unfinished_steps
+        self._forward_wrapper.close()
         super().close()
         self._warn_of(unfinished)
 
-    def _called_directly(self) -> ExitStack:
-        """Calls of the model's forward, around which nothing can be, are counted within."""
-        own, replaced = self._model.transformer.forward, ExitStack()
+    def _wrap_forward(self) -> ExitStack:
+        """Count calls of the model's forward that are not part of a call of the model, until the stack is closed."""
+        transformer = self._model.transformer
+        own = transformer.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if compiling():
-                if self._counting:
-                    return own(*args, **kwargs)
-                return outside_graph(self._counted)(self._model.transformer, own, *args, **kwargs)
-            if self._counting:
-                self._counting = False  # by this call
+            if self._forward_counted:
+                if not compiling():
+                    self._forward_counted = False  # another call, within this one, is counted
                 return own(*args, **kwargs)
-            return self._counted(self._model.transformer, own, *args, **kwargs)
+            counted = outside_graph(self._counted) if compiling() else self._counted
+            return counted(transformer, own, *args, **kwargs)
 
         self._forward = RunForward(forward)
         functools.update_wrapper(self._forward, own)
         self._forward.arrowhead_run = self
-        before = replace_forward(self._model.transformer, self._forward)
-        replaced.callback(restore_forward, self._model.transformer, self._forward, before)
-        return replaced
+        before, wrapper = replace_forward(transformer, self._forward), ExitStack()
+        wrapper.callback(restore_forward, transformer, self._forward, before)
+        return wrapper
 
     def _counted(self, transformer: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self._pace is not None:
-            self._pace.require_same_thread(self._model.family.name)
+        if self._step_clock is not None:
+            self._step_clock.require_same_thread(self._model.family.name)
         try:
             self._tick(transformer, args, kwargs)
-            self._counting = True
+            self._forward_counted = True
             out = call(*args, **kwargs)
         except BaseException:
             self._end()
             raise
         finally:
-            self._counting = False
-        if self._looping and self._done == self.plan.steps:
+            self._forward_counted = False
+        if self._unfinished_steps == self.plan.steps:
             self._account_for_every_site()
             self._end()
         return out
@@ -111,30 +128,38 @@ class CustomRun(Run):
             )
         return super()._around(call)
 
+    def _begin(self, branches: Branches) -> None:
+        super()._begin(branches)
+        self._state = _State.IN_CALL
+
     def _tick(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._branches is None:
-            if self._said:
-                raise PlanMismatch(f"got a call of the model after the last one of step {self._said}; say step(0) first")
+        if self._state is _State.IDLE:
+            if self._announced:
+                raise PlanMismatch(f"got a call of the model after the last one of step {self._announced}; say step(0) first")
             self._begin(self._model.branches({}))
-            self._looping = True
+            self._state = _State.IN_LOOP
         super()._tick(module, args, kwargs)
-        if self._looping and self._said is not None and self._generation is not None and self._generation.step != self._said:
+        generation = self._generation if self._state is _State.IN_LOOP else None
+        if generation is not None and self._announced is not None and generation.step != self._announced:
+            calls = generation.branches.calls
             raise PlanMismatch(
-                f"got more than {self._generation.branches.calls} calls of the model in step {self._said}, wanted so many in "
-                "each; call run.step(i) where a step begins"
+                f"got more than {calls} calls of the model in step {self._announced}, wanted {calls} in each step; call "
+                "run.step(i) where a step begins"
             )
 
     def _account_for_every_site(self) -> None:
-        if self._generation is not None and self._done != self.plan.steps:
-            raise PlanMismatch(f"plan is for {self.plan.steps} steps, the loop ran {self._done}; search again in this loop")
+        if self._generation is not None and self._steps_done != self.plan.steps:
+            raise PlanMismatch(
+                f"plan is for {self.plan.steps} steps, the loop ran {self._steps_done}; search again in this loop"
+            )
         super()._account_for_every_site()
 
     def _warn_of(self, unfinished: int | None) -> None:
-        """A loop's generation that ended after so many steps."""
+        """Warn of a loop's generation that ended after so many whole steps, if there was one."""
         if unfinished is not None:
             remedy = "search again with as many steps as the loop has"
             self._note(self._unfinished(unfinished), remedy, GenerationUnfinished)
 
     def _end(self) -> None:
         super()._end()
-        self._looping = False
+        self._state = _State.IDLE

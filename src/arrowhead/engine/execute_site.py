@@ -1,4 +1,4 @@
-"""One site in one step under one cell: where methods meet kernels and cache."""
+"""One pass through a site: it is computed under its plan, or repeated; what later calls read is stored."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,235 +19,231 @@ from arrowhead.engine.cache import (
 )
 from arrowhead.engine.generation import Generation
 from arrowhead.engine.site_calls import SiteCall
+from arrowhead.engine.site_plan import AttendPlan, HeadGroup, HeadWrite, ReusePlan, SitePlan
+from arrowhead.engine.stats import Work
 from arrowhead.errors import PlanMismatch
 from arrowhead.kernels import dispatch
-from arrowhead.kernels.call import Call, Policy
-from arrowhead.kernels.head_index import places
-from arrowhead.models.head_separation import can_project_heads_separately
+from arrowhead.kernels.call import Call
+from arrowhead.kernels.head_index import put_heads, select_heads, serving
 from arrowhead.plans import masks
-from arrowhead.plans.cells import Arrow, Attend, Cached, Cell, Full, Method, Reuse, grouped, precision_of
-from arrowhead.plans.flops import computed_heads
-from arrowhead.plans.layout import Site, Tokens
-from arrowhead.plans.lifetimes import HeadOutput, Residual, Writes
+from arrowhead.plans.cells import FULL, Method
+from arrowhead.plans.layout import Tokens
+from arrowhead.plans.lifetimes import Writes
+
+ALL_ROWS = slice(None)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: one is made in every pass
 class SitePass:
-    """One passage of a site: its call, what is done in it, and the generation that it belongs to.
-
-    `heads` are those whose Q, K and V are computed.
-    """
+    """One pass through a site whose module runs: its call, its plan, and the generation that it belongs to."""
 
     call: SiteCall
-    cell: Attend
-    writes: Writes
+    plan: AttendPlan
     generation: Generation
-    heads: tuple[int, ...]
 
-    @property
-    def images(self) -> float:
-        """Images in the batch, each of one or two samples."""
-        return self.call.batch / self.generation.branches.samples
-
-    @property
-    def shared(self) -> bool:
-        """Whether the conditional branch is computed for both."""
-        return self.cell.share_cfg
-
-    @property
-    def untouched(self) -> bool:
-        """Whether attention is the model's own, and nothing of single heads is kept."""
-        return self.cell.method == Full() and not (self.writes.residuals or self.writes.head_outputs)
-
-    @property
-    def halved(self) -> bool:
-        """Whether the module runs for half of its batch."""
-        return self.shared and self.generation.branches.batched
+    @classmethod
+    def full(cls, call: SiteCall, generation: Generation) -> "SitePass":
+        """A pass that leaves nothing out, and stores nothing."""
+        plan = generation.prepared(call.site, FULL, Writes())
+        assert isinstance(plan, AttendPlan)
+        return cls(call, plan, generation)
 
     @property
     def tokens(self) -> Tokens:
         """What the site attends over."""
-        return self.call.site.tokens(self.generation.tokens)
+        return self.plan.tokens
 
     @property
-    def methods(self) -> tuple[Method, ...]:
-        """The method of each head."""
-        return self.cell.methods(self.call.site.heads)
+    def heads(self) -> tuple[int, ...]:
+        """The heads whose Q, K and V are projected."""
+        return self.plan.heads
+
+    def record_pass(self) -> None:
+        """Count that the site was passed."""
+        self.generation.stats.record_pass(self.plan.count)
+
+    def record_projections(self) -> None:
+        """Count the projections of the heads that are projected, and the output projection."""
+        self.generation.stats.record_work(self.plan.projections, self.plan.samples)
+
+    def record_attention(self, rows: int, kernel: str = "native", work: Work | None = None) -> None:
+        """Count one pass over queries and keys for `rows` of the batch, of all heads, or of those whose `work` it is."""
+        samples = rows * self.generation.branches.samples / self.call.batch
+        self.generation.stats.record_attention(work or self.plan.attention, samples, kernel)
 
 
-def execute_site(call: SiteCall, cell: Cell, writes: Writes, generation: Generation) -> Output:
-    """What the site's module gives in this step, (B, N, C), storing what `writes` says.
+def execute_site(call: SiteCall, plan: SitePlan, generation: Generation) -> Output:
+    """The output of the site's module in this step, (B, N, C); stores what the plan says.
 
     Raises:
         PlanMismatch: a band was asked for, but the model's attention is causal; or the batch is another one.
         NotIntercepted: the module's attention could not be reached, or what the cell reads was never stored.
     """
-    site, cache, stats = call.site, generation.cache, generation.stats
-    generation.require_rows(call)
-    if isinstance(cell, Attend) and cell.share_cfg and not generation.branches.guided:
-        cell = replace(cell, share_cfg=False)  # there is nothing to share
-    stats.record_pass(site, cell, generation.tokens)
-    if isinstance(cell, Reuse):
-        return _reused(call, cell, generation)
-    heads = computed_heads(site, cell)
-    if len(heads) < site.heads and not can_project_heads_separately(
-        call.module
-    ):  # any more: the plan was applied before that changed
-        heads = tuple(range(site.heads))
-    passage = SitePass(call, cell, writes, generation, heads)
-    if passage.shared and generation.call == 1:
-        out = call.restore(cache.read(Key(site.path, "handed over"), generation.step))
+    generation.require_rows(call, plan.sequences)
+    generation.stats.record_pass(plan.count)
+    if isinstance(plan, ReusePlan):
+        return _reused(call, plan, generation)
+    if plan.hands_over and generation.call == 1:
+        out = call.restore(generation.cache.read(plan.handed_over, generation.step))
     else:
-        out = _run(passage)
+        out = _run(SitePass(call, plan, generation))
     if generation.branches.calls > 1:
-        cache.expire(site.path, generation.step)
-    stats.peak_bytes = max(stats.peak_bytes, generation.held_bytes)
+        generation.cache.expire(plan.site.path, generation.step)
+    if plan.stores:
+        stats = generation.stats
+        stats.peak_bytes = max(stats.peak_bytes, generation.held_bytes)
     return out
 
 
-def _reused(call: SiteCall, cell: Reuse, generation: Generation) -> Output:
-    key, slope, cache, step = Key(call.site.path), Key(call.site.path, "slope"), generation.cache, generation.step
-    if not cell.extrapolate:
-        return call.restore(cache.read(key, step))
-    ahead = cell.extrapolate * cache.age(key, step)
-    return call.restore(add_scaled(cache.read(key, step), cache.read(slope, step), ahead))
+def _reused(call: SiteCall, plan: ReusePlan, generation: Generation) -> Output:
+    """The stored output, with its change since where it is extrapolated."""
+    cache, step = generation.cache, generation.step
+    if not plan.extrapolate:
+        return call.restore(cache.read(plan.output, step))
+    ahead = plan.extrapolate * cache.age(plan.output, step)
+    return call.restore(add_scaled(cache.read(plan.output, step), cache.read(plan.slope, step), ahead))
 
 
-def _run(passage: SitePass) -> Output:
-    """Run the module, and keep what of its output a later call reads; gives the output of both branches."""
-    call, generation, site = passage.call, passage.generation, passage.call.site
-    rows = generation.branches.conditional(call.batch) if passage.halved else None
-    some = passage.heads if len(passage.heads) < site.heads else None
-    if site.kind == "self_attention" and passage.untouched:
-        out = call.native(rows)
-        record_attention(passage, passage.methods, call.batch // 2 if passage.halved else call.batch, "native")
-    else:
-        out = call.run(lambda attention: _attention(attention, passage), rows, some)
-    samples = 1 if passage.shared else generation.branches.samples
-    generation.stats.record_projections(site, generation.tokens, len(passage.heads), samples)
-    if site.within:
-        generation.stats.record_attention(site, generation.tokens, passage.methods, samples, "native")
-    handed_over = passage.shared and generation.branches.calls == 2
-    if not (passage.halved or handed_over or passage.writes != Writes()):
+def _run(site_pass: SitePass) -> Output:
+    """Run the module, store what later calls read of its output, and give the output of both branches."""
+    call, plan, generation = site_pass.call, site_pass.plan, site_pass.generation
+    rows = generation.branches.conditional(call.batch) if plan.halved else None
+    out = _computed(site_pass, rows)
+    if not (plan.halved or plan.stores_output):
         return out
-    own = call.storable(out, rows)
-    if handed_over or passage.writes.output_until is not None:
-        own = compact_output(own)
-    if passage.writes.slope_until is not None:
-        _keep_slope(own, passage.writes.slope_until, passage)
-    exact = encode_output(own, site.head_dim, replace(generation.encoding, dtype="native")) if handed_over else None
-    if passage.writes.output_until is not None:
-        in_full = exact if generation.encoding.dtype == "native" else None
-        _keep(Key(site.path), in_full or _kept(own, passage), passage.writes.output_until, passage)
-    if exact is not None:  # what both branches have in one batch is not rounded either
-        generation.caches[1].write(Key(site.path, "handed over"), Entry(exact, False, generation.step))
-    return call.restore(both_branches(own)) if passage.halved else out
+    storable = call.storable(out, rows)
+    if plan.stores_output:
+        storable = _store(storable, site_pass)
+    return call.restore(both_branches(storable)) if plan.halved else out
 
 
-def _keep_slope(out: Output, last_reader: int, passage: SitePass) -> None:
+def _computed(site_pass: SitePass, rows: slice | None) -> Output:
+    """What the module gives for these rows, with each head under its method."""
+    call, plan = site_pass.call, site_pass.plan
+    attends = plan.site.kind == "self_attention"
+    if attends and plan.untouched:
+        out = call.native(rows)
+        site_pass.record_attention(call.batch // 2 if plan.halved else call.batch)
+    else:
+        some = plan.heads if len(plan.heads) < plan.site.heads else None
+        out = call.run(lambda attention: _attention(attention, site_pass), rows, some)
+    site_pass.record_projections()
+    if plan.site.within:
+        site_pass.generation.stats.record_attention(plan.attention, plan.samples, "native")
+    return out
+
+
+def _store(out: Output, site_pass: SitePass) -> Output:
+    """Store the output's change per step, the output, and what is handed over to the second call; gives what is stored."""
+    plan, generation, writes = site_pass.plan, site_pass.generation, site_pass.plan.writes
+    if plan.hands_over or writes.output_until is not None:
+        out = compact_output(out)
+    if writes.slope_until is not None:
+        _write(plan.slope, _encoded(_slope(out, site_pass), site_pass), writes.slope_until, site_pass)
+    exact = None
+    if plan.hands_over:  # the second call goes on with the output itself, as both branches of one batch do
+        exact = encode_output(out, plan.site.head_dim, replace(generation.encoding, dtype="native"))
+    if writes.output_until is not None:
+        as_kept = exact if exact is not None and generation.encoding.dtype == "native" else _encoded(out, site_pass)
+        _write(plan.output, as_kept, writes.output_until, site_pass)
+    if exact is not None:
+        generation.caches[1].write(plan.handed_over, Entry(exact, False, generation.step))
+    return out
+
+
+def _slope(out: Output, site_pass: SitePass) -> Output:
     """(O_a − O_b) / (a − b) for the output O_a of this step and O_b, the one computed before it."""
-    cache, step, path = passage.generation.cache, passage.generation.step, passage.call.site.path
-    age = cache.age(Key(path), step)
-    change = add_scaled(out, cache.read(Key(path), step, conditional=passage.halved), -1)
-    _keep(Key(path, "slope"), _kept(map_output(change, lambda tensor: tensor / age), passage), last_reader, passage)
+    plan, cache, step = site_pass.plan, site_pass.generation.cache, site_pass.generation.step
+    age = cache.age(plan.output, step)
+    change = add_scaled(out, cache.read(plan.output, step, conditional=plan.halved), -1)
+    return map_output(change, lambda tensor: tensor / age)
 
 
-def _kept(value: Output, passage: SitePass) -> EncodedOutput:
-    return encode_output(value, passage.call.site.head_dim, passage.generation.encoding)
+def _encoded(value: Output, site_pass: SitePass) -> EncodedOutput:
+    return encode_output(value, site_pass.plan.site.head_dim, site_pass.generation.encoding)
 
 
-def _keep(key: Key, value: EncodedOutput, last_reader: int, passage: SitePass, of: Residual | HeadOutput | None = None) -> None:
-    """Store what the conditional branch computed for both in both calls' caches; anything else in this call's."""
-    generation = passage.generation
-    only, heads = (False, None) if of is None else (of.conditional_only, of.heads)
-    half = generation.branches.calls == 1 and (passage.halved or (only and generation.branches.guided))
-    entry = Entry(value, half, last_reader, heads, generation.step)
+def _write(key: Key, value: EncodedOutput, last_reader: int, site_pass: SitePass) -> None:
+    """Store a module output, or its slope: where the step has two calls, for both if it serves both branches."""
+    plan, generation = site_pass.plan, site_pass.generation
+    entry = Entry(value, plan.halved, last_reader, made=generation.step)
     generation.cache.write(key, entry)
-    if generation.branches.calls == 2 and passage.shared and not only:
+    if plan.hands_over:
         generation.caches[1].write(key, entry)
 
 
-def _wanted(of: Residual | HeadOutput, passage: SitePass) -> slice | None:
-    """The rows of what was computed that are to be kept: all, those of the conditional branch, or none."""
-    branches = passage.generation.branches
-    if not of.conditional_only or passage.shared or not branches.guided:
-        return slice(None)
-    return None if passage.generation.call == 1 else branches.conditional(passage.call.batch)
-
-
-def _attention(call: AttentionCall, passage: SitePass) -> Tensor:
-    """Attention of every head under its method, and what is kept of it: (b, H, N, D), b the rows of the call."""
-    if passage.cell.method == Full():
+def _attention(call: AttentionCall, site_pass: SitePass) -> Tensor:
+    """Attention of every head under its method, and what is stored of it: (b, H, N, D), b the rows of the call."""
+    plan = site_pass.plan
+    if plan.native:
         out = call.native()
-        record_attention(passage, passage.methods, call.q.shape[0], "native")
+        site_pass.record_attention(call.q.shape[0])
     else:
-        out = _by_method(call, passage)
-    for residual in passage.writes.residuals:
-        _write_residual(call, out, residual, passage)
-    for of_heads in passage.writes.head_outputs:
-        if (rows := _wanted(of_heads, passage)) is not None:
-            value = out[rows] if of_heads.heads is None else out[rows, places(of_heads.heads, out.device)]
-            key = Key(passage.call.site.path, "heads")
-            _keep(key, _kept(compact_output(value), passage), of_heads.last_reader, passage, of_heads)
+        out = _by_method(call, site_pass)
+    for write in plan.residual_writes:
+        _write_heads(write, call, out, site_pass)
+    for write in plan.output_writes:
+        _write_heads(write, call, out, site_pass)
     return out
 
 
-def _by_method(call: AttentionCall, passage: SitePass) -> Tensor:
-    """Each head by its own; (b, H, N, D)."""
-    site, methods = passage.call.site, passage.methods
-    cached = tuple(head for head, method in enumerate(methods) if isinstance(method, Cached))
-    computed = tuple(head for head in range(site.heads) if head not in cached)
-    if not cached:
-        return attend_heads(call, computed, methods, slice(None), passage, _residual(call, computed, passage))
-    out = call.q.new_empty(call.q.shape[0], site.heads, *call.q.shape[2:])
-    if computed:
-        own = [methods[head] for head in computed]
-        out[:, places(computed, out.device)] = attend_heads(
-            call, computed, own, slice(None), passage, _residual(call, computed, passage)
-        )
-    out[:, places(cached, out.device)] = _read(Key(site.path, "heads"), cached, passage)
+def _by_method(call: AttentionCall, site_pass: SitePass) -> Tensor:
+    """Computed heads from a kernel, cached heads from the cache: (b, H, N, D)."""
+    plan, group = site_pass.plan, site_pass.plan.computed
+    cached = _read(plan.head_outputs, plan.cached, site_pass) if plan.cached else None
+    if group is None:
+        assert cached is not None
+        return cached
+    attended = _attend(call, group, ALL_ROWS, site_pass, _residuals(call, group, site_pass))
+    if cached is None:
+        return attended
+    out = attended.new_empty(attended.shape[0], plan.site.heads, *attended.shape[2:])
+    put_heads(out, group.heads, attended)
+    put_heads(out, plan.cached, cached)
     return out
 
 
-def _residual(call: AttentionCall, heads: tuple[int, ...], passage: SitePass) -> Tensor | None:
-    """What earlier steps kept for those of these heads that add it, (b, h, V, D), undefined for others; None if none does."""
-    site = passage.call.site
-    keys = [_residual_key(site, passage.methods[head]) for head in heads]
-    found = [(key, own) for key, own in grouped(keys) if key is not None]
-    if len(found) == 1 and len(found[0][1]) == len(heads):
-        return _read(found[0][0], heads, passage)
-    if not found:
+def _residuals(call: AttentionCall, group: HeadGroup, site_pass: SitePass) -> Tensor | None:
+    """The stored residuals that these heads add, (b, h, V, D), undefined for the others; None if no head adds one."""
+    if not group.residuals:
         return None
-    out = call.q.new_empty(call.q.shape[0], len(heads), passage.tokens.visual, call.q.shape[3])
-    for key, own in found:
-        out[:, places(own, out.device)] = _read(key, [heads[place] for place in own], passage)
+    if len(group.residuals[0].heads) == len(group.heads):
+        return _read(group.residuals[0].key, group.heads, site_pass)
+    out = call.q.new_empty(call.q.shape[0], len(group.heads), site_pass.tokens.visual, call.q.shape[3])
+    for read in group.residuals:
+        put_heads(out, read.places, _read(read.key, read.heads, site_pass))
     return out
 
 
-def _read(key: Key, heads: Sequence[int], passage: SitePass) -> Tensor:
-    """What earlier steps kept of these heads, (b, h, ·, D)."""
-    generation, count = passage.generation, passage.call.site.heads
-    return generation.cache.read_heads(key, heads, count, generation.step, conditional=passage.halved)
+def _read(key: Key, heads: tuple[int, ...], site_pass: SitePass) -> Tensor:
+    """What earlier steps stored of these heads, (b, h, ·, D)."""
+    plan, generation = site_pass.plan, site_pass.generation
+    return generation.cache.read_heads(key, heads, plan.site.heads, generation.step, conditional=plan.halved)
 
 
-def _residual_key(site: Site, method: Method) -> Key | None:
-    """Where the residual is that a head adds."""
-    return Key(site.path, "residual", method.radius) if isinstance(method, Arrow) and method.residual else None
+def _write_heads(write: HeadWrite, call: AttentionCall, out: Tensor, site_pass: SitePass) -> None:
+    """Store outputs of heads, (b, h, N, D), or their residuals R_r = O_r − W_r, (b, h, V, D) (WA-RS of DiTFastAttn).
 
-
-def _write_residual(call: AttentionCall, out: Tensor, residual: Residual, passage: SitePass) -> None:
-    """R_r = O_r − W_r over the visual tokens, (b, h, V, D), before the output projection (WA-RS of DiTFastAttn)."""
-    generation, site = passage.generation, passage.call.site
-    if (rows := _wanted(residual, passage)) is None:
-        return
-    heads = tuple(range(site.heads)) if residual.heads is None else residual.heads
-    visual = passage.tokens.visual_slice
-    methods = [Arrow(residual.radius)] * len(heads)
-    band = attend_heads(call, heads, methods, rows, passage)[:, :, visual]
-    whole = out[rows, :, visual] if residual.heads is None else out[rows, places(heads, out.device), visual]
-    key = Key(site.path, "residual", residual.radius)
-    _keep(key, _kept(whole - band, passage), residual.last_reader, passage, residual)
-    generation.stats.residuals += 1
+    Both are from before the output projection.
+    """
+    generation, rows = site_pass.generation, ALL_ROWS
+    if write.conditional_rows:
+        if generation.call == 1:
+            return
+        rows = generation.branches.conditional(site_pass.call.batch)
+    value, visual = out[rows], site_pass.tokens.visual_slice
+    value = value if write.band is None else value[:, :, visual]
+    if write.heads is not None:
+        value = select_heads(value, write.heads)
+    if write.band is not None:
+        value = value - _attend(call, write.band, rows, site_pass)[:, :, visual]
+        generation.stats.residuals += 1
+    entry = Entry(
+        _encoded(compact_output(value), site_pass), write.conditional_only, write.last_reader, write.heads, generation.step
+    )
+    generation.cache.write(write.key, entry)
+    if write.both_calls:
+        generation.caches[1].write(write.key, entry)
 
 
 def attend_heads(
@@ -255,7 +251,7 @@ def attend_heads(
     heads: Sequence[int],
     methods: Sequence[Method],
     rows: slice,
-    passage: SitePass,
+    site_pass: SitePass,
     residual: Tensor | None = None,
 ) -> Tensor:
     """Attention of these heads by a kernel, each by its own method, none of them cached: (rows, h, N, D); counted.
@@ -265,51 +261,45 @@ def attend_heads(
     Raises:
         PlanMismatch: the model's attention is causal, or drops weights, or is over other tokens than the site's.
     """
-    site = passage.call.site
-    require_token_sizes(call, passage)
+    return _attend(call, site_pass.plan.group(heads, methods), rows, site_pass, residual)
+
+
+def _attend(call: AttentionCall, group: HeadGroup, rows: slice, site_pass: SitePass, residual: Tensor | None = None) -> Tensor:
+    """`attend_heads`, prepared."""
+    require_token_sizes(call, site_pass)
     if call.causal:
         raise PlanMismatch(
-            f"{site.path}: got a plan with a band, int8 or heads of several kinds where the model's attention is causal or "
-            "drops weights; wanted attention with a mask at most; search again without these"
+            f"{site_pass.plan.site.path}: got a plan with a band, int8 or heads of several kinds where the model's attention "
+            "is causal or drops weights; wanted attention with a mask at most; search again without these"
         )
-    own, all_heads = tuple(passage.heads.index(head) for head in heads), call.q.shape[1]
-    where = places(own, call.q.device)
-    q = call.q[rows][:, where]
-    k, v = (_serving(own, tensor[rows], all_heads) for tensor in (call.k, call.v))
-    mask = None if call.mask is None else call.mask[(None,) * (4 - call.mask.ndim)]
+    q, k, v, mask = call.q, call.k, call.v, call.mask
     if mask is not None:
-        mask = masks.part(masks.part(mask, 0, rows), 1, where)
+        mask = masks.part(mask[(None,) * (4 - mask.ndim)], 0, rows)
+        mask = mask if mask.shape[1] == 1 else select_heads(mask, group.projected)
+    if rows != ALL_ROWS:
+        q, k, v = q[rows], k[rows], v[rows]
+    projected = q.shape[1]
+    if k.shape[1] < projected or not group.whole:
+        of_keys = serving(group.projected, k.shape[1], projected)
+        q, k, v = select_heads(q, group.projected), select_heads(k, of_keys), select_heads(v, of_keys)
     scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
-    asked = Call(q, k, v, passage.tokens, tuple(map(_policy, methods)), scale, mask)
-    if residual is not None:
-        adds = tuple(place for place, method in enumerate(methods) if _residual_key(site, method) is not None)
-        asked = replace(asked, residual=residual, adds=adds)
-    kernel = dispatch.resolve(passage.generation.kernel, asked)
-    record_attention(passage, methods, len(q), kernel)
+    adds = () if residual is None else group.adds
+    asked = Call(q, k, v, site_pass.tokens, group.policies, scale, mask, residual, adds)
+    kernel = dispatch.resolve(site_pass.generation.kernel, asked)
+    site_pass.record_attention(q.shape[0], kernel, group.work)
     return dispatch.attend(asked, kernel)
 
 
-def require_token_sizes(call: AttentionCall, passage: SitePass) -> None:
-    """Check that tokens are where masks take them to be: an adapter may say otherwise, and no kernel would notice."""
-    site, tokens, (heads, queries, width) = passage.call.site, passage.tokens.total, call.q.shape[1:]
-    wanted = len(passage.heads), tokens, tokens, site.head_dim
+def require_token_sizes(call: AttentionCall, site_pass: SitePass) -> None:
+    """Check that tokens are where masks take them to be: an adapter may say otherwise, and no kernel would notice.
+
+    Raises:
+        PlanMismatch: Q and K have other sizes than the site.
+    """
+    plan, (heads, queries, width) = site_pass.plan, call.q.shape[1:]
+    wanted = len(plan.heads), plan.tokens.total, plan.tokens.total, plan.site.head_dim
     if (got := (heads, queries, call.k.shape[2], width)) != wanted:
         raise PlanMismatch(
-            f"{site.path}: got {got}, wanted {wanted} heads, queries, keys and numbers in each; correct `tokens`, `over`, "
+            f"{plan.site.path}: got {got}, wanted {wanted} heads, queries, keys and numbers in each; correct `tokens`, `over`, "
             "`joint` or `head_dim` of the adapter that says so, and search again"
         )
-
-
-def _serving(heads: tuple[int, ...], tensor: Tensor, of: int) -> Tensor:
-    """What serves these of so many heads, (B, h, N, D), of keys or values that may have fewer."""
-    return tensor[:, places(tuple(head * tensor.shape[1] // of for head in heads), tensor.device)]
-
-
-def _policy(method: Method) -> Policy:
-    return Policy(method.radius if isinstance(method, Arrow) else None, precision_of(method))
-
-
-def record_attention(passage: SitePass, methods: Sequence[Method], rows: int, kernel: str) -> None:
-    """Tally one pass over queries and keys, of `rows` of the batch, for heads with these methods."""
-    generation, site = passage.generation, passage.call.site
-    generation.stats.record_attention(site, generation.tokens, methods, rows / passage.images, kernel)

@@ -1,4 +1,4 @@
-"""A module's forward, replaced on the instance as accelerate's and diffusers' hooks do it: put there, looked for, taken off."""
+"""Replaces a module's forward on the instance, as hooks of accelerate and diffusers do, and restores it beneath such hooks."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -7,35 +7,37 @@ from typing import Any
 
 from torch import nn
 
+from arrowhead.upstream import forward_holders
+
 Forward = Callable[..., Any]
-OURS = ("arrowhead_around", "arrowhead_sign", "arrowhead_run")
-"""What our forwards carry; a hook's forward that is made to look like what it wraps has these as well."""
+OURS = ("arrowhead_around", "arrowhead_handle", "arrowhead_run")
+"""Attributes of our forwards. A hook copies them to its own forward, by functools.update_wrapper."""
 
 
 class RunForward(functools.partial[Any]):
-    """A forward that carries a run, and is copied as that is, if at all: of a function a copy is the function itself."""
+    """A forward that refers to a run. Copying it copies the run, which refuses; a copy of a function would be the function."""
 
     arrowhead_run: Any
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """As the run has it."""
+        """What the run gives, or raises."""
         return self.arrowhead_run.__reduce_ex__(protocol)
 
 
 def replace_forward(module: nn.Module, forward: Forward) -> Forward | None:
-    """Set another forward on the instance; gives what was there before, for `take_off`: None where it was the class's."""
+    """Set another forward on the instance. Returns the one that was set there before, or None, for `restore_forward`."""
     before = vars(module).get("forward")
     module.forward = forward
     return before
 
 
 def is_reached(module: nn.Module, forward: Forward) -> bool:
-    """Whether a call of the module comes to this forward: it is there, or hooks that were added since go on to it."""
+    """Whether a call of the module reaches this forward: it is the module's, or hooks around it call it."""
     return any(each is forward for each in _chain(module))
 
 
 def restore_forward(module: nn.Module, forward: Forward, before: Forward | None) -> bool:
-    """Take a forward off, from beneath hooks that were added since, too; False, and no change, where it is not found."""
+    """Put the forward from before back, also beneath hooks added since. Returns False where `forward` is not found."""
     if vars(module).get("forward") is forward:
         if before is None:
             del module.forward
@@ -43,10 +45,7 @@ def restore_forward(module: nn.Module, forward: Forward, before: Forward | None)
             module.forward = before
         return True
     beneath = before or type(module).forward.__get__(module)
-    holders = [(module, "_old_forward")]  # accelerate's
-    for reference in getattr(vars(module).get("_diffusers_hook"), "_fn_refs", ()):
-        holders += [(reference, "forward"), (reference, "original_forward")]
-    found = [(holder, name) for holder, name in holders if vars(holder).get(name) is forward]
+    found = [(holder, name) for holder, name in forward_holders(module) if vars(holder).get(name) is forward]
     for holder, name in found:
         setattr(holder, name, beneath)
     for each in _chain(module) if found else ():
@@ -61,7 +60,7 @@ def restore_forward(module: nn.Module, forward: Forward, before: Forward | None)
 
 @contextmanager
 def forward_replaced(module: nn.Module, forward: Forward) -> Iterator[None]:
-    """Another forward on the instance, for the length of a `with` block."""
+    """Within the block the module has another forward."""
     before = replace_forward(module, forward)
     try:
         yield
@@ -70,7 +69,7 @@ def forward_replaced(module: nn.Module, forward: Forward) -> Iterator[None]:
 
 
 def _chain(module: nn.Module) -> Iterator[Forward]:
-    """The module's forward, and what that wraps, down to the class's."""
+    """The forward set on the instance, and each one that it wraps (`__wrapped__`), from the outermost."""
     each = vars(module).get("forward")
     while each is not None:
         yield each

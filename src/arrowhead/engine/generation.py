@@ -1,13 +1,16 @@
 """The state of one generation, from the first call of the transformer to the end of the pipeline's call."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from arrowhead.engine.cache import Cache, held_bytes
 from arrowhead.engine.cache_encoding import NATIVE, CacheEncoding
 from arrowhead.engine.site_calls import SiteCall
+from arrowhead.engine.site_plan import SitePlan, prepare
 from arrowhead.engine.stats import Stats
 from arrowhead.errors import PlanMismatch
-from arrowhead.plans.layout import Branches, Tokens
+from arrowhead.plans.cells import Cell
+from arrowhead.plans.layout import Branches, Site, Tokens
+from arrowhead.plans.lifetimes import Writes
 
 
 @dataclass
@@ -27,6 +30,7 @@ class Generation:
     step: int = 0
     call: int = 0
     rows: int | None = None
+    _plans: dict[tuple[Site, Cell, Writes], SitePlan] = field(default_factory=dict)
 
     @classmethod
     def begin(
@@ -34,6 +38,13 @@ class Generation:
     ) -> "Generation":
         """Before the first call of the transformer."""
         return cls(branches, tokens, kernel, tuple(Cache(branches) for _ in range(branches.calls)), stats, encoding)
+
+    def prepared(self, site: Site, cell: Cell, writes: Writes) -> SitePlan:
+        """The plan of one pass, prepared when it is first asked for: for searches, which choose cells as they go."""
+        key = site, cell, writes
+        if key not in self._plans:
+            self._plans[key] = prepare(site, cell, writes, self.tokens, self.branches)
+        return self._plans[key]
 
     def advance(self, tokens: Tokens) -> None:
         """On to the next call of the transformer.
@@ -49,13 +60,17 @@ class Generation:
         self.call = (self.call + 1) % self.branches.calls
         self.step += self.call == 0
 
-    def require_rows(self, call: SiteCall) -> None:
-        """Check that a site is called with as many rows as all before, and with both CFG branches where there are.
+    def require_rows(self, call: SiteCall, sequences: int) -> None:
+        """Check that a site is called with as many rows as all before, and with both CFG branches where there are two.
+
+        Of a sample the site has so many `sequences`.
 
         Raises:
-            PlanMismatch: it is not; what is kept would be of other rows.
+            PlanMismatch: it is not; what is stored would be of other rows.
         """
-        rows = call.batch // call.site.sequences(self.tokens)
+        rows = call.batch // sequences
+        if rows == self.rows:
+            return
         wanted = self.rows or rows + (rows % 2 if self.branches.batched else 0)
         if rows != wanted:
             raise PlanMismatch(

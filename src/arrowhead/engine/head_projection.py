@@ -1,4 +1,4 @@
-"""Q, K and V of single heads: which modules can compute them alone, and how."""
+"""Q, K and V of single heads: what a processor sees of its attention module, before attention and after."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -7,42 +7,50 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arrowhead.kernels.head_index import places
+from arrowhead.kernels.head_index import head_index, serving
 from arrowhead.models.head_separation import QKV
+from arrowhead.upstream import child_modules
 
 
 class ProjectedHeads:
-    """An attention module as its processor sees it, projecting Q, K and V for some of its heads only.
+    """An attention module in two views. The first projects Q, K and V of some heads, and has no others.
 
-    Only for modules whose heads are apart. Of keys that several heads share each of these heads is given its own.
+    After `attended` it is the module itself, since what attention gives has all heads. Only for modules that can project heads
+    separately. Of keys that several heads share, each of these heads is given its own.
     """
 
     def __init__(self, module: Any, heads: Sequence[int]) -> None:
-        self.heads = len(heads)
-        self._module = module
-        self._some = tuple(heads)
-        self._all: int = module.heads
-        self._width: int = module.to_q.out_features
-
-    @property
-    def inner_dim(self) -> int:
-        """The width of the heads that are projected, from which Qwen's processor takes a head's."""
-        return self._module.inner_dim // self._all * self.heads
+        layers, every = child_modules(module), module.heads
+        width = module.to_q.out_features // every
+        some, count = tuple(heads), len(heads)
+        view = dict(layers)  # found without a detour over `__getattr__`
+        for name in QKV:
+            if (linear := layers.get(name)) is not None:
+                view[name] = partial(_project, linear, some, every, width)
+        view |= {"heads": count, "inner_dim": width * count, "_module": module}
+        self.__dict__ = view
 
     def prepare_attention_mask(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own, for so many heads."""
+        """The module's method, for as many heads as the view has."""
         return type(self._module).prepare_attention_mask(self, *args, **kwargs)
 
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._module, name)
-        return partial(self._project, value) if name in QKV and value is not None else value
+    def attended(self) -> None:
+        """From here on, what is asked of the module is the module's."""
+        self.__dict__ = {"_module": self._module}
 
-    def _project(self, linear: nn.Linear, x: Tensor) -> Tensor:
-        if linear.out_features < self._width:  # they serve several heads each
-            shared = linear(x).unflatten(-1, (-1, self._width // self._all))  # (B, N, G, D)
-            serving = tuple(row * shared.shape[2] // self._all for row in self._some)
-            return shared[:, :, places(serving, x.device)].flatten(2)
-        some = places(self._some, linear.weight.device)
-        weight = linear.weight.view(self._all, -1, linear.in_features)[some].flatten(0, 1)  # (H·D, C) -> (h·D, C)
-        bias = None if linear.bias is None else linear.bias.view(self._all, -1)[some].flatten()
-        return F.linear(x, weight, bias)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def _project(linear: nn.Linear, heads: tuple[int, ...], of: int, width: int, x: Tensor) -> Tensor:
+    """What a layer gives for these of its heads, each of a width: (B, N, C) -> (B, N, h·D)."""
+    weight, bias = linear.weight, linear.bias
+    if weight.shape[0] < of * width:  # keys or values, each for several heads of queries
+        shared = linear(x).unflatten(-1, (-1, width))  # (B, N, G, D)
+        return shared[:, :, head_index(serving(heads, shared.shape[2], of), x.device)].flatten(2)
+    where = head_index(heads, weight.device)
+    if isinstance(where, slice):
+        rows = slice(where.start * width, where.stop * width)
+        return F.linear(x, weight[rows], None if bias is None else bias[rows])
+    weight = weight.view(of, width, -1).index_select(0, where).view(len(heads) * width, -1)  # (H·D, C) -> (h·D, C)
+    return F.linear(x, weight, None if bias is None else bias.view(of, width).index_select(0, where).view(-1))

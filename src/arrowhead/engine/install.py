@@ -1,4 +1,4 @@
-"""A plan meets a pipeline: put on, and taken off."""
+"""Puts a plan on a pipeline or a custom model, and takes it off."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,18 +30,34 @@ def apply(
     cache_dtype: CacheDtype = "native",
     cache_device: str | torch.device | None = None,
 ) -> Run:
-    """Put a plan on a pipeline, or on a module with its adapter. Generations that follow are compressed, until `remove`.
+    """Put a plan on a pipeline, or on a custom model. Generations are compressed until `remove`.
 
-    `kernel` is `auto`, or the name of the kernel that has to run the bands. What later steps read is kept in `cache_dtype`:
-    `native`, or `int8` or `fp8` with a scale for each token and head; on `cache_device`, such as `cpu`, or None: where it is
-    computed.
+    >>> run = ah.apply(pipe, ah.Plan.load("plan.json"))
+    >>> image = pipe("a cat").images[0]
+    >>> print(run.summary())
+    >>> ah.remove(pipe)
+
+    Nothing outside of the pipeline changes: other pipelines of its class, and their graphs of torch.compile, stay as they are.
+    Until `remove`, processors see the global names of their modules as they are now.
+
+    Args:
+        pipe: a pipeline of diffusers, or a `torch.nn.Module` with an `adapter`.
+        plan: a search's result, or `Plan.load(path)`.
+        adapter: describes the module; None for a pipeline.
+        kernel: the kernel that computes bands and boxes; `auto` picks one for each call.
+        cache_dtype: how outputs and residuals are kept for later steps: `native`, the dtype in which they were computed, or
+            `int8` or `fp8`, with one scale for each token and head.
+        cache_device: the device on which they are kept, such as `cpu`; None: the one on which they were computed.
+
+    Returns:
+        The run: its `summary()` says what the latest generation computed, and `step(i)` tells a custom loop's steps.
 
     Raises:
-        InputsInvalid: there is no such dtype, or device.
+        InputsInvalid: `plan` is no plan, or there is no such dtype or device.
         UnsupportedPipeline: no attention sites are known for this pipeline.
-        InputsInvalid: what is given is no plan.
         PlanMismatch: the plan was made for something else; the message names every difference.
         AlreadyApplied: the pipeline carries a plan.
+        NotIntercepted: a module's attention processor cannot be wrapped.
         KernelUnavailable: there is no such kernel here.
     """
     encoding = CacheEncoding.of(cache_dtype, cache_device)
@@ -55,10 +71,12 @@ def apply(
 
 
 def remove(pipe: "DiffusionPipeline | nn.Module") -> None:
-    """Take the plan off a pipeline, or a module of one's own, which is then exactly as before.
+    """Take the plan off a pipeline, or off a custom model, which is then as it was before `apply`.
+
+    What was set on attention processors since, such as an attention backend, stays.
 
     Raises:
-        ArrowheadError: it carries none.
+        ArrowheadError: there is no plan on it.
     """
     run = _run_on(pipe)
     if run is None:
@@ -76,7 +94,13 @@ def applied(
     cache_dtype: CacheDtype = "native",
     cache_device: str | torch.device | None = None,
 ) -> Iterator[Run]:
-    """`apply` for the length of a `with` block. Raises what `apply` raises."""
+    """Within the block a plan is on a pipeline, or on a custom model.
+
+    >>> with ah.applied(pipe, plan):
+    ...     image = pipe("a cat").images[0]
+
+    The arguments and errors are those of `apply`.
+    """
     run = apply(pipe, plan, adapter, kernel=kernel, cache_dtype=cache_dtype, cache_device=cache_device)
     try:
         yield run

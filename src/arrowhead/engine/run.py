@@ -14,6 +14,7 @@ from arrowhead.engine.compile_boundary import CallWrapper
 from arrowhead.engine.execute_site import execute_site
 from arrowhead.engine.generation import Generation
 from arrowhead.engine.site_calls import SiteCall
+from arrowhead.engine.site_plan import SitePlan, prepare
 from arrowhead.engine.stats import Stats, Summary
 from arrowhead.engine.step_clock import StepClock
 from arrowhead.engine.wrappers import Interception, uncopied
@@ -30,12 +31,14 @@ from arrowhead.errors import (
 )
 from arrowhead.kernels import dispatch
 from arrowhead.models.conflicts import require_no_conflicts
+from arrowhead.models.head_separation import can_project_heads_separately
 from arrowhead.models.model import Model, target_of, transformers_of
 from arrowhead.plans import masks
-from arrowhead.plans.cells import Arrow, Attend, radius_sort_key
-from arrowhead.plans.layout import Branches
+from arrowhead.plans.cells import Arrow, Attend, Cached, radius_sort_key
+from arrowhead.plans.layout import Branches, Tokens
 from arrowhead.plans.lifetimes import lifetimes
 from arrowhead.plans.plan import Plan
+from arrowhead.upstream import uncompiled
 
 
 class Run:
@@ -43,22 +46,23 @@ class Run:
 
     def __init__(self, model: Model, plan: Plan, kernel: str, encoding: CacheEncoding = NATIVE) -> None:
         self.plan = plan
-        self.kernel = dispatch.known(kernel)
+        self.kernel = dispatch.require_kernel(kernel)
         self.encoding = encoding
         self._model = model
         self._pipeline_class = type(model.pipe)
         plan.require(target_of(model))
-        self._writes = {s.path: lifetimes(c) for s, c in zip(plan.target.sites, plan.columns, strict=True)}
-        self._row = {site.path: i for i, site in enumerate(plan.target.sites)}
+        self._writes = tuple(map(lifetimes, plan.columns))
+        self._prepared: dict[Any, tuple[dict[str, SitePlan], ...]] = {}  # by step and path, for each kind of generation
         self._branches: Branches | None = None  # set while the pipeline's call runs
         self._generation: Generation | None = None  # set from the first call of the transformer on
-        self._pace: StepClock | None = None  # set as the branches are
+        self._site_plans: tuple[dict[str, SitePlan], ...] = ()  # set as the generation is
+        self._step_clock: StepClock | None = None  # set as the branches are
         self._stats: Stats | None = None  # of the latest generation
         self.on = True  # until it is closed
         _warn_of_wide_bands(plan)
         _warn_of_derived(plan)
         self._interception = Interception(model.site_modules, self._around, model.forwards)
-        self._clock = self._clocked()
+        self._call_wrappers = self._wrap_calls()
         model.pipe.__class__ = _applied_class(self._pipeline_class, self)
 
     def step(self, index: int) -> None:
@@ -69,23 +73,23 @@ class Run:
         """
         raise ArrowheadError(f"got step {index} in a pipeline's run, which counts by itself; leave it out")
 
-    def _clocked(self) -> ExitStack:
-        """Start the clock, which stops when this is closed."""
-        clock = ExitStack()
-        for transformer, called in zip(self._model.transformers, self._model.called, strict=True):
-            clock.callback(CallWrapper(called, functools.partial(self._counted, transformer)).remove)
-        return clock
+    def _wrap_calls(self) -> ExitStack:
+        """Count the transformer's calls, until the stack is closed."""
+        wrappers = ExitStack()
+        for transformer, called in zip(self._model.transformers, self._model.called_transformers, strict=True):
+            wrappers.callback(CallWrapper(called, functools.partial(self._counted, transformer)).remove)
+        return wrappers
 
     def _counted(self, transformer: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """A call of the transformer, whose step begins before anything of it that is compiled."""
+        """Count a call of the transformer, outside of what is compiled of it, and run it."""
         self._tick(transformer, args, kwargs)
         return call(*args, **kwargs)
 
     def _renew(self) -> None:
-        """Stay outside of what has been compiled since the plan was applied."""
+        """Stand around what has been compiled since the plan was applied, rather than within its graph."""
         self._interception.renew()
-        self._clock.close()
-        self._clock = self._clocked()
+        self._call_wrappers.close()
+        self._call_wrappers = self._wrap_calls()
 
     @property
     def cache_bytes(self) -> int:
@@ -106,7 +110,7 @@ class Run:
         """Take the plan off; the pipeline is as it was before `apply`."""
         self._end()
         self.on = False
-        self._clock.close()
+        self._call_wrappers.close()
         self._model.pipe.__class__ = self._pipeline_class
         self._interception.remove()
 
@@ -144,7 +148,7 @@ class Run:
         self.plan.require(target_of(self._model))
         self._renew()
         self._stats, self._branches = Stats(branches.samples, branches.calls), branches
-        self._pace = StepClock()
+        self._step_clock = StepClock()
         if replaced := self._interception.replaced():
             self._note(
                 f"processors or forwards were replaced after the plan was applied, and may be full: {', '.join(replaced)}",
@@ -188,38 +192,77 @@ class Run:
         warnings.warn(f"{what}; {remedy}", category, stacklevel=6)
 
     def _end(self) -> None:
-        self._branches = self._generation = self._pace = None
+        self._branches = self._generation = self._step_clock = None
 
     def _tick(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before each call of the transformer: the step clock. Calls from outside the pipeline run uncompressed."""
-        if self._branches is None or self._stats is None or self._pace is None:
+        if self._branches is None or self._stats is None or self._step_clock is None:
             return
-        self._pace.require_same_thread(type(transformer).__name__)
+        self._step_clock.require_same_thread(type(transformer).__name__)
         tokens = self._model.tokens(self._model.transformer_arguments(args, kwargs))
-        if self._generation is None:
+        generation = self._generation
+        if generation is None:
             self.plan.require_call(self._model.steps, tokens, self._branches.calls, self._model.switch)
-            self._generation = Generation.begin(self._branches, tokens, self.kernel, self._stats, self.encoding)
+            generation = Generation.begin(self._branches, tokens, self.kernel, self._stats, self.encoding)
+            self._generation, self._site_plans = generation, self._prepare(tokens, self._branches)
         else:
-            self._generation.advance(tokens)
-        self._generation.stats.steps += self._generation.call == 0
-        self._pace.keep(self._generation.step, self._generation.call, self._model.scheduler_step)
-        if self._generation.step >= self.plan.steps:
+            generation.advance(tokens)
+        self._stats.steps += generation.call == 0
+        self._step_clock.check(generation.step, generation.call, self._model.scheduler_step)
+        if generation.step >= self.plan.steps:
             raise PlanMismatch(
                 f"plan is for {self.plan.steps} calls of the transformer, the pipeline makes more; search again with the "
                 "same arguments"
             )
-        if transformer is not self._model.transformer_at(self._generation.step):
+        if transformer is not self._model.transformer_at(generation.step):
             raise PlanMismatch(
-                f"got step {self._generation.step} with another transformer than the scheduler's timesteps and the pipeline's "
+                f"got step {generation.step} with another transformer than the scheduler's timesteps and the pipeline's "
                 "boundary_ratio say; wanted diffusers' own loop; remove the plan"
             )
+
+    def _prepare(self, tokens: Tokens, branches: Branches) -> tuple[dict[str, SitePlan], ...]:
+        """The passes of every step by the site's path; prepared anew only where a generation differs from those before.
+
+        Whether heads can be projected separately is asked of the modules once in each generation: a LoRA may have been loaded.
+        """
+        switch, inseparable = self._model.switch, self._inseparable()
+        key = tokens, branches, switch, inseparable
+        if key not in self._prepared:
+            self._prepared[key] = tuple(
+                {
+                    site.path: prepare(
+                        site,
+                        cell,
+                        writes[step],
+                        tokens,
+                        branches,
+                        separable=(switch is not None and step >= switch, site.path) not in inseparable,
+                    )
+                    for site, cell, writes in zip(self.plan.target.sites, cells, self._writes, strict=True)
+                }
+                for step, cells in enumerate(self.plan.cells)
+            )
+        return self._prepared[key]
+
+    def _inseparable(self) -> frozenset[tuple[bool, str]]:
+        """Sites with cached heads whose heads have to be projected together, in the first transformer or (True) the second."""
+        caching = [
+            site
+            for site, column in zip(self.plan.target.sites, self.plan.columns, strict=True)
+            if any(isinstance(cell, Attend) and Cached() in cell.methods(site.heads) for cell in column)
+        ]
+        return frozenset(
+            (later, site.path)
+            for later, transformer in enumerate(self._model.transformers)
+            for site in caching
+            if not can_project_heads_separately(uncompiled(transformer.get_submodule(site.path)))
+        )
 
     def _around(self, call: SiteCall) -> Output:
         generation = self._generation
         if generation is None:
             return call.native()
-        step, site = generation.step, call.site
-        return execute_site(call, self.plan.cells[step][self._row[site.path]], self._writes[site.path][step], generation)
+        return execute_site(call, self._site_plans[generation.step][call.site.path], generation)
 
 
 def _applied_class(base: type, run: Run) -> type:

@@ -1,6 +1,5 @@
 """One call of a site's module: run, on some of its rows or with some of its heads alone, or answered from what was kept."""
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +15,9 @@ from arrowhead.engine.cache import Output, add_scaled
 from arrowhead.engine.head_projection import ProjectedHeads
 from arrowhead.errors import NotIntercepted
 from arrowhead.plans.layout import Site
-from arrowhead.upstream import uncompiled
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: one is made in every pass
 class SiteCall(ABC):
     """One call of a site's module."""
 
@@ -40,7 +38,7 @@ class SiteCall(ABC):
 
     def native(self, rows: slice | None = None) -> Output:
         """What the module gives by itself."""
-        return self.run(lambda attention: attention.native(), rows)
+        return self.run(_native, rows)
 
     def storable(self, out: Output, rows: slice | None = None) -> Output:  # noqa: ARG002
         """What of an output, run on `rows`, serves other steps, or the other branch: all of it, where it is no block's."""
@@ -57,14 +55,19 @@ class SiteCall(ABC):
         return self.args[self._first] if len(self.args) > self._first else next(iter(self.kwargs.values()))
 
     _first: ClassVar[int] = 0
-    """Where the input stands among the arguments."""
+    """The place of the input among the arguments."""
 
-    def _of_rows(self, rows: slice | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _of_rows(self, rows: slice | None) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         """The arguments for these rows."""
         if rows is None:
-            return self.args, dict(self.kwargs)
-        args = tuple(_part(value, rows, self.batch) for value in self.args)
-        return args, {name: _part(value, rows, self.batch) for name, value in self.kwargs.items()}
+            return self.args, self.kwargs
+        batch = self.batch
+        args = tuple(_part(value, rows, batch) for value in self.args)
+        return args, {name: _part(value, rows, batch) for name, value in self.kwargs.items()}
+
+
+def _native(attention: AttentionCall) -> Tensor:
+    return attention.native()
 
 
 def _part(value: Any, rows: slice, batch: int) -> Any:
@@ -74,7 +77,7 @@ def _part(value: Any, rows: slice, batch: int) -> Any:
     return value[rows] if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch else value
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class ModuleCall(SiteCall):
     """One call of a module that is computed or not; `original` is its forward."""
 
@@ -84,9 +87,14 @@ class ModuleCall(SiteCall):
         return self.original(*args, **kwargs)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class BlockCall(ModuleCall):
-    """One call of a whole block, (text, image) or the image alone: what it adds to its input is what serves elsewhere."""
+    """One call of a whole block, (text, image) or the image alone: what it adds to its input is what serves elsewhere.
+
+    `parameters` are the names of its forward's, the first of which is the image's tokens.
+    """
+
+    parameters: Sequence[str]
 
     def storable(self, out: Output, rows: slice | None = None) -> Output:
         """What the block added to its input."""
@@ -97,16 +105,18 @@ class BlockCall(ModuleCall):
         return add_scaled(self._input(kept, None), kept, 1)
 
     def _input(self, like: Output, rows: slice | None) -> Output:
-        args, kwargs = self._of_rows(rows)
-        given = inspect.signature(uncompiled(self.module).forward).bind(*args, **kwargs).arguments
-        visual = next(iter(given.values()))  # hidden_states, or x
+        """The image's tokens, and the text's where `like` has them."""
+        visual = self._argument(self.parameters[0], rows)
         if isinstance(like, Tensor):
             return visual
-        text, _ = like
-        return (None if text is None else given["encoder_hidden_states"]), visual
+        return (None if like[0] is None else self._argument("encoder_hidden_states", rows)), visual
+
+    def _argument(self, name: str, rows: slice | None) -> Tensor:
+        value = self.kwargs[name] if name in self.kwargs else self.args[self.parameters.index(name)]
+        return value if rows is None else _part(value, rows, self.batch)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class AttentionSiteCall(SiteCall):
     """One call of an attention module's processor, whose first argument the module is."""
 
@@ -125,27 +135,12 @@ class AttentionSiteCall(SiteCall):
         if self.site.by_sample:
             return self._by_sample(answer, range(self.batch)[rows or slice(None)])
         args, kwargs = self._of_rows(rows)
-        some = None if heads is None else ProjectedHeads(args[0], heads)
-        if some is not None:
-            args = (some, *args[1:])
-        reached = False
-
-        def once(call: AttentionCall) -> Tensor:
-            nonlocal reached
-            if reached:
-                raise NotIntercepted(
-                    f"{self.site.path}: {self._processor} computes attention twice, as for an "
-                    "IP-Adapter; wanted a processor that does once; unload the adapter, or remove the plan"
-                )
-            reached = True
-            attended = answer(call)
-            if some is not None:
-                some.heads = self.site.heads  # from here on the processor handles the output of all heads
-            return attended
-
-        with attention_handler(once):
+        if heads is not None:
+            args = (ProjectedHeads(args[0], heads), *args[1:])
+        handler = _AttentionOnce(self, answer, None if heads is None else args[0])
+        with attention_handler(handler):
             out = self._attend(args, kwargs)
-        if not reached:
+        if not handler.reached:
             raise NotIntercepted(
                 f"{self.site.path}: {self._processor} did not call F.scaled_dot_product_attention or "
                 f"dispatch_attention_fn; wanted {self._wanted}"
@@ -158,9 +153,9 @@ class AttentionSiteCall(SiteCall):
     def native(self, rows: slice | None = None) -> Output:
         """Bit for bit, in however many calls of attention."""
         if not self.site.by_sample:
-            return super().native(rows)
+            return AttentionSiteCall.run(self, _native, rows)
         args, kwargs = self._of_rows(rows)
-        with attention_handler(lambda attention: attention.native()):
+        with attention_handler(_native):
             return self.original(*args, **kwargs)
 
     def _by_sample(self, answer: AttentionHandler, rows: range) -> Output:
@@ -195,7 +190,29 @@ class AttentionSiteCall(SiteCall):
         return type(self.module.processor).__name__
 
 
-@dataclass(frozen=True)
+class _AttentionOnce:
+    """Answers one call of attention; from there on a processor sees the whole module."""
+
+    __slots__ = ("_answer", "_call", "_module", "reached")
+
+    def __init__(self, call: AttentionSiteCall, answer: AttentionHandler, module: ProjectedHeads | None) -> None:
+        self.reached = False
+        self._call, self._answer, self._module = call, answer, module
+
+    def __call__(self, attention: AttentionCall) -> Tensor:
+        if self.reached:
+            raise NotIntercepted(
+                f"{self._call.site.path}: {self._call._processor} computes attention twice, as for an "
+                "IP-Adapter; wanted a processor that does once; unload the adapter, or remove the plan"
+            )
+        self.reached = True
+        attended = self._answer(attention)
+        if self._module is not None:
+            self._module.attended()
+        return attended
+
+
+@dataclass(slots=True)
 class ForwardSiteCall(AttentionSiteCall):
     """One call of an attention module without a processor; `original` is its forward, `routed` that with attention routed."""
 

@@ -1,80 +1,106 @@
-"""Counters of what one generation really did, and the summary made from them. Nothing here looks at a plan."""
+"""Counters of what one generation really did, and the summary made from them. Nothing here looks at a plan.
 
-from collections import Counter
-from collections.abc import Sequence
+The numbers that belong to a piece of work are prepared before it runs (`SitePlan`). Where the work is done, it is counted once:
+what it cost is summed up when somebody asks.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from arrowhead.plans.cells import FULL, Attend, Cell, Method, method_name, paper_name
-from arrowhead.plans.flops import Flops, head_flops, projection_flops, site_flops
+from arrowhead.plans.cells import FULL
+from arrowhead.plans.flops import Flops, site_flops
 from arrowhead.plans.layout import Site, Tokens
 from arrowhead.plans.lifetimes import Writes
 
 NO_FLOPS = Flops(0, 0)
 
 
+@dataclass(frozen=True, eq=False)
+class PassCount:
+    """What one site pass adds to the counters: names of the cell and of its heads' methods, and FLOPs of full attention."""
+
+    path: str
+    cell: str
+    heads: Mapping[str, int]
+    whole: Flops
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """A piece of work, such as the projections of a site: its FLOPs for one sample."""
+
+    flops: Flops
+
+
 @dataclass
 class Stats:
-    """What has been computed and reused so far in one generation. FLOPs are per image, `rows` too.
+    """What has been computed and reused so far in one generation. FLOPs are per image.
 
-    `samples` are those of an image in one call of the transformer, of which a step has `calls`.
+    `samples` are those of an image in one call of the transformer, of which a step has `calls`. `done` has the samples of an
+    image that each piece of work was done for.
     """
 
     samples: int
     calls: int = 1
     steps: int = 0
-    passes: Counter[Site] = field(default_factory=Counter)
-    cells: Counter[str] = field(default_factory=Counter)
-    heads: Counter[str] = field(default_factory=Counter)
+    passes: Counter[str] = field(default_factory=Counter)  # by the site's path
+    counts: Counter[PassCount] = field(default_factory=Counter)
+    done: defaultdict[Work, float] = field(default_factory=lambda: defaultdict(float))
     kernels: Counter[str] = field(default_factory=Counter)
     residuals: int = 0
     peak_bytes: int = 0
     notes: list[str] = field(default_factory=list)
-    spent: Flops = NO_FLOPS
-    whole: Flops = NO_FLOPS
+    missed: Flops = NO_FLOPS
+    """FLOPs of the calls in which a site was not passed."""
 
-    def record_pass(self, site: Site, cell: Cell, tokens: Tokens) -> None:
-        """A site was passed, and did what `cell` says."""
-        self.passes[site] += 1
-        self.cells[paper_name(cell)] += 1
-        if site.kind != "self_attention":
-            pass  # it has no heads
-        elif isinstance(cell, Attend):
-            self.heads.update(method_name(method) for method in cell.methods(site.heads))
-        else:
-            self.heads[paper_name(cell)] += site.heads
-        self.whole += site_flops(site, tokens, FULL, Writes(), self.samples)
+    def record_pass(self, count: PassCount) -> None:
+        """Count that a site was passed."""
+        self.passes[count.path] += 1
+        self.counts[count] += 1
 
-    def record_projections(self, site: Site, tokens: Tokens, heads: int, rows: float) -> None:
-        """The output projection ran, and the Q, K and V projections of so many heads."""
-        self.spent += Flops(0, projection_flops(site, tokens, heads) * rows)
+    def record_work(self, work: Work, samples: float) -> None:
+        """Count work that ran for so many samples of an image."""
+        self.done[work] += samples
 
-    def record_attention(self, site: Site, tokens: Tokens, methods: Sequence[Method], rows: float, kernel: str) -> None:
-        """One pass over queries and keys ran, for heads with these methods."""
-        flops = sum(head_flops(site, tokens, method) for method in methods) * rows
-        self.spent += Flops(flops, flops)
+    def record_attention(self, work: Work, samples: float, kernel: str) -> None:
+        """Count one pass over queries and keys by a kernel, for so many samples of an image."""
+        self.record_work(work, samples)
         self.kernels[kernel] += 1
 
+    @property
+    def spent(self) -> Flops:
+        """FLOPs that were spent."""
+        return sum((work.flops * samples for work, samples in self.done.items()), self.missed)
+
+    @property
+    def whole(self) -> Flops:
+        """FLOPs that full attention would have spent."""
+        return sum((count.whole * times for count, times in self.counts.items()), self.missed)
+
     def count_missed_as_full(self, site: Site, tokens: Tokens) -> int:
-        """Calls in which a site was not passed: whatever ran there is counted as full attention."""
-        missing = self.steps * self.calls - self.passes[site]
-        for _ in range(missing):
-            full = site_flops(site, tokens, FULL, Writes(), self.samples)
-            self.spent, self.whole = self.spent + full, self.whole + full
+        """Count the calls in which a site was not passed as full attention, whatever ran there; gives their number."""
+        missing = self.steps * self.calls - self.passes[site.path]
+        if missing > 0:
+            self.missed += site_flops(site, tokens, FULL, Writes(), self.samples) * missing
         return missing
 
     def summary(self, planned_steps: int) -> "Summary":
         """The counters so far, as a value."""
         spent, whole = (self.spent, self.whole) if self.whole.module else (Flops(1, 1), Flops(1, 1))
         left = Flops(spent.attention / (whole.attention or 1), spent.module / whole.module)
-        cells, heads, kernels = Counter(self.cells), Counter(self.heads), Counter(self.kernels)
-        return Summary(
-            self.steps, planned_steps, cells, heads, self.residuals, kernels, left, self.peak_bytes, tuple(self.notes)
-        )
+        cells, heads = Counter[str](), Counter[str]()
+        for count, times in self.counts.items():
+            cells[count.cell] += times
+            for name, each in count.heads.items():
+                heads[name] += each * times
+        kernels, notes = Counter(self.kernels), tuple(self.notes)
+        return Summary(self.steps, planned_steps, cells, heads, self.residuals, kernels, left, self.peak_bytes, notes)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a generation really computed, reused and skipped. Print it.
+    """What a generation really computed, reused and skipped; print it for a table.
 
     `cells` counts site passes by the papers' names, `heads` what single heads did in them, `kernels` passes over queries and
     keys by the kernel that ran them (`native` is the pipeline's own attention), `flops` are the fractions of the

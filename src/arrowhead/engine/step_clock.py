@@ -1,4 +1,4 @@
-"""Whether a transformer's calls are those of one generation, one step after the other: nothing else would tell."""
+"""Whether the calls of a transformer are those of one generation, one step after another: no call says which step it is."""
 
 from dataclasses import dataclass, field
 
@@ -9,44 +9,44 @@ from arrowhead.errors import AlreadyGenerating, PlanMismatch
 
 @dataclass
 class StepClock:
-    """Where a generation runs, and what its pipeline's scheduler counted at the latest call of the transformer.
+    """The thread a generation runs in, and the scheduler's count at the latest call of the transformer.
 
-    Most schedulers count the steps they make (`step_index`). None: this one does not, or has not made any. `lost` says that a
-    call was refused, so that nobody knows which step the next one is.
+    Most schedulers count the steps they make (`step_index`). `counted` is None where this one does not, or has made none.
+    `out_of_order`: a call was refused, so which step the next one belongs to cannot be told.
     """
 
     counted: int | None = None
-    lost: bool = False
-    where: greenlet.greenlet = field(default_factory=greenlet.getcurrent)
+    out_of_order: bool = False
+    thread: greenlet.greenlet = field(default_factory=greenlet.getcurrent)
 
     def require_same_thread(self, name: str) -> None:
-        """Check that a call of the transformer comes from where the generation runs.
+        """Check that a call of the transformer comes from the thread, and greenlet, of the generation.
 
         Raises:
-            AlreadyGenerating: it comes from another thread or greenlet.
+            AlreadyGenerating: it comes from another one.
         """
-        if greenlet.getcurrent() is not self.where:
+        if greenlet.getcurrent() is not self.thread:
             raise AlreadyGenerating(
                 f"{name} was called from elsewhere while a generation with a plan runs on it; wanted that generation's calls "
                 "alone; let it end first, or give each pipeline a transformer of its own"
             )
 
-    def keep(self, step: int, call: int, counted: int | None) -> None:
-        """On to a call of the transformer, the `call`-th of its step: a scheduler moves between steps, and within none.
+    def check(self, step: int, call: int, counted: int | None) -> None:
+        """Check the `call`-th call of a step: a scheduler moves by one between two steps, and not within a step.
 
         Raises:
-            PlanMismatch: it does not, so that the call is another one's, or one before it is missing.
+            PlanMismatch: it moved otherwise, so the call belongs to another generation, or a call is missing before it.
         """
         before, self.counted = self.counted, counted
         missing = call > 0 and counted != before
-        astray = call == 0 and step > 0 and before is not None and counted != before + 1
-        again, self.lost = self.lost, self.lost or missing or astray
-        if missing and not again:
+        moved_otherwise = call == 0 and step > 0 and before is not None and counted != before + 1
+        refused_before, self.out_of_order = self.out_of_order, self.out_of_order or missing or moved_otherwise
+        if missing and not refused_before:
             raise PlanMismatch(
                 f"got one call of the transformer in step {step}, wanted two in every step, one for each CFG branch; leave out "
                 "what ends guidance on its way, such as a callback, or remove the plan"
             )
-        if self.lost:
+        if self.out_of_order:
             raise PlanMismatch(
                 f"got a call of the transformer that is not the scheduler's for step {step}, wanted those of one generation in "
                 "turn; let a generation with this transformer end before the next begins, or remove the plan"

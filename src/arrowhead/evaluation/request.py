@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from arrowhead.errors import InputsInvalid, InputsRepeated
-from arrowhead.plans.target import plain
+from arrowhead.plans.target import to_json_value
 
 PER_IMAGE = (
     "prompt",
@@ -111,9 +111,9 @@ class Request:
             name: values
             if len(values) <= 16 and not isinstance(values[0], list)
             else {"count": len(values), "sha256": digest(values)}
-            for name, values in ((name, plain(_listed(values))) for name, values in self.rows.items())
+            for name, values in ((name, to_json_value(_listed(values))) for name, values in self.rows.items())
         }
-        common = {name: plain(value) for name, value in self.common.items()}
+        common = {name: to_json_value(value) for name, value in self.common.items()}
         return {"inputs": common, "per_image": rows, "first_seed": self.seed, "batch": self.batch}
 
 

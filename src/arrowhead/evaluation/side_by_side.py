@@ -19,7 +19,7 @@ from arrowhead.errors import InputsInvalid
 from arrowhead.metrics.images import psnr, ssim
 from arrowhead.models.model import transformers_of
 from arrowhead.plans.plan import Plan
-from arrowhead.plans.target import plain
+from arrowhead.plans.target import to_json_value
 from arrowhead.versions import versions
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
@@ -120,7 +120,7 @@ def evaluate(
         scores.append(Score(name, plan, summaries[name], median(ratios), values, made))
     transformer, *_ = transformers_of(pipe)
     setting = {
-        "inputs": {name: plain(value) for name, value in inputs.items()},
+        "inputs": {name: to_json_value(value) for name, value in inputs.items()},
         "seeds": list(seeds),
         "device": str(transformer.device),
         "dtype": str(transformer.dtype),

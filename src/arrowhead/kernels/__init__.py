@@ -1,1 +1,1 @@
-"""Attention of heads under their policies, by several kernels that agree with one reference."""
+"""Arrow attention, with a policy for each head, by several kernels that agree with one reference; `dispatch` chooses."""

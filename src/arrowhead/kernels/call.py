@@ -1,11 +1,11 @@
-"""What a kernel is asked for: queries, keys and values, and what each head does with them."""
+"""The arguments of a kernel: queries, keys and values, and a policy for each head."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from arrowhead.kernels.head_index import places
+from arrowhead.kernels.head_index import head_index
 from arrowhead.plans import masks
 from arrowhead.plans.cells import Precision, Radius
 from arrowhead.plans.layout import Tokens
@@ -13,7 +13,7 @@ from arrowhead.plans.layout import Tokens
 
 @dataclass(frozen=True)
 class Policy:
-    """What one head does: the radius of its band, None where it is full, and the precision of its product Q·Kᵀ."""
+    """What a kernel computes for one head: a band of `radius`, or full attention (None), and the precision of scores."""
 
     radius: Radius | None = None
     precision: Precision = "native"
@@ -21,11 +21,17 @@ class Policy:
 
 @dataclass(frozen=True)
 class Call:
-    """Arrow attention of q, k, v, each (B, H, N, D) with N = `tokens.total`, under a policy for each head.
+    """One call of a kernel: arrow attention of B samples and H heads, with D channels each.
 
-    `scale` multiplies the scores. `mask`, the model's own, is boolean (True: seen) or added to the scores; it has four
-    dimensions, and broadcasts to (B, H, N, N). `residual`, (B, H, V, D), is added to the visual rows of the heads in `adds`;
-    of others it is not read.
+    Attributes:
+        q, k, v: queries, keys and values, (B, H, N, D) each, where N = `tokens.total`.
+        tokens: the sequence, of which V tokens are visual.
+        policies: one for each head.
+        scale: multiplies the scores.
+        mask: the model's own mask, with four dimensions, which broadcasts to (B, H, N, N): boolean (True: the query sees the
+            key), or a bias that is added to the scores.
+        residual: (B, H, V, D), added to the visual rows of the heads in `adds`; those of other heads are not read.
+        adds: the heads that a residual is added to.
     """
 
     q: Tensor
@@ -38,14 +44,14 @@ class Call:
     residual: Tensor | None = None
     adds: tuple[int, ...] = ()
 
-    def of(self, heads: Sequence[int]) -> "Call":
-        """The same of some heads, without residuals."""
-        where = places(tuple(heads), self.q.device)
-        q, k, v = self.q[:, where], self.k[:, where], self.v[:, where]
-        mask = None if self.mask is None else masks.part(self.mask, 1, where)
+    def of_heads(self, heads: Sequence[int]) -> "Call":
+        """The call for some of the heads, without residuals."""
+        index = head_index(tuple(heads), self.q.device)
+        q, k, v = self.q[:, index], self.k[:, index], self.v[:, index]
+        mask = None if self.mask is None else masks.part(self.mask, 1, index)
         policies = tuple(self.policies[head] for head in heads)
         return Call(q, k, v, self.tokens, policies, self.scale, mask)
 
 
 Kernel = Callable[[Call], Tensor]
-"""Attention of a call, (B, H, N, D), in the dtype of its queries. Whose name is in `dispatch.ADDING` adds residuals, too."""
+"""Computes a call: (B, H, N, D), in the dtype of `q`. Residuals are added by the kernels in `dispatch.ADD_RESIDUALS` alone."""

@@ -1,4 +1,7 @@
-"""The only door to the kernels. An explicit choice never falls back; `auto` picks, and says what it picked."""
+"""The only entrance to the kernels: `attend` runs a call by the kernel of a name.
+
+A kernel that is chosen by name never falls back to another one. "auto" chooses, and `resolve` says which kernel that is.
+"""
 
 from collections.abc import Sequence
 
@@ -8,7 +11,7 @@ from arrowhead.errors import KernelUnavailable
 from arrowhead.kernels import flex, reference
 from arrowhead.kernels.call import Call, Kernel, Policy
 from arrowhead.kernels.cpu import chunked
-from arrowhead.kernels.head_index import places
+from arrowhead.kernels.head_index import head_index
 from arrowhead.kernels.triton import api
 from arrowhead.plans.cells import Box, Precision, Radius
 from arrowhead.plans.layout import Tokens
@@ -19,12 +22,12 @@ KERNELS: dict[str, Kernel] = {
     "fused": api.attend,
     "reference": reference.attend,
 }
-ADDING = {"fused"}
-"""Kernels that add residuals while they write."""
+ADD_RESIDUALS = {"fused"}
+"""Kernels that add residuals while they write their output; `attend` adds them for the others."""
 
 
-def known(name: str) -> str:
-    """The name of a kernel, or `auto`.
+def require_kernel(name: str) -> str:
+    """Returns `name`, checked to be the name of a kernel, or "auto".
 
     Raises:
         KernelUnavailable: there is no kernel of this name.
@@ -35,23 +38,27 @@ def known(name: str) -> str:
 
 
 def resolve(name: str, call: Call) -> str:
-    """The kernel that `attend` runs for a call: `auto` is `fused` on a device that can, and else `chunked`.
+    """The kernel that `attend` runs for a call: "auto" is "fused" where that kernel can run it on CUDA, else "chunked".
 
     Raises:
         KernelUnavailable: there is no kernel of this name.
     """
-    if known(name) != "auto":
+    if require_kernel(name) != "auto":
         return name
     return "fused" if call.q.is_cuda and api.obstacle(call) is None else "chunked"
 
 
 def attend(call: Call, kernel: str = "auto") -> Tensor:
-    """Arrow attention of a call by a kernel, residuals added: (B, H, N, D)."""
+    """Arrow attention of a call by a kernel, with residuals added: (B, H, N, D).
+
+    Raises:
+        KernelUnavailable: there is no such kernel, or it cannot compute the call.
+    """
     name = resolve(kernel, call)
     out = KERNELS[name](call)
-    if call.residual is not None and name not in ADDING:
-        where = places(call.adds, out.device)
-        out[:, where, call.tokens.visual_slice] += call.residual[:, where]
+    if call.residual is not None and name not in ADD_RESIDUALS:
+        index = head_index(call.adds, out.device)
+        out[:, index, call.tokens.visual_slice] += call.residual[:, index]
     return out
 
 
@@ -67,14 +74,22 @@ def arrow(
     mask: Tensor | None = None,
     kernel: str = "auto",
 ) -> Tensor:
-    """Arrow attention of q, k, v, each (B, H, N, D) with N = `tokens.total`: (B, H, N, D).
+    """Arrow attention, (B, H, N, D), with the arguments of `Call` in a convenient form.
 
-    k and v may have fewer heads, a divisor of H, each for as many heads of q in a row; they are repeated for the kernels.
+    Args:
+        q: queries, (B, H, N, D), where N = `tokens.total`.
+        k: keys, (B, H, N, D), or fewer heads, a divisor of H: each is then repeated for as many consecutive heads of `q`.
+        v: values, with as many heads as `k`.
+        tokens: the sequence.
+        radius: a radius in tokens, or a box, for all heads; or one for each head, None where a head is full.
+        precision: the precision of the scores Q·Kᵀ, for all heads or for each head.
+        scale: multiplies the scores; D^−½ if None.
+        mask: the model's own mask, which broadcasts to (B, H, N, N): boolean (True: the query sees the key), or added to the
+            scores.
+        kernel: the name of a kernel, or "auto".
 
-    `radius`, in tokens or a box in their grid, is one for all heads, or one for each, None where a head is full, and so is
-    `precision`, of the product Q·Kᵀ.
-    `scale` multiplies the scores; D^−½ when it is None. `mask`, the model's own, is boolean (True: seen) or added to the
-    scores, and broadcasts to (B, H, N, N).
+    Raises:
+        KernelUnavailable: there is no such kernel, or it cannot compute the call.
     """
     radii = (radius,) * q.shape[1] if isinstance(radius, int | Box) else tuple(radius)
     precisions = (precision,) * q.shape[1] if isinstance(precision, str) else tuple(precision)

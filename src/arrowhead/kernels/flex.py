@@ -1,7 +1,7 @@
-"""torch's FlexAttention, compiled: each head's band as blocks that are computed whole, in part, or not at all.
+"""Bands by torch's FlexAttention, compiled: blocks of queries × keys are computed whole, in part, or not at all.
 
-Which blocks those are follows from their ends, since |i − j| is least and greatest there. Radii are a tensor that the compiled
-kernel reads, so that it is compiled once for a layout (the shapes of q, k and v; seconds) and serves every policy.
+A block's kind follows from its first and last tokens, where |i − j| is smallest and largest. The radii are a tensor that the
+compiled kernel reads. So it is compiled once (in seconds) for a layout, the shapes of q, k and v, and serves all policies.
 """
 
 from collections.abc import Callable
@@ -10,38 +10,39 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes  # torch does not compile under a counter of FLOPs
 
 from arrowhead.errors import KernelUnavailable
 from arrowhead.kernels.call import Call, Policy
 from arrowhead.plans import masks
 from arrowhead.plans.cells import Box
 from arrowhead.plans.layout import Tokens
+from arrowhead.upstream import is_compiler_error, no_dispatch_modes, recompile_limit
 
-BLOCK = 128  # tokens on a block's side
-LAYOUTS = 64  # so many are compiled; torch's own limit is 8, and past it FlexAttention would run uncompiled, with N² scores
+BLOCK = 128  # tokens on each side of a block
+LAYOUTS = 64  # compiled at most. By torch's default of 8, FlexAttention would then run uncompiled, and store N² scores
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def attend(call: Call) -> Tensor:
-    """Arrow attention, (B, H, N, D) each; the dtype is kept. A mask of the model's own is read where it lies, uncopied.
+    """Arrow attention of a call, (B, H, N, D), in the dtype of `q`. The model's own mask is read without a copy.
 
     Raises:
-        KernelUnavailable: what FlexAttention cannot do here: other devices than CUDA and CPU, gradients or float64 on the CPU,
-            a head dimension that it refuses, heads in int8, boxes, no C++ compiler, more than 64 layouts.
+        KernelUnavailable: the call has what FlexAttention cannot compute: another device than CUDA and CPU, gradients on a CPU,
+            another dtype than float32, bfloat16 and float16, a head dim that FlexAttention refuses, heads in int8, or boxes;
+            or there is no C++ compiler, or there are more than 64 layouts.
     """
     q, k, v, mask = call.q, call.k, call.v, call.mask
     _refuse(call)
-    if q.is_cpu:  # a third faster than through the strides that processors leave
+    if q.is_cpu:  # contiguous tensors are a third faster than the views that processors make
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    score_mod = None if mask is None else _own_mask(mask.expand(*q.shape[:3], k.shape[2]))
+    score_mod = None if mask is None else _model_mask(mask.expand(*q.shape[:3], k.shape[2]))
     blocks = _block_mask(call.tokens, call.policies, q.device)
     tracked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
     try:
-        with torch._dynamo.config.patch(recompile_limit=LAYOUTS), torch.set_grad_enabled(tracked), _disable_current_modes():
+        with recompile_limit(LAYOUTS), torch.set_grad_enabled(tracked), no_dispatch_modes():
             return _compiled()(q, k, v, score_mod=score_mod, block_mask=blocks, scale=call.scale)
     except Exception as error:
-        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        if not is_compiler_error(error):
             raise
         raise KernelUnavailable(
             f"kernel='flex': got {type(error).__name__} when compiling for {tuple(q.shape)}, {q.dtype}, {q.device}; wanted "
@@ -51,6 +52,7 @@ def attend(call: Call) -> Tensor:
 
 
 def _refuse(call: Call) -> None:
+    """Raises KernelUnavailable for what FlexAttention cannot compute."""
     q, wrong = call.q, None
     if q.device.type not in ("cpu", "cuda"):
         wrong = f"device {q.device}", "cpu or cuda"
@@ -68,14 +70,14 @@ def _refuse(call: Call) -> None:
 
 @cache
 def _compiled() -> Any:
-    """Imported late, since it brings torch's compiler, which `import arrowhead` leaves alone."""
+    """FlexAttention, compiled. Imported late, because it imports torch's compiler, which `import arrowhead` does not."""
     from torch.nn.attention.flex_attention import flex_attention  # noqa: PLC0415
 
     return torch.compile(flex_attention, fullgraph=True, dynamic=False)
 
 
-def _own_mask(mask: Tensor) -> ScoreMod:
-    """The model's mask, (B, H, N, N) by its strides alone: boolean, or added to the scores."""
+def _model_mask(mask: Tensor) -> ScoreMod:
+    """The model's own mask, (B, H, N, N) by strides, as a change of scores: boolean, or added to them."""
     if mask.dtype == torch.bool:
         return lambda score, b, h, i, j: torch.where(mask[b, h, i, j], score, -torch.inf)
     return lambda score, b, h, i, j: score + mask[b, h, i, j]
@@ -83,42 +85,45 @@ def _own_mask(mask: Tensor) -> ScoreMod:
 
 @lru_cache(maxsize=32)
 def _block_mask(tokens: Tokens, policies: tuple[Policy, ...], device: torch.device) -> Any:
-    """The blocks of each head and the rule within those that are kept in part."""
+    """The blocks of each head, and the mask within those that are computed in part."""
     from torch.nn.attention.flex_attention import BlockMask  # noqa: PLC0415
 
     first, stop = tokens.visual_slice.start, tokens.visual_slice.stop
-    with torch.inference_mode(False):  # it is kept, and is not always read in inference mode
+    with torch.inference_mode(False):  # the cached tensors are also used outside of inference mode
         radii = [policy.radius if isinstance(policy.radius, int) else tokens.visual for policy in policies]
         radius = torch.tensor(radii, device=device)
         some, every = block_kinds(tokens, radius)
 
-        def kept(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:  # noqa: ARG001
+        def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:  # noqa: ARG001
             text = (i < first) | (i >= stop) | (j < first) | (j >= stop)
             return text | masks.near(i, j, radius[h])
 
         return BlockMask.from_kv_blocks(
-            *_listed(some & ~every), *_listed(every), BLOCK, mask_mod=kept, seq_lengths=(tokens.total, tokens.total)
+            *_listed(some & ~every), *_listed(every), BLOCK, mask_mod=mask_mod, seq_lengths=(tokens.total, tokens.total)
         )
 
 
 def block_kinds(tokens: Tokens, radius: Tensor) -> tuple[Tensor, Tensor]:
-    """Of which blocks some pair is kept, and of which every pair; boolean, (H, n, n), for radii (H,)."""
+    """The blocks in which some pair is kept, and those in which every pair is: boolean, (H, n, n), for radii (H,)."""
     first, stop = tokens.visual_slice.start, tokens.visual_slice.stop
     starts = torch.arange(0, tokens.total, BLOCK, device=radius.device)
     ends = (starts + BLOCK).clamp(max=tokens.total)
-    low, high = starts.clamp(first, stop), ends.clamp(first, stop) - 1  # its first and last visual token; none where low > high
+    low, high = (
+        starts.clamp(first, stop),
+        ends.clamp(first, stop) - 1,
+    )  # first and last visual token; none where low > high
     text, visual = (high - low + 1 < ends - starts), low <= high
-    apart = low[:, None] - high[None, :]  # (n, n): from the queries' first token to the keys' last
-    least, most = torch.maximum(apart, apart.T).clamp(min=0), torch.maximum(-apart, -apart.T)
+    distance = low[:, None] - high[None, :]  # (n, n): from the last key to the first query
+    least, most = torch.maximum(distance, distance.T).clamp(min=0), torch.maximum(-distance, -distance.T)
     zero, radius = torch.zeros_like(least), radius[:, None, None]
     both = visual[:, None] & visual[None, :]
     some = text[:, None] | text[None, :] | (both & masks.near(least, zero, radius))
     every = ~both | masks.near(most, zero, radius)
-    every &= (ends - starts == BLOCK)[None, :]  # the sequence's end is looked for in blocks that are kept in part
+    every &= (ends - starts == BLOCK)[None, :]  # a block beyond the sequence's end needs a mask
     return some, every
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks of keys each block of queries has, (1, H, n), and which, first in their row, (1, H, n, n)."""
+    """For each block of queries, the number of its blocks of keys, (1, H, n), and their indices first, (1, H, n, n)."""
     which = blocks.byte().sort(dim=-1, descending=True, stable=True).indices
     return blocks.sum(-1, dtype=torch.int32)[None], which.int()[None]

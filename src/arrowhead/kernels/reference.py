@@ -1,4 +1,4 @@
-"""The oracle: dense float32 attention under the whole mask. Every other kernel has to agree with it."""
+"""The reference kernel: dense attention in float32, under the whole mask. All other kernels have to agree with it."""
 
 import torch
 from torch import Tensor
@@ -9,14 +9,14 @@ from arrowhead.plans import masks
 
 
 def attend(call: Call) -> Tensor:
-    """Arrow attention, (B, H, N, D) each, computed in float32 and returned in the dtype of `q`.
+    """Arrow attention of a call, (B, H, N, D): computed in float32, returned in the dtype of `q`.
 
-    Of heads in int8 queries and keys are quantised, multiplied as whole numbers, and the product dequantised.
+    For heads in int8, queries and keys are encoded as whole numbers, and their products decoded (see `int8.py`).
     """
     q, k, v, mask = call.q, call.k, call.v, call.mask
     products = q.float() @ k.float().mT  # (B, H, N, N)
-    if rounded := [head for head, policy in enumerate(call.policies) if policy.precision == "int8"]:
-        products[:, rounded] = int8.products(q[:, rounded], k[:, rounded])
+    if in_int8 := [head for head, policy in enumerate(call.policies) if policy.precision == "int8"]:
+        products[:, in_int8] = int8.products(q[:, in_int8], k[:, in_int8])
     scores = products * call.scale
     for head, policy in enumerate(call.policies):
         if policy.radius is not None:

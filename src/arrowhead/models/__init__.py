@@ -1,1 +1,1 @@
-"""Where attention sits in each family of models, and in which order their inputs come."""
+"""Which models are supported: where their attention, feed-forwards and blocks are, and how their pipelines call them."""

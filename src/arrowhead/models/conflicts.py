@@ -1,12 +1,12 @@
-"""What may be on a transformer that no plan goes with: diffusers' caches, IP-Adapters, shares of it in other processes."""
+"""Checks that a transformer carries nothing that no plan goes with: diffusers' caches, IP-Adapters, parallelism."""
 
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from torch import nn
 
 from arrowhead.errors import UnsupportedPipeline
+from arrowhead.upstream import diffusers_hooks, parallel_config
 
 CACHES = {
     "faster_cache": "FasterCache",
@@ -17,7 +17,7 @@ CACHES = {
     "taylorseer_cache": "TaylorSeerCache",
     "text_kv_cache": "TextKVCache",
 }
-"""By the module of `diffusers.hooks` that a hook's class is of. Other hooks (offloading, casting) may stay."""
+"""By the module of `diffusers.hooks` that has a hook's class, the cache's name. Other hooks (offloading, casting) may stay."""
 
 
 def require_no_conflicts(transformers: Iterable[nn.Module]) -> None:
@@ -34,7 +34,7 @@ def require_no_conflicts(transformers: Iterable[nn.Module]) -> None:
                 "two would know what the other computed; wanted one of them; call disable_cache() on the transformer, or load "
                 "it anew, or remove the plan"
             )
-        if path := next(_adapted(transformer), None):
+        if path := next(_ip_adapters(transformer), None):
             raise UnsupportedPipeline(
                 f"got a {name} with an IP-Adapter at {path}, which attends twice, to the picture as well; wanted none; call "
                 "unload_ip_adapter() of the pipeline, or remove the plan"
@@ -47,14 +47,15 @@ def require_no_conflicts(transformers: Iterable[nn.Module]) -> None:
 
 
 def _caches(transformer: nn.Module) -> Iterator[str]:
+    """The names of diffusers' caches on modules of the transformer."""
     for module in transformer.modules():
-        hooks: dict[str, Any] = getattr(vars(module).get("_diffusers_hook"), "hooks", {})
-        for hook in hooks.values():
+        for hook in diffusers_hooks(module).values():
             if (cache := CACHES.get(type(hook).__module__.rpartition(".")[2])) is not None:
                 yield cache
 
 
-def _adapted(transformer: nn.Module) -> Iterator[str]:
+def _ip_adapters(transformer: nn.Module) -> Iterator[str]:
+    """The paths of attention modules that have an IP-Adapter."""
     for path, module in transformer.named_modules():
         if "IPAdapter" in type(getattr(module, "processor", None)).__name__:
             yield path
@@ -62,7 +63,7 @@ def _adapted(transformer: nn.Module) -> Iterator[str]:
 
 def _shared_out(transformer: nn.Module) -> str | None:
     """How its work is shared out among processes; None where it is not."""
-    config = getattr(transformer, "_parallel_config", None)
+    config = parallel_config(transformer)
     if (context := getattr(config, "context_parallel_config", None)) is not None:
         if getattr(context, "ring_degree", 1) not in (None, 1):
             return "with ring context parallelism, which gives a process some of the tokens"
@@ -72,9 +73,3 @@ def _shared_out(transformer: nn.Module) -> str | None:
     if sharded or getattr(config, "tensor_parallel_config", None) is not None:
         return "whose weights are DTensors, shared out by tensor parallelism or FSDP: a process has some of the heads, or rows"
     return None
-
-
-def looks_at_an_image(transformer: Any) -> str | None:
-    """Wan 2.1's from images has a second attention, to the image, within the one to the text."""
-    image_dim = transformer.config.image_dim
-    return None if image_dim is None else f"image_dim={image_dim}: attention to an image beside the one to the text"

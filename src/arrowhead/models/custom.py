@@ -1,4 +1,4 @@
-"""Describe a module of one's own: where its attention is, how it is reached, how its tokens and CFG branches come."""
+"""Custom models: a torch module that is no pipeline, with an adapter that says where its attention is and how it is called."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -16,26 +16,42 @@ from arrowhead.upstream import named_modules
 
 Over = Literal["all", "space", "time"]
 Forward = Callable[..., Any]
-"""A forward in place of a module's own: its arguments are the module, `attend`, and what the module is called with."""
+"""A forward that replaces a module's: `forward(module, attend, *args, **kwargs)`, with the arguments of the module's call."""
 
 
 @dataclass(frozen=True)
 class Attention:
-    """One kind of attention module: how to reach its queries, keys and values, and what they look at.
+    """One kind of self-attention module in a custom model: its sizes, and how its queries, keys and values are reached.
 
-    A module with a processor of diffusers is reached there; else wherever its forward calls
-    `F.scaled_dot_product_attention`; a module that multiplies by itself needs a `forward`, or to be told as `FusedQKV`.
+    Without `forward`, a module with one of diffusers' attention processors is reached in the processor, and any other module at
+    its call of `torch.nn.functional.scaled_dot_product_attention`. A module that multiplies queries and keys without that
+    function needs a `forward`, or a `FusedQKV` where it has the parts that a `FusedQKV` names.
 
     Args:
-        heads: how many, or the module's attribute that says it.
-        head_dim: None: what follows from the module's linear layers, taken for those of Q, K, V and output.
-        channels: of its input. None: those of its first linear layer.
-        over: what a row of its input (rows, N, C) is: `all` tokens of a sample, one frame (`space`), or one place (`time`);
-            rows of a sample follow one another.
-        joint: whether it attends over text and image together.
-        forward: `forward(module, attend, *args, **kwargs)` in place of the module's own: the same, but for
-            `attend(q, k, v, attn_mask=None, scale=None)` where its softmax was, (rows, H, N, D) each. It is compared with the
-            module's own on the first input.
+        heads: the number of heads H, or the name of the module's attribute that holds it.
+        head_dim: channels of a head, D. None: all the module's linear layers together are taken for the projections of Q, K,
+            V and output, and D follows from their sizes.
+        channels: channels of the module's input, C. None: those of its first linear layer.
+        over: the axis that the module attends along. A row of its input (rows, N, C) is a sample (`all`), one frame of a sample
+            (`space`), or one position of a sample in all frames (`time`); the rows of a sample follow one another.
+        joint: whether the module attends over text and visual tokens together.
+        forward: `forward(module, attend, *args, **kwargs)`, which replaces the module's forward. It computes the same, and
+            calls `attend(q, k, v, attn_mask=None, scale=None)` for the softmax attention: q, k, v and the result are
+            (rows, H, N, D), of the same dtype. The results of both forwards are compared on the first input.
+
+    Raises:
+        InputsInvalid: an argument is none of these.
+
+    >>> Attention(heads="n_head", over="space").heads
+    'n_head'
+
+    A module that does not call `scaled_dot_product_attention`:
+
+        def forward(module, attend, x):  # x: (rows, N, C)
+            q, k, v = (layer(x).unflatten(-1, (8, -1)).transpose(1, 2) for layer in (module.q, module.k, module.v))
+            return module.out(attend(q, k, v).transpose(1, 2).flatten(2))
+
+        attention = arrowhead.Attention(heads=8, forward=forward)
     """
 
     heads: str | int = "num_heads"
@@ -46,10 +62,10 @@ class Attention:
     forward: Forward | None = None
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.heads, str) or _counts(self.heads)):
+        if not (isinstance(self.heads, str) or _at_least_one(self.heads)):
             raise InputsInvalid(f"got heads={self.heads!r}, wanted a number of 1 or more, or the attribute that says it")
         for name in ("head_dim", "channels"):
-            if (value := getattr(self, name)) is not None and not _counts(value):
+            if (value := getattr(self, name)) is not None and not _at_least_one(value):
                 raise InputsInvalid(f"got {name}={value!r}, wanted a number of 1 or more, or None for what the layers say")
         if not isinstance(self.over, str) or self.over not in get_args(Over):
             raise InputsInvalid(f"got over={self.over!r}, wanted one of {', '.join(get_args(Over))}")
@@ -59,13 +75,13 @@ class Attention:
             raise InputsInvalid(f"got forward={self.forward!r}, wanted forward(module, attend, *args, **kwargs), or None")
 
     def head_count(self, module: nn.Module) -> int:
-        """The module's heads.
+        """The number of the module's heads.
 
         Raises:
-            UnsupportedPipeline: it does not say how many.
+            UnsupportedPipeline: the module has no such attribute, or the attribute is no number of 1 or more.
         """
-        found = self.heads if isinstance(self.heads, int) else _named(module, self.heads)
-        if not _counts(found):
+        found = self.heads if isinstance(self.heads, int) else _attribute(module, self.heads)
+        if not _at_least_one(found):
             raise UnsupportedPipeline(
                 f"got a {type(module).__name__} whose {self.heads!r} is {found!r:.200}; wanted a number of 1 or more; name the "
                 "attribute that says it, or the number, as arrowhead.Attention(heads=...)"
@@ -73,21 +89,31 @@ class Attention:
         return int(found)
 
     def replacement_forward(self) -> Forward | None:
-        """What takes the place of a module's forward, if anything has to."""
+        """The forward that replaces a module's; None where the module's own runs."""
         return self.forward
 
 
 @dataclass(frozen=True)
 class FusedQKV(Attention):
-    """Attention by one linear layer for Q, K and V, whose columns are (3, H, D), and a softmax of its own, told by its parts.
+    """Self-attention with one linear layer for Q, K and V, described by the names of the module's parts.
+
+    The module computes, from its input x (rows, N, C): `qkv(x)` with columns in the order (3, H, D), norms and rotary
+    embeddings of Q and K, softmax attention, and the output projection. A forward that calls these parts replaces the module's,
+    and the results of both are compared on the first input. The arguments of `Attention` apply, except `forward`.
 
     Args:
-        qkv: the layer's name in the module, as the names that follow.
-        q_norm: the norm of each head's queries, where a module has it.
-        k_norm: that of its keys.
-        rotary: what turns queries and keys, called with each, (rows, H, N, D), where a module has it.
-        rotary_first: whether that comes before the norms.
-        proj: the output projection.
+        qkv: the name of the layer for Q, K and V in the module; the other names likewise.
+        q_norm: the norm of queries (rows, H, N, D). There is none where the name is None, or the module lacks such a part.
+        k_norm: the norm of keys, likewise.
+        rotary: the rotary embedding, called with queries and with keys (rows, H, N, D), likewise.
+        rotary_first: whether the rotary embedding comes before the norms.
+        proj: the name of the output projection.
+
+    Raises:
+        InputsInvalid: an argument is none of these.
+
+    >>> FusedQKV(q_norm="q_norm", k_norm="k_norm", rotary="rope").qkv
+    'qkv'
     """
 
     forward: None = field(default=None, init=False)
@@ -108,25 +134,25 @@ class FusedQKV(Attention):
             raise InputsInvalid(f"got rotary_first={self.rotary_first!r}, wanted True or False")
 
     def replacement_forward(self) -> Forward:
-        """The module put together from its parts."""
-        return self._put_together
+        """The forward that calls the module's parts."""
+        return self._forward_by_parts
 
-    def _put_together(self, module: nn.Module, attend: Callable[..., Tensor], x: Tensor, *_: Any, **__: Any) -> Tensor:
+    def _forward_by_parts(self, module: nn.Module, attend: Callable[..., Tensor], x: Tensor, *_: Any, **__: Any) -> Tensor:
         heads = self.head_count(module)
-        q, k, v = _named(module, self.qkv)(x).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # (rows, H, N, D) each
-        norms, turns = (self.q_norm, self.k_norm), (self.rotary, self.rotary)
-        for names in (turns, norms) if self.rotary_first else (norms, turns):
-            q, k = (_part(module, name)(own) for name, own in zip(names, (q, k), strict=True))
-        return _named(module, self.proj)(attend(q, k, v).transpose(1, 2).flatten(2))
+        q, k, v = _attribute(module, self.qkv)(x).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # (rows, H, N, D) each
+        norms, rotary = (self.q_norm, self.k_norm), (self.rotary, self.rotary)
+        for q_part, k_part in (rotary, norms) if self.rotary_first else (norms, rotary):
+            q, k = _optional_part(module, q_part)(q), _optional_part(module, k_part)(k)
+        return _attribute(module, self.proj)(attend(q, k, v).transpose(1, 2).flatten(2))  # (rows, N, H·D) to (rows, N, C)
 
 
-def _part(module: nn.Module, name: str | None) -> Callable[[Tensor], Tensor]:
-    """A module without it does nothing in its place, for all that is known; that it does what it should is checked."""
+def _optional_part(module: nn.Module, name: str | None) -> Callable[[Tensor], Tensor]:
+    """A part of a module; the identity where the module has none of that name. A wrong name shows in the comparison."""
     part: Callable[[Tensor], Tensor] | None = None if name is None else getattr(module, name, None)
-    return (lambda own: own) if part is None else part
+    return (lambda tensor: tensor) if part is None else part
 
 
-def _named(module: nn.Module, name: str) -> Any:
+def _attribute(module: nn.Module, name: str) -> Any:
     if not hasattr(module, name):
         raise UnsupportedPipeline(f"got a {type(module).__name__} without {name!r}; wanted what arrowhead.Attention names")
     return getattr(module, name)
@@ -134,22 +160,42 @@ def _named(module: nn.Module, name: str) -> Any:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What has to be known about a `torch.nn.Module` of one's own, so that plans can be searched for and put on it.
+    r"""The description of a custom model: a diffusion transformer, any `torch.nn.Module`, that no supported pipeline calls.
 
-    The module's forward is a diffusion model's: one call for each denoising step, or two where the CFG branches come one after
-    the other. Its sampler may be any loop, and may call `model.forward` directly.
+    The model's forward is called once for each denoising step, or twice where the CFG branches come one after the other. The
+    loop around the model may be any code, and may call `model.forward` directly.
 
     Args:
-        attention: regular expressions for the paths of attention modules, each with how that kind is reached. Whatever is not
-            named is left alone.
-        tokens: `tokens(model, call)`, of a call's arguments by name, the visual tokens of a sample, and its text tokens where
-            attention is joint; with their grid, `Tokens.of_grid`, where there are to be boxes.
-        cfg: how the branches of classifier-free guidance come: in one batch, the conditional one first (`cond_first`) or last
-            (`uncond_first`), or in `two_calls` of the model, the conditional one first. None without guidance.
-        feed_forward: a regular expression for the feed-forwards, (B, N, C) each, where a budget may skip them, too.
-        guidance_scale: how far apart the branches are driven, which budgets go by.
-        latent_channels: how many of the output's channels (the second dimension) are a direction to go, where the others are a
-            variance; None: all. Budgets go by these alone.
+        attention: by regular expressions for whole paths (as in `model.named_modules()`), the self-attention modules, each kind
+            with an `Attention`. Modules that no expression matches are computed in every step.
+        tokens: `tokens(model, call)`, with the arguments of the model's call by name, gives the tokens of one sample: the
+            visual ones, and the text ones where attention is joint. Boxes need their grid, see `Tokens.of_grid`.
+        cfg: how the branches of classifier-free guidance come: in one batch, the conditional rows first (`cond_first`) or last
+            (`uncond_first`), or in two calls, the conditional one first (`two_calls`). None: without guidance.
+        feed_forward: a regular expression for the paths of feed-forwards of visual tokens (B, N, C), which a budget may then
+            reuse, too. By default there are none.
+        guidance_scale: the scale w of uncond + w · (cond - uncond), for the predicted errors of budgets.
+        latent_channels: the number of channels of the output (dimension 1) that the sampler uses, where a variance follows
+            them; None: all. Budgets predict errors of these alone.
+
+    Raises:
+        InputsInvalid: an argument is none of these. Whether the patterns match is checked when the adapter meets a model
+            (UnsupportedPipeline).
+
+    A model that is called as `model(x, t)`, with x (B, C, H, W) in patches of 2 × 2, conditional rows first:
+
+        def tokens(model, call):
+            height, width = call["x"].shape[-2:]
+            return arrowhead.Tokens.of_grid(1, height // 2, width // 2)
+
+        adapter = arrowhead.Adapter(
+            attention={r"blocks\.\d+\.attn": arrowhead.Attention()},
+            tokens=tokens,
+            cfg="cond_first",
+            feed_forward=r"blocks\.\d+\.mlp",
+            guidance_scale=4.0,
+        )
+        plan = arrowhead.search(model, lambda: sample(model), adapter=adapter, threshold=0.1)
     """
 
     attention: Mapping[str, Attention]
@@ -175,13 +221,13 @@ class Adapter:
         scale = self.guidance_scale
         if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= torch.finfo(torch.float32).max:
             raise InputsInvalid(f"got guidance_scale={scale!r}, wanted a finite number")
-        if self.latent_channels is not None and not _counts(self.latent_channels):
+        if self.latent_channels is not None and not _at_least_one(self.latent_channels):
             raise InputsInvalid(
                 f"got latent_channels={self.latent_channels!r}, wanted a number of 1 or more, or None for all channels"
             )
 
 
-def _counts(value: Any) -> bool:
+def _at_least_one(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
@@ -195,8 +241,8 @@ def _require_pattern(pattern: Any) -> None:
     raise InputsInvalid(f"got the pattern {pattern!r:.200} ({why}), wanted a regular expression for paths of modules")
 
 
-def matching(pattern: str, root: nn.Module) -> list[str]:
-    """The paths that a pattern of an adapter names.
+def matching_paths(pattern: str, root: nn.Module) -> list[str]:
+    """The paths of modules that a pattern of an adapter matches.
 
     Raises:
         UnsupportedPipeline: there are none.
@@ -209,14 +255,14 @@ def matching(pattern: str, root: nn.Module) -> list[str]:
     return found
 
 
-def require_apart(adapter: Adapter, root: nn.Module) -> None:
-    """Check that each module is named once, and none lies within another: it would be left out twice.
+def require_separate(adapter: Adapter, root: nn.Module) -> None:
+    """Check that an adapter names each module once, and no module within another one.
 
     Raises:
-        UnsupportedPipeline: it is not so, or a pattern names nothing.
+        UnsupportedPipeline: a module is named twice or lies within another one, or a pattern matches nothing.
     """
     patterns = [*adapter.attention, *([] if adapter.feed_forward == NONE else [adapter.feed_forward])]
-    paths = sorted(path for pattern in patterns for path in matching(pattern, root))
+    paths = sorted(path for pattern in patterns for path in matching_paths(pattern, root))
     named = set(paths)
     within = (path for path in paths if any(path[:place] in named for place, c in enumerate(path) if c == "."))
     if len(paths) > 1 and "" in named:
@@ -232,11 +278,11 @@ def require_apart(adapter: Adapter, root: nn.Module) -> None:
     )
 
 
-def tokens_of(adapter: Adapter, root: nn.Module, call: Mapping[str, Any]) -> Tokens:
-    """What an adapter says of a call.
+def tokens_by_adapter(adapter: Adapter, root: nn.Module, call: Mapping[str, Any]) -> Tokens:
+    """The tokens that an adapter finds in a call of the model.
 
     Raises:
-        InputsInvalid: it fails, or says something else.
+        InputsInvalid: its `tokens` raises an exception, or returns something else.
     """
     try:
         found = adapter.tokens(root, call)
@@ -251,7 +297,10 @@ def tokens_of(adapter: Adapter, root: nn.Module, call: Mapping[str, Any]) -> Tok
 
 
 class CustomModel:
-    """A module with its adapter, which stands where a pipeline does; its call generates by whatever callable it is given."""
+    """A torch module with its adapter, in the place of a pipeline: its call runs a callable that generates."""
+
+    scheduler: Any = None
+    """None, where pipelines have their scheduler: the loop around a custom model is any code."""
 
     def __init__(self, transformer: nn.Module, adapter: Adapter) -> None:
         self.transformer, self.adapter = transformer, adapter
@@ -262,10 +311,10 @@ class CustomModel:
 
 
 def with_adapter(pipe: Any, adapter: Adapter | None) -> Any:
-    """What stands for a pipeline: itself, or a module with its adapter.
+    """Returns the pipeline, or a custom model where there is an adapter.
 
     Raises:
-        UnsupportedPipeline: a module comes without an adapter, or an adapter with what is no module.
+        UnsupportedPipeline: a module without an adapter, or an adapter with something that is no module.
     """
     name = type(pipe).__name__
     if adapter is None:

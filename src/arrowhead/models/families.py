@@ -1,34 +1,34 @@
-"""The families table: for each transformer class, where attention sits and how its pipelines call it. Data, not code."""
+"""The families table: for each transformer class, where its sites are and how its pipelines call it. Data alone."""
 
-from arrowhead.models.conflicts import looks_at_an_image
 from arrowhead.models.family import NONE, Family
 from arrowhead.models.guidance import (
-    below_boundary,
+    cfg_trunc_ratio,
+    cfg_truncation,
+    first_step_below_boundary,
     guidance_above_one,
     guidance_above_zero,
-    second_or_only_scale,
-    skipped_layers,
+    second_or_first_scale,
+    skip_layer_guidance,
     true_cfg,
-    truncated_cfg,
-    truncated_guidance,
     undistilled_guidance,
 )
 from arrowhead.models.token_layouts import (
-    before_other_shapes,
-    before_pictures_to_go_by,
-    caption_then_patches,
-    frame_by_frame,
-    frames_then_text,
-    packed_beside_text,
-    padded_patches_then_text,
-    patches,
-    patches_beside_two_texts,
-    patches_then_text,
-    registers_then_patches,
-    text_then_frames,
-    text_then_packed,
-    video_patches,
+    image_only,
+    image_then_text,
+    image_tokens_by_positions,
+    image_tokens_by_shapes,
+    image_with_two_texts,
+    masked_text_then_image,
+    packed_video_with_text,
+    padded_image_then_text,
+    registers_and_text_then_image,
+    text_then_packed_image,
+    text_then_video,
+    video_by_frames,
+    video_then_text,
+    video_with_text,
 )
+from arrowhead.models.unsupported import attention_to_an_image
 
 FAMILIES: tuple[Family, ...] = (
     Family(
@@ -38,7 +38,7 @@ FAMILIES: tuple[Family, ...] = (
         transformer="DiTTransformer2DModel",
         site_pattern=r"transformer_blocks\.\d+\.attn1",
         branch_order={"DiTPipeline": "cond_first", "TinyDiTPipeline": "cond_first"},
-        tokens=patches,
+        tokens=image_only,
         guided=guidance_above_one,
     ),
     Family(
@@ -49,13 +49,13 @@ FAMILIES: tuple[Family, ...] = (
         site_pattern=r"transformer_blocks\.\d+\.attn1",
         cross_pattern=r"transformer_blocks\.\d+\.attn2",
         branch_order={"PixArtAlphaPipeline": "uncond_first", "PixArtSigmaPipeline": "uncond_first"},
-        tokens=patches_then_text,
+        tokens=image_then_text,
         guided=guidance_above_one,
     ),
     Family(
         name="SD3, SD3.5",
         tested="all contracts",
-        left_alone="the text's own feed-forwards (but for whole blocks), embeddings",
+        left_alone="the text's own feed-forwards (except in whole blocks), embeddings",
         transformer="SD3Transformer2DModel",  # SD3.5 adds an image-only attn2 to some blocks
         site_pattern=r"transformer_blocks\.\d+\.attn2?",
         joint_pattern=r"transformer_blocks\.\d+\.attn",
@@ -70,15 +70,15 @@ FAMILIES: tuple[Family, ...] = (
             ],
             "uncond_first",
         ),
-        tokens=patches_then_text,
+        tokens=image_then_text,
         guided=guidance_above_one,
-        refused=skipped_layers,
+        unsupported_call=skip_layer_guidance,
     ),
     Family(
         name="FLUX.1",
         tested="all contracts",
-        left_alone="the text's own feed-forwards (but for whole blocks), embeddings",
-        transformer="FluxTransformer2DModel",  # single-stream blocks have no output projection of their own
+        left_alone="the text's own feed-forwards (except in whole blocks), embeddings",
+        transformer="FluxTransformer2DModel",  # its single-stream blocks project attention and feed-forward out in one layer
         site_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
         joint_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
         branch_order=dict.fromkeys(
@@ -98,10 +98,10 @@ FAMILIES: tuple[Family, ...] = (
             ],
             "two_calls",
         ),
-        tokens=text_then_packed,
+        tokens=text_then_packed_image,
         guided=true_cfg,
         guidance_scale=lambda call: float(call["true_cfg_scale"]),
-        returned=before_pictures_to_go_by,
+        output_tokens=image_tokens_by_positions,
     ),
     Family(
         name="Chroma",
@@ -109,9 +109,9 @@ FAMILIES: tuple[Family, ...] = (
         site_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
         joint_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
         branch_order=dict.fromkeys(["ChromaPipeline", "ChromaImg2ImgPipeline", "ChromaInpaintPipeline"], "two_calls"),
-        tokens=text_then_packed,
+        tokens=text_then_packed_image,
         guided=guidance_above_one,
-        left_alone="the text's own feed-forwards (but for whole blocks), modulation, embeddings",
+        left_alone="the text's own feed-forwards (except in whole blocks), modulation, embeddings",
     ),
     Family(
         name="Qwen-Image",
@@ -134,11 +134,11 @@ FAMILIES: tuple[Family, ...] = (
             ],
             "two_calls",
         ),
-        tokens=text_then_packed,
+        tokens=text_then_packed_image,
         guided=true_cfg,
         guidance_scale=lambda call: float(call["true_cfg_scale"]),
-        returned=before_other_shapes,
-        left_alone="the text's own feed-forwards (but for whole blocks), embeddings",
+        output_tokens=image_tokens_by_shapes,
+        left_alone="the text's own feed-forwards (except in whole blocks), embeddings",
     ),
     Family(
         name="Wan 2.1, 2.2",
@@ -148,24 +148,24 @@ FAMILIES: tuple[Family, ...] = (
         feed_forward_pattern=r"blocks\.\d+\.ffn",
         block_pattern=r"blocks\.\d+",
         branch_order={"WanPipeline": "two_calls", "WanImageToVideoPipeline": "two_calls"},
-        tokens=video_patches,
+        tokens=video_with_text,
         guided=guidance_above_one,
-        unfit=looks_at_an_image,
-        takes_over=below_boundary,
-        later_guidance_scale=second_or_only_scale,
+        unsupported_transformer=attention_to_an_image,
+        second_from=first_step_below_boundary,
+        second_guidance_scale=second_or_first_scale,
         left_alone="caption projection, step embeddings, output layer",
     ),
     Family(
-        name="HunyuanVideo",  # whose blocks give the video before the text
+        name="HunyuanVideo",  # its blocks return the video before the text
         transformer="HunyuanVideoTransformer3DModel",
         site_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
         joint_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
         block_pattern=NONE,
         branch_order={"HunyuanVideoPipeline": "two_calls"},
-        tokens=frames_then_text,
+        tokens=video_then_text,
         guided=true_cfg,
         guidance_scale=lambda call: float(call["true_cfg_scale"]),
-        left_alone="the text's refiner and feed-forwards, whole blocks and what of single-stream ones is no attention",
+        left_alone="the text's refiner and feed-forwards, whole blocks, layers of single-stream blocks besides attention",
     ),
     Family(
         name="LTX-Video",
@@ -173,18 +173,18 @@ FAMILIES: tuple[Family, ...] = (
         site_pattern=r"transformer_blocks\.\d+\.attn1",
         cross_pattern=r"transformer_blocks\.\d+\.attn2",
         branch_order={"LTXPipeline": "uncond_first"},
-        tokens=packed_beside_text,
+        tokens=packed_video_with_text,
         guided=guidance_above_one,
         left_alone="caption projection, step embeddings, output layer",
     ),
     Family(
-        name="CogVideoX",  # whose blocks give the video before the text
+        name="CogVideoX",  # its blocks return the video before the text
         transformer="CogVideoXTransformer3DModel",
         site_pattern=r"transformer_blocks\.\d+\.attn1",
         joint_pattern=r"transformer_blocks\.\d+\.(attn1|ff)",
         block_pattern=NONE,
         branch_order={"CogVideoXPipeline": "uncond_first"},
-        tokens=text_then_frames,
+        tokens=text_then_video,
         guided=guidance_above_one,
         left_alone="whole blocks, embeddings, output layer",
     ),
@@ -194,24 +194,24 @@ FAMILIES: tuple[Family, ...] = (
         site_pattern=r"transformer_blocks\.\d+\.attn1",
         cross_pattern=r"transformer_blocks\.\d+\.attn2",
         branch_order={"AllegroPipeline": "uncond_first"},
-        tokens=frames_then_text,
+        tokens=video_then_text,
         guided=guidance_above_one,
         left_alone="caption projection, step embeddings, output layer",
     ),
     Family(
-        name="Latte",  # sites are what DiTFastAttn compresses of OpenSora
+        name="Latte",  # the same kind of sites as those that DiTFastAttn compresses in OpenSora
         transformer="LatteTransformer3DModel",
         site_pattern=r"transformer_blocks\.\d+\.attn1",
         feed_forward_pattern=NONE,
         block_pattern=NONE,
         over="space",
         branch_order={"LattePipeline": "uncond_first"},
-        tokens=frame_by_frame,
+        tokens=video_by_frames,
         guided=guidance_above_one,
         left_alone="temporal blocks, cross-attention and feed-forwards, whole blocks, embeddings, output layer",
     ),
     Family(
-        name="Mochi",  # whose rotary embeddings turn every head by another angle
+        name="Mochi",  # its rotary embeddings rotate every head by other angles
         transformer="MochiTransformer3DModel",
         site_pattern=r"transformer_blocks\.\d+\.attn1",
         joint_pattern=r"transformer_blocks\.\d+\.attn1",
@@ -219,7 +219,7 @@ FAMILIES: tuple[Family, ...] = (
         by_sample=True,
         separable_heads=False,
         branch_order={"MochiPipeline": "uncond_first"},
-        tokens=frames_then_text,
+        tokens=video_then_text,
         guided=guidance_above_one,
         left_alone="the text's feed-forwards, whole blocks, embeddings, output layer",
     ),
@@ -231,55 +231,55 @@ FAMILIES: tuple[Family, ...] = (
         feed_forward_pattern=r"(joint|single)_transformer_blocks\.\d+\.ff",
         block_pattern=r"(joint|single)_transformer_blocks\.\d+",
         branch_order={"AuraFlowPipeline": "uncond_first"},
-        tokens=registers_then_patches,
+        tokens=registers_and_text_then_image,
         guided=guidance_above_one,
-        left_alone="the text's own feed-forwards (but for whole blocks), embeddings",
+        left_alone="the text's own feed-forwards (except in whole blocks), embeddings",
     ),
     Family(
-        name="HunyuanDiT",  # blocks of the second half take the first half's outputs, too
+        name="HunyuanDiT",  # blocks of the second half also take the outputs of the first half
         transformer="HunyuanDiT2DModel",
         site_pattern=r"blocks\.\d+\.attn1",
         cross_pattern=r"blocks\.\d+\.attn2",
         feed_forward_pattern=r"blocks\.\d+\.ff",
         block_pattern=r"blocks\.\d+",
         branch_order={"HunyuanDiTPipeline": "uncond_first", "HunyuanDiTControlNetPipeline": "uncond_first"},
-        tokens=patches_beside_two_texts,
+        tokens=image_with_two_texts,
         guided=guidance_above_one,
-        left_alone="text projection, embeddings, skip connections (but for whole blocks), output layer",
+        left_alone="text projection, embeddings, skip connections (except in whole blocks), output layer",
     ),
     Family(
-        name="Lumina 2",  # heads that share keys and values
+        name="Lumina 2",  # several heads of queries share keys and values
         transformer="Lumina2Transformer2DModel",
         site_pattern=r"(noise_refiner|layers)\.\d+\.attn",
         joint_pattern=r"layers\.\d+\.(attn|feed_forward)",
         feed_forward_pattern=r"(noise_refiner|layers)\.\d+\.feed_forward",
         block_pattern=r"(noise_refiner|layers)\.\d+",
         branch_order={"Lumina2Pipeline": "two_calls"},
-        tokens=caption_then_patches,
+        tokens=masked_text_then_image,
         guided=guidance_above_one,
-        refused=truncated_guidance,
+        unsupported_call=cfg_trunc_ratio,
         left_alone="the text's refiner, embeddings, output layer",
     ),
     Family(
-        name="FLUX.2",  # attention of single-stream blocks has their feed-forward in it
+        name="FLUX.2",  # the attention of single-stream blocks contains their feed-forward
         transformer="Flux2Transformer2DModel",
         site_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
         joint_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
         branch_order=dict.fromkeys(["Flux2KleinPipeline", "Flux2KleinInpaintPipeline", "Flux2Pipeline"], "two_calls"),
-        tokens=text_then_packed,
+        tokens=text_then_packed_image,
         guided=undistilled_guidance,
-        returned=before_pictures_to_go_by,
-        left_alone="the text's own feed-forwards (but for whole blocks), modulation, embeddings",
+        output_tokens=image_tokens_by_positions,
+        left_alone="the text's own feed-forwards (except in whole blocks), modulation, embeddings",
     ),
     Family(
-        name="Z-Image",  # whose ControlNet runs the transformer's refiners as well
+        name="Z-Image",  # its ControlNet also runs the refiners of the transformer
         transformer="ZImageTransformer2DModel",
         site_pattern=r"layers\.\d+\.attention",
         joint_pattern=r"layers\.\d+\.(attention|feed_forward)",
         feed_forward_pattern=r"layers\.\d+\.feed_forward",
         block_pattern=r"layers\.\d+",
         per_sample_pattern=r"adaLN_modulation.*",
-        samples="x",
+        latents_argument="x",
         branch_order=dict.fromkeys(
             [
                 "ZImagePipeline",
@@ -290,10 +290,10 @@ FAMILIES: tuple[Family, ...] = (
             ],
             "cond_first",
         ),
-        tokens=padded_patches_then_text,
+        tokens=padded_image_then_text,
         guided=guidance_above_zero,
         guidance_scale=lambda call: 1 + float(call["guidance_scale"]),
-        refused=truncated_cfg,
+        unsupported_call=cfg_truncation,
         left_alone="the image's and the text's refiners, embeddings, output layer",
     ),
 )

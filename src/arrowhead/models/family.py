@@ -1,4 +1,4 @@
-"""What has to be known about a family of models, and the ways in which families lay their tokens out and call for guidance."""
+"""The facts about a family of models: one transformer class and the pipelines that call it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -7,26 +7,51 @@ from typing import Any, Literal
 from arrowhead.plans.layout import BranchOrder, Kind, Tokens
 
 NONE = r"(?!)"
-"""A pattern that matches nothing."""
+"""A regular expression that matches nothing."""
+
+
+def channels_before_variance(transformer: Any) -> int | None:
+    """The latents' channels where the output has as many channels of a variance after them, by the config; else None."""
+    config = transformer.config
+    return int(config.in_channels) if getattr(config, "out_channels", None) == 2 * config.in_channels else None
 
 
 @dataclass(frozen=True)
 class Family:
-    """What has to be known about a transformer class and its pipelines.
+    """What is known of a transformer class and its pipelines.
 
-    `name` is what people call it. `site_pattern` is a regular expression for the module paths of the attention sites,
-    `joint_pattern` for those of them that attend over text and image together, `cross_pattern` for attention from the image
-    to the text, `feed_forward_pattern` for the image's feed-forwards, `block_pattern` for whole blocks; `branch_order` gives
-    each pipeline class's order of the CFG branches in its batch, which no shape reveals; `tokens` counts them from a call's
-    arguments; `guided` tells from the pipeline call's arguments, and the pipeline's settings, whether there are both branches,
-    `guidance_scale` how far apart they are driven, and `refused` what of them cannot be compressed. `per_sample_pattern` names
-    layers of a block that multiply once for a sample rather than its tokens, `text_pattern` those that multiply the text's.
-    `samples` is the transformer's argument with a latent for each sample; `returned` are the tokens at the beginning of its
-    output that a pipeline goes on with, None where that is all. `left_alone` says what of the transformer is computed in every
-    step, and `tested` which of the tests it goes through. `over` says along what sites attend, and `by_sample` how, see `Site`;
-    `heads_apart` is False where all have to be projected. `unfit` tells what of a transformer does not fit. Where a pipeline
-    may have a second transformer, `takes_over` tells from one that is running the step from which that one is called, and
-    `later_guidance_scale` how far it drives the branches apart.
+    Patterns are regular expressions. Those of sites match the whole path of a module in the transformer; the two of layers
+    match the whole path of a linear layer within its block. Functions of a call get its arguments by name, defaults included:
+    `tokens`, `latents_argument` and `output_tokens` those of the transformer's call, the others those of the pipeline's.
+
+    Attributes:
+        name: what people call the family.
+        transformer: the name of the transformer's class.
+        site_pattern: the self-attention sites.
+        branch_order: by the name of each pipeline's class, the order of its CFG branches; tests/test_cfg_order.py compares it
+            with what the pipelines do.
+        tokens: `tokens(transformer, call)`, the tokens of a sample.
+        guided: whether the call has both CFG branches; the pipeline's config is among its arguments.
+        joint_pattern: those of the sites that work on text and visual tokens together.
+        cross_pattern: the cross-attention sites, from the image to the text.
+        feed_forward_pattern: the feed-forward sites of the visual tokens.
+        block_pattern: the blocks.
+        guidance_scale: the scale that CFG is combined with: uncond + scale · (cond - uncond).
+        per_sample_pattern: the layers of a block that run once for a sample, not for each token.
+        text_pattern: the layers of a block that run for the text tokens alone.
+        over: the axis that self-attention sites attend along, see `Site.over`.
+        by_sample: attention is called once for each sample, see `Site.by_sample`.
+        separable_heads: Q, K and V of single heads can be computed alone where the layers allow it, see `Site.separable_heads`.
+        unsupported_call: the option of a pipeline's call that no plan goes with, for the error; None where there is none.
+        unsupported_transformer: the part of a transformer that no plan goes with, likewise.
+        latents_argument: the transformer's argument that holds a latent for each sample.
+        output_tokens: the number of tokens at the beginning of the output that the pipeline uses; None: all of them.
+        latent_channels: the channels of the output (dimension 1) that a sampler uses, where others follow; None: all of them.
+        second_from: where a pipeline may have a second transformer, the step from which the pipeline, in the midst of its call,
+            runs that one; None where it never does.
+        second_guidance_scale: the scale while the second transformer runs.
+        left_alone: what is computed in every step, for `supported()`.
+        tested: which of the tests the family goes through, for `supported()`.
     """
 
     name: str
@@ -45,17 +70,18 @@ class Family:
     over: Literal["all", "space"] = "all"
     by_sample: bool = False
     separable_heads: bool = True
-    refused: Callable[[Mapping[str, Any]], str | None] = lambda _: None
-    samples: str = "hidden_states"
-    returned: Callable[[Mapping[str, Any]], int | None] = lambda _: None
-    unfit: Callable[[Any], str | None] = lambda _: None
-    takes_over: Callable[[Any], int | None] | None = None
-    later_guidance_scale: Callable[[Mapping[str, Any]], float] | None = None
+    unsupported_call: Callable[[Mapping[str, Any]], str | None] = lambda _: None
+    unsupported_transformer: Callable[[Any], str | None] = lambda _: None
+    latents_argument: str = "hidden_states"
+    output_tokens: Callable[[Mapping[str, Any]], int | None] = lambda _: None
+    latent_channels: Callable[[Any], int | None] = channels_before_variance
+    second_from: Callable[[Any], int | None] | None = None
+    second_guidance_scale: Callable[[Mapping[str, Any]], float] | None = None
     left_alone: str = ""
     tested: Literal["all contracts", "essentials"] = "essentials"
 
-    def knows(self, kind: Kind) -> bool:
-        """Whether it has sites of this kind."""
+    def has(self, kind: Kind) -> bool:
+        """Whether the family has sites of this kind."""
         patterns: dict[Kind, str] = {
             "self_attention": self.site_pattern,
             "cross_attention": self.cross_pattern,

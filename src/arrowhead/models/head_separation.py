@@ -1,18 +1,20 @@
-"""Which modules can project Q, K and V of single heads."""
+"""Checks whether an attention module can project Q, K and V of single heads."""
 
 from typing import Any
 
 from torch import Tensor, nn
 
+from arrowhead.upstream import has_hooks
+
 QKV = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 
 
 def can_project_heads_separately(module: Any) -> bool:
-    """Whether single heads' Q, K and V can be computed alone: plain linear layers, no q/k norm that spans heads.
+    """Whether Q, K and V of single heads can be projected alone: by plain linear layers, without norms across heads.
 
-    Where heads share keys and values, it is Q alone that can.
+    Where several heads of queries share keys and values, this is about Q: K and V are projected whole.
     """
-    if not hasattr(module, "to_q"):  # one layer for all of them, and more
+    if not hasattr(module, "to_q"):  # fused: one layer for Q, K and V, and in FLUX.2 for the feed-forward
         return False
     linears = [linear for name in QKV if (linear := getattr(module, name, None)) is not None]
     norms = [norm for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k") if (norm := getattr(module, name, None))]
@@ -23,7 +25,7 @@ def can_project_heads_separately(module: Any) -> bool:
 
 
 def is_plain(linear: Any) -> bool:
-    """Whether a layer multiplies by a plain weight and does no more: no LoRA, quantisation, hook, or forward put on it."""
+    """Whether a layer is `nn.Linear` with a plain weight: no LoRA, no quantisation, no hook, no replaced forward."""
     if type(linear) is not nn.Linear or type(linear.weight.data) is not Tensor:
         return False
-    return not (linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear))
+    return not (has_hooks(linear) or "forward" in vars(linear))

@@ -1,8 +1,9 @@
-"""A pipeline's transformer with its family and its sites."""
+"""A model that plans are put on: a pipeline, or a custom model, with its transformers, its family and its sites."""
 
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -11,7 +12,7 @@ from arrowhead.errors import InputsInvalid
 from arrowhead.models.custom import CustomModel, Forward
 from arrowhead.models.family import Family
 from arrowhead.plans.layout import Branches, BranchOrder, Site, Tokens, relevant_tokens
-from arrowhead.plans.target import NO_SCHEDULER, Target, plain
+from arrowhead.plans.target import NO_SCHEDULER, Target, to_json_value
 from arrowhead.upstream import uncompiled
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
@@ -20,11 +21,15 @@ if TYPE_CHECKING:  # diffusers takes seconds to import
 
 @dataclass(frozen=True)
 class Model:
-    """A pipeline's transformer, its family, and its sites with their modules in the order they run.
+    """A pipeline or custom model, with what a plan, a search and the engine ask of it.
 
-    Where a second transformer takes over in the middle, it has the same sites; `modules` are those of the first. A module of
-    one's own with its adapter takes the places of pipeline and family; `forwards`, by path, are those that have to take the
-    place of attention modules' own.
+    Attributes:
+        pipe: the pipeline, or the custom model.
+        transformers: its transformers, in the order they are called; where there are two, both have the same sites.
+        family: the facts about the transformer's class.
+        branch_order: the order of the CFG branches.
+        modules: the sites with their modules in the first transformer, in the order they run.
+        forwards: by the site's path, the forwards that replace those of a custom model's attention modules.
     """
 
     pipe: "DiffusionPipeline | CustomModel"
@@ -41,103 +46,106 @@ class Model:
 
     @property
     def transformer(self) -> nn.Module:
-        """The one that runs first."""
+        """The transformer that runs first."""
         return self.transformers[0]
 
     @property
     def site_modules(self) -> list[tuple[Site, nn.Module]]:
-        """The sites with their modules in every transformer."""
-        both = ((site, transformer.get_submodule(site.path)) for transformer in self.transformers for site in self.sites)
-        return [(site, uncompiled(module) if site.kind == "self_attention" else module) for site, module in both]
+        """The sites of every transformer, each with its module there."""
+        found = ((site, transformer.get_submodule(site.path)) for transformer in self.transformers for site in self.sites)
+        return [(site, uncompiled(module) if site.kind == "self_attention" else module) for site, module in found]
 
     @property
-    def called(self) -> tuple[nn.Module, ...]:
-        """The transformers as they are called: where torch.compile hides one, what hides it."""
-        return called(self.pipe)
+    def called_transformers(self) -> tuple[nn.Module, ...]:
+        """The modules that the pipeline calls: the transformers, or what torch.compile(transformer) gave for them."""
+        return called_transformers(self.pipe)
 
     @property
     def switch(self) -> int | None:
-        """The step of the call that is running from which the second transformer is called; None where it never is."""
-        takes_over = self.family.takes_over
-        return None if takes_over is None or len(self.transformers) == 1 else takes_over(self.pipe)
+        """The step of the running call from which the second transformer is called; None where it never is."""
+        second_from = self.family.second_from
+        return None if second_from is None or len(self.transformers) == 1 else second_from(self.pipe)
 
     def transformer_at(self, step: int) -> nn.Module:
-        """The transformer that is called in a step of the call that is running."""
+        """The transformer that the running call uses in a step."""
         return self.transformers[self.switch is not None and step >= self.switch]
 
     @property
     def steps(self) -> int | None:
-        """The denoising steps of the call that is running; one that starts from an image leaves the first ones out.
+        """The denoising steps of the running call, without those that it leaves out because it starts from an image.
 
-        None of a loop of one's own, which nobody knows before it ends.
+        None for a custom model: the length of its loop is not known before the loop ends.
         """
-        if isinstance(self.pipe, CustomModel):
-            return None
-        return len(self.pipe.scheduler.timesteps) - (getattr(self.pipe.scheduler, "begin_index", None) or 0)
+        scheduler = self.pipe.scheduler
+        return None if scheduler is None else len(scheduler.timesteps) - (getattr(scheduler, "begin_index", None) or 0)
 
     @property
     def scheduler_step(self) -> int | None:
-        """What the scheduler counts of the steps it made in the call that is running; None where it does not say."""
-        return None if isinstance(self.pipe, CustomModel) else getattr(self.pipe.scheduler, "step_index", None)
+        """The scheduler's count of its steps in the running call; None where there is no scheduler, or no count."""
+        return getattr(self.pipe.scheduler, "step_index", None)
 
     @property
     def latent_channels(self) -> int | None:
-        """Channels that a sampler goes by, where the transformer gives a variance, too; None where it gives no more."""
-        if isinstance(self.pipe, CustomModel):
-            return self.pipe.adapter.latent_channels
-        config: Any = self.transformer.config
-        given = getattr(config, "out_channels", None)
-        return int(config.in_channels) if given == 2 * config.in_channels else None
+        """The channels of the output that a sampler uses, where a variance follows them; None where it uses all."""
+        return self.family.latent_channels(self.transformer)
 
-    def only(self, wanted: Callable[[Site], bool]) -> "Model":
-        """The same with fewer sites."""
+    def filtered(self, wanted: Callable[[Site], bool]) -> "Model":
+        """The same model with the sites for which `wanted` is true."""
         return replace(self, modules={site: module for site, module in self.modules.items() if wanted(site)})
 
     def without_overlap(self, sites: Collection[Site]) -> "Model":
-        """The same without what a plan for these sites cannot speak of: blocks around them, and what is within its blocks."""
+        """The same model without the sites that contain one of these, or lie within one: no plan has both."""
 
-        def apart(site: Site) -> bool:
+        def separate(site: Site) -> bool:
             return not any(other.contains(site) or site.contains(other) for other in sites)
 
-        return self.only(apart)
+        return self.filtered(separate)
 
     def call_arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The pipeline call's arguments by name, defaults included.
+        """Returns the arguments of a call of the pipeline by name, defaults included.
 
         Raises:
             InputsInvalid: the pipeline's call does not take them.
         """
-        name = type(self.pipe).__name__
-        return _by_name(inspect.signature(self.pipe.__call__), args, kwargs, name)
+        return _by_name(inspect.signature(self.pipe.__call__), args, kwargs, type(self.pipe).__name__)
 
     def transformer_arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The transformer call's arguments by name, defaults included, as the family's class names them."""
-        known: Any = next(c for c in type(self.transformer).__mro__ if c.__name__ == self.family.transformer)
-        return _by_name(inspect.signature(known.forward), (self.transformer, *args), kwargs, "the transformer")
+        """Returns the arguments of a call of the transformer by name, defaults included, with the transformer as the first.
 
-    def latents_argument(self, arguments: Mapping[str, Any]) -> Any:
-        """What the transformer works on, (B, …) or a list, of a call with these `transformer_arguments`."""
-        named = self.family.samples
-        return arguments[named] if named in arguments else [*arguments.values()][1]  # beside itself
+        Raises:
+            InputsInvalid: the transformer does not take them.
+        """
+        return self._forward_parameters.by_name((self.transformer, *args), kwargs)
+
+    @cached_property
+    def _forward_parameters(self) -> "_Parameters":
+        """The parameters of the family's class: a subclass may take `*args`."""
+        known: Any = next(cls for cls in type(self.transformer).__mro__ if cls.__name__ == self.family.transformer)
+        return _Parameters(inspect.signature(known.forward), "the transformer")
+
+    def latents(self, arguments: Mapping[str, Any]) -> Any:
+        """The latents, (B, …) or a list of B, of a call of the transformer with these `transformer_arguments`."""
+        name = self.family.latents_argument
+        return arguments[name] if name in arguments else [*arguments.values()][1]  # the first argument is the transformer
 
     def tokens(self, arguments: Mapping[str, Any]) -> Tokens:
-        """What a call of the transformer with these `transformer_arguments` brings that matters to the sites."""
+        """The tokens of a call of the transformer with these `transformer_arguments`, as far as the sites depend on them."""
         return relevant_tokens(self.family.tokens(self.transformer, arguments), self.sites)
 
     def guidance_scale(self, call: Mapping[str, Any], step: int) -> float:
-        """How far a pipeline call with these arguments, which is running, drives the branches apart in a step."""
-        later = self.family.later_guidance_scale
-        scale = self.family.guidance_scale if later is None or self.transformer_at(step) is self.transformer else later
+        """The guidance scale in a step of a running pipeline call with these arguments."""
+        second = self.family.second_guidance_scale
+        scale = self.family.guidance_scale if second is None or self.transformer_at(step) is self.transformer else second
         return scale(call)
 
     def branches(self, call: Mapping[str, Any]) -> Branches:
-        """How the CFG branches of a pipeline call with these arguments arrive.
+        """The CFG branches of a pipeline call with these arguments.
 
         Raises:
-            InputsInvalid: the call asks for what cannot be compressed.
+            InputsInvalid: the call has an option that no plan goes with, or a guidance scale that is no number.
         """
-        if refused := self.family.refused(call):
-            raise InputsInvalid(f"got {refused}; wanted a call without it; leave it out, or remove the plan")
+        if unsupported := self.family.unsupported_call(call):
+            raise InputsInvalid(f"got {unsupported}; wanted a call without it; leave it out, or remove the plan")
         try:
             guided = self.family.guided(dict(getattr(self.pipe, "config", {})) | dict(call))
         except (TypeError, ValueError) as error:
@@ -148,14 +156,48 @@ class Model:
 
 
 def transformers_of(pipe: "DiffusionPipeline") -> tuple[Any, ...]:
-    """A pipeline's transformers, in the order they are called, as they are where torch.compile hides them."""
-    return tuple(map(uncompiled, called(pipe)))
+    """A pipeline's transformers in the order they are called, without the wrappers of torch.compile."""
+    return tuple(map(uncompiled, called_transformers(pipe)))
 
 
-def called(pipe: "DiffusionPipeline | CustomModel") -> tuple[Any, ...]:
-    """A pipeline's transformers, in the order they are called."""
-    both = (getattr(pipe, name, None) for name in ("transformer", "transformer_2"))
-    return tuple(transformer for transformer in both if isinstance(transformer, nn.Module))
+def called_transformers(pipe: "DiffusionPipeline | CustomModel") -> tuple[Any, ...]:
+    """A pipeline's transformers in the order they are called, within the wrappers of torch.compile."""
+    found = (getattr(pipe, name, None) for name in ("transformer", "transformer_2"))
+    return tuple(transformer for transformer in found if isinstance(transformer, nn.Module))
+
+
+def target_of(model: Model) -> Target:
+    """What a plan for this model is bound to: the transformer's class, the scheduler with its settings, the sites."""
+    scheduler = model.pipe.scheduler
+    if scheduler is None:
+        return Target(model.family.transformer, NO_SCHEDULER, {}, model.sites)
+    # as JSON holds it, and without the entries that diffusers adds
+    config = {name: to_json_value(value) for name, value in scheduler.config.items() if not name.startswith("_")}
+    return Target(model.family.transformer, type(scheduler).__name__, config, model.sites)
+
+
+class _Parameters:
+    """The parameters of a function that is called many times, to name a call's arguments without binding its signature."""
+
+    def __init__(self, signature: inspect.Signature, callee: str) -> None:
+        parameters = signature.parameters.values()
+        self._signature, self._callee = signature, callee
+        self._names, self._known = tuple(signature.parameters), signature.parameters.keys()
+        self._defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+        self._plain = all(p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for p in parameters)
+
+    def by_name(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns a call's arguments by name, defaults included, in the order of the parameters.
+
+        Raises:
+            InputsInvalid: the function does not take them.
+        """
+        named = dict(zip(self._names, args, strict=False))
+        found = {**self._defaults, **named, **kwargs}
+        once = len(args) <= len(self._names) and named.keys().isdisjoint(kwargs)
+        if self._plain and once and found.keys() == self._known:
+            return {name: found[name] for name in self._names}
+        return _by_name(self._signature, args, kwargs, self._callee)  # which says what is wrong
 
 
 def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any], callee: str) -> dict[str, Any]:
@@ -165,13 +207,3 @@ def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mappin
         raise InputsInvalid(f"{callee} cannot be called so: {error}; wanted {signature}") from error
     bound.apply_defaults()
     return dict(bound.arguments)
-
-
-def target_of(model: Model) -> Target:
-    """What a plan for this pipeline is bound to: transformer class, scheduler with its settings, sites."""
-    if isinstance(model.pipe, CustomModel):
-        return Target(model.family.transformer, NO_SCHEDULER, {}, model.sites)
-    scheduler = model.pipe.scheduler
-    # as JSON holds it, and without what diffusers adds of its own
-    config = {name: plain(value) for name, value in scheduler.config.items() if not name.startswith("_")}
-    return Target(model.family.transformer, type(scheduler).__name__, config, model.sites)

@@ -1,7 +1,26 @@
-"""How attention can be computed at one site in one step: the values that every other file speaks of.
+"""The smallest values of a plan: what one head does (a *method*), and what one site does in one step (a *cell*).
 
-A *method* says what a head does: which query–key pairs it looks at, or that it repeats itself. A *cell* says what a site does
-in a step: attend with a method for each head, perhaps for the conditional branch only, or reuse what it gave before.
+The names of DiTFastAttn (V1, arXiv:2406.08552) and DiTFastAttnV2 (V2, arXiv:2503.22796), and the same cells here:
+
+=========  =================================================  ================================================
+papers     what is computed                                   cell
+=========  =================================================  ================================================
+full       attention over all tokens, output O                ``FULL``, the same as ``Attend(Full())``
+WA         window attention, output W                         ``Attend(Arrow(radius))``
+WA-RS      W + (O_r − W_r), r the last full step before       ``wa_rs(radius)``
+AST        the site's last output again                       ``AST``, the same as ``Reuse()``
+ASC        conditional half alone, its output for both        ``ASC``; ``share_cfg=True`` adds it to any cell
+arrow      V2's band among visual tokens, text dense          ``Attend(Arrow(radius))`` at a site with text
+cached     V2's head-wise caching                             ``Cached()`` among the methods of a cell's heads
+=========  =================================================  ================================================
+
+Cells that neither paper has: a box in place of a band (`Box`), scores in int8 (`Precision`), and an output that is
+extrapolated instead of repeated (``EXTRAPOLATE``).
+
+>>> paper_name(Attend(Arrow(radius=128, residual=True)))
+'WA-RS'
+>>> paper_name(Attend((Full(), Arrow(128), Cached(), Arrow(64))))
+'head-wise'
 """
 
 import math
@@ -10,12 +29,12 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args
 
 Precision = Literal["native", "int8"]
-"""Of the product Q·Kᵀ: the pipeline's own, or 8-bit integers after smoothing, see `kernels/quantise.py`."""
+"""How the scores Q·Kᵀ are multiplied: in the pipeline's own dtype, or in 8-bit integers (see `kernels/int8.py`)."""
 
 
 @dataclass(frozen=True)
 class Full:
-    """Every query sees every key; by the pipeline's own attention unless `precision` is another than its."""
+    """A head attends over all tokens. In native precision the pipeline's own attention computes it."""
 
     precision: Precision = "native"
 
@@ -25,12 +44,19 @@ class Full:
 
 @dataclass(frozen=True)
 class Box:
-    """A radius in frames, rows and columns of the visual tokens' grid; None: all of them. An image has one frame.
+    """A radius along each axis of the visual tokens' grid: frames, rows and columns. None stands for the whole axis.
 
-    Frames are whole as they are: those at most `frames` away are seen. Rows are cut into blocks of `rows`, columns into blocks
-    of `columns`, and a query sees all of its own block and of those beside it: at least the radius, and less than twice as far
-    (the last block may be smaller). So whole blocks of queries see whole blocks of keys, as in Sliding Tile Attention
-    (arXiv:2502.04507), and nothing is computed to be masked away. With 0 a row, or column, sees itself alone.
+    An image has one frame. Along frames a query sees the frames at most `frames` away. Rows are cut into blocks of `rows` rows
+    (the last one may be smaller), and a query sees all rows of its block and of the two neighbouring blocks: at least `rows`
+    away, and less than 2 · `rows`. The same holds for columns. With 0, a row (or column) sees itself alone.
+
+    Blocks are seen whole or not at all, as in Sliding Tile Attention (arXiv:2502.04507), so that no masked pair is computed.
+
+    Raises:
+        ValueError: a radius is neither None nor a whole number of 0 or more.
+
+    >>> str(Box(frames=1, rows=4))
+    '1x4xall'
     """
 
     frames: int | None = None
@@ -43,7 +69,7 @@ class Box:
 
     @property
     def reaches(self) -> tuple[int | None, int | None, int | None]:
-        """Of frames, rows and columns."""
+        """The radii along frames, rows and columns."""
         return self.frames, self.rows, self.columns
 
     def __str__(self) -> str:
@@ -51,15 +77,21 @@ class Box:
 
 
 Radius = int | Box
-"""How far a band reaches: in tokens of the flattened sequence, or in the grid that they come from."""
+"""How far a band reaches: visual tokens on each side of a query in the flattened sequence, or a box in the grid."""
 
 
 @dataclass(frozen=True)
 class Arrow:
-    """Band of `radius` visual tokens on each side of a query, or a box around it; text rows and text columns stay dense.
+    """A head attends within a band: arrow attention (V2), which without text tokens is window attention (WA of V1).
 
-    Without text tokens the former is the window attention of DiTFastAttn (WA). With `residual` the output of the last full
-    step minus its band, O_r − W_r, is added to it (WA-RS of DiTFastAttn).
+    Visual query i sees visual key j if |i − j| ≤ `radius`, so 2 · `radius` + 1 visual keys at most; or if j lies in the `Box`
+    around i. Text queries see all keys, and all queries see the text keys.
+
+    With `residual` the head's stored residual is added to its visual rows: W + (O_r − W_r), where O is full attention, W the
+    same band, and r the last step in which the head was full (WA-RS).
+
+    Raises:
+        ValueError: the radius is neither a Box nor a whole number of 0 or more.
     """
 
     radius: Radius
@@ -76,10 +108,11 @@ class Arrow:
 
 @dataclass(frozen=True)
 class Cached:
-    """The head's last computed output, from before the output projection (head-wise caching of DiTFastAttnV2)."""
+    """A head repeats its last computed output, taken before the output projection (head-wise caching of V2)."""
 
 
 Method = Full | Arrow | Cached
+"""What one head does."""
 Each = TypeVar("Each", bound=Hashable)
 
 
@@ -90,43 +123,55 @@ def _require_known(precision: str) -> None:
 
 @dataclass(frozen=True)
 class Attend:
-    """Compute attention with `method`, or with a method for each head where it is a tuple.
+    """A site computes: all heads with one `method`, or each head with its own, in a tuple.
 
-    With `share_cfg` only the conditional half of the CFG batch is computed, projections included, and its output serves
-    both halves (attention sharing across CFG, the ASC of DiTFastAttn). A tuple of equal methods becomes one method, so that
-    equal cells compare equal.
+    With `share_cfg` only the conditional branch of the CFG batch is computed, projections included, and both branches get its
+    output (ASC of V1). A tuple of equal methods becomes one method, so that equal cells compare equal:
+
+    >>> Attend((Full(), Full())) == Attend(Full())
+    True
+
+    A feed-forward, a cross-attention or a block is computed by ``Attend(Full())``, with `share_cfg` or without.
+
+    Raises:
+        ValueError: `method` is something else, or an empty tuple.
     """
 
     method: Method | tuple[Method, ...] = Full()
     share_cfg: bool = False
 
     def __post_init__(self) -> None:
-        own = self.method
-        known = all(isinstance(method, Method) for method in own) if isinstance(own, tuple) else isinstance(own, Method)
-        if not known or not isinstance(self.share_cfg, bool):
+        methods = self.method if isinstance(self.method, tuple) else (self.method,)
+        if not all(isinstance(method, Method) for method in methods) or not isinstance(self.share_cfg, bool):
             raise ValueError(f"got {self}, wanted a method such as Full(), or a tuple of them, and share_cfg=True or False")
-        if isinstance(self.method, tuple):
-            if not self.method:
-                raise ValueError("got no methods, wanted one for each head")
-            if len(set(self.method)) == 1:
-                object.__setattr__(self, "method", self.method[0])
+        if not methods:
+            raise ValueError("got no methods, wanted one for each head")
+        if len(set(methods)) == 1:
+            object.__setattr__(self, "method", methods[0])
 
     def methods(self, heads: int) -> tuple[Method, ...]:
-        """The method of each of `heads` heads."""
+        """The method of each of a site's `heads` heads."""
         return self.method if isinstance(self.method, tuple) else (self.method,) * heads
 
     def of_head(self, head: int) -> "Attend":
-        """The cell as one head sees it."""
+        """The cell for one head: a cell of one method."""
         return Attend(self.method[head], self.share_cfg) if isinstance(self.method, tuple) else self
 
 
 @dataclass(frozen=True)
 class Reuse:
-    """Return the module's last computed output, after the output projection (attention sharing across timesteps, AST).
+    """A site computes nothing and gives its last computed output, taken after the output projection (AST of V1).
 
-    With `extrapolate` it is the line through the last two computed outputs, at this step, counted in steps (the first order of
-    TaylorSeer's forecasts); where the later of the two served both branches, through the conditional branch's. A fraction takes
-    so much of the line's slope: outputs hold noise, too, which a line carries on and multiplies.
+    With `extrapolate` the output is extrapolated from the last two computed ones: the later one, plus `extrapolate` times the
+    change per step between them, times the steps since the later one (the first order of TaylorSeer, arXiv:2503.06923).
+    Fractions damp the change, because outputs hold noise, and extrapolation multiplies it. Where the later output was shared
+    by both CFG branches, the change is that of the conditional branch.
+
+    Raises:
+        ValueError: `extrapolate` is not between 0 (repeat) and 1 (the whole change).
+
+    >>> paper_name(Reuse()), paper_name(Reuse(extrapolate=0.5))
+    ('AST', 'extrapolate')
     """
 
     extrapolate: float = 0.0
@@ -136,8 +181,13 @@ class Reuse:
             raise ValueError(f"got extrapolate={self.extrapolate!r}, wanted the part of a slope: 0 (repeat) to 1")
         object.__setattr__(self, "extrapolate", float(self.extrapolate))
 
+    def of_head(self, _head: int) -> "Reuse":
+        """The cell for one head: the same for all heads."""
+        return self
+
 
 Cell = Attend | Reuse
+"""What one site does in one step."""
 FULL = Attend()
 ASC = Attend(share_cfg=True)
 AST = Reuse()
@@ -145,65 +195,66 @@ EXTRAPOLATE = Reuse(extrapolate=1.0)
 
 
 def precision_of(method: Method) -> Precision:
-    """How a method multiplies queries and keys."""
+    """The precision in which a method multiplies queries and keys; native for a cached head, which multiplies none."""
     return "native" if isinstance(method, Cached) else method.precision
 
 
 def wa_rs(radius: Radius, share_cfg: bool = False) -> Attend:
-    """Window attention with residual sharing, for both branches or for the conditional one."""
+    """The cell of window attention with residual sharing (WA-RS), for both branches or shared by them.
+
+    >>> paper_name(wa_rs(128)), paper_name(wa_rs(128, share_cfg=True))
+    ('WA-RS', 'WA-RS+ASC')
+    """
     return Attend(Arrow(radius, residual=True), share_cfg)
 
 
 def radius_sort_key(radius: Radius) -> tuple[float, ...]:
-    """By which bands are put in order: radii in tokens, and boxes."""
-    return (radius,) if isinstance(radius, int) else tuple(math.inf if own is None else own for own in radius.reaches)
+    """A sort key that puts radii in tokens, and boxes, in ascending order."""
+    return (radius,) if isinstance(radius, int) else tuple(math.inf if reach is None else reach for reach in radius.reaches)
 
 
 def refreshes_residual(cell: Cell) -> bool:
-    """Whether a cell of one method has the full output at hand, so that residuals can be made from it.
+    """Whether residuals can be made in a cell of one method, because the full output O is computed.
 
-    That of int8 is not what is taken for it: O_int8 − W would carry the rounding's error into every step that adds it.
+    Full attention in int8 does not count: O_int8 − W would carry the rounding error into every step that adds the residual.
     """
     return isinstance(cell, Attend) and cell.method == Full()
 
 
 def residual_radius(cell: Cell) -> Radius | None:
-    """The radius of the residual that a cell of one method reads, or None."""
+    """The radius of the residual that a cell of one method adds, or None."""
     if isinstance(cell, Attend) and isinstance(cell.method, Arrow) and cell.method.residual:
         return cell.method.radius
     return None
 
 
 def reads_head_output(cell: Cell) -> bool:
-    """Whether a cell of one method repeats what its head gave before."""
+    """Whether a cell of one method repeats the head's last output."""
     return isinstance(cell, Attend) and isinstance(cell.method, Cached)
 
 
 def extrapolates(cell: Cell) -> bool:
-    """Whether a cell continues the line through two outputs."""
+    """Whether a cell extrapolates from two earlier outputs."""
     return isinstance(cell, Reuse) and cell.extrapolate > 0
 
 
-def in_box(method: Method) -> bool:
-    """Whether a head has to know the grid."""
+def uses_box(method: Method) -> bool:
+    """Whether a method needs the grid of the visual tokens."""
     return isinstance(method, Arrow) and isinstance(method.radius, Box)
 
 
 def method_name(method: Method) -> str:
-    """The papers' name of what a head does: full, WA, WA-RS or cached, with -int8 where that is its precision.
-
-    In boxes, which the papers do not have: box and box-RS.
-    """
+    """The papers' name of a method: full, WA, WA-RS or cached; box and box-RS for boxes; with -int8 for that precision."""
     if isinstance(method, Cached):
         return "cached"
-    name = "full" if isinstance(method, Full) else ("box" if in_box(method) else "WA") + "-RS" * method.residual
+    name = "full" if isinstance(method, Full) else ("box" if uses_box(method) else "WA") + "-RS" * method.residual
     return name if method.precision == "native" else f"{name}-{method.precision}"
 
 
 def paper_name(cell: Cell) -> str:
-    """The papers' name: full, ASC, WA, WA-RS, cached, head-wise where heads differ, with +ASC where shared; AST; extrapolate.
+    """The papers' name of a cell: AST, extrapolate, ASC, or the name of its heads' method, +ASC where it is shared.
 
-    Of heads in int8: full-int8, WA-int8, WA-RS-int8, shared or not. In a box: box and box-RS in place of WA and WA-RS.
+    A cell whose heads differ is "head-wise".
     """
     if isinstance(cell, Reuse):
         return "extrapolate" if cell.extrapolate else "AST"
@@ -214,13 +265,20 @@ def paper_name(cell: Cell) -> str:
 
 
 def grouped(of_heads: Sequence[Each]) -> Iterator[tuple[Each, tuple[int, ...]]]:
-    """Each distinct method, or what else is said of heads, with the heads that it is said of."""
-    for each in dict.fromkeys(of_heads):
-        yield each, tuple(head for head, own in enumerate(of_heads) if own == each)
+    """Yields each distinct value of `of_heads`, one value a head, with the heads that have it.
+
+    >>> list(grouped(["full", "WA", "full"]))
+    [('full', (0, 2)), ('WA', (1,))]
+    """
+    for value in dict.fromkeys(of_heads):
+        yield value, tuple(head for head, other in enumerate(of_heads) if other == value)
 
 
 def dit_fast_attn_candidates(radii: Sequence[Radius], guided: bool) -> Sequence[Cell]:
-    """The cells that DiTFastAttn tries, in its order, each with these radii; without guidance there is no branch to share."""
+    """The cells that DiTFastAttn's search tries, in its order: AST, WA-RS + ASC, WA-RS, ASC.
+
+    Without guidance there is one branch, so nothing is shared.
+    """
     bands = [wa_rs(radius) for radius in radii]
     if guided:
         return AST, *(wa_rs(radius, share_cfg=True) for radius in radii), *bands, ASC

@@ -1,4 +1,17 @@
-"""How a plan is written as JSON that a person can read, and read back."""
+"""Writes a plan as JSON that a person can read, and reads it back.
+
+A *legend* gives each distinct cell a symbol, and each step has one line of symbols, one for each site:
+
+    "legend": {
+     "F": {"does": "attend", "heads": "full", "share_cfg": false},
+     "W": {"does": "attend", "heads": "arrow:128+residual", "share_cfg": false},
+     "R": {"does": "reuse"}
+    },
+    "cells": [
+     "F F F",
+     "W R W"
+    ]
+"""
 
 import json
 import re
@@ -25,13 +38,13 @@ from arrowhead.plans.cells import (
 from arrowhead.plans.layout import Tokens
 from arrowhead.plans.target import Target
 
-if TYPE_CHECKING:  # it imports this file
+if TYPE_CHECKING:  # plan.py imports this file
     from arrowhead.plans.plan import Plan
 
 FORMAT = 4
 READABLE = (2, 3, FORMAT)
-"""Format 3 is without slopes, grids and a second transformer, format 2 without precisions besides; else they mean the same."""
-SYMBOLS = {
+"""Format 3 has no slopes, no grids and no second transformer; format 2 has no precisions either. All else is the same."""
+SYMBOLS = {  # by the papers' names
     "full": "F",
     "ASC": "C",
     "WA": "w",
@@ -62,9 +75,9 @@ SYMBOLS = {
 
 
 def write(plan: "Plan") -> str:
-    """A plan as JSON: a legend of its cells, and a line of symbols for each step."""
+    """The JSON text of a plan."""
     legend = _legend(plan.cells)
-    symbol = {cell: name for name, cell in legend.items()}
+    symbols = {cell: symbol for symbol, cell in legend.items()}
     content = {
         "format": FORMAT,
         "about": dict(plan.about),
@@ -73,20 +86,20 @@ def write(plan: "Plan") -> str:
         "switch": plan.switch,
         "tokens": asdict(plan.tokens),
         "target": plan.target.as_json(),
-        "legend": {name: _CellModel.of(cell).model_dump(exclude_none=True) for name, cell in legend.items()},
-        "cells": [" ".join(symbol[cell] for cell in row) for row in plan.cells],
+        "legend": {symbol: _CellModel.of(cell).model_dump(exclude_none=True) for symbol, cell in legend.items()},
+        "cells": [" ".join(symbols[cell] for cell in row) for row in plan.cells],
     }
     return json.dumps(content, indent=1, default=str, allow_nan=False) + "\n"
 
 
 def read(text: bytes) -> dict[str, Any]:
-    """The arguments of `Plan` from what `write` gave.
+    """The arguments of `Plan`, from a text that `write` gave, in this version or an earlier one.
 
     Raises:
-        ValueError: it is no JSON, of another format, or larger than anything real, see `limits`.
+        ValueError: the text is not JSON, of an unknown format, no plan, or larger than anything real (see `limits.py`).
     """
     try:
-        content = limits.parsed(text)
+        content = limits.parse_json(text)
     except ValueError as error:
         raise ValueError(f"it is not JSON ({error})") from error
     version = content.get("format") if isinstance(content, dict) else None
@@ -96,7 +109,7 @@ def read(text: bytes) -> dict[str, Any]:
 
 
 def _legend(cells: Sequence[Sequence[Cell]]) -> dict[str, Cell]:
-    """A symbol for every distinct cell, numbered where the papers' name alone does not tell them apart."""
+    """A symbol for each distinct cell. Cells with the same name in the papers are numbered: W, W2, W3."""
     legend: dict[str, Cell] = {}
     for cell in dict.fromkeys(cell for row in cells for cell in row):
         name, number = SYMBOLS[paper_name(cell)], 1
@@ -107,10 +120,12 @@ def _legend(cells: Sequence[Sequence[Cell]]) -> dict[str, Cell]:
 
 
 class _CellModel(pydantic.BaseModel, extra="forbid"):
-    """A cell as the file spells it: `attend` with a method's word, or with one for each head, `reuse`, or `extrapolate`.
+    """A cell as files spell it.
 
-    The words: full, cached, arrow:R, arrow:R+residual, where R is the radius in tokens, or a box's in frames, rows and columns,
-    such as 1x4xall; with +int8 where that is the precision.
+    `does` is "attend", "reuse" or "extrapolate". A cell that attends has in `heads` one word for all heads, or one for each:
+    full, cached, arrow:R or arrow:R+residual, where R is the radius in tokens, or a box such as 1x4xall (frames, rows,
+    columns); full and arrow with +int8 in that precision. A cell that extrapolates has in `slope` the part of the change per
+    step that it takes, unless that is 1.
     """
 
     does: Literal["attend", "reuse", "extrapolate"]
@@ -120,44 +135,48 @@ class _CellModel(pydantic.BaseModel, extra="forbid"):
 
     @classmethod
     def of(cls, cell: Cell) -> "_CellModel":
+        """The spelling of a cell."""
         if isinstance(cell, Reuse):
-            does, whole = "extrapolate" if extrapolates(cell) else "reuse", cell.extrapolate in (0, 1)
-            return cls(does=does, slope=None if whole else cell.extrapolate)
+            slope = None if cell.extrapolate in (0, 1) else cell.extrapolate
+            return cls(does="extrapolate" if extrapolates(cell) else "reuse", slope=slope)
         methods = cell.method if isinstance(cell.method, tuple) else (cell.method,)
         return cls(does="attend", heads=" ".join(map(_word, methods)), share_cfg=cell.share_cfg)
 
     @pydantic.model_validator(mode="after")
-    def _whole(self) -> "_CellModel":
+    def _is_sound(self) -> "_CellModel":
         if (self.does == "attend") != bool(self.heads and self.heads.split()):
-            raise ValueError("a site that attends says how its heads do, and only such a site")
+            raise ValueError("got heads for a cell that reuses, or none for one that attends; wanted them where it attends")
         if self.share_cfg and self.does != "attend":
-            raise ValueError("what is reused is not computed, so there is nothing to share")
+            raise ValueError("got share_cfg=true for a cell that reuses; wanted it only where a cell attends")
         if self.slope is not None and (self.does != "extrapolate" or not 0 < self.slope < 1):
-            raise ValueError("of a line there may be a part of the slope, between 0 and 1; none of anything else")
-        self.cell()  # refuses words that mean nothing
+            raise ValueError(f"got slope={self.slope}, wanted one between 0 and 1, and only where a cell extrapolates")
+        self.cell()  # refuses unknown words
         return self
 
     def cell(self) -> Cell:
+        """The cell that is spelt."""
         if self.heads is None:
             return Reuse((self.slope or 1.0) if self.does == "extrapolate" else 0.0)
         return Attend(tuple(map(_method, self.heads.split())), bool(self.share_cfg))
 
 
 def _word(method: Method) -> str:
+    """The word for a method."""
     if isinstance(method, Cached):
         return "cached"
     word = "full" if isinstance(method, Full) else f"arrow:{method.radius}" + ("+residual" if method.residual else "")
     return word if method.precision == "native" else f"{word}+{method.precision}"
 
 
-REACH = "([0-9]+|all)"
+_REACH = "([0-9]+|all)"
+_METHOD = re.compile(rf"(?:full|arrow:(?:([0-9]+)|{_REACH}x{_REACH}x{_REACH})(\+residual)?)(\+int8)?")
 
 
 def _method(word: str) -> Method:
+    """The method that a word stands for."""
     if word == "cached":
         return Cached()
-    found = re.fullmatch(rf"(?:full|arrow:(?:([0-9]+)|{REACH}x{REACH}x{REACH})(\+residual)?)(\+int8)?", word)
-    if found is None:
+    if (found := _METHOD.fullmatch(word)) is None:
         raise ValueError(
             f"got a head that does {word!r}, wanted cached, full, arrow:R or arrow:R+residual, these with +int8 or without"
         )
@@ -170,7 +189,7 @@ def _method(word: str) -> Method:
 
 
 class _PlanModel(pydantic.BaseModel, extra="forbid"):
-    """A plan as the file spells it."""
+    """A plan as files spell it."""
 
     format: int
     about: dict[str, Any]
@@ -194,7 +213,7 @@ class _PlanModel(pydantic.BaseModel, extra="forbid"):
         return self
 
     @pydantic.model_validator(mode="after")
-    def _words_for_the_site_s_heads(self) -> "_PlanModel":
+    def _a_word_for_each_head(self) -> "_PlanModel":
         words = {symbol: len((cell.heads or "").split()) for symbol, cell in self.legend.items()}
         for row in self.cells:
             for symbol, site in zip(row.split(), self.target.sites, strict=False):  # lengths are checked by Plan

@@ -1,4 +1,4 @@
-"""What is attended over: tokens, the module that attends, and how the two CFG branches share a batch."""
+"""What a plan is measured against: the tokens of a call, the sites of a transformer, and the CFG branches of a generation."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -9,7 +9,11 @@ import pydantic
 
 @dataclass(frozen=True)
 class Grid:
-    """Where visual tokens come from: frame by frame, in each row by row. An image is one frame."""
+    """The grid that visual tokens are cut from: frame by frame, in a frame row by row. An image has one frame.
+
+    Raises:
+        ValueError: a size is not a whole number of at least 1.
+    """
 
     frames: int
     rows: int
@@ -21,15 +25,24 @@ class Grid:
 
     @property
     def size(self) -> int:
-        """How many tokens."""
+        """The number of tokens."""
         return self.frames * self.rows * self.columns
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """A sequence of visual tokens with, perhaps, text tokens before or after them.
+    """The token sequence of one sample: V = `visual` visual tokens, and T = `text` text tokens after or before them.
 
-    `grid` is the visual ones', where known; `frames` are how many sequences they make where some site sees one frame.
+    `text_first`: the text tokens come before the visual ones. `grid` is the visual tokens' grid, where it is known: boxes need
+    it. `frames` is above 1 only for video models some sites of which attend within one frame, or along time (see `Site.over`):
+    the visual tokens are then that number of equal sequences.
+
+    Raises:
+        ValueError: sizes are no whole numbers, or contradict one another.
+
+    >>> tokens = Tokens(visual=1024, text=77)
+    >>> tokens.total, tokens.visual_slice, tokens.text_slice
+    (1101, slice(0, 1024, None), slice(1024, 1101, None))
     """
 
     visual: int
@@ -56,33 +69,37 @@ class Tokens:
 
     @classmethod
     def of_grid(cls, frames: int, rows: int, columns: int, *, text: int = 0, text_first: bool = False) -> "Tokens":
-        """Visual tokens that fill a grid."""
+        """Returns the tokens of a grid of `frames` × `rows` × `columns` visual tokens, with `text` text tokens.
+
+        >>> Tokens.of_grid(1, 32, 32, text=77).visual
+        1024
+        """
         grid = Grid(frames, rows, columns)
         return cls(grid.size, text, text_first, grid=grid)
 
     @property
     def image(self) -> "Tokens":
-        """The visual ones alone."""
-        return replace(self, text=0, text_first=False)
+        """The visual tokens alone."""
+        return Tokens(self.visual, frames=self.frames, grid=self.grid)
 
     @property
     def flat(self) -> "Tokens":
-        """The same as a mere sequence."""
+        """The same tokens without a grid."""
         return replace(self, grid=None)
 
     @property
     def total(self) -> int:
-        """Length of the sequence."""
+        """The length of the sequence, N = V + T."""
         return self.visual + self.text
 
     @property
     def visual_slice(self) -> slice:
-        """Where the visual tokens stand."""
+        """The slice of the sequence that holds the visual tokens."""
         return slice(self.text, self.total) if self.text_first else slice(0, self.visual)
 
     @property
     def text_slice(self) -> slice:
-        """Where the text tokens stand; empty when there are none."""
+        """The slice of the sequence that holds the text tokens; empty where there are none."""
         return slice(0, self.text) if self.text_first else slice(self.visual, self.total)
 
 
@@ -91,22 +108,32 @@ Kind = Literal["self_attention", "cross_attention", "feed_forward", "block"]
 
 @dataclass(frozen=True)
 class Site:
-    """One module that a plan speaks of: its path in the transformer and the sizes its cost follows from.
+    """One module that a plan has cells for: its path in the transformer, and the sizes that its FLOPs and bytes follow from.
 
-    `joint` sites attend over text and image tokens, others over the image's alone. `projects_out` says which tokens have an
-    output projection of the site's own. `over` says along what it attends: `space` sites have a sequence for each frame of a
-    sample, `time` sites one for each place, whose tokens are frames. `heads_apart`: whether single heads' Q, K and V can be
-    computed without the others'; it may change while a pipeline is used (LoRA), and is no part of what a plan is bound to.
-    `kv_heads` heads of keys and values serve as many heads of queries each; None where every head has its own.
+    Attributes:
+        path: the module's name in the transformer, such as "transformer_blocks.0.attn".
+        heads: heads of queries, H. Sites of other kinds than self-attention have 1.
+        head_dim: channels of a head, D. Sites of other kinds have the width of their output.
+        channels: channels of the visual tokens at the input and output.
+        joint: the site attends over text and visual tokens; other sites attend over the visual tokens alone.
+        projects_out: the tokens that the site's output projection multiplies.
+        separable_heads: Q, K and V of single heads can be computed without those of the others. A LoRA can change this while
+            a pipeline is used, so it is no part of what a plan is bound to. Called "heads_apart" in files.
+        kv_heads: heads of keys and values, a divisor of `heads`, where several heads of queries share them; else None.
+        kind: self-attention, cross-attention from the image to the text, feed-forward, or a whole block. The output of a block
+            is what it adds to its input.
+        weights: weights, besides those of the Q, K, V and output projections, that multiply each of the site's tokens. A
+            self-attention has such weights where one layer also projects for the feed-forward beside it (FLUX.2).
+        text_weights: weights of a site of another kind that multiply each text token of the call.
+        within: the sites inside a block.
+        over: the axis that the site attends along: all tokens of a sample; "space", one frame, so that a sample has one
+            sequence for each frame; "time", one position of all frames, so that a sample has one sequence for each position.
+        text_channels: channels of the text tokens at a joint site, where they are not `channels`; else 0.
+        by_sample: attention is called once for each sample, over its text without the padding (Mochi). FLOPs and bytes are
+            counted as if no text were padding.
 
-    `text_channels` are the text's at joint sites, 0 where they are the image's. `by_sample`: attention is called once for each
-    sample, over that part of its text which is no padding; it counts as if none were. Where one layer projects for attention
-    and for a feed-forward beside it, as in FLUX.2, the feed-forward is the site's, too: tokens are multiplied with its
-    `weights` whatever heads do.
-
-    Other kinds are computed or not, and have one head as wide as what they give; tokens are multiplied with so many `weights`,
-    those of the text with `text_weights`. A `cross_attention` looks from the image at the text. A `block` gives what it adds to
-    its input, and computes the sites `within` it, besides what its own weights say.
+    Raises:
+        ValueError: a size is not a whole number, or too small.
     """
 
     path: str
@@ -115,7 +142,7 @@ class Site:
     channels: int
     joint: bool = False
     projects_out: Literal["all", "visual", "none"] = "all"
-    separable_heads: Annotated[bool, pydantic.Field(alias="heads_apart")] = field(default=True, compare=False)  # in files
+    separable_heads: Annotated[bool, pydantic.Field(alias="heads_apart")] = field(default=True, compare=False)
     kv_heads: int | None = None
     kind: Kind = "self_attention"
     weights: int = 0
@@ -126,22 +153,22 @@ class Site:
     by_sample: bool = False
 
     def tokens(self, of_call: Tokens) -> Tokens:
-        """What a sequence of the site's has, in a call of the transformer with these tokens."""
+        """The tokens of one sequence of the site, in a call of the transformer with the tokens `of_call`."""
         grid = of_call.grid
         if self.over == "time":
             return Tokens(of_call.frames, grid=None if grid is None else Grid(of_call.frames, 1, 1))
         if self.over == "space":
             return Tokens(of_call.visual // of_call.frames, grid=None if grid is None else replace(grid, frames=1))
-        own = replace(of_call, frames=1)
-        return own if self.joint else own.image
+        sequence = replace(of_call, frames=1)
+        return sequence if self.joint else sequence.image
 
     def sequences(self, of_call: Tokens) -> int:
-        """Rows of the site's input for one sample."""
+        """How many sequences, rows of the site's input, one sample has in a call with the tokens `of_call`."""
         return {"all": 1, "space": of_call.frames, "time": of_call.visual // of_call.frames}[self.over]
 
     @property
     def sees_text(self) -> bool:
-        """Whether its cost depends on the text's length."""
+        """Whether the site's FLOPs depend on the length of the text."""
         return self.joint or self.text_weights > 0 or any(site.sees_text for site in self.within)
 
     def contains(self, other: "Site") -> bool:
@@ -149,7 +176,7 @@ class Site:
         return other.path.startswith(f"{self.path}.")
 
     def made_of(self, sites: Iterable["Site"]) -> bool:
-        """Whether this is a block that computes some of these sites, and no other."""
+        """Whether the site is a block, and the sites within it are all among `sites`, and all of those in it."""
         return self.kind == "block" and len(self.within) > 0 and {*self.within} == {*filter(self.contains, sites)}
 
     def __post_init__(self) -> None:
@@ -164,50 +191,54 @@ class Site:
 
 
 def _whole(least: int, *values: Any) -> bool:
-    """Whether all are whole numbers of at least so much."""
+    """Whether all values are whole numbers of at least `least`."""
     return all(isinstance(value, int) and not isinstance(value, bool) and value >= least for value in values)
 
 
 def relevant_tokens(tokens: Tokens, sites: Iterable[Site]) -> Tokens:
-    """What of a call's tokens matters to these sites."""
+    """The tokens that these sites' FLOPs depend on: those of a call, without the text where no site sees it."""
     return tokens if any(site.sees_text for site in sites) else tokens.image
 
 
 def outermost(sites: Iterable[Site]) -> tuple[Site, ...]:
-    """Those that lie within no other."""
+    """The sites that lie within no other of them."""
     sites = tuple(sites)
     blocks = [site for site in sites if site.kind == "block"]
     return tuple(site for site in sites if not any(block.contains(site) for block in blocks))
 
 
 BranchOrder = Literal["cond_first", "uncond_first", "two_calls"]
-"""Both branches in one batch, the conditional one first or second; or each in a call of its own, the conditional one first."""
+"""Where the CFG branches are: in one batch, with the conditional branch first or second; or in two calls, that branch first."""
 
 
 @dataclass(frozen=True)
 class Branches:
-    """How the CFG branches of one generation arrive; where it is not guided there is the conditional one alone."""
+    """How one generation brings its CFG branches. Without guidance there is the conditional branch alone."""
 
     order: BranchOrder
     guided: bool
 
     @property
     def calls(self) -> int:
-        """Calls of the transformer in a step."""
+        """How often the transformer is called in a step: 1 or 2."""
         return 2 if self.guided and self.order == "two_calls" else 1
 
     @property
     def samples(self) -> int:
-        """Transformer samples per generated image in a call."""
+        """Rows of a call's batch per generated image: 1 or 2."""
         return 2 if self.batched else 1
 
     @property
     def batched(self) -> bool:
-        """Whether both branches come in one batch."""
+        """Whether both branches are in one batch, the CFG batch."""
         return self.guided and self.calls == 1
 
     def conditional(self, batch: int) -> slice:
-        """The rows of the conditional branch in a batch of `batch` rows that holds it."""
+        """The conditional branch's rows of a batch of `batch` rows.
+
+        >>> Branches("uncond_first", guided=True).conditional(4)
+        slice(2, 4, None)
+        """
         if not self.batched:
             return slice(0, batch)
         return slice(0, batch // 2) if self.order == "cond_first" else slice(batch // 2, batch)

@@ -1,4 +1,7 @@
-"""How files are read that anybody may have written: as data, and no more of them than something real could hold."""
+"""Reads files that anybody may have written: as data alone, and no larger than anything real.
+
+Each limit is far above what real models need.
+"""
 
 import json
 from collections import Counter
@@ -8,59 +11,63 @@ from typing import Any
 
 from arrowhead.plans.layout import Site, Tokens
 
-BYTES = 2**24
-"""Of JSON: 16 MiB, where a plan for CogVideoX, 42 sites of 48 heads that all do something else in 50 steps, has 2."""
-STEPS = 2**12
-"""Denoising steps: ADM has 4000, and what a plan keeps is found in time that grows with their square."""
-SITES = 2**11
-"""Sites, with those within blocks: four in each of HunyuanVideo's 60 blocks are 240."""
-HEADS_IN_STEPS = 2**21
-"""Heads of all sites, times steps: 1000 steps of FLUX are 1.4 million."""
-TOKENS = 2**26
-"""Of a sequence, text and visual: a minute of video in 720p has less than two million."""
-SIZE = 2**20
-"""Heads of a site, their width, channels."""
-WEIGHTS = 2**40
-"""That a token is multiplied with at one site."""
-SAID = 2000
-"""Letters of an error that are passed on: one for each of a million cells helps nobody."""
+MAX_BYTES = 2**24
+"""Bytes of JSON. A plan for CogVideoX with different cells in all 42 sites of 48 heads and 50 steps has 2 MiB."""
+MAX_STEPS = 2**12
+"""Denoising steps. ADM has 4000; the time to find lifetimes grows with the square of the steps."""
+MAX_SITES = 2**11
+"""Sites, with those within blocks. HunyuanVideo has 240: four in each of 60 blocks."""
+MAX_HEADS_TIMES_STEPS = 2**21
+"""Heads of all sites, times steps. 1000 steps of FLUX have 1.4 million."""
+MAX_TOKENS = 2**26
+"""Tokens of a sequence, text and visual. A minute of video in 720p has less than two million."""
+MAX_SIZE = 2**20
+"""A site's heads, head_dim, channels or text_channels."""
+MAX_WEIGHTS = 2**40
+"""A site's weights or text_weights."""
+MAX_MESSAGE = 2000
+"""Characters of an error that are passed on. A file with a million wrong cells would give a million lines."""
 
 
-def content(path: str | Path) -> bytes:
-    """What a text file has.
+def read_bytes(path: str | Path) -> bytes:
+    """The content of a file.
 
     Raises:
-        ValueError: it is a folder, or longer than `BYTES`.
-        OSError: it is not there, or may not be read.
+        ValueError: the path is a folder, or the file is longer than `MAX_BYTES`.
+        OSError: the file is not there, or may not be read.
     """
     try:
         with Path(path).open("rb") as file:
-            read = file.read(BYTES + 1)
+            content = file.read(MAX_BYTES + 1)
     except IsADirectoryError as error:
         raise ValueError("got a folder") from error
-    require_length(read)
-    return read
+    require_length(content)
+    return content
 
 
 def require_length(text: str | bytes) -> None:
-    """Raises ValueError for more than `BYTES`."""
-    if len(text) > BYTES:
-        raise ValueError(f"got more than {BYTES} bytes of JSON, wanted {BYTES} at most")
-
-
-def parsed(text: str | bytes) -> Any:
-    """A JSON document, of which nothing is ambiguous: no key twice, and no number that JSON does not have.
+    """Check that a text has at most `MAX_BYTES` bytes.
 
     Raises:
-        ValueError: it is something else, or too deep.
+        ValueError: the text is longer.
+    """
+    if len(text) > MAX_BYTES:
+        raise ValueError(f"got more than {MAX_BYTES} bytes of JSON, wanted {MAX_BYTES} at most")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON document in which nothing is ambiguous: no key twice, and no number that JSON does not have.
+
+    Raises:
+        ValueError: the text is something else, or values are nested too deep.
     """
     try:
-        return json.loads(text, object_pairs_hook=_once_each, parse_constant=_no_number, parse_float=_finite)
+        return json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_refuse_number, parse_float=_finite)
     except RecursionError as error:
         raise ValueError("got values within values too deep, wanted less") from error
 
 
-def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
@@ -68,41 +75,40 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _no_number(word: str) -> Any:
+def _refuse_number(word: str) -> Any:
     raise ValueError(f"got {word}, wanted a finite number")
 
 
 def _finite(word: str) -> float:
     value = float(word)
-    return _no_number(word) if value in (float("inf"), float("-inf")) else value
+    return _refuse_number(word) if value in (float("inf"), float("-inf")) else value
 
 
 def require_sizes(steps: int, tokens: Tokens, sites: Iterable[Site]) -> None:
-    """Check that work with them ends, and fits into memory.
+    """Check that steps, tokens and sites are no larger than anything real, so that work with them ends and fits into memory.
 
     Raises:
-        ValueError: one is larger than anything real.
+        ValueError: one of the sizes is above its limit.
     """
-    every = list(_all(sites, SITES))
+    every = list(_with_inner_sites(sites))
+    sizes = [size for site in every for size in (site.heads, site.head_dim, site.channels, site.text_channels)]
+    weights = [size for site in every for size in (site.weights, site.text_weights)]
     largest = {
-        "steps": (steps, STEPS),
-        "sites": (len(every), SITES),
-        "heads times steps": (steps * sum(site.heads for site in every), HEADS_IN_STEPS),
-        "tokens": (tokens.total, TOKENS),
-        "heads, their width or channels of a site": (
-            max((max(site.heads, site.head_dim, site.channels, site.text_channels) for site in every), default=0),
-            SIZE,
-        ),
-        "weights of a site": (max((max(site.weights, site.text_weights) for site in every), default=0), WEIGHTS),
+        "steps": (steps, MAX_STEPS),
+        "sites": (len(every), MAX_SITES),
+        "heads times steps": (steps * sum(site.heads for site in every), MAX_HEADS_TIMES_STEPS),
+        "tokens": (tokens.total, MAX_TOKENS),
+        "heads, their width or channels of a site": (max(sizes, default=0), MAX_SIZE),
+        "weights of a site": (max(weights, default=0), MAX_WEIGHTS),
     }
     for name, (value, most) in largest.items():
         if value > most:
             raise ValueError(f"got {name}: {value}, wanted {most} at most")
 
 
-def _all(sites: Iterable[Site], left: int) -> Iterator[Site]:
-    """Sites with those within them, one more than `left` at most."""
-    pending = [*sites]
+def _with_inner_sites(sites: Iterable[Site]) -> Iterator[Site]:
+    """Sites with those within them; no more than one above the limit, since a small file can nest very many."""
+    pending, left = [*sites], MAX_SITES
     while pending and left >= 0:
         site = pending.pop()
         pending += site.within
@@ -110,7 +116,7 @@ def _all(sites: Iterable[Site], left: int) -> Iterator[Site]:
         yield site
 
 
-def short(error: Exception) -> str:
-    """What an error says, or the beginning of it."""
-    said = str(error)
-    return said if len(said) <= SAID else f"{said[:SAID]} …"
+def shortened(error: Exception) -> str:
+    """The message of an error, or the beginning of a very long one."""
+    message = str(error)
+    return message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]} …"

@@ -1,4 +1,7 @@
-"""Which query–key pairs are kept: defined here, once, for every kernel and every test."""
+"""Which query–key pairs a head computes. All kernels take their masks from here.
+
+Letters: N tokens in a sequence, V of them visual, T of them text. True means that the query sees the key.
+"""
 
 import math
 from dataclasses import dataclass
@@ -11,12 +14,15 @@ from arrowhead.plans.layout import Tokens
 
 
 def near(i: Tensor, j: Tensor, radius: int | Tensor) -> Tensor:
-    """Whether visual query i sees visual key j, or a box's block i its block j: |i − j| ≤ radius. Boolean, broadcast."""
+    """Whether |i − j| ≤ radius: visual query i sees visual key j, or block i of a box's axis sees block j.
+
+    Boolean, of the shape to which the arguments broadcast.
+    """
     return (i - j).abs() <= radius
 
 
 def band(queries: range, keys: range, radius: int, device: torch.device | None = None) -> Tensor:
-    """Whether each visual query sees each visual key. Boolean, (len(queries), len(keys))."""
+    """The mask of a band between some visual queries and some visual keys: boolean, (len(queries), len(keys))."""
     i = torch.arange(queries.start, queries.stop, device=device)[:, None]
     j = torch.arange(keys.start, keys.stop, device=device)[None, :]
     return near(i, j, radius)
@@ -24,7 +30,10 @@ def band(queries: range, keys: range, radius: int, device: torch.device | None =
 
 @dataclass(frozen=True)
 class Axis:
-    """One dimension of a grid under a box: `size` places in blocks of `block`, of which `reach` are seen on each side."""
+    """One axis of a grid under a box: `size` positions, cut into blocks of `block` positions.
+
+    A query sees its own block, and `reach` blocks on each side. The last block may be smaller.
+    """
 
     size: int
     block: int
@@ -32,29 +41,30 @@ class Axis:
 
     @classmethod
     def of(cls, size: int, radius: int | None, whole: bool = False) -> "Axis":
-        """Under a radius; in blocks of it, or where each place is a block as it is."""
+        """The axis under a radius: in blocks of `radius` positions, or of one position each if `whole`. None: one block."""
         if radius is None:
             return cls(size, size, 0)
         return cls(size, 1, radius) if whole or radius == 0 else cls(size, min(radius, size), 1)
 
     @property
     def blocks(self) -> int:
-        """How many, the last of which may be smaller."""
+        """The number of blocks."""
         return -(-self.size // self.block)
 
     @property
     def pairs(self) -> int:
-        """How many pairs of places see each other: those of whole blocks, and those with the last."""
-        m, last = self.blocks - 1, self.size - (self.blocks - 1) * self.block
-        w, beside = min(self.reach, max(m - 1, 0)), min(self.reach, m)
-        return (m * (2 * w + 1) - w * (w + 1)) * self.block**2 + 2 * beside * self.block * last + last**2
+        """The number of pairs of positions, of which one sees the other."""
+        m, last = self.blocks - 1, self.size - (self.blocks - 1) * self.block  # m whole blocks, and the last one's positions
+        w, neighbours = min(self.reach, max(m - 1, 0)), min(self.reach, m)
+        among_whole_blocks = (m * (2 * w + 1) - w * (w + 1)) * self.block**2
+        return among_whole_blocks + 2 * neighbours * self.block * last + last**2
 
 
 def axes(tokens: Tokens, box: Box) -> tuple[Axis, Axis, Axis]:
-    """Frames, rows and columns under a box.
+    """The axes of the tokens' grid under a box: frames, rows and columns.
 
     Raises:
-        ValueError: nobody knows the tokens' grid.
+        ValueError: the tokens have no grid.
     """
     if tokens.grid is None:
         raise ValueError(
@@ -65,49 +75,59 @@ def axes(tokens: Tokens, box: Box) -> tuple[Axis, Axis, Axis]:
 
 
 def _boxes(tokens: Tokens, box: Box, device: torch.device | None) -> Tensor:
-    """Whether each visual query sees each visual key, in a box. Boolean, (V, V)."""
-    own, visual = axes(tokens, box), torch.arange(tokens.visual, device=device)
+    """The mask of a box between all visual queries and keys: boolean, (V, V)."""
+    along, visual = axes(tokens, box), torch.arange(tokens.visual, device=device)
     seen = torch.ones(tokens.visual, tokens.visual, dtype=torch.bool, device=device)
-    for axis, places in zip(own, torch.unravel_index(visual, [axis.size for axis in own]), strict=True):
-        block = places // axis.block
+    for axis, positions in zip(along, torch.unravel_index(visual, [axis.size for axis in along]), strict=True):
+        block = positions // axis.block  # (V,)
         seen &= near(block[:, None], block[None, :], axis.reach)
     return seen
 
 
 def arrow(tokens: Tokens, radius: Radius, device: torch.device | None = None) -> Tensor:
-    """The whole mask, boolean (N, N): a band or boxes over the visual tokens, text rows and columns dense."""
+    """The mask of arrow attention, boolean (N, N): a band or boxes among the visual tokens; text rows and columns are all True.
+
+    >>> arrow(Tokens(visual=3, text=1), radius=0).int().tolist()
+    [[1, 0, 0, 1], [0, 1, 0, 1], [0, 0, 1, 1], [1, 1, 1, 1]]
+    """
     allowed = torch.ones(tokens.total, tokens.total, dtype=torch.bool, device=device)
     visual = range(tokens.visual)
-    own = _boxes(tokens, radius, device) if isinstance(radius, Box) else band(visual, visual, radius, device)
-    allowed[tokens.visual_slice, tokens.visual_slice] = own
+    among_visual = _boxes(tokens, radius, device) if isinstance(radius, Box) else band(visual, visual, radius, device)
+    allowed[tokens.visual_slice, tokens.visual_slice] = among_visual
     return allowed
 
 
 def pairs(tokens: Tokens, radius: Radius | None) -> int:
-    """How many query–key pairs a head keeps; all of them where `radius` is None.
+    """The number of query–key pairs that a head computes: N² where `radius` is None.
 
-    A band of radius w over V visual tokens keeps V(2w + 1) − w(w + 1) of their V² pairs, and so it is with whole blocks along
-    each axis of a box; text rows and columns are dense.
+    A band of radius w keeps V(2w + 1) − w(w + 1) of the V² pairs of visual tokens, and all pairs with text. A box multiplies
+    such a number of each axis, counted in blocks.
+
+    >>> pairs(Tokens(visual=1024), radius=128), pairs(Tokens(visual=1024), radius=None)
+    (246656, 1048576)
     """
     if radius is None:
         return tokens.total**2
     visual, text = tokens.visual, tokens.text
-    own = axes(tokens, radius) if isinstance(radius, Box) else (Axis(visual, 1, radius),)
-    return math.prod(axis.pairs for axis in own) + text * tokens.total + visual * text
+    along = axes(tokens, radius) if isinstance(radius, Box) else (Axis(visual, 1, radius),)
+    return math.prod(axis.pairs for axis in along) + text * tokens.total + visual * text
 
 
 def covers(tokens: Tokens, radius: Radius) -> bool:
-    """Whether a band is full attention."""
+    """Whether a band, or box, keeps all pairs, so that it is full attention."""
     return pairs(tokens, radius) == tokens.total**2
 
 
 def bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to scores: 0 where a pair is seen, −∞ elsewhere."""
+    """A boolean mask as a bias to add to the scores: 0 where it is True, −∞ elsewhere."""
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -torch.inf)
 
 
 def part(mask: Tensor, dim: int, where: slice | Tensor) -> Tensor:
-    """A model's own mask, broadcastable to (B, H, N, N), at some places of a dimension; as it is where it broadcasts."""
+    """A part of a model's own mask, which broadcasts to (B, H, N, N): the indices `where` of a dimension.
+
+    Returns the mask itself where the dimension is 1, and so holds for all indices.
+    """
     if mask.shape[dim] == 1:
         return mask
     return mask[(slice(None),) * dim + (where,)]

@@ -1,30 +1,30 @@
 """How many bytes the caches of a plan hold, in closed form."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Literal, cast, get_args
 
 from arrowhead.errors import InputsInvalid
-from arrowhead.plans.cells import Cell, Reuse
-from arrowhead.plans.flops import (
-    computed_samples,
-    count_heads,
-)
+from arrowhead.plans.cells import Attend, Cell, Reuse
+from arrowhead.plans.flops import computed_samples, count_heads
 from arrowhead.plans.layout import Site, Tokens
-from arrowhead.plans.lifetimes import What, lifetimes
+from arrowhead.plans.lifetimes import EntryKind, Writes, lifetimes
 
 CacheDtype = Literal["native", "int8", "fp8"]
-"""The pipeline's own, whole numbers from −127 to 127, or float8_e4m3fn; the latter two by scales."""
+"""How entries are encoded: in the pipeline's own dtype, as whole numbers from −127 to 127, or as float8_e4m3fn.
+
+The two encodings in 8 bits have float32 scales: one for each token and head (see `groups`).
+"""
 SCALE_BYTES = 4
 
 
 def require_cache_dtype(name: str) -> CacheDtype:
-    """The dtype of that name.
+    """Returns `name`, checked to be a cache dtype.
 
     Raises:
-        InputsInvalid: there is none.
+        InputsInvalid: there is no such cache dtype.
     """
     if name not in get_args(CacheDtype):
         raise InputsInvalid(
@@ -34,25 +34,28 @@ def require_cache_dtype(name: str) -> CacheDtype:
 
 
 def groups(channels: int, head_dim: int) -> int:
-    """How many scales a token's `channels` have: one for each head's width, or one where they are no multiple of it."""
+    """The number of scales for one token: one for each `head_dim` channels, or one where they do not divide the channels."""
     return 1 if channels % head_dim else channels // head_dim
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What the caches hold, in bytes, and when they hold most.
+    """How many bytes the caches hold, and when they hold the most.
 
-    The `peak` comes in step `step` first, and is made of what `of` says: outputs, slopes, heads, residuals, or what one call of
-    a step hands over to the other. `steps` has the most of each step.
+    Attributes:
+        peak: the most bytes at any moment of the generation.
+        step: the first step in which the caches hold `peak` bytes.
+        of: the bytes of each kind of entry at that moment; they sum to `peak`.
+        steps: the most bytes at any moment of each step.
     """
 
     peak: int
     step: int
-    of: Mapping[What, int]
+    of: Mapping[EntryKind, int]
     steps: tuple[int, ...]
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{what} {size / 2**20:.2f}" for what, size in self.of.items())
+        parts = ", ".join(f"{kind} {size / 2**20:.2f}" for kind, size in self.of.items())
         return f"{self.peak / 2**20:.2f} MiB in step {self.step}" + f" ({parts})" * bool(parts)
 
 
@@ -67,81 +70,129 @@ def memory(
     calls: int = 1,
     cache_dtype: CacheDtype = "native",
 ) -> Memory:
-    """What the caches hold at any moment, for so many `images` at once.
+    """The bytes that the caches hold under steps × sites of cells, while `images` are generated at once.
 
-    An element of their activations takes `itemsize` bytes, or one byte in 8 bits, and its share of a scale. In each of a step's
-    `calls` sites follow one another in order, and each frees what it has read for the last time before it writes.
+    Activations have `itemsize` bytes an element. The sites run in order in each of a step's `calls`, and a site pass frees what
+    it reads for the last time before it writes. A moment is the end of a site pass.
     """
-    width = calls * len(sites)
-    change = [0] * (len(cells) * width + 1)  # at each passage of a site
-    held: list[tuple[int, int, _Lifetime]] = []
+    passes = calls * len(sites)  # in a step
+    change = [0] * (len(cells) * passes + 1)  # of the bytes per image, by each site pass
+    held: list[_Lifetime] = []
     for place, (site, column) in enumerate(zip(sites, zip(*cells, strict=True), strict=True)):
-        for stored in _lifetimes_of(site, tokens, column, samples, calls, itemsize, cache_dtype):
-            written, freed = stored.written * len(sites) + place, stored.freed * len(sites) + place
-            change[written] += stored.size
-            change[freed] -= stored.size
-            held.append((written, freed, stored))
+        sizes = _EntryBytes(site, tokens, itemsize, cache_dtype)
+        for life in _lifetimes_of(sizes, column, samples, calls):
+            written, freed = life.written * len(sites) + place, life.freed * len(sites) + place
+            change[written] += life.size
+            change[freed] -= life.size
+            held.append(replace(life, written=written, freed=freed))
     after = [0, *accumulate(change)]
-    steps = tuple(max(after[step * width : (step + 1) * width + 1]) * images for step in range(len(cells)))
-    moment = after.index(max(after)) - 1  # the passage that has just been
-    of: Counter[What] = Counter()
-    for written, freed, stored in held:
-        if written <= moment < freed:
-            of[stored.what] += stored.size * images
+    steps = tuple(max(after[step * passes : (step + 1) * passes + 1]) * images for step in range(len(cells)))
+    fullest = after.index(max(after)) - 1  # the site pass at whose end the caches hold most
+    of: Counter[EntryKind] = Counter()
+    for life in held:
+        if life.written <= fullest < life.freed:
+            of[life.kind] += life.size * images
     return Memory(max(steps), steps.index(max(steps)), dict(of.most_common()), steps)
 
 
 @dataclass(frozen=True)
-class _Lifetime:
-    """Bytes per image that one site holds from one call of the transformer to another, counted through all steps."""
+class _EntryBytes:
+    """The bytes that one sample's entries take at one site.
 
-    what: What
+    Activations have `itemsize` bytes an element. Encoded in 8 bits, an element has one byte, and a share of a scale.
+    """
+
+    site: Site
+    tokens: Tokens
+    itemsize: int
+    dtype: CacheDtype
+
+    def _token(self, channels: int) -> int:
+        """Bytes of one token of `channels` channels."""
+        if self.dtype == "native":
+            return channels * self.itemsize
+        return channels + SCALE_BYTES * groups(channels, self.site.head_dim)
+
+    def output(self) -> int:
+        """Bytes of the site's output, and of its slope."""
+        site, own = self.site, self.site.tokens(self.tokens)
+        heads_width = site.heads * site.head_dim  # of tokens that the site does not project
+        image_width = heads_width if site.projects_out == "none" else site.channels
+        text_width = (site.text_channels or site.channels) if site.projects_out == "all" else heads_width
+        return own.visual * site.sequences(self.tokens) * self._token(image_width) + own.text * self._token(text_width)
+
+    def heads(self, heads: tuple[int, ...] | None) -> int:
+        """Bytes of the outputs of some heads, or of all (None)."""
+        length = self.site.tokens(self.tokens).total * self.site.sequences(self.tokens)
+        return length * count_heads(heads, self.site) * self._token(self.site.head_dim)
+
+    def residual(self, heads: tuple[int, ...] | None) -> int:
+        """Bytes of the residuals of some heads, or of all (None): those of the visual tokens alone."""
+        return self.tokens.visual * count_heads(heads, self.site) * self._token(self.site.head_dim)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """An entry that a site writes in one step; `size` is in bytes for one sample.
+
+    `in_both_calls`: where a step has two calls, the last reader reads the entry in both of them.
+    """
+
+    kind: EntryKind
+    size: int
+    last_reader: int
+    conditional_only: bool = False
+    in_both_calls: bool = True
+
+
+@dataclass(frozen=True)
+class _Lifetime:
+    """Bytes per image that are held from when they are written to when they are freed.
+
+    `_lifetimes_of` counts the transformer's calls, `memory` the site passes, each through all steps.
+    """
+
+    kind: EntryKind
     size: int
     written: int
     freed: int
 
 
-def _lifetimes_of(
-    site: Site, tokens: Tokens, column: Sequence[Cell], samples: int, calls: int, itemsize: int, dtype: CacheDtype
-) -> Iterator[_Lifetime]:
-    def row(channels: int) -> int:
-        return channels * itemsize if dtype == "native" else channels + SCALE_BYTES * groups(channels, site.head_dim)
+def _entries(sizes: _EntryBytes, column: Sequence[Cell], writes: Writes) -> Iterator[_Entry]:
+    """The entries that a site writes in one step."""
+    for residual in writes.residuals:
+        yield _Entry("residual", sizes.residual(residual.heads), residual.last_reader, residual.conditional_only)
+    for output in writes.head_outputs:
+        yield _Entry("heads", sizes.heads(output.heads), output.last_reader, output.conditional_only)
+    if (until := writes.output_until) is not None:
+        reader = column[until]  # a cell that shares replaces the outputs of both calls in the first one
+        yield _Entry("output", sizes.output(), until, in_both_calls=isinstance(reader, Reuse) or not reader.share_cfg)
+    if writes.slope_until is not None:
+        yield _Entry("slope", sizes.output(), writes.slope_until)
 
-    exact, output = _outputs(site, tokens, lambda channels: channels * itemsize), _outputs(site, tokens, row)
-    length, own = site.tokens(tokens).total * site.sequences(tokens), row(site.head_dim)
+
+def _lifetimes_of(sizes: _EntryBytes, column: Sequence[Cell], samples: int, calls: int) -> Iterator[_Lifetime]:
+    """The lifetimes of all that one site writes under its column, in calls of the transformer."""
     for step, (cell, writes) in enumerate(zip(column, lifetimes(column), strict=True)):
         if isinstance(cell, Reuse):
             continue
-        kept: list[tuple[What, int, int, bool, bool]] = [
-            ("residual", tokens.visual * count_heads(made.heads, site) * own, made.last_reader, made.conditional_only, True)
-            for made in writes.residuals
-        ]
-        for made in writes.head_outputs:
-            kept.append(("heads", length * count_heads(made.heads, site) * own, made.last_reader, made.conditional_only, True))
-        if (until := writes.output_until) is not None:
-            reader = column[until]  # one that shares writes its own output over both calls' in the first of them
-            kept.append(("output", output, until, False, isinstance(reader, Reuse) or not reader.share_cfg))
-        if writes.slope_until is not None:
-            kept.append(("slope", output, writes.slope_until, False, True))
-        if calls == 1:
-            rows = computed_samples(cell, samples)
-            yield from (_Lifetime(what, size * (1 if half else rows), step, last) for what, size, last, half, _ in kept)
-            continue
-        for what, size, last, half, twice in kept:
-            second = 2 * last + (twice and not half)
-            if cell.share_cfg:  # one tensor, which serves both calls
-                yield _Lifetime(what, size, 2 * step, second)
-                continue
-            yield _Lifetime(what, size, 2 * step, 2 * last)
-            if not half:
-                yield _Lifetime(what, size, 2 * step + 1, second)
-        if cell.share_cfg and (writes.output_until is None or dtype != "native"):  # from the first call to the second
-            yield _Lifetime("handed over", exact, 2 * step, 2 * step + 1)
+        for entry in _entries(sizes, column, writes):
+            if calls == 1:
+                rows = 1 if entry.conditional_only else computed_samples(cell, samples)
+                yield _Lifetime(entry.kind, entry.size * rows, step, entry.last_reader)
+            else:
+                yield from _in_two_calls(entry, cell, step)
+        if calls == 2 and cell.share_cfg and (writes.output_until is None or sizes.dtype != "native"):
+            # where a native output is stored, that entry is handed over
+            yield _Lifetime("handed over", replace(sizes, dtype="native").output(), 2 * step, 2 * step + 1)
 
 
-def _outputs(site: Site, tokens: Tokens, row: Callable[[int], int]) -> int:
-    """Bytes of a module's output of one sample, whose tokens take `row` by their channels."""
-    own, width = site.tokens(tokens), site.heads * site.head_dim
-    of_text = (site.text_channels or site.channels) if site.projects_out == "all" else width  # the heads', unless projected
-    of_image = width if site.projects_out == "none" else site.channels
-    return own.visual * site.sequences(tokens) * row(of_image) + own.text * row(of_text)
+def _in_two_calls(entry: _Entry, cell: Attend, step: int) -> Iterator[_Lifetime]:
+    """The lifetimes of an entry where a step has two calls: the conditional branch's is 2 · step, the other's 2 · step + 1."""
+    last_call = 2 * entry.last_reader + (entry.in_both_calls and not entry.conditional_only)
+    if cell.share_cfg:  # one tensor serves both calls
+        yield _Lifetime(entry.kind, entry.size, 2 * step, last_call)
+        return
+    yield _Lifetime(entry.kind, entry.size, 2 * step, 2 * entry.last_reader)
+    if not entry.conditional_only:
+        yield _Lifetime(entry.kind, entry.size, 2 * step + 1, last_call)

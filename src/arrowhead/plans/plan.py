@@ -1,7 +1,7 @@
-"""A plan: for every denoising step and attention site, the cell that runs there. Read, written and checked here."""
+"""A plan: for each denoising step and each site, the cell that the site does there."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,16 +10,8 @@ from torch import dtype
 
 from arrowhead.errors import PlanInvalid, PlanMismatch
 from arrowhead.plans import file_format, flops, limits, memory, resample
-from arrowhead.plans.cells import (
-    Attend,
-    Cell,
-    Full,
-    Reuse,
-    in_box,
-    method_name,
-    paper_name,
-)
-from arrowhead.plans.layout import Tokens, outermost
+from arrowhead.plans.cells import Attend, Cell, Full, Reuse, method_name, paper_name, uses_box
+from arrowhead.plans.layout import Site, Tokens, outermost
 from arrowhead.plans.lifetimes import first_fault
 from arrowhead.plans.memory import CacheDtype
 from arrowhead.plans.target import Target
@@ -29,13 +21,30 @@ from arrowhead.plans.target import Target
 class Plan:
     """Steps × sites of cells, with what they were made for and how they were found.
 
-    `guided` says whether there were both CFG branches, in one batch or in two `calls` of the transformer a step; `about` holds
-    the search's settings, the model's name and the versions of the libraries, for people to read. From the step `switch` on a
-    second transformer is called, whose sites are the same and remember nothing of the first one's; None where there is one.
-    A plan without boxes is bound to no grid: its `tokens` have none.
+    Attributes:
+        cells: a row for each denoising step, with a cell for each of the target's sites, in their order.
+        target: the transformer, scheduler and sites that the plan is for.
+        tokens: the tokens of a call. A plan without boxes is bound to no grid, so its tokens have none.
+        guided: a generation has both CFG branches.
+        about: provenance, for people to read: the search's settings, the model's name, the libraries' versions. Plans that
+            differ in nothing else are equal.
+        calls: how often the transformer is called in a step: 2 where each CFG branch has its own call, else 1.
+        switch: the first step of a second transformer (Wan 2.2), or None where there is one transformer. The second one has the
+            same sites, and reads nothing that the first one computed.
 
     Raises:
-        PlanInvalid: rows of different length, or a cell that reads what no earlier step wrote, with the same transformer.
+        PlanInvalid: rows of different length, a cell that its site cannot have, or a cell that reads something that no earlier
+            step of the same transformer computed.
+
+    >>> from arrowhead.plans.cells import AST, FULL, wa_rs
+    >>> from arrowhead.plans.layout import Site
+    >>> site = Site("transformer_blocks.0.attn1", heads=16, head_dim=72, channels=1152)
+    >>> target = Target("DiTTransformer2DModel", "DDIMScheduler", {}, (site,))
+    >>> plan = Plan(((FULL,), (wa_rs(32),), (AST,)), target, Tokens(256), guided=True)
+    >>> plan.count()
+    Counter({'full': 1, 'WA-RS': 1, 'AST': 1})
+    >>> round(plan.flops().attention, 2)
+    0.49
     """
 
     cells: tuple[tuple[Cell, ...], ...]
@@ -48,34 +57,11 @@ class Plan:
 
     def __post_init__(self) -> None:
         self._require_types()
-        cells = {cell for row in self.cells for cell in row if isinstance(cell, Attend)}
-        if not any(in_box(method) for cell in cells for method in cell.methods(1)):
-            object.__setattr__(self, "tokens", self.tokens.flat)
-        elif self.tokens.grid is None:
-            raise PlanInvalid(
-                f"got boxes for {self.tokens}, whose grid is not known; wanted tokens of a known grid; take radii in tokens"
-            )
-        if self.switch is not None and not 0 <= self.switch < len(self.cells):
-            raise PlanInvalid(f"got switch={self.switch} with {len(self.cells)} steps, wanted one of them, or None")
-        if self.calls not in (1, 2) or (self.calls == 2 and not self.guided):
-            raise PlanInvalid(f"got {self.calls} calls a step, wanted 1, or 2 where there is guidance")
-        if not self.cells or not self.target.sites:
-            raise PlanInvalid(f"got {len(self.cells)} steps and {len(self.target.sites)} sites, wanted at least one each")
-        if beneath := set(self.target.sites) - set(outermost(self.target.sites)):
-            path = min(site.path for site in beneath)
-            raise PlanInvalid(f"got site {path} and the block that it lies within, wanted one of the two; leave one out")
-        for step, row in enumerate(self.cells):
-            if len(row) != len(self.target.sites):
-                raise PlanInvalid(f"step {step} has {len(row)} cells, wanted one for each of {len(self.target.sites)} sites")
+        self._settle_grid()
+        self._require_steps_and_calls()
+        self._require_sites()
         for site, column in zip(self.target.sites, self.columns, strict=True):
-            told_apart = {len(c.method) for c in column if isinstance(c, Attend) and isinstance(c.method, tuple)}
-            if site.kind != "self_attention" and any(isinstance(c, Attend) and c.method != Full() for c in column):
-                raise PlanInvalid(f"site {site.path}: a {site.kind} has no heads; wanted it computed in full, or reused")
-            if wrong := told_apart - {site.heads}:
-                raise PlanInvalid(f"site {site.path} has {site.heads} heads, got methods for {min(wrong)}; wanted one for each")
-            if fault := first_fault(column, self.switch):
-                again = f", and again at step {self.switch}, where another transformer takes over" if self.switch else ""
-                raise PlanInvalid(f"site {site.path}: {fault}; begin with full attention there{again}")
+            self._require_column(site, column)
 
     def _require_types(self) -> None:
         rows = self.cells if isinstance(self.cells, tuple) else (None,)
@@ -86,55 +72,101 @@ class Plan:
             found = {name: type(getattr(self, name)).__name__ for name in wrong}
             raise PlanInvalid(f"got {found}, wanted {', '.join(f'{name}: {kinds[name]}' for name in wrong)}")
 
+    def _settle_grid(self) -> None:
+        """Drop the grid of a plan without boxes; refuse boxes without a grid."""
+        cells = {cell for row in self.cells for cell in row if isinstance(cell, Attend)}
+        if not any(uses_box(method) for cell in cells for method in cell.methods(1)):
+            object.__setattr__(self, "tokens", self.tokens.flat)
+        elif self.tokens.grid is None:
+            raise PlanInvalid(
+                f"got boxes for {self.tokens}, whose grid is not known; wanted tokens of a known grid; take radii in tokens"
+            )
+
+    def _require_steps_and_calls(self) -> None:
+        if self.switch is not None and not 0 <= self.switch < len(self.cells):
+            raise PlanInvalid(f"got switch={self.switch} with {len(self.cells)} steps, wanted one of them, or None")
+        if self.calls not in (1, 2) or (self.calls == 2 and not self.guided):
+            raise PlanInvalid(f"got {self.calls} calls a step, wanted 1, or 2 where there is guidance")
+
+    def _require_sites(self) -> None:
+        sites = self.target.sites
+        if not self.cells or not sites:
+            raise PlanInvalid(f"got {len(self.cells)} steps and {len(sites)} sites, wanted at least one each")
+        if beneath := set(sites) - set(outermost(sites)):
+            path = min(site.path for site in beneath)
+            raise PlanInvalid(f"got site {path} and the block that it lies within, wanted one of the two; leave one out")
+        for step, row in enumerate(self.cells):
+            if len(row) != len(sites):
+                raise PlanInvalid(f"step {step} has {len(row)} cells, wanted one for each of {len(sites)} sites")
+
+    def _require_column(self, site: Site, column: tuple[Cell, ...]) -> None:
+        attends = [cell for cell in column if isinstance(cell, Attend)]
+        if site.kind != "self_attention" and any(cell.method != Full() for cell in attends):
+            raise PlanInvalid(f"site {site.path}: a {site.kind} has no heads; wanted it computed in full, or reused")
+        if wrong := {len(cell.method) for cell in attends if isinstance(cell.method, tuple)} - {site.heads}:
+            raise PlanInvalid(f"site {site.path} has {site.heads} heads, got methods for {min(wrong)}; wanted one for each")
+        if fault := first_fault(column, self.switch):
+            again = f", and again at step {self.switch}, where another transformer takes over" if self.switch else ""
+            raise PlanInvalid(f"site {site.path}: {fault}; begin with full attention there{again}")
+
     @property
     def steps(self) -> int:
-        """Denoising steps."""
+        """The number of denoising steps."""
         return len(self.cells)
 
     @property
     def columns(self) -> tuple[tuple[Cell, ...], ...]:
-        """The cells of each site over the steps."""
+        """The columns: for each site, its cells over the steps."""
         return tuple(zip(*self.cells, strict=True))
 
     @property
     def samples(self) -> int:
-        """Transformer samples per image and step: 2 with both CFG branches."""
+        """How many samples the transformer computes per image and step: 2 with both CFG branches, else 1."""
         return 2 if self.guided else 1
 
-    def count_heads(self) -> Counter[str]:
-        """How many heads do what, by the papers' names, over all steps and attention sites."""
-        count: Counter[str] = Counter()
-        for row in self.cells:
-            for site, cell in zip(self.target.sites, row, strict=True):
-                if site.kind != "self_attention":
-                    continue
-                methods = cell.methods(site.heads) if isinstance(cell, Attend) else ()
-                count.update([method_name(method) for method in methods] or {paper_name(cell): site.heads})
-        return count
-
     def count(self) -> Counter[str]:
-        """How many cells bear each of the papers' names."""
+        """How many cells have each of the papers' names (`paper_name`)."""
         return Counter(paper_name(cell) for row in self.cells for cell in row)
 
-    def flops(self) -> flops.Flops:
-        """Fractions of the uncompressed run's FLOPs that remain, residual steps included.
+    def count_heads(self) -> Counter[str]:
+        """How many heads have each of the papers' names, over all steps and all sites of self-attention."""
+        count: Counter[str] = Counter()
+        for site, cell in self._attention_cells():
+            if isinstance(cell, Attend):
+                count.update(method_name(method) for method in cell.methods(site.heads))
+            else:
+                count[paper_name(cell)] += site.heads
+        return count
 
-        `.attention` counts the two matmuls of self-attention, `.module` all that the plan's sites multiply: the Q, K, V and
-        output projections, too, and cross-attention, feed-forwards and blocks where the plan speaks of them.
+    def _attention_cells(self) -> Iterator[tuple[Site, Cell]]:
+        """The cells of all steps at sites of self-attention, each with its site."""
+        for row in self.cells:
+            for site, cell in zip(self.target.sites, row, strict=True):
+                if site.kind == "self_attention":
+                    yield site, cell
+
+    def flops(self) -> flops.Flops:
+        """The parts of the uncompressed run's FLOPs that remain, with those that make residuals.
+
+        `.attention` counts the two matmuls of self-attention. `.module` counts all that the plan's sites multiply: the Q, K, V
+        and output projections, too, and cross-attentions, feed-forwards and blocks where the plan has cells for them.
         """
         return flops.remaining_flops(self.cells, self.target.sites, self.tokens, self.samples)
 
     def cache_bytes(self, images: int = 1, itemsize: int = 2) -> tuple[int, ...]:
-        """The most bytes that the caches hold in each step, for `images` at once in a dtype of `itemsize` bytes."""
+        """For each step, the most bytes that the caches hold: `memory(images, itemsize).steps`."""
         return self.memory(images, itemsize).steps
 
     def memory(self, images: int = 1, itemsize: int | dtype = 2, cache_dtype: CacheDtype = "native") -> memory.Memory:
-        """The bytes that the caches hold, for `images` at once, in activations of a dtype, or of so many bytes each.
+        """How many bytes the caches hold, and when they hold the most.
 
-        `cache_dtype` as `apply` takes it; with `cache_device` these are bytes on that device.
+        Args:
+            images: how many images are generated at once.
+            itemsize: the dtype of the activations, or its bytes per element.
+            cache_dtype: how entries are encoded, as `apply` takes it. With `cache_device` the bytes are on that device.
 
         Raises:
-            InputsInvalid: there is no such dtype.
+            InputsInvalid: there is no such cache dtype.
         """
         return memory.memory(
             self.cells,
@@ -148,39 +180,44 @@ class Plan:
         )
 
     def resample(self, steps: int | None = None, tokens: Tokens | None = None, switch: int | None = None) -> "Plan":
-        """The plan for another number of steps, or for other tokens of a call, without a search: see `resample.py`.
+        """Derives the plan for another number of steps, or for other tokens of a call, without a search.
 
-        It says in `about` that it was derived, and is warned of where it is applied; itself where nothing changes. `switch` is
-        the step in which the second transformer takes over; None: after the same part of the steps.
+        Returns the plan itself where nothing changes. A derived plan says in `about` that it was derived, and applying it gives
+        a warning. How cells are chosen is in `resample.py`.
+
+        Args:
+            steps: the new number of steps; None leaves it as it is.
+            tokens: the new tokens of a call; None leaves them as they are.
+            switch: the new step in which the second transformer takes over; None keeps the part of the steps before it.
 
         Raises:
-            InputsInvalid: nothing is asked for, or what no plan can have; or tokens of another kind than the plan's.
+            InputsInvalid: neither steps nor tokens are given, or a value is none that the plan can have.
         """
-        sites, was = self.target.sites, resample.Circumstances(self.steps, self.tokens, self.switch)
-        cells, asked = resample.derived(self.cells, sites, self.samples, was, steps, tokens, switch)
-        found = replace(self, cells=cells, tokens=asked.tokens, switch=asked.switch)
+        old = resample.Conditions(self.steps, self.tokens, self.switch)
+        cells, new = resample.resampled(self.cells, self.target.sites, self.samples, old, steps, tokens, switch)
+        found = replace(self, cells=cells, tokens=new.tokens, switch=new.switch)
         if found == self:
             return self
-        flops = [f"{plan.flops().module:.3f}" for plan in (found, self)]
-        change = {**was.changes(replace(asked, tokens=found.tokens)), "module_flops": "{}, was {}".format(*flops)}
+        change = old.changes(replace(new, tokens=found.tokens))  # a grid goes where no box is left
+        change["module_flops"] = f"{found.flops().module:.3f}, was {self.flops().module:.3f}"
         return replace(found, about={**self.about, "derived": [*self.about.get("derived", ()), change]})
 
     def require(self, target: Target) -> None:
         """Check that the plan was made for `target`.
 
         Raises:
-            PlanMismatch: it was not; the message names every difference.
+            PlanMismatch: the plan was made for another target; the message names every difference.
         """
         if found := self.target.differences(target):
             raise PlanMismatch("plan does not fit this pipeline; search again on it. " + "; ".join(found))
 
     def require_call(self, steps: int | None, tokens: Tokens, calls: int = 1, switch: int | None = None) -> None:
-        """Check that a generation has the plan's steps, tokens and switch, and as many calls of the transformer in a step.
+        """Check that a generation has the plan's steps, tokens, calls of the transformer in a step, and switch.
 
-        `steps` None: nobody knows yet.
+        `steps` is None where the number of steps is not known yet.
 
         Raises:
-            PlanMismatch: it has not; the message names every difference.
+            PlanMismatch: one of them differs; the message names every difference.
         """
         found = []
         if steps not in (None, self.steps):
@@ -189,17 +226,18 @@ class Plan:
         if (tokens if self.tokens.grid else tokens.flat) != self.tokens:
             found.append(f"plan is for {self.tokens}, pipeline runs {tokens}; search again at this resolution")
         if switch != self.switch:
-            found.append(f"plan has {_second(self.switch)}, pipeline {_second(switch)}; search again with this boundary_ratio")
+            mine, theirs = map(_second_transformer, (self.switch, switch))
+            found.append(f"plan has {mine}, pipeline {theirs}; search again with this boundary_ratio")
         if calls != self.calls and self.guided:
             found.append(f"plan is for {self.calls} calls of the transformer a step, pipeline makes {calls}; search again")
         if found:
             raise PlanMismatch("; ".join(found))
 
     def save(self, path: str | Path) -> None:
-        """Write the plan's text into a file.
+        """Write the plan as JSON into a file, which `load` reads.
 
         Raises:
-            PlanInvalid: it is larger than `load` reads.
+            PlanInvalid: the text is longer than `load` reads.
         """
         try:
             limits.require_length(text := self.text())
@@ -208,23 +246,24 @@ class Plan:
         Path(path).write_text(text)
 
     def text(self) -> str:
-        """The plan as JSON that a person can read: a legend of cells, and a line of symbols for each step."""
+        """The plan as JSON that a person can read: a legend of cells, and one line of symbols for each step."""
         return file_format.write(self)
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
-        """Read a plan that `save` wrote.
+        """Read a plan that `save` wrote, in this version or an earlier one (formats 2, 3 and 4).
 
         Raises:
-            PlanInvalid: the file is not JSON, not a plan, of another format version, contradicts itself, or is larger than
-                anything real, see `files`.
-            OSError: it is not there, or may not be read.
+            PlanInvalid: the file is not JSON, not a plan, of an unknown format, contradicts itself, or is larger than any real
+                plan (see `limits.py`).
+            OSError: the file is not there, or may not be read.
         """
         try:
-            return cls(**file_format.read(limits.content(path)))
-        except ValueError as error:  # a ValidationError, or PlanInvalid, is one
-            raise PlanInvalid(f"{path} is no sound plan; wanted a file that Plan.save wrote. {limits.short(error)}") from error
+            return cls(**file_format.read(limits.read_bytes(path)))
+        except ValueError as error:  # also pydantic's ValidationError, and PlanInvalid
+            reason = limits.shortened(error)
+            raise PlanInvalid(f"{path} is no sound plan; wanted a file that Plan.save wrote. {reason}") from error
 
 
-def _second(switch: int | None) -> str:
+def _second_transformer(switch: int | None) -> str:
     return "no second transformer" if switch is None else f"its second transformer from step {switch} on"

@@ -1,4 +1,8 @@
-"""A plan's cells for other circumstances than they were found in: another number of steps, or other tokens."""
+"""Derives a plan's cells for another number of steps, or for other tokens, without a search.
+
+Each new step takes a whole row of cells (all sites of one old step) from its own stretch of the run; bands keep the part of the
+tokens that they reach over. What could then not run is computed in full.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,180 +14,171 @@ from arrowhead.plans.cells import (
     Arrow,
     Attend,
     Box,
-    Cached,
     Cell,
     Full,
-    Method,
     Radius,
     Reuse,
-    extrapolates,
-    reads_head_output,
-    refreshes_residual,
 )
 from arrowhead.plans.flops import site_flops
 from arrowhead.plans.layout import Site, Tokens, relevant_tokens
-from arrowhead.plans.lifetimes import head_count, lifetimes
+from arrowhead.plans.lifetimes import Computed, head_count, lifetimes
 
 Rows = tuple[tuple[Cell, ...], ...]
 """Steps × sites."""
 
 
 @dataclass(frozen=True)
-class Circumstances:
-    """What cells are for; `switch` is the step from which on another transformer is called, or None."""
+class Conditions:
+    """What cells are made for. From the step `switch` on another transformer is called; None where there is one transformer."""
 
     steps: int
     tokens: Tokens
     switch: int | None
 
-    def changes(self, other: "Circumstances") -> dict[str, str]:
-        """What is otherwise there, for people to read."""
-        pairs = ((name, getattr(other, name), own) for name, own in vars(self).items())
-        return {name: f"{new}, was {own}" for name, new, own in pairs if new != own}
+    def changes(self, other: "Conditions") -> dict[str, str]:
+        """The fields that differ in `other`, each as "new, was old", for people to read."""
+        pairs = ((name, getattr(other, name), old) for name, old in vars(self).items())
+        return {name: f"{new}, was {old}" for name, new, old in pairs if new != old}
 
 
-def derived(
+def resampled(
     cells: Rows,
     sites: Sequence[Site],
     samples: int,
-    was: Circumstances,
+    old: Conditions,
     steps: int | None,
     tokens: Tokens | None,
     switch: int | None,
-) -> tuple[Rows, Circumstances]:
-    """Cells for other circumstances; None: as it was, or for `switch` after the same part of the steps.
+) -> tuple[Rows, Conditions]:
+    """Returns cells for other steps or tokens, with the conditions that they are for.
+
+    None for `steps` or `tokens` leaves them as they are; None for `switch` keeps the part of the steps before it.
 
     Raises:
-        InputsInvalid: nothing is asked for, or what cannot be.
+        InputsInvalid: neither steps nor tokens are given, or a value is none that a plan can have.
     """
     if (steps is None and tokens is None) or not (steps is None or (type(steps) is int and steps > 0)):
         raise InputsInvalid(f"got steps={steps!r} and tokens={tokens}, wanted a number of steps of at least 1, or tokens")
-    steps = was.steps if steps is None else steps
-    new = Circumstances(steps, was.tokens, _switch(switch, was, steps))
-    cells = _in_steps(cells, sites, samples, was, new)
-    if tokens not in (None, was.tokens):
-        new = replace(new, tokens=_seen(tokens, was.tokens, sites))
+    steps = old.steps if steps is None else steps
+    new = Conditions(steps, old.tokens, _new_switch(switch, old, steps))
+    cells = _in_steps(cells, sites, samples, old, new)
+    if tokens not in (None, old.tokens):
+        new = replace(new, tokens=_relevant(tokens, old.tokens, sites))
         cells = tuple(
-            tuple(_reaching(cell, site, was.tokens, new.tokens) for cell, site in zip(row, sites, strict=True)) for row in cells
+            tuple(_with_radii(cell, site, old.tokens, new.tokens) for cell, site in zip(row, sites, strict=True))
+            for row in cells
         )
     return cells, new
 
 
-def _switch(asked: int | None, was: Circumstances, steps: int) -> int | None:
-    """Where the other transformer takes over; the first steps remain the first's, and the last ones the other's."""
-    if was.switch and asked is None and steps > 1:
-        return min(max(1, _scaled(was.switch, was.steps, steps)), steps - 1)
-    found = was.switch if asked is None else asked
-    same = (found is None) == (was.switch is None) and bool(found) == bool(was.switch)
-    if same and (found or 0) in range(steps):
-        return found
+def _new_switch(asked: int | None, old: Conditions, steps: int) -> int | None:
+    """The new step in which the other transformer takes over: each transformer keeps its own steps' cells."""
+    if old.switch and asked is None and steps > 1:
+        return min(max(1, _scaled(old.switch, old.steps, steps)), steps - 1)
+    switch = old.switch if asked is None else asked
+    same_transformers = (switch is None) == (old.switch is None) and bool(switch) == bool(old.switch)
+    if same_transformers and (switch or 0) in range(steps):
+        return switch
     raise InputsInvalid(
-        f"got switch={asked} and steps={steps} for a plan of {was.steps} steps with switch={was.switch}; wanted steps for each "
+        f"got switch={asked} and steps={steps} for a plan of {old.steps} steps with switch={old.switch}; wanted steps for each "
         "transformer that the plan speaks of, and for no other"
     )
 
 
-def _in_steps(cells: Rows, sites: Sequence[Site], samples: int, was: Circumstances, new: Circumstances) -> Rows:
-    """The same for another number of steps.
+def _in_steps(cells: Rows, sites: Sequence[Site], samples: int, old: Conditions, new: Conditions) -> Rows:
+    """The cells for another number of steps.
 
-    Each new step takes all that some old step of the same stretch of the run did, so that sites which went together still do:
-    of those within the stretch the one with which FLOPs so far are nearest to what the old plan had spent by then. The first
-    takes the first. What would then read what no step has written is computed in full instead.
+    A new step takes a whole old row, so that sites which did the same in a step still do: of the rows in the same stretch of
+    the run, the one after which the new cells' FLOPs are nearest to those of the old plan up to there. The first step takes
+    the first row. What would read something that no step computed is computed in full instead.
     """
-    spent = [0] * was.steps
+    spent = [0] * old.steps
     for site, column in zip(sites, zip(*cells, strict=True), strict=True):
         for step, (cell, writes) in enumerate(zip(column, lifetimes(column), strict=True)):
-            spent[step] += int(site_flops(site, was.tokens, cell, writes, samples).module)
-    switch, later = was.switch or 0, new.switch or 0
-    taken = _taken(spent[:switch], later)
-    taken += [switch + old for old in _taken(spent[switch:], new.steps - later)]
-    columns = zip(*(cells[old] for old in taken), strict=True)
-    return tuple(zip(*(_sound(column, new.switch) for column in columns), strict=True))
+            spent[step] += int(site_flops(site, old.tokens, cell, writes, samples).module)
+    old_switch, new_switch = old.switch or 0, new.switch or 0
+    rows = _rows_taken(spent[:old_switch], new_switch)
+    rows += [old_switch + row for row in _rows_taken(spent[old_switch:], new.steps - new_switch)]
+    columns = zip(*(cells[row] for row in rows), strict=True)
+    return tuple(zip(*(_that_can_run(column, new.switch) for column in columns), strict=True))
 
 
-def _taken(spent: Sequence[int], steps: int) -> list[int]:
-    """Which old step each of `steps` new ones takes after; `spent` are the old ones' FLOPs. Whole numbers, so exact."""
+def _rows_taken(spent: Sequence[int], steps: int) -> list[int]:
+    """The old step whose row each of `steps` new steps takes; `spent` are the old steps' FLOPs.
+
+    All in whole numbers, so that ties are exact.
+    """
     old, before, taken = len(spent), [0, *accumulate(spent)], list[int]()
     for new in range(steps):
         first, last = new * old // steps, -(-(new + 1) * old // steps)
-        whole, part = divmod((new + 1) * old, steps)  # where the stretch ends, in old steps
-        due = before[whole] * steps + (spent[whole] * part if part else 0)  # FLOPs by then, times `old` / `steps`
-        still = due - sum(spent[step] for step in taken) * old
+        whole, part = divmod((new + 1) * old, steps)  # the stretch ends `part` / `steps` into the old step `whole`
+        due = before[whole] * steps + (spent[whole] * part if part else 0)  # the old plan's FLOPs up to there, times `steps`
+        missing = due - sum(spent[step] for step in taken) * old
         middle = (2 * new + 1) * old
-        near = {step: (abs(spent[step] * old - still), abs((2 * step + 1) * steps - middle)) for step in range(first, last)}
-        taken.append(min(near, key=near.__getitem__) if new else 0)
+        distance = {
+            step: (abs(spent[step] * old - missing), abs((2 * step + 1) * steps - middle)) for step in range(first, last)
+        }
+        taken.append(min(distance, key=distance.__getitem__) if new else 0)
     return taken
 
 
-def _sound(column: Sequence[Cell], switch: int | None) -> tuple[Cell, ...]:
-    """The column, computed in full where it reads what no earlier step wrote, with the same transformer: a site, or a head."""
+def _that_can_run(column: Sequence[Cell], switch: int | None) -> tuple[Cell, ...]:
+    """The column of a site in which whatever reads something that no earlier step computed is computed in full."""
     heads = head_count(column) or 1
-    computed, full, attended = 0, [False] * heads, [False] * heads
+    computed = [Computed()] * heads
     found = list[Cell]()
     for step, cell in enumerate(column):
         if step == switch:
-            computed, full, attended = 0, [False] * heads, [False] * heads
+            computed = [Computed()] * heads
         if isinstance(cell, Reuse):
-            found.append(cell if computed > extrapolates(cell) else FULL)
+            found.append(FULL if computed[0].fault(cell) else cell)
         else:
-            there = zip(cell.methods(heads), full, attended, strict=True)
-            found.append(Attend(tuple(method if _has(method, *own) else Full() for method, *own in there), cell.share_cfg))
-        if isinstance(own := found[-1], Attend):
-            computed += 1
-            views = [Attend(method) for method in own.methods(heads)]
-            full = [was or refreshes_residual(view) for was, view in zip(full, views, strict=True)]
-            attended = [was or not reads_head_output(view) for was, view in zip(attended, views, strict=True)]
+            methods = zip(computed, cell.methods(heads), strict=True)
+            runnable = (Full() if before.fault(Attend(method)) else method for before, method in methods)
+            found.append(Attend(tuple(runnable), cell.share_cfg))
+        computed = [before.after(found[-1].of_head(head)) for head, before in enumerate(computed)]
     return tuple(found)
 
 
-def _has(method: Method, full: bool, attended: bool) -> bool:
-    """Whether what a head reads is there, once it has been full, or computed in any way."""
-    if isinstance(method, Cached):
-        return attended
-    return full or not (isinstance(method, Arrow) and method.residual)
-
-
-def _seen(asked: Tokens, was: Tokens, sites: Sequence[Site]) -> Tokens:
-    """What of a call's tokens the sites see.
+def _relevant(asked: Tokens, old: Tokens, sites: Sequence[Site]) -> Tokens:
+    """The tokens asked for, without the text where no site sees it.
 
     Raises:
-        InputsInvalid: the text is on another side, or not there any more.
+        InputsInvalid: there is text where the plan has none, or none where it has some, or it is on the other side.
     """
-    after, before = relevant_tokens(asked, sites), relevant_tokens(was, sites)
+    after, before = relevant_tokens(asked, sites), relevant_tokens(old, sites)
     if (bool(after.text), after.text_first) != (bool(before.text), before.text_first):
-        raise InputsInvalid(f"got {asked} for a plan for {was}, wanted text on the same side; change the visual tokens alone")
+        raise InputsInvalid(f"got {asked} for a plan for {old}, wanted text on the same side; change the visual tokens alone")
     return after
 
 
-def _reaching(cell: Cell, site: Site, before: Tokens, after: Tokens) -> Cell:
-    """The cell for other tokens of a call: bands reach over the same part of the site's tokens, boxes of its grid.
+def _with_radii(cell: Cell, site: Site, before: Tokens, after: Tokens) -> Cell:
+    """The cell for other tokens of a call: bands reach over the same part of the site's tokens, boxes over that of the grid.
 
-    To whole ones, and at least 1 unless it was 0.
+    Radii are rounded to whole tokens, and at least 1 unless they were 0.
 
     Raises:
-        InputsInvalid: a grid is needed that is not known.
+        InputsInvalid: a box needs a grid that is not known.
     """
     if not isinstance(cell, Attend):
         return cell
-    own = [
-        replace(method, radius=_radius(method.radius, site.tokens(before), site.tokens(after)))
-        if isinstance(method, Arrow)
-        else method
-        for method in (cell.method if isinstance(cell.method, tuple) else (cell.method,))
-    ]
-    return Attend(tuple(own), cell.share_cfg)
+    old, new = site.tokens(before), site.tokens(after)
+    methods = cell.method if isinstance(cell.method, tuple) else (cell.method,)
+    scaled = (replace(m, radius=_radius(m.radius, old, new)) if isinstance(m, Arrow) else m for m in methods)
+    return Attend(tuple(scaled), cell.share_cfg)
 
 
 def _radius(radius: Radius, before: Tokens, after: Tokens) -> Radius:
+    """The radius that reaches over the same part of other tokens."""
     if not isinstance(radius, Box):
         return _scaled(radius, before.visual, after.visual)
-    was, new = before.grid, after.grid
-    if was is None or new is None:
+    old, new = before.grid, after.grid
+    if old is None or new is None:
         raise InputsInvalid(f"got {after} for a plan with boxes, wanted a grid; make it by Tokens.of_grid")
-    sizes = (was.frames, new.frames), (was.rows, new.rows), (was.columns, new.columns)
-    return Box(*(None if own is None else _scaled(own, *size) for own, size in zip(radius.reaches, sizes, strict=True)))
+    sizes = (old.frames, new.frames), (old.rows, new.rows), (old.columns, new.columns)
+    return Box(*(None if reach is None else _scaled(reach, *size) for reach, size in zip(radius.reaches, sizes, strict=True)))
 
 
 def _scaled(reach: int, before: int, after: int) -> int:
-    """As much of `after` as it is of `before`, rounded."""
+    """`reach` · `after` / `before`, rounded; at least 1 unless `reach` is 0."""
     return max(1, (2 * reach * after + before) // (2 * before)) if reach else 0

@@ -1,4 +1,4 @@
-"""What a plan is bound to, and what of a pipeline that is."""
+"""What a plan is bound to: the transformer class, the scheduler with its settings, and the sites."""
 
 import math
 from collections.abc import Mapping
@@ -10,12 +10,19 @@ import pydantic
 from arrowhead.plans.layout import Site
 
 NO_SCHEDULER = "a loop of one's own"
-"""What a plan has in place of a scheduler's name."""
+"""The scheduler's name in plans for custom models, whose denoising loop is the user's. Plan files have this text."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a plan was made for. Everything here has to match where it is applied."""
+    """What a plan was made for. All of this has to match where the plan is applied.
+
+    Attributes:
+        transformer: the name of the transformer's class.
+        scheduler: the name of the scheduler's class, or `NO_SCHEDULER`.
+        scheduler_config: the scheduler's settings, as JSON values (see `to_json_value`).
+        sites: the sites that the plan has cells for, in the order in which they run.
+    """
 
     transformer: str
     scheduler: str
@@ -23,17 +30,17 @@ class Target:
     sites: tuple[Site, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """The target as files have it."""
+        """The target as plan and table files spell it."""
         return pydantic.TypeAdapter(Target).dump_python(self, by_alias=True)
 
     def common(self, other: "Target") -> "Target":
-        """This target without the scheduler's settings in which `other` differs: some schedulers set them as they run."""
+        """This target without the scheduler's settings in which `other` differs: some schedulers set them while they run."""
         theirs = other.scheduler_config
         config = {key: value for key, value in self.scheduler_config.items() if key in theirs and theirs[key] == value}
         return replace(self, scheduler_config=config)
 
     def differences(self, other: "Target") -> list[str]:
-        """Where `other` differs, each as 'what: plan's value, pipeline's value'."""
+        """The differences of `other`, each as "what: plan <value>, pipeline <value>"."""
         found = [
             f"{name}: plan {mine}, pipeline {theirs}"
             for name, mine, theirs in (
@@ -49,21 +56,24 @@ class Target:
                 if mine != theirs:
                     found.append(f"scheduler's {key}: plan {mine}, pipeline {theirs}")
         if len(self.sites) == len(other.sites):
-            place = {site.path: i for i, site in enumerate(self.sites)}  # where torch lists modules says nothing
-            mine, theirs = ({*self.sites} - {*other.sites}, {*other.sites} - {*self.sites})
-            by_path = [sorted(sites, key=lambda site: place.get(site.path, len(place))) for sites in (mine, theirs)]
+            place = {site.path: i for i, site in enumerate(self.sites)}  # the order of modules is no part of a target
+            unlike = [{*self.sites} - {*other.sites}, {*other.sites} - {*self.sites}]
+            by_path = [sorted(sites, key=lambda site: place.get(site.path, len(place))) for sites in unlike]
             wrong = list(zip(*by_path, strict=True))
-            found += [f"site: plan {a}, pipeline {b}" for a, b in wrong[:3]]
+            found += [f"site: plan {mine}, pipeline {theirs}" for mine, theirs in wrong[:3]]
             found += [f"and {len(wrong) - 3} more sites"] if len(wrong) > 3 else []
         return found
 
 
-def plain(value: Any) -> Any:
-    """A setting as JSON can hold it and read it back: lists for arrays, text for what is not finite or not a value."""
+def to_json_value(value: Any) -> Any:
+    """A setting as a value that JSON holds and gives back.
+
+    Arrays and tuples become lists; numbers that are not finite, and objects of other types, become text.
+    """
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [to_json_value(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)  # JSON has no infinity
     return value if isinstance(value, str | int | float | bool | None) else str(value)

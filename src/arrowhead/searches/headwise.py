@@ -13,7 +13,7 @@ from arrowhead.calibration.sharding import ALONE, Share
 from arrowhead.calibration.step import Step, require_finite
 from arrowhead.engine.attention_hook import AttentionCall
 from arrowhead.engine.cache import Entry, Key, Output, both_branches, encode_output
-from arrowhead.engine.execute_site import SitePass, attend_heads, record_attention
+from arrowhead.engine.execute_site import SitePass, attend_heads
 from arrowhead.engine.generation import Generation
 from arrowhead.engine.site_calls import SiteCall
 from arrowhead.errors import InputsInvalid
@@ -22,7 +22,7 @@ from arrowhead.models.find import find
 from arrowhead.plans import flops
 from arrowhead.plans.cells import FULL, Arrow, Attend, Box, Cached, Cell, Full, Method, Radius, grouped
 from arrowhead.plans.layout import Site, Tokens
-from arrowhead.plans.lifetimes import FOREVER, Writes
+from arrowhead.plans.lifetimes import FOREVER
 from arrowhead.searches.multiple_choice import solve_multiple_choice
 from arrowhead.searches.radii import narrower, require_radii
 from arrowhead.searches.settings import is_number, require_flags
@@ -120,20 +120,19 @@ class Chooser:
 
     def at_site(self, call: SiteCall, state: Generation) -> Output:
         """Run the site's module with the methods chosen for its heads; write what later steps may read to the cache."""
-        site, stats = call.site, state.stats
-        stats.record_pass(site, FULL, state.tokens)
-        out = call.run(lambda attention: self._attention(attention, call, state))
-        stats.record_projections(site, state.tokens, site.heads, state.branches.samples)
+        site_pass = SitePass.full(call, state)
+        site_pass.record_pass()
+        out = call.run(lambda attention: self._attention(attention, site_pass))
+        site_pass.record_projections()
         return out
 
-    def _attention(self, attention: AttentionCall, call: SiteCall, state: Generation) -> Tensor:
-        site_pass = SitePass(call, FULL, Writes(), state, tuple(range(call.site.heads)))
+    def _attention(self, attention: AttentionCall, site_pass: SitePass) -> Tensor:
         full = attention.native()  # (B, H, N, D)
-        require_finite(full, call, state)
-        record_attention(site_pass, site_pass.methods, len(full), "native")
+        require_finite(full, site_pass.call, site_pass.generation)
+        site_pass.record_attention(len(full))
         candidates = _Candidates(self._settings, attention, site_pass, full, self._share)
         cell, error = candidates.choose(self._threshold) if self._threshold > 0 else (FULL, 0.0)
-        self.chosen[call.site] = cell, error
+        self.chosen[site_pass.call.site] = cell, error
         out = full if cell == FULL else candidates.output(cell)
         candidates.store(cell, out)
         return out

@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline, DiTTransformer2DModel, DPMSolverMultist
 from diffusers.utils.torch_utils import randn_tensor
 
 from arrowhead.tiny.pixels import OUTPUT_TYPES, from_latents
+from arrowhead.upstream import execution_device
 
 
 class TinyDiTPipeline(DiffusionPipeline):
@@ -42,7 +43,7 @@ class TinyDiTPipeline(DiffusionPipeline):
         Raises:
             ValueError: a label that the model has no class for, or an unknown output type.
         """
-        config, device = self.transformer.config, self._execution_device
+        config, device = self.transformer.config, execution_device(self)
         null = config.num_embeds_ada_norm
         class_labels = [int(label) for label in class_labels]
         if not class_labels or not all(0 <= label < null for label in class_labels):

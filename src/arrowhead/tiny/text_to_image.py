@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerFast
 
 from arrowhead.tiny.pixels import OUTPUT_TYPES, from_latents
+from arrowhead.upstream import execution_device
 
 
 class TinyMMDiTPipeline(DiffusionPipeline):
@@ -68,7 +69,7 @@ class TinyMMDiTPipeline(DiffusionPipeline):
         negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
         height, width = height or self.side, width or self.side
         self._check(prompts, negatives, (height, width), output_type)
-        device, guided = self._execution_device, guidance_scale > 1
+        device, guided = execution_device(self), guidance_scale > 1
         shape = (len(prompts), self.transformer.config.in_channels, height, width)
         latents = randn_tensor(shape, generator=generator, device=device, dtype=self.transformer.dtype)
         text, pooled = self.encode_prompt([*negatives, *prompts] if guided else prompts, device)

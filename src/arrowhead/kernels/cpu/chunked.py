@@ -1,10 +1,10 @@
-"""Chunks of queries, each against the slice of keys that its band can reach, through torch's own attention.
+"""Bands on any device without compilation: chunks of queries attend over the slice of keys within their reach.
 
-Exact on any device and without compilation: the edges of a slice are masked. With chunks of c queries and radius w a query
-meets c + 2w keys instead of N. Heads of one radius are taken together. On the CPU, without gradients or a mask of the model's
-own, `windows` does the same faster; boxes of the grid are for `boxes`.
+Torch's own attention computes each chunk, with the edges of the slice masked. With c queries in a chunk and radius w, a query
+meets c + 2w keys instead of N. Heads of one policy are computed together. On the CPU, without gradients or a mask of the
+model's own, `windows` computes the same faster; `boxes` computes boxes.
 
-Heads in int8 attend by the queries and keys that quantising leaves, in float32: exact in effect, and slower than native ones.
+Heads in int8 attend with encoded and decoded queries and keys, in float32: the result is that of int8, but not faster.
 """
 
 from dataclasses import replace
@@ -16,25 +16,25 @@ from torch import Tensor
 from arrowhead.kernels import int8
 from arrowhead.kernels.call import Call, Policy
 from arrowhead.kernels.cpu import boxes, windows
-from arrowhead.kernels.head_index import places
+from arrowhead.kernels.head_index import head_index
 from arrowhead.plans import masks
 from arrowhead.plans.cells import Box, Radius, grouped
 from arrowhead.plans.layout import Tokens
 
 
 def attend(call: Call) -> Tensor:
-    """Arrow attention, (B, H, N, D) each; the dtype is kept."""
+    """Arrow attention of a call, (B, H, N, D), in the dtype of `q`."""
     groups = list(grouped(call.policies))
     if len(groups) == 1:
-        return _alike(call, call.policies[0])
+        return _one_policy(call, call.policies[0])
     out = torch.empty_like(call.q)
     for policy, heads in groups:
-        out[:, places(heads, out.device)] = _alike(call.of(heads), policy)
+        out[:, head_index(heads, out.device)] = _one_policy(call.of_heads(heads), policy)
     return out
 
 
-def _alike(call: Call, policy: Policy) -> Tensor:
-    """Heads of one policy."""
+def _one_policy(call: Call, policy: Policy) -> Tensor:
+    """Attention of heads that have the same policy, (B, H, N, D)."""
     if policy.precision == "native":
         return _one_radius(call, policy.radius)
     q, k, v = int8.emulated(call.q, call.k, call.v)
@@ -43,6 +43,7 @@ def _alike(call: Call, policy: Policy) -> Tensor:
 
 
 def _one_radius(call: Call, radius: Radius | None) -> Tensor:
+    """Attention of native heads that have the same radius, (B, H, N, D)."""
     q, k, v, tokens, scale, mask = call.q, call.k, call.v, call.tokens, call.scale, call.mask
     if radius is None or masks.covers(tokens, radius):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
@@ -54,7 +55,7 @@ def _one_radius(call: Call, radius: Radius | None) -> Tensor:
     if isinstance(radius, Box):
         boxes.visual_rows(call, radius, out)
         return out
-    if mask is None and windows.serve(q, k, v):
+    if mask is None and windows.can_attend(q, k, v):
         out[:, :, visual] = windows.visual_rows(q, k, v, tokens, radius, scale)
         return out
     q_visual, k_visual, v_visual = q[:, :, visual], k[:, :, visual], v[:, :, visual]  # (B, H, V, D)
@@ -69,15 +70,16 @@ def _one_radius(call: Call, radius: Radius | None) -> Tensor:
         bias = F.pad(windows.chunk_bias(start, stop, low, high, radius, q.dtype, q.device), (0, tokens.text))
         if mask is not None:
             first = visual.start
-            bias = bias + _of_chunk(mask, tokens, slice(first + start, first + stop), slice(first + low, first + high), q.dtype)
+            queries, seen = slice(first + start, first + stop), slice(first + low, first + high)
+            bias = bias + _chunk_mask(mask, tokens, queries, seen, q.dtype)
         out_visual[:, :, start:stop] = F.scaled_dot_product_attention(
             q_visual[:, :, start:stop], keys, values, attn_mask=bias, scale=scale
         )
     return out
 
 
-def _of_chunk(mask: Tensor, tokens: Tokens, queries: slice, keys: slice, dtype: torch.dtype) -> Tensor:
-    """The model's own mask as a bias for a chunk: its queries against its visual keys and the text."""
+def _chunk_mask(mask: Tensor, tokens: Tokens, queries: slice, keys: slice, dtype: torch.dtype) -> Tensor:
+    """The model's own mask as a bias for a chunk: rows of its queries, columns of its visual keys and of the text."""
     rows = masks.part(mask, 2, queries)
     if mask.shape[3] > 1:
         rows = torch.cat([rows[..., keys], rows[..., tokens.text_slice]], -1)

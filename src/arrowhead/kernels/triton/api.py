@@ -1,6 +1,6 @@
-"""The door of the fused kernel: what it can run, and a call like any other kernel's. Triton is imported when it first runs.
+"""The fused kernel as `dispatch` calls it, and what it can compute. Triton is imported when the kernel first runs.
 
-See `fused_ops` for buffers that persist, residuals and policies that stay on the device.
+`ops.py` has its operators, which write into the caller's buffers.
 """
 
 import os
@@ -17,22 +17,24 @@ from arrowhead.kernels.triton.launch_table import FULL, HEAD_DIMS
 from arrowhead.plans.cells import Box
 
 OLDEST = (8, 0)
-"""Compute capability that the kernel needs: Ampere's."""
+"""The lowest compute capability that the kernel runs on: Ampere."""
 
 
 def attend(call: Call) -> Tensor:
-    """Arrow attention, (B, H, N, D) each; the dtype is kept, and so are the strides of `q` where they leave no gaps.
+    """Arrow attention of a call, (B, H, N, D), with residuals added.
+
+    The result has the dtype of `q`, and its strides where they leave no gaps.
 
     Raises:
-        KernelUnavailable: the device, the dtype, the head dim, the scale or the mask is none for this kernel.
+        KernelUnavailable: the kernel cannot compute the call: see `obstacle`.
     """
     reason = obstacle(call)
     if reason is not None:
         raise KernelUnavailable(f'kernel="fused": {reason}, or use kernel="chunked" or "auto"')
     from arrowhead.kernels.triton import ops  # noqa: PLC0415 - it imports triton
 
-    q, k, v = map(_in_rows, (call.q, call.k, call.v))
-    residual = None if call.residual is None else _in_rows(call.residual)
+    q, k, v = map(_contiguous_rows, (call.q, call.k, call.v))
+    residual = None if call.residual is None else _contiguous_rows(call.residual)
     out = torch.empty_like(q)
     tokens, mask = call.tokens, call.mask
     seen = None if mask is None else mask.expand(q.shape[0], 1, 1, tokens.total)[:, 0, 0]  # (B, N)
@@ -41,13 +43,13 @@ def attend(call: Call) -> Tensor:
     return out
 
 
-def _in_rows(tensor: Tensor) -> Tensor:
-    """As it is, or copied so that a head's row is contiguous."""
+def _contiguous_rows(tensor: Tensor) -> Tensor:
+    """The tensor, copied if its last dimension is not contiguous."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def obstacle(call: Call) -> str | None:
-    """Why the kernel cannot run here, as got, wanted, remedy; None where it can."""
+    """Why the kernel cannot compute a call: "got ..., wanted ...; remedy". None where it can."""
     return next(_obstacles(call), None)
 
 
@@ -81,18 +83,19 @@ def _obstacles(call: Call) -> Iterator[str]:
         yield "got queries, keys or values that require a gradient, wanted inference; use torch.no_grad()"
 
 
-@lru_cache(maxsize=2**14)  # a plan head by head has another policy for every site and step
+@lru_cache(maxsize=2**14)  # a head-wise plan needs another policy for every site and step
 def _policy(policies: tuple[Policy, ...], adds: tuple[int, ...], device: torch.device) -> Tensor:
-    """(H, 2) int32, or (H, 3) where heads are in int8; kept, since copying to a device costs more than the kernel's launch.
+    """The policies as the operators take them: (H, 2) int32, or (H, 3) where heads are in int8.
 
-    From pinned memory, lest the copy wait for all that the device has queued.
+    Cached, because a copy to the device costs more than the kernel's launch. Copied from pinned memory, so that the copy does
+    not wait for the work that the device has queued.
     """
     with torch.inference_mode(False):
         rows = [
-            [min(own.radius, 2**31 - 1) if isinstance(own.radius, int) else FULL, head in adds]
-            for head, own in enumerate(policies)
+            [min(policy.radius, 2**31 - 1) if isinstance(policy.radius, int) else FULL, head in adds]
+            for head, policy in enumerate(policies)
         ]
-        if any(own.precision == "int8" for own in policies):
-            rows = [[*row, own.precision == "int8"] for row, own in zip(rows, policies, strict=True)]
+        if any(policy.precision == "int8" for policy in policies):
+            rows = [[*row, policy.precision == "int8"] for row, policy in zip(rows, policies, strict=True)]
         made = torch.tensor(rows, dtype=torch.int32, pin_memory=device.type == "cuda")
         return made.to(device, non_blocking=True)

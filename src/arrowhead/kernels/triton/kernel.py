@@ -1,13 +1,14 @@
-"""One launch for all heads, written in Triton: each program attends for one block of queries of one head.
+"""The fused kernel, in Triton: one launch for all heads, in which each program computes one block of queries of one head.
 
-Softmax runs online, in powers of two (FlashAttention-2, arXiv:2307.08691). What a block of queries looks at is two ranges of
-keys, the text and a stretch of visual tokens; they are cut into tiles of which only those on an edge need a mask, so that tiles
-come in two loops. Text rows and full heads are the same thing with one range, from the first token to the last.
+The softmax is computed online, in powers of two (FlashAttention-2, arXiv:2307.08691). A block of queries sees two ranges of
+keys: the text, and a stretch of visual tokens. The ranges are cut into tiles. Tiles inside a range need no mask, tiles on an
+edge do, so there are two loops, each over tiles of both ranges. Text rows and full heads have one range, from the first token
+to the last.
 
-Heads in int8 are attended by a launch of their own, from whole numbers and scales that `fused_rounding` makes of their queries
-and keys: what native heads run is not a register larger for it.
+Heads in int8 are computed in a second launch, from queries and keys that `rounding.py` encodes. So the launch for native heads
+uses no register more.
 
-This file imports triton: nobody but `fused_ops` imports it. Shapes: M queries and T keys in a tile, D = WIDTH + TAIL columns.
+This file imports triton, so only `ops.py` imports it. Shapes: M queries and T keys in a tile, D = WIDTH + TAIL columns.
 """
 
 # Triton compiles these functions, and gives their arguments types of its own.
@@ -26,7 +27,7 @@ _INT8_TAIL = tl.constexpr(INT8_TAIL)
 _INT8_UNIT = tl.constexpr(INT8_UNIT)
 _QUERIES = tl.constexpr(int8.QUERIES)
 _KEYS = tl.constexpr(int8.KEYS)
-_FLOOR = tl.constexpr(-1e30)  # a running maximum starts here: finite, so that −∞ − maximum is no NaN where all is hidden so far
+_FLOOR = tl.constexpr(-1e30)  # the first maximum: finite, so that −∞ − maximum is not NaN while all keys are hidden
 
 
 @triton.jit
@@ -38,7 +39,7 @@ def arrow_kernel(
     q_tail,  # the same again; if TMA, descriptors that give (1, 1, M or T, TAIL)
     k_tail,
     v_tail,
-    q_scales,  # (B, H, blocks) if q and k are in int8, by blocks of tokens as `quantise` has them; else None
+    q_scales,  # (B, H, blocks) if q and k are in int8, for the blocks of tokens of `int8.py`; else None
     k_scales,
     policy,  # (H, COLUMNS) int32: radius, FULL or CACHED; whether the residual is added; whether scores are in int8
     residual,  # (B, H, V, D), of the visual tokens, or None
@@ -50,7 +51,7 @@ def arrow_kernel(
     residual_strides,
     seen_strides,  # of batch and row
     n,
-    visual,  # how many, and the first one's place
+    visual,  # the number of visual tokens, and the index of the first
     visual_start,
     scale,  # of the scores, times log₂ e
     UNIT: tl.constexpr,
@@ -64,9 +65,9 @@ def arrow_kernel(
     SPLIT: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Attention of one block of M queries of one head.
+    """Computes the attention of one block of M queries of one head.
 
-    SPLIT: with a radius, a head is full all the same, and its residual O − W over the visual tokens is written, not added.
+    SPLIT: heads with a radius are full, too, and their residual O − W of the visual tokens is written instead of added.
     """
     INT8: tl.constexpr = q_scales is not None
     QK_UNIT: tl.constexpr = _INT8_UNIT if INT8 else UNIT
@@ -74,37 +75,37 @@ def arrow_kernel(
     QK_DIM: tl.constexpr = WIDTH + QK_TAIL if INT8 else DIM
     head, batch = tl.program_id(1), tl.program_id(2)
     radius = tl.load(policy + COLUMNS * head)
-    if COLUMNS > 2:  # the other launch's heads are as if cached
+    if COLUMNS > 2:  # heads of the other launch are skipped, like cached ones
         radius = tl.where((tl.load(policy + COLUMNS * head + 2) != 0) == INT8, radius, _CACHED)
     if radius != _CACHED:
         text = n - visual
         text_start = tl.where(visual_start > 0, 0, visual)
         text_blocks = _divided(text, M)
         block = tl.program_id(0)
-        of_text = block < text_blocks  # they see most, and come first
+        of_text = block < text_blocks  # text rows see most keys, so they come first
         first = tl.where(of_text, text_start + block * M, visual_start + (block - text_blocks) * M)
-        end = tl.where(of_text, text_start + text, visual_start + visual)  # where tokens of their kind end
+        end = tl.where(of_text, text_start + text, visual_start + visual)  # the end of the text, or of the visual tokens
         rows = first + tl.arange(0, M)
 
-        # a stretch of keys with a band in it, and the text beside it; of text rows and full heads, one stretch that is all band
+        # the stretch of keys that holds the band, and the text; for text rows and full heads one stretch, all of it in the band
         whole = of_text | (radius == _FULL)
         start = tl.where(whole, 0, visual_start)
         length = tl.where(whole, n, visual)
         radius = tl.where(whole, n, tl.minimum(radius, n))
         text = tl.where(whole, 0, text)
 
-        # tiles t0 … t3 of the stretch hold something of the band, t1 … t2 nothing else
+        # of the stretch, tiles t0 … t3 overlap the band, and tiles t1 … t2 lie inside it
         top, bottom = first - start, tl.minimum(first + M, end) - 1 - start
         t0 = tl.maximum(top - radius, 0) // T
         t3 = _divided(tl.minimum(bottom + radius + 1, length), T)
-        if SPECIALISED:  # there may be one loop only: every tile is masked
+        if SPECIALISED:  # the compiler allows one loop only, so every tile is masked
             text_tiles, t1, t2 = 0, t0, t0
         else:
             text_tiles = text // T
             t1 = _divided(tl.maximum(bottom - radius, 0), T)
             t2 = tl.maximum(tl.minimum(top + radius + 1, length) // T, t1)
 
-        q_stride, k_stride, v_stride = 0, 0, 0  # descriptors know their own
+        q_stride, k_stride, v_stride = 0, 0, 0  # descriptors know their strides
         if not TMA:
             q, q_stride = _of_head(q, q_strides, batch, head, QK_UNIT)
             k, k_stride = _of_head(k, k_strides, batch, head, QK_UNIT)
@@ -146,18 +147,18 @@ def arrow_kernel(
             DIM, WIDTH, TAIL, QK_DIM, QK_TAIL, T, TMA, True, False, SPECIALISED,
         )  # fmt: skip
 
-        # the visual tokens' residual: to add, or to leave
+        # the residual of the visual tokens, to add or to write
         if residual is not None:
             residual, r_stride = _of_head(residual, residual_strides, batch, head, UNIT)
-            row = first - visual_start  # up to `r_end`, which is `row` where there is nothing to add or to leave
+            row = first - visual_start  # rows up to `r_end`, which is `row` where there is nothing to add or write
             if SPLIT:
                 r_end = tl.where(whole, row, visual)
-                # W waits where the residual will be, so that one accumulator is enough
+                # W is parked in the residual's buffer, so that one accumulator is enough
                 divisor = tl.where(total == 0, 1.0, total)[:, None]
                 _put(residual, acc / divisor, row, r_stride, r_end, 0, WIDTH, DIM, M)
                 if TAIL:
                     _put(residual, acc_tail / divisor, row, r_stride, r_end, WIDTH, TAIL, DIM, M)
-                # what is left: tiles before t0 and from t3 on, the last one, if it is not whole, and the edges once more
+                # then the rest: tiles before t0 and from t3 on, an incomplete last one, and the other pairs of the edges
                 inner = tl.maximum(length // T, t3)
                 tiles = 0, 0, 0, tl.where(whole, 0, inner - (t3 - t0)), start, 0, t0, t3 - t0, 0
                 acc, acc_tail, peak, total = _scan(
@@ -173,7 +174,7 @@ def arrow_kernel(
                     acc, acc_tail, peak, total, queries, queries_tail, keys, at, tiles, factor,
                     DIM, WIDTH, TAIL, QK_DIM, QK_TAIL, T, TMA, True, True, False,
                 )  # fmt: skip
-                tl.debug_barrier()  # threads may read what others wrote
+                tl.debug_barrier()  # threads read what other threads wrote
             else:
                 added = tl.load(policy + COLUMNS * head + 1) != 0
                 r_end = tl.where(of_text | ~added, row, visual)
@@ -182,9 +183,9 @@ def arrow_kernel(
             if TAIL:
                 other_tail = _rows(residual, batch, head, row, r_stride, r_end, WIDTH, TAIL, DIM, M, False, True)  # (M, TAIL)
             if SPLIT:
-                tl.debug_barrier()  # and may write only when all have read
+                tl.debug_barrier()  # write only after all threads have read
 
-        divisor = tl.where(total == 0, 1.0, total)[:, None]  # a query that sees nothing gives 0
+        divisor = tl.where(total == 0, 1.0, total)[:, None]  # a query that sees no key gives 0
         acc = acc / divisor
         acc_tail = acc_tail / divisor
         if residual is not None:
@@ -225,11 +226,11 @@ def _scan(
     OUTSIDE: tl.constexpr,
     SPECIALISED: tl.constexpr,
 ):
-    """Go on with the softmax over some tiles of keys.
+    """Continues the softmax over some tiles of keys.
 
-    They come in two runs, each with where it starts and ends: `aside`, in which all is seen, and the stretch of the band, of
-    which the tiles between `left` and `left + gap` are left out. OUTSIDE: of the stretch, what lies farther than the radius.
-    `factor`, of the scores, is one number, or in int8 one for each query.
+    The tiles are in two runs, each with its start and end: `aside` tiles of text, in which all keys are seen, and tiles of the
+    band's stretch, without those from `left` to `left + gap`. OUTSIDE: the pairs of the stretch beyond the radius are kept
+    instead of those within it. `factor` multiplies the scores: one number, or in int8 one for each query.
     """
     k, k_tail, k_stride, k_scales, v, v_tail, v_stride, seen, seen_stride = keys
     batch, head, n, rows = at
@@ -272,14 +273,14 @@ def _scan(
 
 @triton.jit
 def _divided(a, b: tl.constexpr):
-    """⌈a / b⌉, of what is not negative."""
+    """⌈a / b⌉ for a ≥ 0."""
     return (a + b - 1) // b
 
 
 @triton.jit
 def _of_head(source, strides, batch, head, UNIT: tl.constexpr):
-    """Where a head's first row is, and the stride of its rows."""
-    # UNIT is a constant, so that the compiler knows how many elements it may move at once
+    """The pointer to a head's first row, and the stride of its rows."""
+    # UNIT is a constant, so that the compiler knows how many elements it can move at once
     return source + (batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]) * UNIT, strides[2] * UNIT
 
 
@@ -298,10 +299,10 @@ def _rows(
     TMA: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """Rows from `first` on, columns from START on: (ROWS, COLUMNS), zero beyond DIM, and from row `end` on if EDGE."""
+    """Loads rows from `first` on and columns from START on: (ROWS, COLUMNS), 0 beyond DIM and, if EDGE, from row `end` on."""
     if TMA:
         return source.load([batch, head, first, START]).reshape(ROWS, COLUMNS)
-    else:  # and not simply below: Triton would compile it for a descriptor, too
+    else:  # in a branch, because Triton would else compile it for a descriptor, too
         rows = tl.arange(0, ROWS)[:, None]
         columns = START + tl.arange(0, COLUMNS)[None, :]
         places = source + first.to(tl.int64) * stride + rows * stride + columns
@@ -325,7 +326,7 @@ def _put(
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Store (ROWS, COLUMNS) at rows from `first` up to `end`, and columns from START up to DIM."""
+    """Stores (ROWS, COLUMNS) at rows from `first` up to `end`, and columns from START up to DIM."""
     rows = tl.arange(0, ROWS)[:, None]
     columns = START + tl.arange(0, COLUMNS)[None, :]
     places = target + first.to(tl.int64) * stride + rows * stride + columns

@@ -1,27 +1,33 @@
-"""How the fused kernel is launched: a shipped table, by architecture, head dim and length. Nothing is tuned at first use.
+"""How the fused kernel is launched: a fixed table by architecture, head dim and sequence length. Nothing is tuned at run time.
 
-Chosen by reasoning from what the compiler makes of each entry (registers, no spills), not yet by the clock on a device.
+The entries are chosen by what the compiler makes of them (registers, no spills). They have not been timed on a device.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
 FULL, CACHED = -1, -2
-"""What a head's policy says in place of a radius."""
+"""What the policy of a full head, or of a cached one, has in place of a radius. A cached head is not computed."""
 HEAD_DIMS = {64: (64, 0), 72: (64, 16), 80: (64, 16), 96: (64, 32), 128: (128, 0)}
-"""Head dim: the powers of two that its columns are taken in, so that 72 costs 80 and not 128. What is beyond is zero."""
+"""For each head dim, the two powers of two that its columns are split into: 72 is 64 + 16 columns, not 128; the rest is 0."""
 INT8_TAIL = 32
-"""Columns that the second part of a head in int8 is taken in, the least that are multiplied at once: 72 costs 96."""
+"""Columns of the second part for heads in int8, the fewest that tensor cores multiply: 72 is 64 + 32 columns."""
 INT8_UNIT = 16
-"""Elements in 16 bytes of int8."""
+"""Elements of int8 in 16 bytes."""
 Variant = Literal["pointers", "tma", "specialised"]
 
 
 @dataclass(frozen=True)
 class Config:
-    """One way to launch: rows of queries and of keys in a tile, warps, tiles in flight, how keys and values are fetched.
+    """One way to launch the kernel.
 
-    `pointers` run from sm_80 on, `tma` (tensor descriptors) and `specialised` (the same, by warps of their own) from sm_90 on.
+    Attributes:
+        queries: rows of queries in a tile.
+        keys: rows of keys in a tile.
+        warps: warps of a program.
+        stages: tiles in flight.
+        variant: how tiles are loaded. "pointers" runs from sm_80 on; "tma" (tensor descriptors) and "specialised" (tensor
+            descriptors, in warps that do nothing else) run from sm_90 on.
     """
 
     queries: int
@@ -32,14 +38,14 @@ class Config:
 
 
 SHORT = 2048
-"""Tokens up to which blocks of queries are small: programs for every multiprocessor, and little computed beside a band."""
+"""Up to this number of tokens tiles are small, so that all multiprocessors have work and few masked pairs are computed."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """Configurations for one head dim: for short sequences, for long ones, and one that spares registers.
+    """The configurations for one head dim: for short sequences, for long ones, and one that uses fewer registers.
 
-    Residuals to write need them, for twice as many loops, and so do masks of keys.
+    The last one is for calls that write residuals, with twice as many loops, and for calls with a mask of keys.
     """
 
     short: Config
@@ -54,9 +60,9 @@ AMPERE = {
     96: Row(Config(64, 32, 4, 3), Config(128, 32, 8, 3), Config(128, 32, 8, 2)),
     128: Row(Config(64, 32, 4, 3), Config(128, 64, 8, 3), Config(128, 32, 8, 3)),
 }
-"""By head dim: for sm_80 and all that follow, and wherever descriptors do not do. Fits in 99 KB of shared memory (sm_86).
+"""By head dim, for sm_80 and later, and for tensors that descriptors cannot describe. Fits in 99 KB of shared memory (sm_86).
 
-Heads in int8 take the same: their queries and keys are half as large, their scores no smaller.
+Heads in int8 use the same: their queries and keys are half as large, but their scores are not smaller.
 """
 HOPPER = {
     dim: Row(
@@ -66,17 +72,19 @@ HOPPER = {
     )
     for dim in HEAD_DIMS
 }
-"""The same for sm_90."""
+"""By head dim, for sm_90."""
 SPECIALISED = {dim: Config(64, 128, 4, 2, "specialised") for dim in HEAD_DIMS}
-"""For sm_90 too, without residuals to write, a mask, or int8, at which the compiler fails. Compiled and tested, but chosen by
-nothing until a clock has said so: its tiles are all masked, and 128 queries in two groups of warps are more than the compiler
-does with descriptors."""
+"""By head dim, for sm_90, but not for calls that write residuals, have a mask or int8: the compiler fails there.
+
+Compiled and tested, but `chosen` does not return these until they have been timed: all tiles are masked, and the compiler does
+not split 128 queries between two groups of warps with descriptors.
+"""
 
 
 def chosen(dim: int, tokens: int, capability: tuple[int, int], *, described: bool, spare: bool) -> Config:
-    """The configuration for a head dim, a length and a compute capability.
+    """The configuration for a head dim, a number of tokens and a compute capability.
 
-    `described`: descriptors can be made of the tensors. `spare`: there are residuals to write, or a mask.
+    `described`: tensor descriptors can describe the tensors. `spare`: the call writes residuals, or has a mask.
     """
     row = (HOPPER if capability[0] == 9 and described else AMPERE)[dim]
     if spare:

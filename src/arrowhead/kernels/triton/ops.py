@@ -1,9 +1,9 @@
-"""The fused kernel as two operators of torch: their results are written into buffers that the caller keeps.
+"""The fused kernel as two operators of torch, which write their results into buffers of the caller. Imports triton.
 
-A head's policy is two or three int32 numbers in device memory, so that a plan which changes in every step is still one graph
-under `torch.compile`: its radius in visual tokens, or FULL or CACHED (`fused_table`); whether its residual is added; and, where
-there is a third, whether its scores are in int8. The rows of cached heads, in every buffer, are neither read nor written; keys
-are, to be averaged, where some heads are in int8. This file imports triton.
+A head's policy is two or three int32 numbers in device memory: its radius in visual tokens, or FULL or CACHED
+(`launch_table.py`); whether its residual is added; and, if there is a third number, whether its scores are in int8. So a plan
+that changes in every step is one graph under `torch.compile`. The rows of cached heads are neither read nor written in any
+buffer, except that keys are read for their mean where some heads are in int8.
 """
 
 import math
@@ -11,7 +11,6 @@ import math
 import torch
 import triton
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -22,9 +21,10 @@ from arrowhead.kernels.triton.launch_table import CACHED, FULL, HEAD_DIMS, INT8_
 from arrowhead.kernels.triton.rounding import rounding_kernel
 from arrowhead.plans import masks
 from arrowhead.plans.layout import Tokens
+from arrowhead.upstream import is_fake
 
 UNIT = 8
-"""Elements in 16 bytes of half precision: strides that are multiples of it let 16 bytes be moved at once."""
+"""Elements of half precision in 16 bytes. Where all strides are multiples of it, 16 bytes are moved at once."""
 
 
 @torch.library.custom_op("arrowhead::arrow", mutates_args={"out"})
@@ -40,13 +40,12 @@ def arrow(
     visual_start: int,
     scale: float,
 ) -> None:
-    """Attention of each head under its policy, into `out`.
+    """Writes the attention of each head under its policy into `out`.
 
-    `out`, `q`, `k` and `v` are (B, H, N, D), of one dtype, with any strides as long as a head's row is contiguous; `policy` is
-    (H, 2) int32, or (H, 3) where heads may be in int8, for four launches more; `residual`, (B, H, V, D), is added to the visual
-    rows of heads whose policy says so; `seen` is (B, N) bool, a mask of keys: a query that sees none gives 0. Of the N tokens
-    the `visual` ones from `visual_start` (0, or N − V) on are the image, the others text. `scale`, above 0, multiplies the
-    scores.
+    `out`, `q`, `k` and `v` are (B, H, N, D) of one dtype, with any strides as long as the last dimension is contiguous.
+    `policy` is (H, 2) int32; or (H, 3) where heads may be in int8, for four more launches. `residual`, (B, H, V, D), is added
+    to the visual rows of the heads whose policy says so. `seen`, (B, N) bool, is a mask of keys; a query that sees none
+    gives 0. The `visual` tokens are those from `visual_start` on, which is 0 or N − V. `scale`, above 0, multiplies the scores.
     """
     _launch(out, q, k, v, policy, residual, seen, visual, visual_start, scale, split=False)
 
@@ -64,14 +63,14 @@ def full_and_residual(
     visual_start: int,
     scale: float,
 ) -> None:
-    """Full attention O of each head into `out`, and O − W over the visual tokens into `residual`, in one pass over the keys.
+    """Writes full attention O into `out`, and O − W of the visual tokens into `residual`, in one pass over the keys.
 
-    W is what the head's radius gives. Heads without a radius leave `residual` as it is. Everything else is as for `arrow`.
+    W is the attention of the head's band. Heads without a radius leave `residual` as it is. All else is as for `arrow`.
     """
     _launch(out, q, k, v, policy, residual, seen, visual, visual_start, scale, split=True)
 
 
-# shapes and strides are those of the buffers
+# the results have the shapes and strides of the buffers
 arrow.register_fake(lambda *_: None)
 full_and_residual.register_fake(lambda *_: None)
 
@@ -90,7 +89,7 @@ def _arrow_flops(
     _scale: float,
     **_: object,
 ) -> int:
-    """4·D for each pair of query and key that the policy keeps; of fake tensors, which cannot be read, for every pair."""
+    """4·D for each query–key pair that the policy keeps; for every pair where tensors are fake, and the policy unknown."""
     batch, heads, n, dim = q.shape
     tokens = Tokens(visual, n - visual, visual_start > 0)
     kept = [masks.pairs(tokens, None if radius == FULL else radius) for radius in _radii(policy, heads) if radius != CACHED]
@@ -101,14 +100,14 @@ def _arrow_flops(
 def _full_and_residual_flops(
     _out: Tensor, _residual: Tensor, q: Tensor, _k: Tensor, _v: Tensor, policy: Tensor, *_: object, **__: object
 ) -> int:
-    """Every pair is multiplied once. That tiles on the band's edge are read twice is the kernel's affair."""
+    """4·D for every pair, once. The kernel's second pass over the tiles on the band's edges does not count."""
     batch, heads, n, dim = q.shape
     return 4 * dim * batch * n**2 * sum(radius != CACHED for radius in _radii(policy, heads))
 
 
 def _radii(policy: Tensor, heads: int) -> list[int]:
-    """What the policy says of each head; as if all were full where it cannot be read."""
-    return [FULL] * heads if isinstance(policy, FakeTensor) or policy.is_meta else policy[:, 0].tolist()
+    """The radius of each head, FULL or CACHED; FULL for all where the policy has no values."""
+    return [FULL] * heads if is_fake(policy) or policy.is_meta else policy[:, 0].tolist()
 
 
 def _launch(
@@ -135,7 +134,7 @@ def _launch(
 
 
 def _rounded(x: Tensor, mean: Tensor | None, policy: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Whole numbers (B, H, N, width), int8, and scales (B, H, blocks), as `quantise` has them; of native heads undefined."""
+    """Encodes queries or keys as in `int8.py`: (B, H, N, width) int8 and scales (B, H, blocks), undefined for native heads."""
     batch, heads, n, dim = x.shape
     width, tail = HEAD_DIMS[dim]
     values = x.new_empty(batch, heads, n, width + (tail and INT8_TAIL), dtype=torch.int8)
@@ -165,11 +164,11 @@ def _attend(
     *,
     split: bool,
 ) -> None:
-    """One launch: of heads whose q and k are in int8, or of the others."""
+    """Launches the kernel once: for the heads in int8, whose `q` and `k` are encoded, or for the native heads."""
     batch, heads, n, dim = v.shape
     int8 = q_scales is not None
-    moved = [tensor for tensor in (out, v, residual, *(() if int8 else (q, k))) if tensor is not None]
-    unit = UNIT if all(stride % UNIT == 0 for tensor in moved for stride in tensor.stride()[:3]) else 1
+    in_dtype = [tensor for tensor in (out, v, residual, *(() if int8 else (q, k))) if tensor is not None]
+    unit = UNIT if all(stride % UNIT == 0 for tensor in in_dtype for stride in tensor.stride()[:3]) else 1
     described = unit == UNIT and all(_describable(tensor) for tensor in (q, k, v))
     spare = split or seen is not None
     config = launch_table.chosen(dim, n, _architecture(v), described=described, spare=spare)
@@ -177,13 +176,13 @@ def _attend(
     tma = config.variant != "pointers"
     wide = tails = (q, k, v)
     if tma:
-        of_scores = INT8_TAIL if int8 and tail else tail
+        qk_tail = INT8_TAIL if int8 and tail else tail
         wide, tails = (
             tuple(
                 TensorDescriptor.from_tensor(tensor, [1, 1, rows, columns or width])
                 for tensor, rows, columns in zip((q, k, v), (config.queries, config.keys, config.keys), parts, strict=True)
             )
-            for parts in ((width,) * 3, (of_scores, of_scores, tail))
+            for parts in ((width,) * 3, (qk_tail, qk_tail, tail))
         )
     units = unit, *((INT8_UNIT,) * 2 if int8 else (unit,) * 2), unit, unit
     blocks = -(-visual // config.queries) + -(-(n - visual) // config.queries)
@@ -212,10 +211,10 @@ def _require(
     *,
     split: bool,
 ) -> None:
-    """The kernel itself would read and write anywhere."""
+    """Check all operands, because the kernel itself would read and write beyond them."""
     batch, heads, n, dim = q.shape
     shapes: dict[str, tuple[Tensor, tuple[int, ...]]] = {"k": (k, q.shape), "v": (v, q.shape), "out": (out, q.shape)}
-    in_int8 = policy.shape[-1] == 3 and not split  # no residual is made of a full output in int8
+    in_int8 = policy.shape[-1] == 3 and not split  # residuals are made from native full attention alone
     shapes["policy"] = policy, (heads, 3 if in_int8 else 2)
     if residual is not None:
         shapes["residual"] = residual, (batch, heads, visual, dim)
@@ -238,15 +237,15 @@ def _require(
 
 
 def _describable(tensor: Tensor) -> bool:
-    """Whether the hardware's descriptors can tell where its rows are; strides are multiples of UNIT already."""
+    """Whether a hardware descriptor can describe a tensor whose strides are multiples of UNIT."""
     return tensor.data_ptr() % 16 == 0 and all(tensor.stride()[:3])
 
 
 def _architecture(tensor: Tensor) -> tuple[int, int]:
-    """Compute capability; the interpreter takes the oldest."""
+    """The compute capability; the oldest for Triton's interpreter."""
     return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (8, 0)
 
 
 def _strides(tensor: Tensor | None, unit: int) -> tuple[int, ...]:
-    """Of batch, head and row, in so many elements."""
+    """The strides of batch, head and row, in units of `unit` elements."""
     return (0, 0, 0) if tensor is None else tuple(stride // unit for stride in tensor.stride()[:3])

@@ -1,6 +1,6 @@
-"""Queries and keys of heads in int8 as whole numbers and scales, in Triton, by the rule in `quantise`.
+"""Encodes queries and keys of heads in int8, in Triton, by the rule in `kernels/int8.py`.
 
-Nobody but `fused_ops` imports this file, since it imports triton.
+This file imports triton, so only `ops.py` imports it.
 """
 
 # Triton compiles this function, and gives its arguments types of its own.
@@ -13,7 +13,7 @@ import triton.language as tl
 from arrowhead.kernels import int8
 
 _LARGEST = tl.constexpr(int8.LARGEST)
-_ROUNDING = tl.constexpr(1.5 * 2**23)  # what is added to it loses its fraction, halves going to even
+_ROUNDING = tl.constexpr(1.5 * 2**23)  # adding it rounds to a whole number, halves to even
 
 
 @triton.jit
@@ -21,7 +21,7 @@ def rounding_kernel(
     values,  # (B, H, N, WIDTH) int8; columns beyond DIM are zero
     scales,  # (B, H, blocks) float32
     x,  # (B, H, N, D)
-    mean,  # (B, H, D) float32, to be subtracted, or None
+    mean,  # (B, H, D) float32, to subtract, or None
     policy,  # (H, 3) int32, see `arrow_kernel`
     x_strides,  # of batch, head and row
     n,
@@ -30,7 +30,7 @@ def rounding_kernel(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """One block of ROWS tokens of one head, taken in COLUMNS columns, a power of two."""
+    """Encodes one block of ROWS tokens of one head. COLUMNS is a power of two, and at least WIDTH."""
     block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if tl.load(policy + 3 * head + 2) != 0:
         rows, columns = block * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)

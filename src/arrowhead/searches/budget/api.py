@@ -131,7 +131,7 @@ def _require_fit(table: Table, driver: Driver) -> None:
         PlanMismatch: it was not; the message names every difference.
     """
     sites = table.target.sites
-    model = find(driver.pipe, {site.kind for site in sites}).only(lambda site: site.path in {own.path for own in sites})
+    model = find(driver.pipe, {site.kind for site in sites}).filtered(lambda site: site.path in {own.path for own in sites})
     found = table.target.differences(target_of(model))
     branches = model.branches(driver.call_arguments(model))
     if branches != table.branches:

@@ -105,7 +105,7 @@ class LoopReplay:
                 raise InputsInvalid(
                     f"got more than {call} calls of the model when the loop runs again; wanted as many; see arrowhead.search"
                 )
-            given.append(self.model.latents_argument(self.model.transformer_arguments(args, kwargs)).clone())
+            given.append(self.model.latents(self.model.transformer_arguments(args, kwargs)).clone())
             output = self.outputs[call]
             sample = sample_of(output).clone()
             if call in errors:

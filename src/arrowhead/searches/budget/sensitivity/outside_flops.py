@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from arrowhead.upstream import CPU_ATTENTION
+
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -56,5 +58,5 @@ def flop_counter() -> "FlopCounterMode":
     def attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
         return 2 * query[:-1].numel() * key[-2] * (query[-1] + value[-1])
 
-    mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    mapping = {CPU_ATTENTION: attention}
     return FlopCounterMode(display=False, custom_mapping=mapping)

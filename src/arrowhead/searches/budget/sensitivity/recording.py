@@ -36,7 +36,7 @@ class Recording:
 def sites_of(driver: Driver, extent: Extent) -> Model:
     """The pipeline's model with the sites that are measured."""
     model = find(driver.pipe, extent.kinds or ALL_KINDS)
-    return model if extent.kinds else model.only(lambda site: site.kind != "block" or site.weights > 0)
+    return model if extent.kinds else model.filtered(lambda site: site.kind != "block" or site.weights > 0)
 
 
 def blocks_of(driver: Driver, extent: Extent, sites: Sequence[Site]) -> tuple[Site, ...]:

@@ -11,13 +11,12 @@ from torch import Tensor
 from arrowhead.calibration.step import require_finite
 from arrowhead.engine.attention_hook import AttentionCall
 from arrowhead.engine.cache import Output, map_output
-from arrowhead.engine.execute_site import SitePass, attend_heads, record_attention, require_token_sizes
+from arrowhead.engine.execute_site import SitePass, attend_heads, require_token_sizes
 from arrowhead.engine.generation import Generation
 from arrowhead.engine.site_calls import SiteCall
 from arrowhead.errors import NotIntercepted
-from arrowhead.plans.cells import FULL, Arrow, Full, Radius
+from arrowhead.plans.cells import Arrow, Full, Radius
 from arrowhead.plans.layout import Site, Tokens
-from arrowhead.plans.lifetimes import Writes
 from arrowhead.searches.budget.config import Extent
 from arrowhead.searches.budget.sensitivity.outside_flops import FirstPassFlops
 from arrowhead.searches.radii import fewest, narrower
@@ -145,13 +144,12 @@ def add_to_module(out: Output, added: Tensor) -> Output:
 
 def count_full_pass(call: SiteCall, state: Generation) -> SitePass:
     """Count a pass through a site with full attention; sites within a block are counted on their own."""
-    site = call.site
-    site_pass = SitePass(call, FULL, Writes(), state, tuple(range(site.heads)))
-    state.stats.record_pass(site, FULL, state.tokens)
-    if site.kind == "self_attention":
-        record_attention(site_pass, site_pass.methods, call.batch, "native")
-    if not site.within:
-        state.stats.record_projections(site, state.tokens, site.heads, state.branches.samples)
+    site_pass = SitePass.full(call, state)
+    site_pass.record_pass()
+    if call.site.kind == "self_attention":
+        site_pass.record_attention(call.batch)
+    if not call.site.within:
+        site_pass.record_projections()
     return site_pass
 
 

@@ -4,6 +4,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -13,7 +14,7 @@ from arrowhead.calibration.driver import Driver
 from arrowhead.calibration.run import CalibrationRun
 from arrowhead.calibration.step import Step
 from arrowhead.engine.cache import Output
-from arrowhead.engine.execute_site import execute_site
+from arrowhead.engine.execute_site import SitePass, execute_site
 from arrowhead.engine.generation import Generation
 from arrowhead.engine.site_calls import SiteCall
 from arrowhead.engine.stats import Stats
@@ -36,7 +37,7 @@ def timed(driver: Driver, sites: Sequence[Site], choices: Choices, blocks: Seque
     Raises what `arrowhead.search` raises.
     """
     wanted = {*sites, *blocks}
-    model = find(driver.pipe, {site.kind for site in wanted}).only(lambda site: site in wanted)
+    model = find(driver.pipe, {site.kind for site in wanted}).filtered(lambda site: site in wanted)
     seconds: dict[tuple[Shape, Cell | Residual], list[float]] = defaultdict(list)
     whole: list[float] = []
     timing = False  # a site, or a block with the sites within it
@@ -44,7 +45,7 @@ def timed(driver: Driver, sites: Sequence[Site], choices: Choices, blocks: Seque
     def at_site(call: SiteCall, state: Generation) -> Output:
         nonlocal timing
         if not timing:
-            state.stats.record_pass(call.site, FULL, state.tokens)
+            SitePass.full(call, state).record_pass()
             if (shape_of(call.site), FULL) not in seconds:
                 timing = True
                 _time_site(call, state, choices, seconds)
@@ -78,14 +79,14 @@ def _time_site(
         choices = replace(choices, radii=(), precisions=())
     radii = choices.radii
     both = tuple(Residual(radius, FOREVER, conditional_only=False) for radius in radii)
-    execute_site(call, FULL, Writes(FOREVER, both), own)
+    execute_site(call, own.prepared(call.site, FULL, Writes(FOREVER, both)), own)
     if choices.slopes:
         own.advance(own.tokens)
-        execute_site(call, FULL, Writes(FOREVER, slope_until=FOREVER), own)
+        execute_site(call, own.prepared(call.site, FULL, Writes(FOREVER, slope_until=FOREVER)), own)
         own.advance(own.tokens)
     for counted in [False] + [True] * ROUNDS:
         for what, cell, writes in _timings(choices):
-            spent = _seconds(lambda cell=cell, writes=writes: execute_site(call, cell, writes, own))  # type: ignore[misc]
+            spent = _seconds(partial(execute_site, call, own.prepared(call.site, cell, writes), own))
             if counted:
                 seconds[shape_of(call.site), what].append(spent)
 

@@ -1,0 +1,150 @@
+"""Makes sites of a transformer's modules: which modules are sites, and which sizes they have."""
+
+import re
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
+from typing import Any, Literal
+
+from torch import nn
+
+from arrowhead.errors import UnsupportedPipeline
+from arrowhead.models.custom import Attention
+from arrowhead.models.family import Family
+from arrowhead.models.head_separation import can_project_heads_separately
+from arrowhead.plans.layout import ALL_KINDS, Kind, Site
+from arrowhead.upstream import named_modules
+
+
+def sites_in(family: Family, root: nn.Module, kinds: Collection[Kind], prefix: str = "") -> Iterator[tuple[Site, nn.Module]]:
+    """The sites of these kinds in a module, in the order of its modules: blocks before their parts. `prefix` is its path."""
+    makers: dict[Kind, tuple[str, Callable[[Family, str, Any], Site]]] = {
+        "self_attention": (family.site_pattern, _self_attention),
+        "cross_attention": (family.cross_pattern, _cross_attention),
+        "feed_forward": (family.feed_forward_pattern, _feed_forward),
+        "block": (family.block_pattern, _block),
+    }
+    for inner, module in named_modules(root):
+        path = f"{prefix}{inner}"
+        for kind, (pattern, make) in makers.items():
+            if kind in kinds and re.fullmatch(pattern, path):
+                yield make(family, path, module), module
+
+
+def custom_attention_site(family: Family, path: str, module: nn.Module, attention: Attention) -> Site:
+    """The site of a custom model's attention module; all its linear layers together are taken for Q, K, V and output.
+
+    Raises:
+        UnsupportedPipeline: the linear layers are no four projections of heads, or the number of heads is not known.
+    """
+    if attention.replacement_forward() is None and hasattr(module, "processor") and hasattr(module, "to_q"):
+        return replace(_self_attention(family, path, module), joint=attention.joint, over=attention.over)
+    linears = [*_linears(module).values()]
+    heads = attention.head_count(module)
+    channels = attention.channels or (linears[0].in_features if linears else 0)
+    head_dim = attention.head_dim
+    if head_dim is None and channels:
+        head_dim, rest = divmod(sum(map(_size, linears)), 4 * channels * heads)
+        head_dim = 0 if rest else head_dim
+    if not channels or not head_dim:
+        raise UnsupportedPipeline(
+            f"{path}: got linear layers of a {type(module).__name__} that are not those of Q, K, V and output for {heads} "
+            "heads; wanted them, or arrowhead.Attention(head_dim=..., channels=...)"
+        )
+    return Site(path, heads, head_dim, channels, joint=attention.joint, separable_heads=False, over=attention.over)
+
+
+def _self_attention(family: Family, path: str, module: Any) -> Site:
+    joint = bool(re.fullmatch(family.joint_pattern, path))
+    if (fused := getattr(module, "to_qkv_mlp_proj", None)) is not None:  # FLUX.2: Q, K, V and the feed-forward in one layer
+        channels, width = fused.in_features, module.heads * module.head_dim
+        weights = _size(fused) + _size(module.to_out) - 4 * channels * width
+        return Site(path, module.heads, module.head_dim, channels, joint, separable_heads=False, weights=weights)
+    channels, text_projection = module.to_q.in_features, getattr(module, "add_k_proj", None) if joint else None
+    head_dim = module.to_q.out_features // module.heads
+    kv_heads = module.to_k.out_features // head_dim
+    text_channels = channels if text_projection is None else text_projection.in_features
+    return Site(
+        path,
+        heads=module.heads,
+        head_dim=head_dim,
+        channels=channels,
+        joint=joint,
+        projects_out=_projects_out(module),
+        separable_heads=family.separable_heads and can_project_heads_separately(module),
+        kv_heads=None if kv_heads == module.heads else kv_heads,
+        over=family.over,
+        text_channels=0 if text_channels == channels else text_channels,
+        by_sample=family.by_sample,
+    )
+
+
+def _projects_out(module: Any) -> Literal["all", "visual", "none"]:
+    if getattr(module, "pre_only", False):
+        return "none"
+    return "visual" if getattr(module, "context_pre_only", False) else "all"
+
+
+def _cross_attention(_: Family, path: str, module: Any) -> Site:
+    image_weights = _size(module.to_q) + _size(module.to_out[0])
+    text_weights = _size(module.to_k) + _size(module.to_v)
+    return Site(
+        path,
+        heads=1,
+        head_dim=module.to_q.out_features,
+        channels=module.to_q.in_features,
+        separable_heads=False,
+        kind="cross_attention",
+        weights=image_weights,
+        text_weights=text_weights,
+    )
+
+
+def _feed_forward(family: Family, path: str, module: nn.Module) -> Site:
+    linears = [*_linears(module).values()]
+    if not linears:
+        raise UnsupportedPipeline(
+            f"{path}: got a {type(module).__name__} without linear layers for a feed-forward; wanted a pattern for "
+            "feed-forwards alone"
+        )
+    channels, weights = linears[0].in_features, sum(map(_size, linears))
+    joint = bool(re.fullmatch(family.joint_pattern, path))
+    return Site(path, 1, channels, channels, joint, separable_heads=False, kind="feed_forward", weights=weights)
+
+
+def _block(family: Family, path: str, module: Any) -> Site:
+    """A block: its weights are those that multiply tokens outside of its sites, without layers that run once for a sample."""
+    within = tuple(site for site, _ in sites_in(family, module, ALL_KINDS - {"block"}, f"{path}."))
+    elsewhere = tuple(f"{site.path}." for site in within)
+    sizes = {
+        name: _size(layer)
+        for name, layer in _linears(module).items()
+        if not (re.fullmatch(family.per_sample_pattern, name) or f"{path}.{name}".startswith(elsewhere))
+    }
+    text_weights = sum(size for name, size in sizes.items() if re.fullmatch(family.text_pattern, name))
+    returns_text = not getattr(module, "context_pre_only", False)  # SD3's last block returns the image alone
+    return Site(
+        path,
+        heads=1,
+        head_dim=within[0].channels,
+        channels=within[0].channels,
+        joint=any(site.joint for site in within) and returns_text,
+        separable_heads=False,
+        kind="block",
+        weights=sum(sizes.values()) - text_weights,
+        text_weights=text_weights,
+        within=within,
+    )
+
+
+def _linears(module: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers within a module, by their paths, without those of a LoRA.
+
+    peft wraps a layer as `base_layer` and puts the LoRA's layers beside it. Sizes do not depend on them, so that a plan fits
+    with and without a LoRA; the FLOPs of a LoRA count, if at all, as outside of all sites.
+    """
+    found = {path: layer for path, layer in named_modules(module) if isinstance(layer, nn.Linear)}
+    return {path.removesuffix(".base_layer"): layer for path, layer in found.items() if ".lora_" not in path}
+
+
+def _size(linear: nn.Linear) -> int:
+    return linear.in_features * linear.out_features

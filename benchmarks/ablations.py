@@ -53,7 +53,7 @@ def local(pipe: Any, case: budget.Case) -> ah.Table:
         table = calibrated(gradients=False)(pipe, case)
     finally:
         SiteProbes.fitted = own  # type: ignore[method-assign]
-    return replace(table, gains=(1.0,) * table.steps)
+    return replace(table, sampler_gains=(1.0,) * table.steps)
 
 
 TABLES: dict[str, Calibrated] = {

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import arrowhead as ah
 from arrowhead.calibration.driver import driver_of
-from arrowhead.searches.budget.solver.problem import Granularity
+from arrowhead.searches.budget.config import Granularity
 from arrowhead.searches.budget.validation import errors_of
 from arrowhead.versions import versions
 

@@ -37,7 +37,7 @@ from torch import Tensor
 
 import arrowhead as ah
 from arrowhead.metrics.images import psnr, ssim
-from arrowhead.searches.budget.sensitivity.recorder import flop_counter
+from arrowhead.searches.budget.sensitivity.outside_flops import flop_counter
 from arrowhead.versions import versions
 
 IMAGES = 64

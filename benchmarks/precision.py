@@ -20,7 +20,7 @@ from tqdm import tqdm
 import arrowhead as ah
 from arrowhead.calibration.driver import driver_of
 from arrowhead.plans.cells import FULL, Attend, Full
-from arrowhead.searches.budget.solver.problem import Granularity
+from arrowhead.searches.budget.config import Granularity
 from arrowhead.searches.budget.validation import errors_of, measured_seconds
 from arrowhead.versions import versions
 

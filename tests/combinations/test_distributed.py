@@ -185,7 +185,7 @@ def check(results, asked):
             assert torch.equal(mine.residuals, other.residuals)
             torch.testing.assert_close(mine.outputs, wanted.outputs, rtol=1e-4, atol=1e-6 * wanted.outputs.abs().max().item())
             torch.testing.assert_close(mine.residuals, wanted.residuals, rtol=1e-4, atol=1e-6)
-            for field in ("gains", "answers", "final", "other_flops"):
+            for field in ("sampler_gains", "model_feedback", "final", "other_flops"):
                 assert getattr(mine, field) == getattr(other, field)
                 assert getattr(mine, field) == pytest.approx(getattr(wanted, field), rel=1e-4)
             assert (mine.images, mine.regions, mine.target) == (wanted.images, wanted.regions, wanted.target)

@@ -16,8 +16,9 @@ from arrowhead.models.model import target_of
 from arrowhead.plans.plan import Plan
 from arrowhead.searches.budget.config import PRESETS, Budget, Extent
 from arrowhead.searches.budget.sensitivity.recording import Recording, record, sites_of
+from arrowhead.searches.budget.sensitivity.site_history import held_elements
 from arrowhead.searches.budget.sensitivity.table import Table
-from arrowhead.searches.budget.solver.problem import group_size
+from arrowhead.searches.budget.solver.head_groups import group_size
 from arrowhead.searches.budget.solver.solution import solve, sweep, with_provenance
 from arrowhead.searches.budget.validation import corrected, fast_enough, within_error
 from arrowhead.searches.settings import require_a
@@ -78,7 +79,7 @@ def calibration_bytes(
     calibration.run(lambda _: None, first_only=True)
     # weights may be kept in a smaller dtype than the one that computes
     dtype = getattr(model.transformer, "dtype", next(model.transformer.parameters()).dtype)
-    return extent.held(model.sites, calibration.tokens) * calibration.rows * dtype.itemsize
+    return held_elements(extent, model.sites, calibration.tokens) * calibration.rows * dtype.itemsize
 
 
 def _extent(extent: Extent | None) -> Extent:

@@ -28,8 +28,8 @@ from arrowhead.plans.plan import Plan
 from arrowhead.searches.budget.config import Budget
 from arrowhead.searches.budget.sensitivity.recording import Recording
 from arrowhead.searches.budget.sensitivity.table import Table
-from arrowhead.searches.budget.solver.allocation import Allocation, Infeasible, within_cost, within_damage
-from arrowhead.searches.budget.solver.problem import Problem
+from arrowhead.searches.budget.solver.allocation import Allocation, Infeasible, within_cost, within_predicted_error
+from arrowhead.searches.budget.solver.problem import Problem, choices_of, problem_of
 from arrowhead.searches.budget.solver.solution import plan_of, short, with_provenance, within
 from arrowhead.searches.budget.solver.timing import timed
 
@@ -131,7 +131,7 @@ def within_error(driver: Driver, budget: Budget, recording: Recording) -> Plan:
     best: tuple[Candidate, Plan] | None = None
     generations = 0
     for granularity in budget.granularities:
-        problem = replace(budget, granularity=granularity).problem(recording.table)
+        problem = problem_of(replace(budget, granularity=granularity), recording.table)
 
         def measure(allocation: Allocation, problem: Problem = problem) -> float:
             return measured_errors(driver, plan_of(problem, budget, allocation), recording.final).error
@@ -160,10 +160,10 @@ def cheapest_within(error: float, problem: Problem, measure: Callable[[Allocatio
     tried: list[Candidate] = []
     limit = error
     while True:
-        allocation = within_damage(problem, min(limit, LARGEST) ** 2)
+        allocation = within_predicted_error(problem, min(limit, LARGEST) ** 2)
         if any(allocation.columns == known.allocation.columns for known in tried):
             break  # nothing lies between, or nothing is cheaper
-        tried.append(Candidate(allocation, allocation.damage**0.5, measure(allocation)))
+        tried.append(Candidate(allocation, allocation.error**0.5, measure(allocation)))
         best = _cheapest(tried, error)
         if best and (len(tried) >= TRIES or best.measured >= CLOSE * error):
             break
@@ -202,7 +202,7 @@ def _untouched(problem: Problem) -> Candidate:
 
 def _least_cost(problem: Problem) -> float:
     """The smallest cost budget that a problem has a solution for."""
-    return float(problem.offer(problem.dear).cost.sum()) + problem.fixed
+    return float(problem.offer(problem.multiplier_of_least_cost).cost.sum()) + problem.fixed
 
 
 # Budgets of FLOPs, and of a speedup
@@ -221,7 +221,7 @@ def corrected(
     refused: InputsInvalid | None = None
 
     def attempt(feedback: float, variant: Budget) -> None:
-        plan = with_provenance(solved(table.answering(feedback), variant), feedback=feedback)
+        plan = with_provenance(solved(table.with_feedback(feedback), variant), feedback=feedback)
         if not any(plan.cells == other.cells and plan.target == other.target for _, other, _ in tried):
             found = measured_errors(driver, plan, recording.final)
             plan = with_provenance(plan, measured_error=short(found.error), measured_detail=short(found.detail))
@@ -247,10 +247,10 @@ def corrected(
 def fast_enough(driver: Driver, budget: Budget, recording: Recording) -> Plan:
     """The plan for a speedup: cells are timed, then plans solved and corrected; the kept one is timed against no plan."""
     table = recording.table
-    seconds = timed(driver, table.target.sites, budget.choices(table), table.blocks)
+    seconds = timed(driver, table.target.sites, choices_of(budget, table), table.blocks)
 
     def solved(table: Table, budget: Budget) -> Plan:
-        problem = budget.problem(table, seconds)
+        problem = problem_of(budget, table, seconds)
         found = within(problem, budget)
         return with_provenance(plan_of(problem, budget, found), predicted_speedup=short(1 / (found.cost + problem.fixed)))
 

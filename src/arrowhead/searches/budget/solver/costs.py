@@ -1,46 +1,39 @@
 """What is counted as cost: FLOPs in closed form, or seconds measured on this device side by side with full attention."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-import torch
-
-from arrowhead.calibration.run import CalibrationRun
-from arrowhead.engine.cache import Output
-from arrowhead.engine.execute_site import SitePass, execute_site
-from arrowhead.engine.generation import Generation
-from arrowhead.engine.site_calls import SiteCall
-from arrowhead.engine.stats import Stats
-from arrowhead.errors import NotIntercepted
-from arrowhead.models.find import find
-from arrowhead.plans.cells import AST, EXTRAPOLATE, FULL, Arrow, Attend, Cell, Full, Radius, extrapolates
+from arrowhead.plans.cells import EXTRAPOLATE, Attend, Cell, Radius, extrapolates
 from arrowhead.plans.flops import site_flops
-from arrowhead.plans.layout import Site, Tokens, outermost
-from arrowhead.plans.lifetimes import FOREVER, Residual, Writes
-from arrowhead.searches.budget.solver.states import Choices
+from arrowhead.plans.layout import Site, Tokens
+from arrowhead.plans.lifetimes import Writes
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
-    from diffusers import DiffusionPipeline
+    pass
 
 Measure = Literal["attention", "module", "transformer"]
 ROUNDS = 5
 
 
 class Costs(Protocol):
-    """Costs of one step: of a site under a cell, and of all that lies outside of the sites."""
+    """The costs of one step: of a site that runs a cell, and of everything outside of the sites."""
 
     @property
     def other(self) -> float:
-        """What no cell changes."""
+        """The cost outside of the sites, which no cell changes."""
 
     def of(self, site: Site, cell: Cell, writes: Writes) -> float:
-        """A site's."""
+        """The cost of a site that runs this cell and writes this."""
 
 
 @dataclass(frozen=True)
 class FlopCosts:
-    """FLOPs of one image, of attention's matmuls alone, or of whole modules; of the `transformer`: with `outside`."""
+    """FLOPs of one image in one step.
+
+    The `measure` says which ones: those of attention's two matmuls, of whole modules, or of the transformer, which are those of
+    whole modules and `outside` of them.
+    """
 
     measure: Measure
     tokens: Tokens
@@ -49,11 +42,11 @@ class FlopCosts:
 
     @property
     def other(self) -> float:
-        """What the transformer multiplies outside of the sites."""
+        """FLOPs of the transformer outside of the sites."""
         return self.outside if self.measure == "transformer" else 0.0
 
     def of(self, site: Site, cell: Cell, writes: Writes) -> float:
-        """In closed form, see `cost.site_flops`."""
+        """FLOPs in closed form, see `plans.flops.site_flops`."""
         flops = site_flops(site, self.tokens, cell, writes, self.samples)
         return flops.attention if self.measure == "attention" else flops.module
 
@@ -64,9 +57,11 @@ Shape = Site
 
 @dataclass(frozen=True)
 class SecondCosts:
-    """Seconds of one step with the inputs that were timed: cells, residuals made (radius, for one branch alone), and other.
+    """Measured seconds of one step, with the inputs that were timed.
 
-    A difference of two outputs, which lines need, is a matter of two passes over them, and left out.
+    `cells` are the seconds of a cell at a site of this shape, `residuals` those that making a residual adds (by its radius, and
+    whether for the conditional branch alone), `other` those outside of the sites. The slope that a computed output stores for
+    later extrapolation takes one pass over two outputs, and is left out.
     """
 
     cells: Mapping[tuple[Shape, Cell], float]
@@ -74,7 +69,7 @@ class SecondCosts:
     other: float
 
     def of(self, site: Site, cell: Cell, writes: Writes) -> float:
-        """As measured at the first site of its shape."""
+        """Seconds as measured at the first site of its shape."""
         shape, shared = shape_of(site), isinstance(cell, Attend) and cell.share_cfg
         cell = EXTRAPOLATE if extrapolates(cell) else cell  # the slope's size makes no difference
         made = sum(self.residuals[shape, r.radius, r.conditional_only or shared] for r in writes.residuals)

@@ -1,4 +1,4 @@
-"""Everything that is written is written completely or not at all: on full disks, in read-only folders, and by killed programs."""
+"""All files are written completely or not at all: on full disks, in read-only folders, and by killed programs."""
 
 import json
 import os

@@ -210,7 +210,7 @@ def show(
     if png is not None:
         from arrowhead.analysis.draw import (
             head_map,
-            plan_map,  # matplotlib
+            plan_map,  # noqa: PLC0415  # matplotlib
         )
 
         if site is None:

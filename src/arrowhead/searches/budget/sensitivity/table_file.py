@@ -64,6 +64,7 @@ def read_table(path: str | Path) -> dict[str, Any]:
     Raises:
         InputsInvalid: the file is no such table, or contradicts itself.
     """
+    unsound = f"{path} is no sound table; wanted a file that Table.save wrote."
     try:
         with safe_open(path, "pt") as file:
             content = (file.metadata() or {}).get("arrowhead", "{}")
@@ -81,7 +82,7 @@ def read_table(path: str | Path) -> dict[str, Any]:
     except ValueError as error:
         fault = str(error)
     if fault:
-        raise InputsInvalid(f"{path} is no sound table; wanted a file that Table.save wrote. {fault}")
+        raise InputsInvalid(f"{unsound} {fault}")
     fields = {name: getattr(header, name) for name in _Header.model_fields if name != "format"}
     return fields | {name: tensors[key] for name, key in TENSORS.items() if key in tensors}
 

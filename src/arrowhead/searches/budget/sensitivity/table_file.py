@@ -73,9 +73,7 @@ def read_table(path: str | Path) -> dict[str, Any]:
             header = _Header.model_validate_json(content, strict=True)
             tensors = {key: file.get_tensor(key) for key in _stored_tensors(header.precisions).values()}
     except (OSError, SafetensorError, ValueError) as error:  # a ValidationError is a ValueError
-        raise InputsInvalid(
-            f"{path} is no sound table; wanted a file that Table.save wrote. {limits.shortened(error)}"
-        ) from error
+        raise InputsInvalid(f"{unsound} {limits.shortened(error)}") from error
     try:
         fault = next(_faults(header, tensors), None)
         limits.require_sizes(len(header.sampler_gains), header.tokens, (*header.target.sites, *header.blocks))

@@ -10,7 +10,6 @@ from arrowhead.plans.layout import Site, Tokens
 from arrowhead.plans.lifetimes import Writes
 
 Measure = Literal["attention", "module", "transformer"]
-ROUNDS = 5
 
 
 class Costs(Protocol):

@@ -214,7 +214,7 @@ class _AttentionOnce:
 
 @dataclass(slots=True)
 class ForwardSiteCall(AttentionSiteCall):
-    """One call of an attention module without a processor. `original` is its forward, and `hooked` that with hooked attention."""
+    """One call of an attention module without a processor. `original` is its forward, `hooked` that with hooked attention."""
 
     hooked: Callable[..., Output]
 

@@ -137,10 +137,7 @@ class Setting:
     def _recorded(self) -> list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]:
         """The arguments that each site is called with."""
         calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
-        hooks = [
-            site.register_forward_pre_hook(lambda *call: calls.append(call), with_kwargs=True)
-            for site in self._sites
-        ]
+        hooks = [site.register_forward_pre_hook(lambda *call: calls.append(call), with_kwargs=True) for site in self._sites]
         self.pipe.transformer(**inputs())
         for hook in hooks:
             hook.remove()

@@ -230,7 +230,7 @@ def test_a_header_that_lacks_something(name, tmp_path):
     assert is_refused(tmp_path / "table")
 
 
-WITHIN = TypeAdapter(Site).dump_python(synthetic(0).target.sites[0], mode="json")
+WITHIN = TypeAdapter(Site).dump_python(synthetic(0).target.sites[0], mode="json", by_alias=True)
 BLOCK = WITHIN | {"path": "blocks.0", "heads": 1, "kind": "block", "within": [WITHIN]}
 SENSELESS = {
     "another format": {"format": 2},

@@ -203,13 +203,13 @@ def test_shards(text):
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 7))
 def test_shards_share_all_images_without_overlap(images, batch, count):
     batches = Request.of(LABELS, images - images % 2 or 2, batch=batch).batches
-    taken = [image for i in range(count) for part in Shard(i, count).of(batches) for image in part]
+    taken = [image for i in range(count) for part in Shard(i, count).share(batches) for image in part]
     assert sorted(taken) == list(range(images - images % 2 or 2))
 
 
 def test_a_launched_process_knows_its_shard():
-    assert Shard.launched({}) == Shard()
-    assert Shard.launched({"RANK": "1", "WORLD_SIZE": "4"}) == Shard(1, 4, waits=True)
+    assert Shard.from_environment({}) == Shard()
+    assert Shard.from_environment({"RANK": "1", "WORLD_SIZE": "4"}) == Shard(1, 4, waits=True)
 
 
 words = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1, max_size=9)

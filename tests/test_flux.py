@@ -139,7 +139,7 @@ def test_full_plans_change_nothing(bench, true_cfg):
     untouched, dispatch = trace(bench, bench.inputs(true_cfg=true_cfg)), FLUX.dispatch_attention_fn
     with left_as_it_was(bench, true_cfg=true_cfg):
         with ah.applied(bench.pipe, full):
-            assert FLUX.dispatch_attention_fn is not dispatch
+            assert FLUX.dispatch_attention_fn is dispatch  # a plan changes no name of a module
             assert_identical(trace(bench, bench.inputs(true_cfg=true_cfg)), untouched)
         assert FLUX.dispatch_attention_fn is dispatch
 

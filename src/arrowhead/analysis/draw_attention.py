@@ -123,7 +123,7 @@ def similarity(analysis: Analysis) -> Figure:
         for ticks in (axis.xaxis, axis.yaxis):
             ticks.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, ax=axes).set_label("cosine similarity")
-    no_guidance = "" if analysis.guided else "\n(without guidance there is only one branch)"
+    no_guidance = "" if analysis.guided else "\n(no guidance: there is only one branch)"
     figure.suptitle(f"How alike a site's outputs are{no_guidance}", x=0.01, ha="left", fontsize=11)
     return figure
 

@@ -110,6 +110,7 @@ def applied(
 
 
 def _run_on(pipe: Any) -> Run | None:
+    """The run of the plan on a pipeline or a custom model; None where there is no plan."""
     if isinstance(pipe, nn.Module):
         return getattr(uncompiled(pipe).forward, "arrowhead_run", None)
     return getattr(type(pipe), "_arrowhead_run", None)

@@ -66,7 +66,7 @@ class Run:
         model.pipe.__class__ = _applied_class(self._pipeline_class, self)
 
     def step(self, index: int) -> None:
-        """In a loop of one's own, say that a step begins, see `OwnRun`.
+        """Announce that a step begins; for loops of custom models alone, see `CustomRun`.
 
         Raises:
             ArrowheadError: it is a pipeline's run.

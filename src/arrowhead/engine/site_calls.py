@@ -130,7 +130,7 @@ class AttentionSiteCall(SiteCall):
         once for all rows, padded and masked, where the module calls attention for each sample by itself.
 
         Raises:
-            NotIntercepted: the processor computed attention in a way that is not routed.
+            NotIntercepted: the processor computed attention in a way that is not hooked.
         """
         if self.site.by_sample:
             return self._by_sample(answer, range(self.batch)[rows or slice(None)])
@@ -214,20 +214,20 @@ class _AttentionOnce:
 
 @dataclass(slots=True)
 class ForwardSiteCall(AttentionSiteCall):
-    """One call of an attention module without a processor; `original` is its forward, `routed` that with attention routed."""
+    """One call of an attention module without a processor. `original` is its forward, `hooked` that with hooked attention."""
 
-    routed: Callable[..., Output]
+    hooked: Callable[..., Output]
 
     _first: ClassVar[int] = 0
     _wanted: ClassVar[str] = "a module that does; give arrowhead.Attention a forward that calls its `attend`"
 
     def native(self, rows: slice | None = None) -> Output:
-        """Bit for bit, though `routed` may multiply in another order."""
+        """Bit for bit, though `hooked` may multiply in another order."""
         args, kwargs = self._of_rows(rows)
         return self.original(*args, **kwargs)
 
     def _attend(self, args: Any, kwargs: Any) -> Output:
-        return self.routed(*args, **kwargs)
+        return self.hooked(*args, **kwargs)
 
     @property
     def _processor(self) -> str:

@@ -65,6 +65,7 @@ def read_table(path: str | Path) -> dict[str, Any]:
     Raises:
         InputsInvalid: the file is no such table, or contradicts itself.
     """
+    unsound = f"{path} is no sound table; wanted a file that Table.save wrote."
     try:
         with safe_open(path, "pt") as file:
             content = (file.metadata() or {}).get("arrowhead", "{}")
@@ -73,16 +74,14 @@ def read_table(path: str | Path) -> dict[str, Any]:
             header = _Header.model_validate_json(content, strict=True)
             tensors = {key: file.get_tensor(key) for key in _stored_tensors(header.precisions).values()}
     except (OSError, SafetensorError, ValueError) as error:  # a ValidationError is a ValueError
-        raise InputsInvalid(
-            f"{path} is no sound table; wanted a file that Table.save wrote. {limits.shortened(error)}"
-        ) from error
+        raise InputsInvalid(f"{unsound} {limits.shortened(error)}") from error
     try:
         fault = next(_faults(header, tensors), None)
         limits.require_sizes(len(header.sampler_gains), header.tokens, (*header.target.sites, *header.blocks))
     except ValueError as error:
         fault = str(error)
     if fault:
-        raise InputsInvalid(f"{path} is no sound table; wanted a file that Table.save wrote. {fault}")
+        raise InputsInvalid(f"{unsound} {fault}")
     fields = {name: getattr(header, name) for name in _Header.model_fields if name != "format"}
     return fields | {name: tensors[key] for name, key in TENSORS.items() if key in tensors}
 

@@ -2,18 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
 from arrowhead.plans.cells import EXTRAPOLATE, Attend, Cell, Radius, extrapolates
 from arrowhead.plans.flops import site_flops
 from arrowhead.plans.layout import Site, Tokens
 from arrowhead.plans.lifetimes import Writes
 
-if TYPE_CHECKING:  # diffusers takes seconds to import
-    pass
-
 Measure = Literal["attention", "module", "transformer"]
-ROUNDS = 5
 
 
 class Costs(Protocol):

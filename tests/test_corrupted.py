@@ -181,6 +181,11 @@ class TestPlans:
         with pytest.raises(PlanInvalid, match=r"got a folder.*wanted a file"):
             Plan.load(tmp_path)
 
+    @pytest.mark.parametrize("path", ["x" * 300, "/dev/null/plan", "a\0b"])
+    def test_paths_that_cannot_be_read(self, path):
+        with pytest.raises(PlanInvalid, match=r"wanted a file"):
+            Plan.load(path)
+
 
 def sound(steps=2, sites=1, heads=2):
     site = [Site(f"blocks.{i}", heads, 8, 16) for i in range(sites)]
@@ -455,6 +460,11 @@ class TestAnalyses:
         saved.write_bytes(content[:place] + bytes([content[place] | 1]) + content[place + 1 :])
         with pytest.raises(InputsInvalid, match=r"encrypted.*wanted an npz"):
             ah.Analysis.load(saved)
+
+    @pytest.mark.parametrize("path", ["/dev/zero", "/", "nowhere", "a\0b", "x" * 300])
+    def test_paths_that_are_no_files(self, path):
+        with pytest.raises(InputsInvalid, match="wanted an npz"):
+            ah.Analysis.load(path)
 
     def test_objects_are_not_unpickled(self, saved, tmp_path):
         stream = io.BytesIO()

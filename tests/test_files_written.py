@@ -103,7 +103,7 @@ def test_a_device_that_is_full():
     assert Path("/dev/null").is_char_device()
 
 
-@pytest.mark.parametrize("name", ["", "file/plan.json", "nowhere/plan.json", "x" * 300, "folder"])
+@pytest.mark.parametrize("name", ["", "file/plan.json", "nowhere/plan.json", "x" * 300, "folder", "a\0b"])
 def test_paths_that_are_none(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()

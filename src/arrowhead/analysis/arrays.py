@@ -164,6 +164,8 @@ class Analysis:
             InputsInvalid: the file cannot be read, or is no analysis.
         """
         try:
+            if not Path(path).is_file():
+                raise ValueError("no such file")  # a device may have no end, which zipfile looks for
             with zipfile.ZipFile(path) as file:
                 arrays = {name: limits.parse_npy(content, name) for name, content in _members(file)}
             text = str(arrays.pop("meta")[()])

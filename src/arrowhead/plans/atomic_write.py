@@ -26,6 +26,8 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
         FileUnwritable: the file, or its folder, cannot be written, or the disk is full.
     """
     try:
+        if "\0" in str(path):
+            raise OSError(errno.EINVAL, "a NUL character in the name")
         target = Path(os.path.realpath(path))
         if target.exists() and not target.is_file():
             with target.open("wb") as file:

@@ -255,13 +255,15 @@ class Plan:
         """Read a plan that `save` wrote, in this version or an earlier one (formats 2, 3 and 4).
 
         Raises:
-            PlanInvalid: the file is not JSON, not a plan, of an unknown format, contradicts itself, or is larger than any real
-                plan (see `limits.py`).
-            OSError: the file is not there, or may not be read.
+            PlanInvalid: the file cannot be read, is not JSON, not a plan, of an unknown format, contradicts itself, or is larger
+                than any real plan (see `limits.py`).
+            FileNotFoundError: the file is not there.
         """
         try:
             return cls(**file_format.read(limits.read_bytes(path)))
-        except ValueError as error:  # also pydantic's ValidationError, and PlanInvalid
+        except FileNotFoundError:
+            raise
+        except (OSError, ValueError) as error:  # also pydantic's ValidationError, and PlanInvalid
             reason = limits.shortened(error)
             raise PlanInvalid(f"{path} is no sound plan: {reason}; wanted a file that Plan.save wrote") from error
 

@@ -255,8 +255,8 @@ class Plan:
         """Read a plan that `save` wrote, in this version or an earlier one (formats 2, 3 and 4).
 
         Raises:
-            PlanInvalid: the file cannot be read, is not JSON, not a plan, of an unknown format, contradicts itself, or is larger
-                than any real plan (see `limits.py`).
+            PlanInvalid: the file cannot be read, is not JSON, not a plan, of an unknown format, contradicts itself, or is
+                larger than any real plan (see `limits.py`).
             FileNotFoundError: the file is not there.
         """
         try:

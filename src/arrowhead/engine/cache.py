@@ -87,7 +87,8 @@ class Cache:
             NotIntercepted: nothing was stored.
         """
         (entry,) = self._stored(key, step)
-        self._free(key, step)
+        if entry.last_reader <= step:
+            self.drop(key)
         return self._branch(entry, conditional=conditional)
 
     def age(self, key: Key, step: int) -> int:
@@ -195,13 +196,13 @@ def encode_output(value: Output, head_dim: int, encoding: CacheEncoding = NATIVE
 
 def decode_output(value: EncodedOutput, half: Branches | None = None) -> Output:
     """What was kept; of the conditional branch alone, where branches are given."""
-    if isinstance(value, tuple):
-        return tuple(None if part is None else _decode(part, half) for part in value)
+    if isinstance(value, tuple):  # lists are made quicker than generators run
+        return tuple([None if part is None else _decode(part, half) for part in value])
     return _decode(value, half)
 
 
 def _decode(part: EncodedTensor, half: Branches | None) -> Tensor:
-    return (part if half is None else part.rows(half.conditional(part.values.shape[0]))).read()
+    return part.read() if half is None else part.rows(half.conditional(part.values.shape[0])).read()
 
 
 def map_output(value: Output, change: Callable[[Tensor], Tensor]) -> Output:
@@ -213,7 +214,7 @@ def add_scaled(value: Output, other: Output, weight: float) -> Output:
     """`value` + weight · `other`, of outputs of one form."""
     if isinstance(value, tuple):
         pairs = zip(value, other, strict=True)
-        return tuple(None if a is None or b is None else torch.add(a, b, alpha=weight) for a, b in pairs)
+        return tuple([None if a is None or b is None else torch.add(a, b, alpha=weight) for a, b in pairs])
     assert isinstance(other, Tensor)
     return torch.add(value, other, alpha=weight)
 

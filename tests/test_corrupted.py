@@ -2,13 +2,16 @@
 
 import io
 import json
+import struct
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from budget import synthetic
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -17,8 +20,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import arrowhead as ah
+from arrowhead.analysis import arrays
 from arrowhead.analysis.arrays import AttentionMap
 from arrowhead.errors import InputsInvalid, PlanInvalid
+from arrowhead.evaluation.request import captions
+from arrowhead.evaluation.results import Cost
+from arrowhead.evaluation.work_folder import SettingFolder, open_work, read_image, store_array
 from arrowhead.plans import limits
 from arrowhead.plans.cells import FULL
 from arrowhead.plans.layout import Site, Tokens
@@ -75,6 +82,33 @@ def mutated(draw, document):
     return json.dumps(document)
 
 
+ENCODINGS = ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-8-sig", "utf-7", "cp037")
+
+
+@st.composite
+def broken(draw, content):
+    """Bytes that are others, missing, more, or in another encoding; NUL bytes; values within values without end."""
+    how = draw(st.sampled_from(["bytes", "cut", "encoding", "NUL", "deep", "number", "empty"]))
+    if how == "bytes":
+        found = bytearray(content)
+        for _ in range(draw(st.integers(1, 4))):
+            place = draw(st.integers(0, len(found) - 1))
+            found[place : place + draw(st.integers(0, 3))] = draw(st.binary(max_size=3))
+            found += b"x" * (not found)
+        return bytes(found)
+    if how == "cut":
+        return content[: draw(st.integers(0, len(content) - 1))]
+    if how == "encoding":
+        return content.decode("latin-1").encode(draw(st.sampled_from(ENCODINGS)))
+    if how == "NUL":
+        place = draw(st.integers(0, len(content)))
+        return content[:place] + bytes(draw(st.sampled_from([1, 7, 5000]))) + content[place:]
+    if how == "deep":
+        depth = draw(st.sampled_from([10, 900, 1000, 100_000]))
+        return draw(st.sampled_from([b"[", b'{"a":'])) * depth
+    return b"1" * 5000 if how == "number" else b""
+
+
 def is_sound(plan, tmp_path):
     """It can be counted, written, and read again as it is."""
     plan.flops(), plan.count(), plan.count_heads(), plan.cache_bytes()
@@ -121,6 +155,12 @@ class TestPlans:
         (tmp_path / "plan").write_bytes(data)
         with pytest.raises(PlanInvalid, match=r"wanted"):
             Plan.load(tmp_path / "plan")
+
+    @some
+    @given(plan=plans(), data=st.data())
+    def test_other_encodings_and_depths(self, plan, data, tmp_path):
+        (tmp_path / "plan").write_bytes(data.draw(broken(plan.text().encode())))
+        read_or_refused(tmp_path / "plan", tmp_path)
 
     @pytest.mark.parametrize("key", ["tokens", "cells", "does", "path", "about"])
     def test_a_key_that_comes_twice(self, key, tmp_path):
@@ -361,6 +401,61 @@ class TestAnalyses:
         with pytest.raises(InputsInvalid, match="wanted"):
             ah.Analysis.load(tmp_path / "changed")
 
+    def refused_in_bounds(self, path, match):
+        """It takes no more memory than the file has, and a little."""
+        assert path.stat().st_size < 2**18
+        tracemalloc.start()
+        try:
+            with pytest.raises(InputsInvalid, match=match):
+                ah.Analysis.load(path)
+            assert tracemalloc.get_traced_memory()[1] < 2**22
+        finally:
+            tracemalloc.stop()
+
+    def added(self, saved, name, content, kind=zipfile.ZIP_DEFLATED):
+        with zipfile.ZipFile(saved, "a") as file:
+            file.writestr(zipfile.ZipInfo(name), content, kind)
+
+    def test_a_member_that_no_analysis_has_is_refused_before_it_is_read(self, saved):
+        self.added(saved, "evil.npy", npy(np.zeros(2**24, np.float32)))
+        self.refused_in_bounds(saved, r"got members \['evil.npy'\], wanted meta.npy, attention_map.npy")
+
+    @pytest.mark.filterwarnings("ignore:Duplicate name")
+    def test_a_member_that_comes_twice_is_refused_before_it_is_read(self, saved):
+        self.added(saved, "band_mass.npy", npy(np.zeros(2**24, np.float32)))
+        self.refused_in_bounds(saved, r"got members \['band_mass.npy'\], wanted .* each once at most")
+
+    def test_members_that_are_too_large_together_are_refused_before_they_are_read(self, saved, tmp_path, monkeypatch):
+        large = npy(np.zeros(2**23, np.float32))
+        self.rewritten(saved, tmp_path / "plain", band_mass=large, text_mass=large)
+        with zipfile.ZipFile(tmp_path / "plain") as plain, zipfile.ZipFile(tmp_path / "changed", "w") as file:
+            for member in plain.namelist():
+                file.writestr(member, plain.read(member), zipfile.ZIP_DEFLATED)
+        monkeypatch.setattr(arrays, "BYTES", len(large) * 3 // 2)
+        self.refused_in_bounds(tmp_path / "changed", rf"got \d+ bytes of arrays, wanted {arrays.BYTES} at most")
+
+    def test_no_more_is_decompressed_than_a_member_says_it_has(self, saved, tmp_path):
+        self.rewritten(saved, tmp_path / "changed", band_mass=None)
+        self.added(tmp_path / "changed", "band_mass.npy", npy(np.zeros(2**24, np.float32)))
+        content = (tmp_path / "changed").read_bytes()
+        size = struct.pack("<I", len(npy(np.zeros(2**24, np.float32))))
+        assert content.count(size) == 2  # in the member's header, and in the list of members
+        (tmp_path / "changed").write_bytes(content.replace(size, struct.pack("<I", 200)))
+        self.refused_in_bounds(tmp_path / "changed", "wanted")
+
+    @pytest.mark.parametrize("kind", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+    def test_compression_that_is_not_read_in_bounds(self, kind, saved, tmp_path):
+        self.rewritten(saved, tmp_path / "changed", band_mass=None)
+        self.added(tmp_path / "changed", "band_mass.npy", npy(np.zeros(2**22, np.float32)), kind)
+        self.refused_in_bounds(tmp_path / "changed", "wanted deflate or none")
+
+    def test_an_encrypted_member(self, saved):
+        content = saved.read_bytes()
+        place = content.rindex(b"PK\x01\x02") + 8
+        saved.write_bytes(content[:place] + bytes([content[place] | 1]) + content[place + 1 :])
+        with pytest.raises(InputsInvalid, match=r"encrypted.*wanted an npz"):
+            ah.Analysis.load(saved)
+
     def test_objects_are_not_unpickled(self, saved, tmp_path):
         stream = io.BytesIO()
         np.save(stream, np.array([Pickled()]), allow_pickle=True)
@@ -383,6 +478,170 @@ class TestAnalyses:
     def test_numbers_that_mean_nothing(self, change):
         with pytest.raises(InputsInvalid, match=r"got .*wanted"):
             replace(analysis(), **change)
+
+
+IMAGES = range(4, 6)
+RECORD = {
+    "seconds": 1.5,
+    "session": "7-9",
+    "peak_memory_bytes": None,
+    "threads": 1,
+    "summary": {"kernel": "chunked", "flops": {"attention": 0.5, "module": 0.75}, "peak_cache_bytes": 7, "notes": []},
+    "frames": 2,
+}
+
+
+class TestWorkFolders:
+    """Two images of two frames each, and their values."""
+
+    @pytest.fixture
+    def setting(self, tmp_path):
+        found = SettingFolder("raw", None, tmp_path)
+        found.store(IMAGES, torch.arange(4 * 6 * 5 * 3, dtype=torch.uint8).reshape(2, 2, 6, 5, 3), RECORD)
+        store_array(found.value_path("psnr", IMAGES), torch.ones(4, 3))
+        return found
+
+    def test_it_is_sound_before_it_is_changed(self, setting):
+        assert setting.record(IMAGES) == RECORD
+        assert setting.pixels(IMAGES).flatten()[:3].tolist() == [0, 3, 6]
+        assert torch.equal(setting.values("psnr", [IMAGES], 2, 3), torch.ones(4, 3))
+
+    @some
+    @given(data=st.data())
+    def test_a_record(self, data, setting):
+        path, text = setting.record_path(IMAGES), json.dumps(RECORD)
+        path.write_bytes(data.draw(mutated(text).map(str.encode) | broken(text.encode())))
+        try:
+            cost = Cost.of(setting, setting, [IMAGES])
+        except InputsInvalid as error:
+            assert str(error).startswith(f"cannot read {path}: ")
+            assert str(error).endswith("; delete it, and run again: it is made anew")
+            assert len(str(error)) < 2 * limits.MAX_MESSAGE
+        else:
+            json.dumps(cost.summary, allow_nan=False)
+            assert cost.seconds_per_image > 0
+
+    @pytest.mark.parametrize("length", [0, 1, 40, 150])
+    def test_a_record_that_is_cut_short(self, length, setting):
+        path = setting.record_path(IMAGES)
+        path.write_bytes(path.read_bytes()[:length])
+        for read in (setting.record, setting.pixels):
+            with pytest.raises(InputsInvalid, match=rf"cannot read {path}.*delete .*, and run again"):
+                read(IMAGES)
+
+    @some
+    @given(data=st.data())
+    def test_values(self, data, setting):
+        path = setting.value_path("psnr", IMAGES)
+        store_array(path, torch.ones(4, 3))
+        path.write_bytes(data.draw(broken(path.read_bytes())))
+        self.values_or_refused(setting)
+
+    @some
+    @given(
+        data=st.data(),
+        shape=st.lists(st.integers(-2, 5), max_size=3),
+        dtype=st.sampled_from(["<f4", "<f8", "<i4", "<U3", "|O"]),
+    )
+    def test_arrays_of_other_shapes_and_types(self, data, shape, dtype, setting):
+        said = st.sampled_from([shape, [4, 3], [10**12], [10**9, 10**9], [3, 4]])
+        array = np.zeros(12, "<f4")
+        setting.value_path("psnr", IMAGES).write_bytes(npy(array, shape=tuple(data.draw(said)), descr=dtype))
+        self.values_or_refused(setting)
+
+    def values_or_refused(self, setting):
+        try:
+            found = setting.values("psnr", [IMAGES], 2, 3)
+        except InputsInvalid as error:
+            assert str(error).startswith(f"cannot read {setting.value_path('psnr', IMAGES)}: ")
+            assert str(error).endswith("; delete it, and run again: it is made anew")
+            assert len(str(error)) < 2 * limits.MAX_MESSAGE
+        else:
+            assert found.shape == (4, 3)
+            assert found.isfinite().all()
+
+    @some
+    @given(data=st.data())
+    def test_a_picture(self, data, setting):
+        path = setting.folder / "images/000004-001.png"
+        setting.store(IMAGES, torch.zeros(2, 2, 6, 5, 3, dtype=torch.uint8), RECORD)
+        path.write_bytes(data.draw(broken(path.read_bytes())))
+        try:
+            assert setting.pixels(IMAGES).shape == (4, 3, 6, 5)
+        except InputsInvalid as error:
+            assert "run again: the batch is made anew" in str(error)
+
+    def test_a_picture_of_a_format_that_runs_programs_is_not_opened(self, tmp_path):
+        """Pillow runs Ghostscript for this one."""
+        (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n")
+        with pytest.raises(InputsInvalid, match=r"cannot read the image .*a\.png: cannot identify"):
+            read_image(tmp_path / "a.png")
+
+    @some
+    @given(data=st.data())
+    def test_a_manifest(self, data, tmp_path):
+        about = {"inputs": {"steps": 3}, "per_image": {"prompt": ["a", "b"]}, "seed": 0}
+        text = json.dumps(about)
+        (tmp_path / "evaluation.json").write_bytes(data.draw(mutated(text).map(str.encode) | broken(text.encode())))
+        try:
+            open_work(tmp_path, about)
+        except InputsInvalid as error:
+            assert "take another folder" in str(error)
+            assert len(str(error)) < 2 * limits.MAX_MESSAGE
+        else:
+            assert json.loads((tmp_path / "evaluation.json").read_bytes().decode("utf-8-sig")) == about
+
+
+COCO = {
+    "images": [{"id": 7}, {"id": 8}],
+    "annotations": [{"id": i, "image_id": 7 + i % 2, "caption": "a cat"} for i in range(4)],
+}
+
+
+class TestCaptions:
+    def read_or_refused(self, path):
+        try:
+            found = captions(path)
+        except InputsInvalid as error:
+            assert path.name in str(error)
+            assert "wanted" in str(error)
+            assert len(str(error)) < 2 * limits.MAX_MESSAGE
+        else:
+            assert found
+            assert all(caption.strip() == caption != "" and "\0" not in caption for caption in found)
+            json.dumps(found, ensure_ascii=False).encode()
+
+    @some
+    @given(data=st.data())
+    def test_of_coco(self, data, tmp_path):
+        text = json.dumps(COCO)
+        (tmp_path / "c.json").write_bytes(data.draw(mutated(text).map(str.encode) | broken(text.encode())))
+        self.read_or_refused(tmp_path / "c.json")
+
+    @some
+    @given(content=st.binary(max_size=30) | broken("a cat\na dög\n".encode("latin-1")) | broken("a cat\na dög\n".encode()))
+    def test_of_text(self, content, tmp_path):
+        (tmp_path / "c.txt").write_bytes(content)
+        self.read_or_refused(tmp_path / "c.txt")
+
+    @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+    @pytest.mark.parametrize("name", ["c.txt", "c.json"])
+    def test_a_byte_order_mark_is_no_word(self, name, encoding, tmp_path):
+        (tmp_path / name).write_text("a cat\na cat" if name == "c.txt" else json.dumps(COCO), encoding=encoding)
+        assert captions(tmp_path / name) == ["a cat"] * 2
+
+    @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32-be", "latin-1"])
+    def test_another_encoding(self, encoding, tmp_path):
+        """In UTF-16 without a mark, ASCII is UTF-8 with NUL characters."""
+        (tmp_path / "c.txt").write_text("a cat\na dog\n" + "ö" * (encoding == "latin-1"), encoding=encoding)
+        with pytest.raises(InputsInvalid, match=r"cannot read captions from .*wanted a text file in UTF-8"):
+            captions(tmp_path / "c.txt")
+
+    def test_half_of_a_surrogate_pair(self, tmp_path):
+        """JSON can say it; no tokenizer can take it."""
+        (tmp_path / "c.json").write_text(json.dumps(COCO).replace("a cat", "a cat \\ud83d", 1))
+        with pytest.raises(InputsInvalid, match=r"half of a surrogate pair"):
+            captions(tmp_path / "c.json")
 
 
 class Pickled:

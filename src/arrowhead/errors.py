@@ -61,6 +61,13 @@ class KernelUnavailable(ArrowheadError, RuntimeError):
     """
 
 
+class FileUnwritable(ArrowheadError, OSError):
+    """A file or folder cannot be written: the path is wrong, may not be written, or the disk is full.
+
+    A file that was there before is unchanged. Free some space, or take another path. `errno` is that of the system's error.
+    """
+
+
 class ArrowheadWarning(UserWarning):
     """Base of all warnings that arrowhead gives. Filter by it to silence every one of them."""
 

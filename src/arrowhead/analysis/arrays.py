@@ -1,11 +1,10 @@
 """The arrays that an analysis measures, and their file: an npz, with everything that is no array as JSON in it."""
 
-import io
 import json
-import math
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -15,13 +14,17 @@ import pydantic
 from numpy.typing import NDArray
 
 from arrowhead.errors import InputsInvalid
-from arrowhead.plans import limits
+from arrowhead.plans import atomic_write, limits
 from arrowhead.plans.layout import Tokens
 
 Floats = NDArray[np.float32]
 FORMAT = 1
-BYTES = 2**32
-"""The most bytes of one array in a file: as many as a map of 16 heads over 8192 tokens has."""
+BYTES = 5 * 2**30
+"""The most bytes of all arrays in a file. A map of 16 heads over 8192 tokens has 4 GiB, and the other arrays of a large video
+model a few MiB."""
+ARRAYS = ("attention_map", "reuse_errors", "step_similarity", "branch_similarity", "band_mass", "text_mass")
+MEMBERS = tuple(f"{name}.npy" for name in ("meta", *ARRAYS))
+"""The names of the members of the npz file."""
 REUSED = ("output", "window", "residual", "no residual")
 """What a head may reuse in place of its output O = W + R, where W is the window's output and R the residual: O', W' + R, W + R'
 and W, in this order. A prime marks the step before."""
@@ -133,20 +136,25 @@ class Analysis:
     @property
     def arrays(self) -> dict[str, Floats]:
         """The arrays that are not None, by field; `attention_map` stands for its weights."""
-        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name.endswith(("errors", "similarity", "mass"))}
+        found = {name: getattr(self, name) for name in ARRAYS}
         if self.attention_map is not None:
             found["attention_map"] = self.attention_map.weights
         return {name: array for name, array in found.items() if array is not None}
 
     def save(self, path: str | Path) -> None:
-        """Write the analysis to an npz file, under exactly this name."""
+        """Write the analysis to an npz file, under exactly this name. An old file is replaced completely or not at all.
+
+        Raises:
+            FileUnwritable: the file cannot be written, or the disk is full.
+        """
         at = self.attention_map
         meta = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in {"attention_map", *self.arrays}}
         meta |= {"format": FORMAT, "tokens": asdict(self.tokens), "about": dict(self.about)}
         if at is not None:
             meta["map"] = {"site": at.site, "step": at.step, "heads": at.heads, "tokens": asdict(at.tokens)}
-        with Path(path).open("wb") as file:  # numpy would append .npz to a path
-            np.savez_compressed(file, meta=np.array(json.dumps(meta, allow_nan=False)), **self.arrays)  # type: ignore[arg-type]
+        text = np.array(json.dumps(meta, allow_nan=False))
+        with atomic_write.replacing(path) as file:  # numpy would append .npz to a path
+            np.savez_compressed(file, meta=text, **self.arrays)  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: str | Path) -> "Analysis":
@@ -157,7 +165,7 @@ class Analysis:
         """
         try:
             with zipfile.ZipFile(path) as file:
-                arrays = {member.filename.removesuffix(".npy"): _array(file, member) for member in file.infolist()}
+                arrays = {name: limits.parse_npy(content, name) for name, content in _members(file)}
             text = str(arrays.pop("meta")[()])
             limits.require_length(text)
             limits.parse_json(text)
@@ -169,7 +177,7 @@ class Analysis:
             KeyError,
             TypeError,
             EOFError,
-            NotImplementedError,
+            RuntimeError,  # an encrypted member; NotImplementedError is one, too
             zlib.error,
             zipfile.BadZipFile,
         ) as error:
@@ -244,21 +252,23 @@ class _Meta(pydantic.BaseModel, extra="forbid"):
         return {**rest, "attention_map": at}
 
 
-def _array(file: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[Any]:
-    """Read an npy file in a zip. Its length is checked against its header before an array is allocated."""
-    if member.file_size > BYTES:
-        raise ValueError(f"got {member.file_size} bytes of {member.filename}, wanted {BYTES} at most")
-    stream = io.BytesIO(file.read(member))
-    if np.lib.format.read_magic(stream) != (1, 0):
-        raise ValueError(f"got {member.filename} in another version of npy, wanted 1.0")
-    try:
-        shape, columns_first, dtype = np.lib.format.read_array_header_1_0(stream)
-    except (RecursionError, MemoryError, SyntaxError) as error:
-        raise ValueError(f"got an invalid header of {member.filename} ({type(error).__name__})") from error
-    values = stream.read()
-    if dtype.hasobject or not dtype.itemsize or min(shape, default=0) < 0 or dtype.itemsize * math.prod(shape) != len(values):
-        raise ValueError(f"got {len(values)} bytes of {member.filename}, wanted {dtype} of shape {shape}")
-    return np.frombuffer(values, dtype).reshape(shape, order="F" if columns_first else "C").copy()
+def _members(file: zipfile.ZipFile) -> Iterator[tuple[str, bytes]]:
+    """The names and contents of an analysis' npy files in a zip. All names and sizes are checked before anything is read.
+
+    Raises:
+        ValueError: a member is none of an analysis, comes twice, is compressed unlike numpy does, or all are too large.
+    """
+    members = file.infolist()
+    names = Counter(member.filename for member in members)
+    if strange := [name for name, times in names.items() if times > 1 or name not in MEMBERS]:
+        raise ValueError(f"got members {strange[:5]}, wanted {', '.join(MEMBERS)}, each once at most")
+    if (total := sum(member.file_size for member in members)) > BYTES:
+        raise ValueError(f"got {total} bytes of arrays, wanted {BYTES} at most")
+    if any(member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for member in members):
+        raise ValueError("got compression of another kind, wanted deflate or none")  # the others are not read in bounds
+    for member in members:
+        with file.open(member) as content:  # read with a size: without one, more is decompressed than the member says it has
+            yield member.filename.removesuffix(".npy"), content.read(member.file_size)
 
 
 def _rounded(row: Floats) -> list[float | None]:

@@ -7,15 +7,32 @@ from typing import Any
 import matplotlib
 import matplotlib.pyplot as plt
 from matplotlib.colors import ListedColormap, to_rgb
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from arrowhead.analysis.palette import COLOURS, MEANINGS, opacity
+from arrowhead.errors import InputsInvalid
+from arrowhead.plans import atomic_write
 from arrowhead.plans.cells import Arrow, Attend, Cell, Radius, method_name, paper_name, radius_sort_key
 from arrowhead.plans.plan import Plan
 
 matplotlib.use("agg")
+
+
+def save_figure(figure: Figure, path: str | Path, dpi: int) -> None:
+    """Write a figure, in the format that the ending of `path` names, completely or not at all.
+
+    Raises:
+        FileUnwritable: the file cannot be written, or the disk is full.
+        InputsInvalid: the ending names no format that matplotlib can write.
+    """
+    ending, known = Path(path).suffix.removeprefix(".").lower(), figure.canvas.get_supported_filetypes()
+    if ending not in known:
+        raise InputsInvalid(f"got {path} for a figure, wanted a file that ends in .{', .'.join(sorted(known))}")
+    with atomic_write.replacing(path) as file:
+        figure.savefig(file, format=ending, dpi=dpi)
 
 
 def plan_map(plans: Mapping[str, Plan], path: str | Path, title: str = "") -> None:
@@ -44,7 +61,7 @@ def plan_map(plans: Mapping[str, Plan], path: str | Path, title: str = "") -> No
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     handles = [Patch(color=COLOURS[name], label=f"{name}: {MEANINGS[name]}") for name in names]
     figure.legend(handles=handles, loc="outside lower left", ncols=2, frameon=False, fontsize=9)
-    figure.savefig(path, dpi=140)
+    save_figure(figure, path, dpi=140)
     plt.close(figure)
 
 
@@ -67,7 +84,7 @@ def head_map(plan: Plan, site: int, path: str | Path) -> None:
     axis.set_title(at.path, loc="left")
     handles = [Patch(color=_shade(kind, kinds), label=_label(kind)) for kind in kinds]
     figure.legend(handles=handles, loc="outside lower left", ncols=5, frameon=False, fontsize=9)
-    figure.savefig(path, dpi=140)
+    save_figure(figure, path, dpi=140)
     plt.close(figure)
 
 
@@ -103,7 +120,7 @@ def sweep_curve(plans: Mapping[str, Plan], measure: str, path: str | Path) -> No
     axis.set(xlabel=f"{measure.replace('_', ' ')} left", ylabel="predicted error", xlim=(0, 1.02), ylim=(0, None))
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=140)
+    save_figure(figure, path, dpi=140)
     plt.close(figure)
 
 
@@ -122,5 +139,5 @@ def image_grid(rows: Mapping[str, Tensor], columns: list[str], path: str | Path,
         axis.set_title(column, fontsize=8)
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=10)
-    figure.savefig(path, dpi=140)
+    save_figure(figure, path, dpi=140)
     plt.close(figure)

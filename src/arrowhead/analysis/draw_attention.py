@@ -13,8 +13,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from arrowhead.analysis.arrays import REUSED, Analysis, Floats
+from arrowhead.analysis.draw import save_figure
 from arrowhead.analysis.palette import COLOURS
-from arrowhead.plans import masks
+from arrowhead.plans import atomic_write, masks
 from arrowhead.plans.layout import Tokens
 
 matplotlib.use("agg")
@@ -180,13 +181,13 @@ def draw(analysis: Analysis, folder: str | Path) -> list[Path]:
         "steps": (analysis.step_similarity is not None, steps),
         "locality": (analysis.band_mass is not None, locality),
     }
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    atomic_write.make_folder(folder)
     files = []
     for name in [name for name, (there, _) in figures.items() if there]:
         figure = figures[name][1](analysis)
         for ending in ("png", "svg"):
             files.append(Path(folder) / f"{name}.{ending}")
-            figure.savefig(files[-1], dpi=110)
+            save_figure(figure, files[-1], dpi=110)
             figure.set_layout_engine("none")  # the second file keeps the layout of the first
         plt.close(figure)
     return files

@@ -13,6 +13,7 @@ import arrowhead as ah
 from arrowhead.analysis.measure import PARTS
 from arrowhead.cli.inputs import INPUT, Device, Dtype, Seed, load, parse
 from arrowhead.errors import InputsInvalid
+from arrowhead.plans.atomic_write import require_writable, write
 
 console = Console()
 Source = Annotated[str, typer.Argument(help="a model as for other commands; or an npz that analyze wrote, to draw it again")]
@@ -44,6 +45,7 @@ def analyze(
     from arrowhead.analysis.draw import plan_map  # noqa: PLC0415  # matplotlib
     from arrowhead.analysis.draw_attention import draw  # noqa: PLC0415
 
+    require_writable(out / "analysis.json")
     plans = {path.stem: ah.Plan.load(path) for path in plan or ()}
     number = int(site) if site is not None and site.isdecimal() else site
     settings: dict[str, Any] = {"only": only, "site": number, "heads": head, "step": step, "radius": radius}
@@ -58,10 +60,9 @@ def analyze(
     else:
         pipe = load(model, device, dtype)
         found = ah.analyze(pipe, parse(inputs or []) | {"generator": torch.Generator().manual_seed(seed)}, **settings)
-    out.mkdir(parents=True, exist_ok=True)
     if not model.endswith(".npz"):
         found.save(out / "analysis.npz")
-    (out / "analysis.json").write_text(json.dumps(found.as_dict(), allow_nan=False) + "\n")
+    write(out / "analysis.json", (json.dumps(found.as_dict(), allow_nan=False) + "\n").encode())
     files = draw(found, out)
     for ending in ("png", "svg") if plans else ():
         files.append(out / f"plans.{ending}")

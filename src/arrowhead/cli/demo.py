@@ -14,6 +14,7 @@ from arrowhead import tiny
 from arrowhead.analysis import draw
 from arrowhead.analysis.palette import COLOURS, MEANINGS
 from arrowhead.evaluation.side_by_side import Evaluation, Score, evaluate
+from arrowhead.plans.atomic_write import require_writable, write
 from arrowhead.searches.budget.api import calibrate
 from arrowhead.searches.budget.config import Budget
 from arrowhead.searches.budget.solver.solution import solve
@@ -89,7 +90,7 @@ def run(out: Path, console: Console) -> None:
 def run_one(demo: Demo, out: Path, console: Console) -> None:
     """Run the demo of one model and print its table."""
     console.print(f"\n[bold]{demo.model}[/], {demo.about}")
-    out.mkdir(parents=True, exist_ok=True)
+    require_writable(out / "results.json")
     pipe = tiny.load(demo.model)
     table = calibrate(pipe, {**demo.inputs(demo.calibration), "generator": torch.Generator().manual_seed(1234)})
     plans = {name: solve(table, budget) for name, budget in BUDGETS.items()}
@@ -99,7 +100,7 @@ def run_one(demo: Demo, out: Path, console: Console) -> None:
     count = len(demo.drawn)
     rows = {"raw": result.raw[:count]} | {score.name: score.images[:count] for score in result.scores}
     draw.image_grid(rows, [*demo.titles], out / "images.png")
-    (out / "results.json").write_text(json.dumps(result.as_dict(), indent=1, allow_nan=False) + "\n")
+    write(out / "results.json", (json.dumps(result.as_dict(), indent=1, allow_nan=False) + "\n").encode())
     console.print(scores(demo, result))
 
 

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from arrowhead.cli.inputs import Device, Dtype, Inputs, ModelName, Seed, Seeds, by_name, load, parse
 from arrowhead.errors import InputsInvalid
+from arrowhead.plans.atomic_write import require_writable, write
 
 if TYPE_CHECKING:  # torchmetrics
     from arrowhead.evaluation.estimates import Estimate
@@ -87,7 +88,6 @@ def evaluate(
     from arrowhead.evaluation.request import Request, Shard  # noqa: PLC0415
     from arrowhead.evaluation.request import captions as read_captions  # noqa: PLC0415
     from arrowhead.evaluation.resumable import measure  # noqa: PLC0415
-    from arrowhead.report.page import require_writable  # noqa: PLC0415
 
     call = parse(inputs)
     if captions is not None:
@@ -128,7 +128,7 @@ def evaluate(
         return
     show(found)
     if out is not None:
-        out.write_text(json.dumps(found.as_dict(), indent=1, allow_nan=False) + "\n")
+        write(out, (json.dumps(found.as_dict(), indent=1, allow_nan=False) + "\n").encode())
 
 
 def _reward(text: str) -> tuple[str, str]:

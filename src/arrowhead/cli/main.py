@@ -18,6 +18,7 @@ from arrowhead.cli.evaluate import evaluate
 from arrowhead.cli.inputs import Device, Dtype, Inputs, ModelName, Seed, Seeds, by_name, load, parse
 from arrowhead.errors import ArrowheadError, InputsInvalid
 from arrowhead.models.find import find
+from arrowhead.plans.atomic_write import replacing, require_writable, write
 from arrowhead.plans.cells import paper_name
 from arrowhead.plans.file_format import SYMBOLS
 from arrowhead.plans.plan import Plan
@@ -92,9 +93,9 @@ def search(
     dtype: Dtype = "float32",
 ) -> None:
     """Search for a plan on one calibration run, and save it."""
+    require_writable(out)
     pipe = load(model, device, dtype)
     call = parse(inputs) | {"generator": torch.Generator().manual_seed(seed)}
-    out.parent.mkdir(parents=True, exist_ok=True)
     how = ah.Headwise(share_cfg=share_cfg, residual=residual) if strategy == "headwise" else strategy
     if how == strategy and (share_cfg or residual):
         raise InputsInvalid(
@@ -128,7 +129,7 @@ def sweep(
 
     steps = (points - 1) / (1 - least)
     budgets = [ah.Budget(**{measure: round(least + i / steps, 4)}) for i in range(points)]  # type: ignore[arg-type]
-    out.mkdir(parents=True, exist_ok=True)
+    require_writable(out / "sweep.png")
     if table is not None:
         found = ah.Table.load(table)
         console.print(f"{table} was made on {found.about['model']}")
@@ -159,6 +160,7 @@ def generate(
     dtype: Dtype = "float32",
 ) -> None:
     """Generate images, with a plan or without."""
+    require_writable(out / "000.png")
     pipe = load(model, device, dtype)
     call = parse(inputs) | {"generator": torch.Generator().manual_seed(seed), "output_type": "pil"}
     find(pipe).call_arguments((), call)
@@ -169,9 +171,9 @@ def generate(
         with ah.applied(pipe, Plan.load(plan), kernel=kernel, **caches) as run:
             images = pipe(**call).images
         console.print(str(run.summary()), highlight=False)
-    out.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
-        image.save(out / f"{i:03}.png")
+        with replacing(out / f"{i:03}.png") as file:
+            image.save(file, "png")
     console.print(f"{len(images)} images written to {out}/")
 
 
@@ -190,14 +192,13 @@ def compare(
 ) -> None:
     """Write one HTML page that compares the pictures of plans. It opens from its file and needs no network."""
     from arrowhead.evaluation.side_by_side import evaluate as measure  # noqa: PLC0415
-    from arrowhead.report.page import compare as compare_pictures  # noqa: PLC0415
-    from arrowhead.report.page import require_writable  # noqa: PLC0415  # torchmetrics
+    from arrowhead.report.page import compare as compare_pictures  # noqa: PLC0415  # torchmetrics
 
     loaded = by_name(plans)
     require_writable(out)
     result = measure(load(model, device, dtype), loaded, parse(inputs), seeds=range(seeds))
     text = compare_pictures(result, title=model, command=shlex.join(["arrowhead", *sys.argv[1:]]), room=room * 2**20)
-    out.write_text(text, encoding="utf-8")
+    write(out, text.encode(errors="replace"))  # a command line may hold what is no UTF-8
     console.print(f"{len(result.raw)} pictures compared; {out.stat().st_size / 2**20:.1f} MiB written to {out}")
 
 

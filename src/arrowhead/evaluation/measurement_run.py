@@ -28,7 +28,7 @@ from arrowhead.evaluation.peak_memory import DESCRIPTIONS
 from arrowhead.evaluation.real_images import RealImages
 from arrowhead.evaluation.request import Request, Shard, digest
 from arrowhead.evaluation.results import Cost, Results, Row
-from arrowhead.evaluation.work_folder import SettingFolder, load_array, store_array
+from arrowhead.evaluation.work_folder import SettingFolder, store_array
 from arrowhead.metrics.bootstrap import LEVEL, RESAMPLES, SEED
 from arrowhead.metrics.distributions import Moments
 from arrowhead.models.find import find
@@ -157,9 +157,11 @@ class MeasurementRun:
         """The measures whose values are computed of real images, too; none if there are only precomputed moments."""
         return [m for m in self.measures if m.features] if isinstance(self.real, RealImages) else []
 
-    def _real_path(self, measure: Measure, images: range) -> Path:
+    @property
+    def _real_folder(self) -> SettingFolder:
+        """The folder of the real images' values."""
         assert isinstance(self.real, RealImages)
-        return SettingFolder("real", None, self.work / f"real-{self.real.key}").value_path(measure.key, images)
+        return SettingFolder("real", None, self.work / f"real-{self.real.key}")
 
     def measure_real_images(self, shard: Shard) -> None:
         """Compute and store the missing features of this process's real images, one by one if their sizes differ."""
@@ -167,7 +169,7 @@ class MeasurementRun:
             return
         for measure in self._feature_measures:
             for images in tqdm(shard.share(self.real.batches), desc="real images", unit="batch", disable=not self.progress):
-                path = self._real_path(measure, images)
+                path = self._real_folder.value_path(measure.key, images)
                 if not path.exists():
                     pixels = [self.real.read(i) for i in images]
                     one_size = len({picture.shape for picture in pixels}) == 1
@@ -188,7 +190,7 @@ class MeasurementRun:
         """The files that the table is computed from."""
         for measure in self._feature_measures:
             assert isinstance(self.real, RealImages)
-            yield from (self._real_path(measure, images) for images in self.real.batches)
+            yield from (self._real_folder.value_path(measure.key, images) for images in self.real.batches)
         for setting in self.settings:
             for images in self.request.batches:
                 yield setting.record_path(images)
@@ -203,18 +205,18 @@ class MeasurementRun:
             if m.features and isinstance(self.real, Moments):
                 references[m.key] = Reference.of(self.real)
             elif m.features and isinstance(self.real, RealImages):
-                values = torch.cat([torch.from_numpy(load_array(self._real_path(m, images))) for images in self.real.batches])
+                values = self._real_folder.values(m.key, self.real.batches, 1, m.columns)
                 references[m.key] = Reference.of(values[:, : m.features])
         rows: list[Row] = []
         for setting in self.settings:
             found: dict[str, Estimate] = {}
             for m in self._measures_of(setting):
-                values = setting.values(m.key, batches)
+                values = setting.values(m.key, batches, frames, m.columns)
                 if m.features:
                     untouched = rows[0].estimates.get("fid") if rows else None
                     found |= distribution_estimates(m, values, references.get(m.key), untouched, frames)
                 else:
-                    theirs = None if m.paired or setting.plan is None else raw.values(m.key, batches)
+                    theirs = None if m.paired or setting.plan is None else raw.values(m.key, batches, frames, m.columns)
                     found |= image_estimates(m, values, theirs, frames)
             rows.append(Row(setting.name, setting.plan, Cost.of(setting, raw, batches), found))
         unknown = {}

@@ -49,6 +49,11 @@ class Measure:
     features: int = 0
     logits: int = 0
 
+    @property
+    def columns(self) -> int:
+        """The number of values for an image."""
+        return self.features + self.logits or 1
+
     def values(self, batch: Batch) -> Tensor:
         """The values for a batch, (n, d) on the CPU.
 

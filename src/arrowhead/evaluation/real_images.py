@@ -1,7 +1,6 @@
 """Reads the real images to compare with: a folder, an array in an npz, or precomputed moments of features."""
 
 import hashlib
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from arrowhead.errors import InputsInvalid
-from arrowhead.evaluation.work_folder import read_image
+from arrowhead.evaluation.work_folder import FORMATS, read_image
 from arrowhead.metrics.distributions import Moments
+from arrowhead.plans.limits import shortened
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 BATCH = 32
@@ -58,10 +58,10 @@ def read_real_images(given: str | Path) -> RealImages | Moments:
             if {"mu", "sigma"} <= {*arrays}:
                 return _statistics(arrays)
             raise ValueError(f"it has arrays {sorted(arrays)}, and neither mu and sigma nor a name after a colon")
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # of many types, for a broken file
         raise InputsInvalid(
-            f"cannot take real images from {text}: {error}; wanted a folder of images, FILE.npz:ARRAY with images (n, H, W, 3) "
-            "in bytes, or FILE.npz with mu (d,) and sigma (d, d)"
+            f"cannot take real images from {text}: {shortened(error)}; wanted a folder of images, FILE.npz:ARRAY with images "
+            "(n, H, W, 3) in bytes, or FILE.npz with mu (d,) and sigma (d, d)"
         ) from error
 
 
@@ -73,7 +73,7 @@ def _folder(folder: Path) -> RealImages:
     for path in paths:
         known.update(f"{path.relative_to(folder)} {path.stat().st_size}".encode())
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 image.verify()
         except Exception as error:  # Pillow's readers raise errors of many types
             broken.append(f"{path} ({error})")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from arrowhead.errors import InputsInvalid, InputsRepeated
+from arrowhead.plans import limits
 from arrowhead.plans.target import to_json_value
 
 PER_IMAGE = (
@@ -27,6 +29,10 @@ PER_IMAGE = (
 
 Tensors with `prompt` in their name are taken as lists, too.
 """
+MAX_CAPTION_BYTES = 2**28
+"""Bytes of a file of captions. COCO's captions_train2014.json has 66 MB."""
+UNWANTED = re.compile(r"[\x00\ud800-\udfff]")
+"""What no text has: NUL, which shows another encoding than UTF-8, and surrogates, which cannot be encoded."""
 RESERVED = ("generator", "output_type", "return_dict", "latents")
 """Arguments of a pipeline's call that the evaluation sets."""
 
@@ -136,19 +142,21 @@ def captions(path: Path) -> list[str]:
         InputsInvalid: the file cannot be read, or an image or a line has no caption.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        found = _coco(json.loads(text)) if path.suffix == ".json" else dict(enumerate(text.splitlines(), 1))
+        text = limits.read_bytes(path, MAX_CAPTION_BYTES).decode("utf-8-sig")
+        found = _coco(limits.parse_json(text)) if path.suffix == ".json" else dict(enumerate(text.splitlines(), 1))
+        if wrong := [name for name, caption in found.items() if not isinstance(caption, str) or UNWANTED.search(caption)]:
+            raise ValueError(f"got no text, NUL characters or half of a surrogate pair for {wrong[:5]}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputsInvalid(
-            f"cannot read captions from {path}: {type(error).__name__} {error}; wanted a text file, a caption in each line, "
-            "or a JSON as COCO's captions_val2014.json, with images and annotations"
+            f"cannot read captions from {path}: {type(error).__name__} {limits.shortened(error)}; wanted a text file in UTF-8, "
+            "a caption in each line, or a JSON as COCO's captions_val2014.json, with images and annotations"
         ) from error
     where = "images" if path.suffix == ".json" else "lines"
     missing = [name for name, caption in found.items() if not caption.strip()]
     if missing or not found:
         raise InputsInvalid(
-            f"got {len(found)} captions in {path}, none in {where} {missing[:5]}; wanted one for each; add it, or remove "
-            "the entry"
+            f"got {len(found)} captions in {path}, none in {where} {missing[:5]!r:.200}; wanted one for each; add it, or "
+            "remove the entry"
         )
     return [caption.strip() for caption in found.values()]
 

@@ -6,43 +6,70 @@
       batches/000000-000008.json      the batch's record (seconds, summary), written after all of its images
       values/MEASURE/000000-000008.npy    the values that one measure gives for the batch
 
-Each file is written under a temporary name and then renamed. So a file that exists is complete. A missing file is made again.
+Each file is written completely or not at all (`plans/atomic_write.py`), so an interruption leaves complete files, and a missing
+file is made again. A file that was broken later is refused by its name.
 """
 
 import io
 import json
-import os
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydantic
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from arrowhead.errors import InputsInvalid
 from arrowhead.evaluation.request import digest
+from arrowhead.plans import atomic_write, limits
 from arrowhead.plans.plan import Plan
 
 MANIFEST = "evaluation.json"
+FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
+"""Pillow's names of the formats that are read: formats of pixels alone. For some others Pillow starts a program."""
+HEADER, MAX_ITEM = 2**14, 16
+"""Bytes: more than the header of an npy file has, and the most of one floating number."""
+REMEDY = "delete it, and run again: it is made anew"
+
+
+class _Part(pydantic.BaseModel, extra="allow", allow_inf_nan=False):
+    """A part of a batch's record, which may have more keys than are checked."""
+
+
+class _Flops(_Part):
+    attention: float
+    module: float
+
+
+class _Summary(_Part):
+    flops: _Flops
+    peak_cache_bytes: pydantic.NonNegativeInt
+
+
+class _Record(_Part):
+    """The keys of a batch's record that the table is computed from."""
+
+    frames: int = pydantic.Field(ge=1, le=2**16)
+    seconds: pydantic.PositiveFloat
+    session: str
+    peak_memory_bytes: pydantic.NonNegativeInt | None
+    summary: _Summary | None
 
 
 def write(path: Path, content: bytes) -> None:
     """Write a file completely or not at all, and make its folder if needed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    atomic_write.make_folder(path.parent)
+    atomic_write.write(path, content)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a value as JSON, completely or not at all."""
-    write(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+def as_json(content: Any) -> bytes:
+    """A value as JSON, for a file."""
+    return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
 
 
 def open_work(folder: Path, about: Mapping[str, Any]) -> None:
@@ -56,16 +83,19 @@ def open_work(folder: Path, about: Mapping[str, Any]) -> None:
         others = [each for each in folder.glob("[!.]*") if each.name != MANIFEST]
         if others and not path.exists():  # checked again: another process may have started the folder
             raise InputsInvalid(f"{folder} is not empty, and holds no evaluation; wanted an empty folder for --work")
-        write_json(path, about)
+        atomic_write.make_folder(folder)
+        atomic_write.write_first(path, as_json(about))  # another process may start another evaluation there at the same time
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = limits.parse_json(limits.read_bytes(path))
+        if not isinstance(stored, dict):
+            raise ValueError(f"got {stored!r:.100}, wanted a JSON object")
     except (OSError, ValueError) as error:
         raise InputsInvalid(
-            f"cannot read {path}: {error}; wanted what an evaluation wrote there; take another folder"
+            f"cannot read {path}: {limits.shortened(error)}; wanted what an evaluation wrote there; take another folder"
         ) from error
-    if apart := list(differences(stored, json.loads(json.dumps(about)))):
+    if apart := "; ".join(differences(stored, json.loads(json.dumps(about)))):
         raise InputsInvalid(
-            f"{folder} keeps an evaluation of another setting: {'; '.join(apart)}; go on as it was begun, or "
+            f"{folder} keeps an evaluation of another setting: {apart[: limits.MAX_MESSAGE]}; go on as it was begun, or "
             "take another folder"
         )
 
@@ -110,11 +140,21 @@ class SettingFolder:
                 file = io.BytesIO()
                 Image.fromarray(picture).save(file, "png", compress_level=1)
                 write(self._image_path(image, frame, len(frames)), file.getvalue())
-        write_json(self.record_path(images), {**record, "frames": pixels.shape[1]})
+        write(self.record_path(images), as_json({**record, "frames": pixels.shape[1]}))
 
     def record(self, images: range) -> dict[str, Any]:
-        """The record of a complete batch."""
-        return json.loads(self.record_path(images).read_text(encoding="utf-8"))
+        """The record of a complete batch.
+
+        Raises:
+            InputsInvalid: the file is broken; the message says how to have it made again.
+        """
+        path = self.record_path(images)
+        try:
+            found: dict[str, Any] = limits.parse_json(content := limits.read_bytes(path))
+            _Record.model_validate_json(content, strict=True)
+        except (OSError, ValueError) as error:  # a ValidationError is a ValueError
+            raise InputsInvalid(f"cannot read {path}: {limits.shortened(error)}; {REMEDY}") from error
+        return found
 
     def pixels(self, images: range) -> Tensor:
         """The images of a complete batch, uint8 (n · frames, 3, H, W).
@@ -126,12 +166,17 @@ class SettingFolder:
         paths = [self._image_path(image, frame, frames) for image in images for frame in range(frames)]
         try:
             return torch.stack([read_image(path) for path in paths])
-        except (InputsInvalid, RuntimeError) as error:
+        except (InputsInvalid, RuntimeError) as error:  # torch raises RuntimeError for images of different sizes
             raise InputsInvalid(f"{error}; delete {self.record_path(images)}, and run again: the batch is made anew") from error
 
-    def values(self, measure: str, batches: Sequence[range]) -> Tensor:
-        """The values that a measure gives for all batches, in order: (images · frames, d)."""
-        return torch.from_numpy(np.concatenate([load_array(self.value_path(measure, images)) for images in batches]))
+    def values(self, measure: str, batches: Sequence[range], frames: int, columns: int) -> Tensor:
+        """The values that a measure gives for all batches, in order: (images · frames, columns).
+
+        Raises:
+            InputsInvalid: a file is broken; the message says how to have it made again.
+        """
+        parts = (load_array(self.value_path(measure, images), (len(images) * frames, columns)) for images in batches)
+        return torch.from_numpy(np.concatenate([*parts]))
 
     def _image_path(self, image: int, frame: int, frames: int) -> Path:
         name = f"{image:06}.png" if frames == 1 else f"{image:06}-{frame:03}.png"
@@ -149,16 +194,19 @@ def store_array(path: Path, values: Tensor) -> None:
     write(path, file.getvalue())
 
 
-def load_array(path: Path) -> np.ndarray[Any, Any]:
-    """Read an array that `store_array` wrote.
+def load_array(path: Path, shape: tuple[int, int]) -> np.ndarray[Any, Any]:
+    """Read an array of this shape that `store_array` wrote.
 
     Raises:
-        InputsInvalid: the file is broken.
+        InputsInvalid: the file is broken, or of another shape, or has values that are not finite floating point.
     """
     try:
-        return np.load(path)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputsInvalid(f"cannot read {path}: {error}; delete it, and run again: it is made anew") from error
+        array = limits.parse_npy(limits.read_bytes(path, HEADER + MAX_ITEM * math.prod(shape)), path.name)
+        if array.shape != shape or array.dtype.kind != "f" or not np.isfinite(array).all():
+            raise ValueError(f"got {array.dtype} of shape {array.shape}, wanted finite floating values of shape {shape}")
+    except (OSError, ValueError) as error:
+        raise InputsInvalid(f"cannot read {path}: {limits.shortened(error)}; {REMEDY}") from error
+    return array
 
 
 def read_image(path: Path) -> Tensor:
@@ -168,7 +216,7 @@ def read_image(path: Path) -> Tensor:
         InputsInvalid: the image cannot be read.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+    except Exception as error:  # Pillow's readers raise errors of many types
         raise InputsInvalid(f"cannot read the image {path}: {error}") from error

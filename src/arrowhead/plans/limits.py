@@ -3,11 +3,16 @@
 Each limit is far above what real models need.
 """
 
+import io
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from arrowhead.plans.layout import Site, Tokens
 
@@ -29,30 +34,31 @@ MAX_MESSAGE = 2000
 """Characters of an error that are passed on. A file with a million wrong cells would give a million lines."""
 
 
-def read_bytes(path: str | Path) -> bytes:
-    """The content of a file.
+def read_bytes(path: str | Path, most: int | None = None) -> bytes:
+    """The content of a file of at most `most` bytes, or `MAX_BYTES`.
 
     Raises:
-        ValueError: the path is a folder, or the file is longer than `MAX_BYTES`.
+        ValueError: the path is a folder, or the file is longer.
         OSError: the file is not there, or may not be read.
     """
     try:
         with Path(path).open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
+            content = file.read((most or MAX_BYTES) + 1)
     except IsADirectoryError as error:
         raise ValueError("got a folder") from error
-    require_length(content)
+    require_length(content, most)
     return content
 
 
-def require_length(text: str | bytes) -> None:
-    """Check that a text has at most `MAX_BYTES` bytes.
+def require_length(text: str | bytes, most: int | None = None) -> None:
+    """Check that a text has at most `most` bytes, or `MAX_BYTES`.
 
     Raises:
         ValueError: the text is longer.
     """
-    if len(text) > MAX_BYTES:
-        raise ValueError(f"got more than {MAX_BYTES} bytes of JSON, wanted {MAX_BYTES} at most")
+    most = most or MAX_BYTES
+    if len(text) > most:
+        raise ValueError(f"got more than {most} bytes, wanted {most} at most")
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -65,6 +71,25 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_refuse_number, parse_float=_finite)
     except RecursionError as error:
         raise ValueError("got values within values too deep, wanted less") from error
+
+
+def parse_npy(content: bytes, name: str) -> NDArray[Any]:
+    """The array of an npy file. The length of the file is compared with its header before an array is allocated.
+
+    Raises:
+        ValueError: the content is something else, or holds objects, which would have to be unpickled.
+    """
+    stream = io.BytesIO(content)
+    if np.lib.format.read_magic(stream) != (1, 0):
+        raise ValueError(f"got {name} in another version of npy, wanted 1.0")
+    try:
+        shape, columns_first, dtype = np.lib.format.read_array_header_1_0(stream)
+    except (RecursionError, MemoryError, SyntaxError, TypeError, UnicodeError) as error:
+        raise ValueError(f"got an invalid header of {name} ({type(error).__name__})") from error
+    values = stream.read()
+    if dtype.hasobject or not dtype.itemsize or min(shape, default=0) < 0 or dtype.itemsize * math.prod(shape) != len(values):
+        raise ValueError(f"got {len(values)} bytes of {name}, wanted {dtype} of shape {shape}")
+    return np.frombuffer(values, dtype).reshape(shape, order="F" if columns_first else "C").copy()
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

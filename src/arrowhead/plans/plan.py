@@ -9,7 +9,7 @@ from typing import Any
 from torch import dtype
 
 from arrowhead.errors import PlanInvalid, PlanMismatch
-from arrowhead.plans import file_format, flops, limits, memory, resample
+from arrowhead.plans import atomic_write, file_format, flops, limits, memory, resample
 from arrowhead.plans.cells import Attend, Cell, Full, Reuse, method_name, paper_name, uses_box
 from arrowhead.plans.layout import Site, Tokens, outermost
 from arrowhead.plans.lifetimes import first_fault
@@ -234,16 +234,17 @@ class Plan:
             raise PlanMismatch("; ".join(found))
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON into a file, which `load` reads.
+        """Write the plan as JSON into a file, which `load` reads. A file of this name is replaced, completely or not at all.
 
         Raises:
             PlanInvalid: the text is longer than `load` reads.
+            FileUnwritable: the file cannot be written, or the disk is full.
         """
         try:
             limits.require_length(text := self.text())
         except ValueError as error:
             raise PlanInvalid(f"{error}; a plan of fewer steps, or of whole sites, is shorter") from error
-        Path(path).write_text(text)
+        atomic_write.write(path, text.encode())
 
     def text(self) -> str:
         """The plan as JSON that a person can read: a legend of cells, and one line of symbols for each step."""

@@ -12,7 +12,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from arrowhead.analysis.palette import COLOURS, MEANINGS, ink
-from arrowhead.errors import InputsInvalid
 from arrowhead.evaluation.side_by_side import Evaluation, Score
 from arrowhead.plans.file_format import SYMBOLS
 from arrowhead.report.chart import Chart, chart
@@ -82,22 +81,6 @@ def _environment() -> Environment:
     return environment
 
 
-def require_writable(path: Path) -> None:
-    """Check that a file can be written, before the work for it begins. Its folder is made; an existing file is not changed.
-
-    Raises:
-        InputsInvalid: the file cannot be written.
-    """
-    new = not path.exists()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("a").close()
-    except OSError as error:
-        raise InputsInvalid(f"cannot write {path}: {error.strerror}; wanted a file in a folder that can be written") from error
-    if new:
-        path.unlink()
-
-
 def _comparable(scores: tuple[Score, ...]) -> bool:
     """Whether all plans have the same sites, so that their module FLOPs are fractions of the same total."""
     return len({score.plan.target.sites for score in scores}) == 1
@@ -145,4 +128,4 @@ def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-__all__ = ["compare", "require_writable"]
+__all__ = ["compare"]

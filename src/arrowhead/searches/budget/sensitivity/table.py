@@ -272,7 +272,11 @@ class Table:
         return SHARED_BRANCH if shared else OWN_BRANCHES
 
     def save(self, path: str | Path) -> None:
-        """Write the table to a file: safetensors, with everything but the tensors as JSON in its header."""
+        """Write the table to a file: safetensors, with everything but the tensors as JSON in its header.
+
+        Raises:
+            FileUnwritable: the file cannot be written, or the disk is full. A file of this name is as it was then.
+        """
         write_table(path, {each.name: getattr(self, each.name) for each in fields(self)} | {"about": dict(self.about)})
 
     @classmethod

@@ -9,11 +9,11 @@ from typing import Any
 import pydantic
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from arrowhead.errors import InputsInvalid
-from arrowhead.plans import limits
+from arrowhead.plans import atomic_write, limits
 from arrowhead.plans.cells import Precision, Radius
 from arrowhead.plans.layout import Branches, Site, Tokens
 from arrowhead.plans.target import Target
@@ -50,12 +50,13 @@ class _Header(pydantic.BaseModel, extra="forbid"):
 
 
 def write_table(path: str | Path, fields: Mapping[str, Any]) -> None:
-    """Write the fields of a table to a file."""
+    """Write the fields of a table to a file, completely or not at all."""
     stored = _stored_tensors(fields["precisions"])
     keys = {name: info.alias or name for name, info in _Header.model_fields.items() if name != "format"}
     header = _Header(format=FORMAT, **{key: fields[name] for name, key in keys.items()})
     content = json.dumps(header.model_dump(mode="json", by_alias=True), default=str, allow_nan=False)
-    save_file({key: fields[name].contiguous() for name, key in stored.items()}, path, metadata={"arrowhead": content})
+    tensors = {key: fields[name].contiguous() for name, key in stored.items()}
+    atomic_write.write(path, save(tensors, metadata={"arrowhead": content}))
 
 
 def read_table(path: str | Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.ready
 # where pip would bring a CUDA build of torch: make test TORCH_OPTIONS="--index-url ..." with the index of CPU builds
 TORCH_OPTIONS ?=
-# tests side by side, a file at a time, each process on a thread of its own
+# tests in parallel processes, each with one thread; a file runs in one process
 PROCESSES ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(PROCESSES) --dist loadfile
 
@@ -25,7 +25,7 @@ check: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
-# docs/combinations.md, of what tests/combinations say
+# docs/combinations.md, from what tests/combinations state
 matrix: $(STAMP)
 	PYTHONPATH=tests $(PY) tests/combinations/matrix.py
 

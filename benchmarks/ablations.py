@@ -1,11 +1,11 @@
-"""What each part of the budget's search is worth: plans found without it, on inputs and seeds that they were not found on.
+"""What each part of the budget search contributes: plans found without it, judged on inputs and seeds not used by the search.
 
     python benchmarks/ablations.py generate dit
     python benchmarks/ablations.py measure dit --tools TOOLS
 
-Plans come from tables alone, without corrections, for 40 and 20 % of the attention modules' FLOPs: all sites in step, and, of
-some, single heads. Where feed-forwards are in question they are for 70 % of the transformer's. What is there already is not
-made again. `measure` needs LPIPS: see README.md. What follows the name of the command may be `mmdit32` as well.
+Plans come from tables alone, without corrections, for 40 and 20 % of the attention modules' FLOPs: all sites in step, and for
+some settings single heads. Settings about feed-forwards have 70 % of the transformer's FLOPs. Files that exist are not made
+again. `measure` needs LPIPS: see README.md. `mmdit32` may stand in place of `dit`.
 """
 
 import importlib
@@ -35,7 +35,7 @@ Calibrated = Callable[[Any, budget.Case], ah.Table]
 
 
 def calibrated(inputs: int = 8, **extent: Any) -> Calibrated:
-    """On so many inputs, with this extent."""
+    """A calibration on this many inputs, with this extent."""
 
     def table(pipe: Any, case: budget.Case) -> ah.Table:
         arguments = budget.calibration(case)
@@ -46,14 +46,14 @@ def calibrated(inputs: int = 8, **extent: Any) -> Calibrated:
 
 
 def local(pipe: Any, case: budget.Case) -> ah.Table:
-    """Every site's and step's relative error counts alike, as in the papers' searches."""
+    """The table with the same weight for every site and step, as in the papers' searches."""
     own = SiteProbes.fitted
     SiteProbes.fitted = lambda self, steps: torch.ones(steps, self._sites)  # type: ignore[method-assign]
     try:
         table = calibrated(gradients=False)(pipe, case)
     finally:
         SiteProbes.fitted = own  # type: ignore[method-assign]
-    return replace(table, gains=(1.0,) * table.steps)
+    return replace(table, sampler_gains=(1.0,) * table.steps)
 
 
 TABLES: dict[str, Calibrated] = {
@@ -73,7 +73,7 @@ TRANSFORMER = 0.7
 
 
 def plans(pipe: Any, case: budget.Case, work: Path) -> dict[str, Path]:
-    """The files of all plans, which are made where they are missing."""
+    """The files of all plans; missing plans are searched for."""
     found: dict[str, Path] = {}
     asked = {name: [ah.Budget(module_flops=b, granularity="step") for b in BUDGETS] for name in TABLES}
     for name in HEADS_TOO:
@@ -92,7 +92,7 @@ def plans(pipe: Any, case: budget.Case, work: Path) -> dict[str, Path]:
                 table = table or tables[name](pipe, case)
                 try:
                     ah.solve(table, each).save(file)
-                except InputsInvalid as infeasible:  # so few FLOPs cannot be had with so little
+                except InputsInvalid as infeasible:  # these choices cannot reach so few FLOPs
                     refused.write_text(str(infeasible))
             if file.exists():
                 found[what] = file

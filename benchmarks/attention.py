@@ -1,10 +1,10 @@
-"""Time of attention, and of the whole generation, under each method by the untouched pipeline's, on the CPU.
+"""Time of attention and of the whole generation under each method, divided by the untouched pipeline's, on the CPU.
 
     python benchmarks/attention.py
 
 Two models: the bundled one at its 256 tokens, and a DiT of 4096 tokens with random weights. One thread, process time; every
 round runs all settings one after the other; a figure is the median over the rounds of its ratio to the same round's raw.
-Plans run the first step in full and every later one under the method named.
+Plans run the first step in full and every later step under one method.
 """
 
 import json
@@ -48,7 +48,7 @@ def large_pipeline() -> TinyDiTPipeline:
 
 
 def uniform_plan(pipe: Any, tokens: int, steps: int, cell: Cell) -> ah.Plan:
-    """Full attention in the first step, the same cell everywhere after it."""
+    """A plan with full attention in the first step and the same cell everywhere after it."""
     target = target_of(find(pipe))
     sites = len(target.sites)
     return ah.Plan(((FULL,) * sites, *[(cell,) * sites] * (steps - 1)), target, Tokens(tokens), guided=True)
@@ -115,7 +115,7 @@ def measure_pipeline(pipe: Any, tokens: int, images: int, steps: int, rounds: in
 
 
 def measure_kernel(tokens: int, batch: int, heads: int, head_dim: int, rounds: int) -> dict[str, Any]:
-    """A band of N/8 on each side by torch's dense attention, the attention call alone."""
+    """Time of a band of N/8 on each side divided by dense attention's, for the attention call only."""
     q, k, v = (torch.randn(batch, heads, tokens, head_dim) for _ in range(3))
     layout, radius = Tokens(tokens), tokens // 8
     calls = {
@@ -129,7 +129,7 @@ def measure_kernel(tokens: int, batch: int, heads: int, head_dim: int, rounds: i
             started = time.process_time()
             call()  # type: ignore[no-untyped-call]
             seconds[name] = time.process_time() - started
-        if round_:  # the first warms up
+        if round_:  # the first round warms up
             ratios.append(seconds["chunked"] / seconds["dense"])
     density = (tokens * (2 * radius + 1) - radius * (radius + 1)) / tokens**2
     shape = {"tokens": tokens, "batch": batch, "heads": heads, "head_dim": head_dim, "radius": radius}

@@ -1,14 +1,14 @@
-"""Plans found under a budget beside the papers' searches and blind reuse, at equal FLOPs, on a bundled model.
+"""Plans of the budget search, of both papers' searches, and even reuse, compared at equal FLOPs on a bundled model.
 
     python benchmarks/budget.py search dit
     python benchmarks/budget.py generate dit
     python benchmarks/budget.py cost dit
     python benchmarks/budget.py measure dit --tools TOOLS
 
-`search` finds the plans, `generate` makes the images with paired seeds, both into a work folder: what is there already is not
-made again, so either can be interrupted, and shards (`--shard 0/2` and `--shard 1/2`) can run side by side. `cost` times a
-calibration against generating its inputs, in turn. `measure` needs LPIPS and, for `dit`, a classifier: a folder with
-`perceptual.py`; see benchmarks/README.md. What follows the name of the command may be `mmdit32` as well.
+`search` finds the plans, `generate` makes the images with paired seeds, both into a work folder. Files that exist are
+not made again, so both can be interrupted, and shards (`--shard 0/2` and `--shard 1/2`) can run at the same time. `cost` times
+a calibration against generating its inputs, in turn. `measure` needs LPIPS and, for `dit`, a classifier: a folder with
+`perceptual.py`; see benchmarks/README.md. `mmdit32` may stand in place of `dit`.
 """
 
 import importlib
@@ -96,7 +96,7 @@ Only = Annotated[list[str] | None, typer.Option(help="settings to make; all when
 
 
 def work_of(name: Name) -> Path:
-    """Other weights, other pictures."""
+    """The work folder, by the hash of the weights."""
     weights = HERE.parent / f"src/arrowhead/tiny/{name}/transformer/diffusion_pytorch_model.safetensors"
     return Path("checkpoints/budget") / f"{name}-{sha256(weights.read_bytes()).hexdigest()[:12]}"
 
@@ -107,9 +107,9 @@ def calibration(case: Case) -> dict[str, Any]:
 
 
 def uniform(like: ah.Plan, left: float, else_: Cell) -> ah.Plan:
-    """Full attention in this part of the steps, the first two or the first and evenly after that; in others all do `else_`."""
+    """Full attention in this fraction of the steps, the first (two) and evenly after that; `else_` in the other steps."""
     first = 2 if else_ == EXTRAPOLATE else 1
-    spread = (round(left * like.steps) - first) / (like.steps - first)  # of the others
+    spread = (round(left * like.steps) - first) / (like.steps - first)  # of the other settings
     due = [step < first or int((step - first + 1) * spread) > int((step - first) * spread) for step in range(like.steps)]
     rows = tuple((FULL if full else else_,) * len(like.target.sites) for full in due)
     return ah.Plan(rows, like.target, like.tokens, like.guided)
@@ -135,7 +135,7 @@ def search(name: Name, shard: Shard = "0/1", only: Only = None) -> None:
 
 @app.command()
 def generate(name: Name, shard: Shard = "0/1", only: Only = None) -> None:
-    """Make the images; image i has input i and seed i in every setting. What has not been searched for is left out."""
+    """Make the images; image i has input i and seed i in every setting. Settings without a plan are left out."""
     index, count = own_share(shard)
     case, work, pipe = CASES[name], work_of(name), ah.tiny.load(name)
     like = ah.Plan.load(work / f"budget {BUDGETS[0]:.0%}.json")
@@ -179,7 +179,7 @@ def measure(
     tools: Annotated[Path, typer.Option(help="folder of perceptual.py")],
     data: Annotated[Path | None, typer.Option(help="for an MMDiT, the emoji: whether pictures bear the prompt's name")] = None,
 ) -> None:
-    """Compare every setting's images with the raw ones. A setting whose images are not here keeps its row, with its date."""
+    """Compare every setting's images with the raw ones. A setting without images here keeps its row and date."""
     sys.path[:0] = [str(tools), str(HERE.parent / "training")]
     lpips, accuracy = importlib.import_module("perceptual").LPIPS(), accuracy_of(name, data)
     work = work_of(name)
@@ -239,7 +239,7 @@ def at_budgets(table: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def write(path: Path, name: Name, result: dict[str, Any]) -> None:
-    """A result with how it was got."""
+    """Write a result with its settings and versions."""
     case = CASES[name]
     about = {
         "command": "see the head of benchmarks/budget.py",

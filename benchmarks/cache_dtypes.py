@@ -1,11 +1,11 @@
-"""What it costs to keep caches in 8 bits: error and LPIPS of eight images beside the same plan's with native caches, and bytes.
+"""What caches in 8 bits cost: error and LPIPS of eight images against the same plan with native caches, and bytes.
 
     python benchmarks/cache_dtypes.py --tools TOOLS
 
 On both bundled models, one calibration each, solved for two budgets, in step and by head. Plans are judged on seeds and inputs
-that the calibration has not seen. `one scale a token` is what `arrowhead/stored.py` would have if all channels of a module's
-output shared theirs, instead of as many as a head has. TOOLS holds `perceptual.py`, see benchmarks/README.md; without it LPIPS
-is left out.
+that the calibration has not seen. `one scale a token` is what `engine/cache_encoding.py` would do if all channels of a
+module's output shared a scale, instead of the channels of one head. TOOLS holds `perceptual.py`, see benchmarks/README.md;
+without it LPIPS is left out.
 """
 
 import importlib
@@ -26,8 +26,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import arrowhead as ah
-from arrowhead.searches.budget.solver.problem import Granularity
-from arrowhead.searches.budget.validation import errors_of, final_latents
+from arrowhead.calibration.driver import driver_of
+from arrowhead.searches.budget.config import Granularity
+from arrowhead.searches.budget.validation import errors_of
 from arrowhead.versions import versions
 
 BUDGETS, GRANULARITIES = (0.4, 0.25), tuple[Granularity, ...](("step", "head"))
@@ -39,7 +40,7 @@ HERE = Path(__file__).parent
 
 @contextmanager
 def one_scale() -> Iterator[None]:
-    """A token's numbers share one scale in a module's output."""
+    """Encode with one scale for each token of a module's output."""
     with patch("arrowhead.engine.cache_encoding.groups", lambda *_: 1), patch("arrowhead.plans.memory.groups", lambda *_: 1):
         yield
 
@@ -65,7 +66,7 @@ def calls(name: budget.Name) -> list[dict[str, Any]]:
 def generated(pipe: Any, inputs: list[dict[str, Any]]) -> list[Tensor]:
     """Final latents of each call; those of the bundled models are pixels in [−1, 1]."""
     seeded = ({**call, "generator": torch.Generator().manual_seed(call["generator"])} for call in inputs)
-    return [final_latents(pipe, call) for call in seeded]
+    return [driver_of(pipe, call).final_latents() for call in seeded]
 
 
 def compared(made: list[Tensor], other: list[Tensor], lpips: Callable[..., Tensor] | None) -> dict[str, float]:
@@ -127,7 +128,7 @@ def main(tools: Annotated[Path | None, typer.Option(help="folder of perceptual.p
     path, results = HERE / "results/cache_dtypes.json", dict[str, Any]()
     for name in NAMES:
         results[f"tiny:{name}"] = judged(name, lpips)
-        path.write_text(json.dumps(about | results, indent=1, allow_nan=False) + "\n")  # what there is so far
+        path.write_text(json.dumps(about | results, indent=1, allow_nan=False) + "\n")  # written after each model
 
 
 if __name__ == "__main__":

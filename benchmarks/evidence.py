@@ -1,7 +1,7 @@
-"""What the evidence_*.py share: plans, tables and pictures that are not made twice, and how pictures are compared.
+"""Shared by the evidence_*.py: plans, tables and pictures that are stored and not made twice, and the comparison of pictures.
 
-They lie in a work folder, by model, weights and part, so that every command can be interrupted. One thread; seconds are the
-CPU's clock of this process. LPIPS needs a folder with `perceptual.py`, see README.md.
+They are stored in a work folder, by model, weights and part, so that every command can be interrupted. One thread; seconds are
+process time. LPIPS needs a folder with `perceptual.py`, see README.md.
 """
 
 import importlib
@@ -33,7 +33,7 @@ Tools = Annotated[Path, typer.Option(help="folder of perceptual.py")]
 
 @dataclass(frozen=True)
 class Run:
-    """What is generated: labels or prompts, the seed of the first picture, steps, guidance, and what to steer away from."""
+    """What is generated: labels or prompts, the seed of the first picture, steps, guidance, and the negative prompt."""
 
     asked: tuple[Any, ...]
     steps: int
@@ -136,7 +136,7 @@ def left(plan: ah.Plan) -> dict[str, Any]:
 
 
 def write(part: str, models: Mapping[str, Any], result: Mapping[str, Any], **about: Any) -> None:
-    """A result with how it was got: the runs of calibrations and pictures, by what they are called."""
+    """Write a result with its settings: the runs of calibrations and pictures, by name."""
     told = {
         "command": f"see the head of benchmarks/{Path(sys.argv[0]).name}",
         "date": datetime.now(UTC).date().isoformat(),

@@ -1,10 +1,10 @@
-"""Where compression fails: few steps, in which little repeats itself.
+"""Where compression fails: in few steps, from which little can be reused.
 
     python benchmarks/evidence_failures.py dit --tools TOOLS
     python benchmarks/evidence_failures.py mmdit32 --tools TOOLS
 
-Where hardly anything is left is in evidence_techniques.py; evidence_figures.py draws pictures of both. What is there already is
-not made again. `perceptual.py`: see README.md.
+evidence_techniques.py has the plans that leave hardly any FLOPs; evidence_figures.py draws pictures of both. Files that exist
+are not made again. `perceptual.py`: see README.md.
 """
 
 from typing import Any

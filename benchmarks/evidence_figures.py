@@ -3,7 +3,7 @@
     python benchmarks/evidence_figures.py charts
     python benchmarks/evidence_figures.py pictures
 
-`charts` needs nothing but what is in the repository. `pictures` needs what the evidence_*.py have made.
+`charts` needs only files of the repository. `pictures` needs the work folders of the evidence_*.py.
 """
 
 import json

@@ -2,7 +2,7 @@
 
     python benchmarks/evidence_negative.py --tools TOOLS
 
-On the MMDiT at 32 × 32. What is there already is not made again. `perceptual.py`: see README.md.
+On the MMDiT at 32 × 32. Files that exist are not made again. `perceptual.py`: see README.md.
 """
 
 from dataclasses import replace

@@ -3,7 +3,7 @@
     python benchmarks/evidence_steps.py dit --tools TOOLS
     python benchmarks/evidence_steps.py mmdit32 --tools TOOLS
 
-What is there already is not made again. `--only` takes some numbers of steps. `perceptual.py`: see README.md.
+Files that exist are not made again. `--only` takes some numbers of steps. `perceptual.py`: see README.md.
 """
 
 from typing import Annotated, Any

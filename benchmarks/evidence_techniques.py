@@ -1,10 +1,10 @@
-"""Each of DiTFastAttn's techniques alone, and all together, beside both other searches: what they leave, lose and take.
+"""Each of DiTFastAttn's techniques alone, all together, and both other searches: FLOPs left, quality, and search time.
 
     python benchmarks/evidence_techniques.py dit --tools TOOLS
     python benchmarks/evidence_techniques.py mmdit32 --tools TOOLS
 
-All searches of a model see the same two inputs: a greedy one costs as much as generating its inputs twenty times. What is there
-already is not made again. `perceptual.py`: see README.md.
+All searches of a model see the same two inputs: a greedy one costs as much as generating its inputs twenty times. Files that
+exist are not made again. `perceptual.py`: see README.md.
 """
 
 from collections.abc import Iterator, Sequence

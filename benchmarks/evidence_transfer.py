@@ -1,9 +1,9 @@
-"""Plans on what they were not found for: other labels or prompts, seeds, guidance; beside plans that were found for these.
+"""Plans on other labels or prompts, seeds and guidance than they were found for, and plans that were found for these.
 
     python benchmarks/evidence_transfer.py dit --tools TOOLS
     python benchmarks/evidence_transfer.py mmdit32 --tools TOOLS
 
-What is there already is not made again. `perceptual.py`: see README.md.
+Files that exist are not made again. `perceptual.py`: see README.md.
 """
 
 from dataclasses import replace

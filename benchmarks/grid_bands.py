@@ -4,7 +4,7 @@
 
 One calibration with two radii of each kind, which keep nearly as many pairs; solved for each budget with the bands, with the
 boxes, and with both among the choices. Plans are judged on seeds and labels that the calibration has not seen, by the error of
-the final latents and of their detail: once with arrows alone, once with all that a plan may do.
+the final latents and of their detail: once with arrows alone, once with all cells that a plan may have.
 """
 
 import json
@@ -17,9 +17,10 @@ import torch
 from tqdm import tqdm
 
 import arrowhead as ah
+from arrowhead.calibration.driver import driver_of
 from arrowhead.plans import masks
 from arrowhead.plans.cells import Radius
-from arrowhead.searches.budget.validation import final_latents, measured_errors
+from arrowhead.searches.budget.validation import measured_errors
 from arrowhead.versions import versions
 
 BUDGETS = (0.7, 0.5, 0.35)
@@ -50,7 +51,8 @@ def main() -> None:
     torch.set_num_threads(1)
     pipe = ah.tiny.load("dit")
     pipe.set_progress_bar_config(disable=True)
-    raw = final_latents(pipe, inputs(HELD_OUT))
+    driver = driver_of(pipe, inputs(HELD_OUT))
+    raw = driver.final_latents()
     table = ah.calibrate(pipe, inputs(CALIBRATION), extent=ah.Extent(radii=CHOICES["both"], kinds=("self_attention",)))
     about = {
         "command": "python benchmarks/grid_bands.py",
@@ -69,14 +71,14 @@ def main() -> None:
         for left in tqdm(BUDGETS, desc=name):
             for choice, radii in CHOICES.items():
                 plan = ah.solve(among(table, radii), ah.Budget(attention_flops=left, granularity="head", **may))
-                errors, heads = measured_errors(pipe, inputs(HELD_OUT), plan, raw), plan.count_heads()
+                errors, heads = measured_errors(driver, plan, raw), plan.count_heads()
                 results.setdefault(name, {}).setdefault(f"{left:.0%}", {})[choice] = {
                     "attention_flops": plan.flops().attention,
                     "error": errors.error,
                     "detail": errors.detail,
                     "heads": {what: count / heads.total() for what, count in heads.most_common()},
                 }
-        path.write_text(json.dumps(about | results, indent=1, allow_nan=False) + "\n")  # what there is so far
+        path.write_text(json.dumps(about | results, indent=1, allow_nan=False) + "\n")  # written after each budget
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Head-wise plans on the bundled MMDiTs: thresholds, ablations, the greedy search beside them, and what a search costs.
+"""Head-wise plans on the bundled MMDiTs: thresholds, ablations, the greedy search in comparison, and the cost of a search.
 
     python benchmarks/headwise.py search mmdit32
     python benchmarks/headwise.py generate mmdit32
@@ -8,8 +8,8 @@
 
 and the same for `mmdit`, four times the tokens and six times the work, of which `--only` takes a part.
 
-`search` finds the plans, `generate` makes 64 images for each setting with paired seeds, both into a work folder: what is there
-already is not made again, so either can be interrupted, and shards (`--shard 0/2` and `--shard 1/2`) can run side by side.
+`search` finds the plans, `generate` makes 64 images for each setting with paired seeds, both into a work folder. Files that
+exist are not made again, so both can be interrupted, and shards (`--shard 0/2` and `--shard 1/2`) can run at the same time.
 `cost` times searches against generating their calibration batch, in turn; `memory` compares what both take. `measure` needs
 LPIPS: a folder with `perceptual.py`; see benchmarks/README.md.
 """
@@ -223,7 +223,7 @@ def at_greedy_budgets(table: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(path: Path, model: str, result: dict[str, Any]) -> None:
-    """A result with how it was got."""
+    """Write a result with its settings and versions."""
     about = {
         "command": "see the head of benchmarks/headwise.py",
         "date": datetime.now(UTC).date().isoformat(),

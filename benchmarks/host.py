@@ -138,7 +138,7 @@ class Setting:
         """The arguments that each site is called with."""
         calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
         hooks = [
-            site.register_forward_pre_hook(lambda *call: calls.append(call), with_kwargs=True)  # type: ignore[arg-type]
+            site.register_forward_pre_hook(lambda *call: calls.append(call), with_kwargs=True)
             for site in self._sites
         ]
         self.pipe.transformer(**inputs())

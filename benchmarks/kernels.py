@@ -1,11 +1,11 @@
-"""Each kernel's time by torch's dense attention, over sizes, head dimensions and policies of heads; one figure of it.
+"""Each kernel's time divided by torch's dense attention's, over sizes, head dimensions and policies of heads; with a figure.
 
     python benchmarks/kernels.py
 
-On the CPU by plain SDPA, float32, one thread, process time. On CUDA (`--device cuda`) by cuDNN's and FlashAttention 2's SDPA,
-bfloat16, CUDA events. Every round runs baselines and kernels one after the other; a figure is the median over the rounds of its
-ratio to the same round's baseline. What a kernel refuses is noted in its words. The first call of each is not counted, and with
-it what is compiled.
+The baseline on the CPU is plain SDPA, in float32, with one thread and process time. On CUDA (`--device cuda`) the baselines
+are cuDNN's and FlashAttention 2's SDPA, in bfloat16, with CUDA events. Every round runs baselines and kernels one after the
+other; a figure is the median over the rounds of its ratio to the same round's baseline. Where a kernel refuses a case, its
+message is noted. The first call of each, which compiles, is not counted.
 """
 
 import json

@@ -1,8 +1,8 @@
-"""Plans that leave the FLOPs that the papers report: which cells stand where is drawn, how many is searched for.
+"""Plans with the FLOPs that the papers report: the places of cells are random, and their number is searched for.
 
 DiTFastAttn (V1) counts whole modules, and its cells are ASC, windows with residuals, both, and AST. DiTFastAttnV2 (V2) counts
 the two matmuls, and each head has a method of its own: full, an arrow of one of three widths, the widest with its residual, or
-cached. Where the reductions fall is not known from the papers, so that it is drawn at random here; time depends on it little.
+cached. The papers do not say where the reductions are, so places are random here; time depends on them little.
 """
 
 import random

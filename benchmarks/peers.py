@@ -1,14 +1,14 @@
-"""Plans under a budget beside other accelerations that need no training, at equal FLOPs and at equal seconds.
+"""Plans of the budget search and other accelerations that need no training, at equal FLOPs and at equal seconds.
 
     python benchmarks/peers.py generate mmdit32
     python benchmarks/peers.py time mmdit32
     python benchmarks/peers.py measure mmdit32 --tools TOOLS
 
 Peers are diffusers' own caches, cache-dit, tomesd (see peers_hooks.py), and fewer steps of the sampler. Every setting draws the
-same pictures from the same seeds as `raw`. `generate` notes, batch by batch, what PyTorch's counter saw, and makes nothing
-twice; a peer that raises is noted with its reason and left out. `time` wants a machine that does nothing else: it runs all
-settings in turn, round by round, each beside `raw`. `measure` needs LPIPS: see benchmarks/README.md. What follows the name of
-the command may be `dit` as well.
+same pictures from the same seeds as `raw`. `generate` stores the FLOPs that PyTorch counted in each batch, and makes
+nothing twice. A peer that raises is left out, and its reason noted. `time` needs an otherwise idle machine: it runs all
+settings in turn, round by round, each with `raw`. `measure` needs LPIPS: see benchmarks/README.md. `dit` may stand in place of
+`mmdit32`.
 """
 
 import importlib
@@ -37,7 +37,7 @@ from torch import Tensor
 
 import arrowhead as ah
 from arrowhead.metrics.images import psnr, ssim
-from arrowhead.searches.budget.sensitivity.recorder import flop_counter
+from arrowhead.searches.budget.sensitivity.outside_flops import flop_counter
 from arrowhead.versions import versions
 
 IMAGES = 64

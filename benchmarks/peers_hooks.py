@@ -1,7 +1,7 @@
-"""Other accelerations that need no training, each a function that puts itself onto a fresh pipeline of one generation.
+"""Other accelerations that need no training: each function applies one to a fresh pipeline, for one generation.
 
-All are set up as their documentation says. Where the defaults were made for models of another depth or another way of calling,
-the function says what is set instead, and why. One that cannot serve a model raises, and peers.py writes down what it raised.
+All are set up as their documentation says. Where a default was made for models of another depth or another call, the function
+says what is set instead, and why. If one does not support a model, it raises, and peers.py notes the message.
 """
 
 import inspect

@@ -1,15 +1,15 @@
-"""Whole transformers at the papers' sizes and FLOP levels: time end to end, and of attention, by dense attention's.
+"""Whole transformers at the papers' sizes and FLOP levels: time end to end and of attention, relative to dense attention.
 
     python benchmarks/pipelines.py
 
 Random weights, in bfloat16 on a CUDA device; seconds by CUDA events, attention's from the start of its modules to their end.
 Each round runs everything one after the other: dense attention by cuDNN and by FlashAttention 2, then each plan, its full heads
 by the first of these. A figure is the median over the rounds of a ratio within a round. Plans with cached heads run twice, with
-the projections of these heads left out, as always, and with everything projected.
+the projections of these heads left out, as always, and with all heads projected.
 
-`bound` is Amdahl's in FLOPs, as the cost model counts them: what a plan leaves of the transformer's blocks. `bound_by_time` is
-that of attention modules which take the share of time that they were measured to take, and are left the plan's share of their
-FLOPs. On a machine without CUDA, `--small` runs the same on the CPU, at sizes that say nothing.
+`bound` is Amdahl's bound in FLOPs of the transformer's blocks. `bound_by_time` is Amdahl's bound if attention modules take
+their measured share of the time, and the plan reduces that time as it reduces their FLOPs. Without CUDA, `--small` tries the
+same on the CPU, at sizes whose times mean nothing.
 """
 
 import gc
@@ -111,7 +111,7 @@ class Setting:
 
 
 def everything_projected() -> AbstractContextManager[Any]:
-    """As if no module could tell its heads apart."""
+    """Run as if no module could project heads separately."""
     return patch("arrowhead.engine.run.can_project_heads_separately", new=lambda _: False)
 
 
@@ -132,7 +132,7 @@ def flops_left(pipe: Any, own: ah.Plan) -> dict[str, float]:
 
 
 def refusal(setting: Setting, *args: Any) -> str | None:
-    """Why torch's backend does not run, in its words."""
+    """The message with which torch's backend refuses to run."""
     try:
         setting.taken(*args)
     except (torch.OutOfMemoryError, torch.AcceleratorError):

@@ -2,9 +2,9 @@
 
     python benchmarks/precision.py
 
-One calibration, solved for each budget with and without precision among the choices; plans judged on seeds and labels that the
+One calibration, solved for each budget with and without int8 among the choices. Plans are judged on seeds and labels that the
 calibration has not seen, by the error of the final latents and of their detail. A score in int8 counts as half of one
-(`arrowhead/cost.py`), as int8 tensor cores would have it: on the CPU int8 is emulated, and how much longer that takes is noted.
+(`plans/flops.py`), as on int8 tensor cores. On the CPU int8 is emulated; the time that this takes is noted.
 """
 
 import json
@@ -18,9 +18,10 @@ import torch
 from tqdm import tqdm
 
 import arrowhead as ah
+from arrowhead.calibration.driver import driver_of
 from arrowhead.plans.cells import FULL, Attend, Full
-from arrowhead.searches.budget.solver.problem import Granularity
-from arrowhead.searches.budget.validation import errors_of, final_latents, measured_seconds
+from arrowhead.searches.budget.config import Granularity
+from arrowhead.searches.budget.validation import errors_of, measured_seconds
 from arrowhead.versions import versions
 
 BUDGETS = (0.9, 0.75, 0.6, 0.45, 0.3, 0.2)
@@ -41,7 +42,7 @@ def inputs(of: dict[str, Any]) -> dict[str, Any]:
 def judged(pipe: Any, plan: ah.Plan, raw: list[torch.Tensor]) -> dict[str, Any]:
     """What a plan leaves and does on held-out inputs: norms of changes over norms, the mean over the batches."""
     with ah.applied(pipe, plan):
-        found = [errors_of(final_latents(pipe, inputs(of)), own) for of, own in zip(HELD_OUT, raw, strict=True)]
+        found = [errors_of(driver_of(pipe, inputs(of)).final_latents(), own) for of, own in zip(HELD_OUT, raw, strict=True)]
     heads = plan.count_heads()
     return {
         "attention_flops": plan.flops().attention,
@@ -56,7 +57,7 @@ def main() -> None:
     torch.set_num_threads(1)
     pipe = ah.tiny.load("dit")
     pipe.set_progress_bar_config(disable=True)
-    raw = [final_latents(pipe, inputs(of)) for of in HELD_OUT]
+    raw = [driver_of(pipe, inputs(of)).final_latents() for of in HELD_OUT]
     table = ah.calibrate(pipe, inputs(CALIBRATION), extent=ah.Extent(precisions=("int8",), kinds=("self_attention",)))
     sites = len(table.target.sites)
     plans = {
@@ -72,7 +73,7 @@ def main() -> None:
                 results.setdefault(f"by {granularity}", {}).setdefault(f"{left:.0%}", {})[f"sparsity {name}"] = found
     ratios = []
     for _ in range(ROUNDS):
-        native, emulated = measured_seconds(pipe, inputs(HELD_OUT[0]), plans["full-int8"])
+        native, emulated = measured_seconds(driver_of(pipe, inputs(HELD_OUT[0])), plans["full-int8"])
         ratios.append(emulated / native)
     about = {
         "command": "python benchmarks/precision.py",

@@ -1,9 +1,9 @@
-"""What is predicted of plans, and what they really do: the error of the final latents, over plans at random.
+"""The predicted and the measured error of the final latents, over random plans.
 
     python benchmarks/predicted.py dit
 
-Of fifty plans in which every site does what it likes, and of twenty-five in which all sites do the same in a step. What follows
-the name of the command may be `mmdit32` as well.
+There are fifty plans in which sites are independent, and twenty-five in which all sites do the same in a step. `mmdit32` may
+stand in place of `dit`.
 """
 
 import json
@@ -20,9 +20,10 @@ from scipy.stats import spearmanr  # type: ignore[import-untyped]
 from tqdm import tqdm
 
 import arrowhead as ah
+from arrowhead.calibration.driver import driver_of
 from arrowhead.plans.cells import ASC, AST, EXTRAPOLATE, FULL, Cell
-from arrowhead.searches.budget.solver.states import site_outputs_of
-from arrowhead.searches.budget.validation import final_latents, measured_errors
+from arrowhead.searches.budget.sensitivity.site_outputs import site_outputs_of
+from arrowhead.searches.budget.validation import measured_errors
 from arrowhead.versions import versions
 
 STEPS, IMAGES, PLANS = 12, 4, 50
@@ -50,13 +51,13 @@ def plans(table: ah.Table) -> Iterator[tuple[str, ah.Plan]]:
             yield kind, ah.Plan(tuple(zip(*columns, strict=True)), table.target, table.tokens, table.branches.guided)
 
 
-def damage(table: ah.Table, plan: ah.Plan, kind: str) -> float:
-    """Sites that do the same err together, as the search has it."""
+def predicted_error(table: ah.Table, plan: ah.Plan, kind: str) -> float:
+    """The predicted squared error; changes of sites that do the same are added, as in the search."""
     if kind != "all sites in step":
-        return float(table.damage(plan.columns).sum())
-    givens = site_outputs_of(plan.columns[0])
-    harm = table.damages([range(table.outputs.shape[1])], givens)[:, :, 0]
-    return float(harm.diagonal().sum())
+        return float(table.predicted_error(plan.columns).sum())
+    outputs = site_outputs_of(plan.columns[0])
+    errors = table.predicted_errors([range(table.outputs.shape[1])], outputs)[:, :, 0]
+    return float(errors.diagonal().sum())
 
 
 def main(name: budget.Name) -> None:
@@ -66,10 +67,11 @@ def main(name: budget.Name) -> None:
     pipe.set_progress_bar_config(disable=True)
     inputs = budget.calibration(case)
     inputs |= {"num_inference_steps": STEPS, case.asks: case.calibration[:IMAGES]}
-    table, raw = ah.calibrate(pipe, inputs), final_latents(pipe, inputs)
+    driver = driver_of(pipe, inputs)
+    table, raw = ah.calibrate(pipe, inputs), driver.final_latents()
     found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
     for kind, plan in tqdm([*plans(table)], mininterval=10):
-        found[kind].append((damage(table, plan, kind) ** 0.5, measured_errors(pipe, inputs, plan, raw).error))
+        found[kind].append((predicted_error(table, plan, kind) ** 0.5, measured_errors(driver, plan, raw).error))
     correlations = {kind: float(spearmanr(*zip(*pairs, strict=True)).statistic) for kind, pairs in found.items()}
     about = {
         "command": "see the head of benchmarks/predicted.py",

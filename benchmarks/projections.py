@@ -1,10 +1,10 @@
-"""What it saves not to project Q, K and V of cached heads: end to end, by how many heads are cached.
+"""The time saved, end to end, by not projecting Q, K and V of cached heads, by the number of cached heads.
 
     python benchmarks/projections.py
 
 A transformer as Stable Diffusion 3's, 4 blocks of 8 heads of 64, random weights, 1024 visual tokens and 154 of text, guided.
-All heads are computed in the first step; in the three after it, some repeat what they gave. The same plan runs with their
-projections left out, as always, and with everything projected. CPU, one thread, process time; every round runs all settings
+All heads are computed in the first step; in the three after it, some are cached. The same plan runs with their
+projections left out, as always, and with all heads projected. CPU, one thread, process time; every round runs all settings
 one after the other, and a figure is the median over the rounds of a ratio within a round. Where no head is cached, the two are
 the same: what is "saved" there is noise.
 """
@@ -60,7 +60,7 @@ def inputs() -> dict[str, Any]:
 
 
 def plan(pipe: Any, cached: int) -> ah.Plan:
-    """All heads in the first step, and so many fewer after it."""
+    """A plan with all heads full in the first step, and `cached` of them cached after it."""
     cell = Attend((Cached(),) * cached + (Full(),) * (HEADS - cached))
     target = target_of(find(pipe))
     sites = len(target.sites)
@@ -68,7 +68,7 @@ def plan(pipe: Any, cached: int) -> ah.Plan:
 
 
 def everything_projected() -> AbstractContextManager[Any]:
-    """As if no module could tell its heads apart."""
+    """Run as if no module could project heads separately."""
     return patch("arrowhead.engine.run.can_project_heads_separately", new=lambda _: False)
 
 
@@ -96,7 +96,7 @@ def main(
                 seconds.append(time.process_time() - started)
 
     def ratio(a: tuple[int, bool], b: tuple[int, bool] | None) -> float:
-        return round(median(x / y for x, y in zip(taken[a][1:], taken[b][1:], strict=True)), 4)  # the first warms up
+        return round(median(x / y for x, y in zip(taken[a][1:], taken[b][1:], strict=True)), 4)  # the first round warms up
 
     result = {
         "command": f"python benchmarks/projections.py --rounds {rounds}",

@@ -1,4 +1,4 @@
-"""D1–D6 on the bundled model: what is saved, and what it does to the pictures.
+"""DiTFastAttn's thresholds D1–D6 on the bundled model: FLOPs left and quality of the pictures.
 
     python benchmarks/quality.py search
     python benchmarks/quality.py generate
@@ -6,8 +6,8 @@
     python benchmarks/quality.py measure --tools TOOLS
 
 `search` finds the plans, `generate` makes 500 images for each setting with paired seeds, `features` takes their Inception
-features, all into a work folder: what is there already is not made again, so each can be interrupted, and shards (`--shard 0/2`
-and `--shard 1/2`) can run side by side. `features` and `measure` need networks and data that are not part of the project: a
+features, all into a work folder. Files that exist are not made again, so each can be interrupted, and shards (`--shard 0/2`
+and `--shard 1/2`) can run at the same time. `features` and `measure` need networks and data that are not part of the project: a
 folder with `perceptual.py` (LPIPS, CIFAR-10 classifier) and `fid_inception.py`, the Inception network, and CIFAR-10's test set;
 see benchmarks/README.md.
 """

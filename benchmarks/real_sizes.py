@@ -1,7 +1,7 @@
-"""Transformers at the sizes that the papers measured, with random weights, and pipelines that do nothing but call them.
+"""Transformers at the sizes that the papers measured, with random weights, and pipelines that only call them.
 
-The numbers are those of the public models' configurations; nothing is downloaded. A pipeline here is of the real one's class,
-so that plans go on it, but its call is the loop over timesteps alone: no text encoder, no scheduler's step, no VAE.
+The numbers are those of the public models' configurations; nothing is downloaded. A pipeline here is of the real class,
+so that plans can be applied, but its call is only the loop over timesteps: no text encoder, no scheduler's step, no VAE.
 """
 
 # ruff: noqa: ARG002 - the looped call takes what arrowhead asks of it

@@ -1,11 +1,11 @@
-"""Whether a bundled MMDiT draws what it is asked for: 200 prompts that it was trained on, and 200 that it was not.
+"""Whether a bundled MMDiT draws what the prompt says: 200 prompts that it was trained on, and 200 that it was not.
 
     python benchmarks/recognition.py mmdit --data emoji64.npz --tools TOOLS
     python benchmarks/recognition.py mmdit32 --data emoji64.npz --tools TOOLS
 
 A generated picture is compared, by LPIPS, with all training pictures of 50 names, the prompt's among them, in any style. It is
 right when the nearest one bears the prompt's name; chance is 2 %. TOOLS is a folder with `perceptual.py`; see README.md.
-Pictures are kept, so that it can be interrupted.
+Pictures are stored, so that the run can be interrupted.
 """
 
 import importlib

@@ -1,12 +1,12 @@
-"""Plans derived for other steps, or another resolution, beside plans that were searched for there, at the same FLOPs.
+"""Plans derived for other steps or another resolution, and plans that were searched for there, at the same FLOPs.
 
     python benchmarks/resample.py dit --tools TOOLS
     python benchmarks/resample.py mmdit32 --tools TOOLS
 
 A calibration at 20 steps and one at 40, of two images each, solved for two budgets; each plan is derived for the other's steps
-(`Plan.resample`), and the other's table solved for what FLOPs that has. Beside both: full in as many steps, evenly, and
-repeated in the others. For `mmdit32`, too: its plans on `mmdit`, which has the same blocks and sampler, other weights, and four
-times the tokens. Judged on four seeds and inputs (two of `mmdit`) that no calibration has seen, by the error of the final
+(`Plan.resample`), and the other's table is solved for the derived plan's FLOPs. A third plan is full in evenly spaced steps,
+and reuses in the others. For `mmdit32`, too: its plans on `mmdit`, which has the same blocks and sampler, other weights, and
+four times the tokens. Judged on four seeds and inputs (two of `mmdit`) that no calibration has seen, by the error of the final
 latents and of their detail, and by LPIPS where TOOLS holds `perceptual.py`, see benchmarks/README.md.
 """
 
@@ -26,8 +26,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import arrowhead as ah
+from arrowhead.calibration.driver import driver_of
 from arrowhead.plans.cells import AST
-from arrowhead.searches.budget.validation import errors_of, final_latents
+from arrowhead.searches.budget.validation import errors_of
 from arrowhead.versions import versions
 
 BUDGETS = (0.4, 0.25)
@@ -53,7 +54,7 @@ def judged(
     rows = {}
     for name, plan in plans.items():
         with ah.applied(pipe, plan):
-            made = final_latents(pipe, call())
+            made = driver_of(pipe, call()).final_latents()
         errors = errors_of(made, raw)
         rows[name] = {"module_flops": plan.flops().module, "error": errors.error, "detail": errors.detail}
         if lpips is not None:
@@ -93,18 +94,18 @@ def main(name: budget.Name, tools: Annotated[Path | None, typer.Option(help="fol
     }
     for before, after in (STEPS, STEPS[::-1]):
         call = partial(inputs, name, after, 4, held_out=True)
-        raw = final_latents(pipe, call())
+        raw = driver_of(pipe, call()).final_latents()
         for left in tqdm(BUDGETS, desc=f"{before} to {after} steps"):
             found = beside(plans[before, left].resample(steps=after), tables[after])
             results.setdefault(f"{before} to {after} steps", {})[f"{left:.0%}"] = judged(pipe, call, found, raw, lpips)
-            path.write_text(json.dumps(about | results, indent=1, allow_nan=False) + "\n")  # what there is so far
+            path.write_text(json.dumps(about | results, indent=1, allow_nan=False) + "\n")  # written after each part
     if name != budget.Name.MMDIT32:
         return
     larger = ah.tiny.load("mmdit")
     larger.set_progress_bar_config(disable=True)
     table = ah.calibrate(larger, inputs(name, STEPS[0], 2, held_out=False))
     call = partial(inputs, name, STEPS[0], 2, held_out=True)
-    raw = final_latents(larger, call())
+    raw = driver_of(larger, call()).final_latents()
     for left in tqdm(BUDGETS, desc="256 to 1024 tokens"):
         found = beside(plans[STEPS[0], left].resample(tokens=table.tokens), table)
         results.setdefault("256 to 1024 tokens", {})[f"{left:.0%}"] = judged(larger, call, found, raw, lpips)

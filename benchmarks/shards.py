@@ -1,4 +1,4 @@
-"""Work in shards, one thread each, and pictures on disk that are not made twice."""
+"""Shards of work with one thread each, and pictures that are stored and not made twice."""
 
 from collections.abc import Callable
 from pathlib import Path

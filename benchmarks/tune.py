@@ -1,11 +1,11 @@
-"""Every configuration of the fused kernel's table by the clock, so that the table can be set from measurements.
+"""Times every configuration of the fused kernel's launch table, so that the table can be set from measurements.
 
     python benchmarks/tune.py
 
-For each head dim and length: the configurations of all its rows, for Ampere and for Hopper, and the one with warps of its own,
+For each head dim and length: the configurations of all its rows, for Ampere and for Hopper, and the warp-specialized one,
 whichever the table would choose. Cases: full heads, bands, and heads of several kinds beside text, by attention alone, and
-outputs with residuals. bfloat16 on a CUDA device, CUDA events, medians over rounds of ratios to cuDNN's dense attention. What a
-device refuses is noted in its words. `--small` has Triton's interpreter run one size on the CPU (TRITON_INTERPRET=1).
+outputs with residuals. bfloat16 on a CUDA device, CUDA events, medians over rounds of ratios to cuDNN's dense attention. Where
+a device refuses one, its message is noted. `--small` has Triton's interpreter run one size on the CPU (TRITON_INTERPRET=1).
 """
 
 import json

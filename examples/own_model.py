@@ -1,4 +1,4 @@
-"""A transformer of your own: ten lines describe it, and plans are searched for it and put on it. Runs in seconds, offline.
+"""A custom model: ten lines describe it to arrowhead, and plans are searched for and applied. Runs in seconds, offline.
 
 The model is a small one with random weights, in the manner of OpenSora's STDiT2: spatial, temporal and cross-attention, each
 with softmax written out, and a sampler that is a plain loop over `model.forward`. For OpenSora itself: `ah.open_sora()`.

@@ -1,4 +1,4 @@
-"""Search, apply, look at what was done, take it off: on the bundled model, offline, in half a minute.
+"""Search for a plan, apply it, print what was done, remove it: on the bundled model, offline, in half a minute.
 
 For another pipeline replace the first two statements, e.g. by a PixArtSigmaPipeline and `{"prompt": [...]}`.
 """

@@ -19,8 +19,16 @@ from arrowhead.plans.cells import AST, Arrow, Attend, Cached, Cell, Full, Precis
 from arrowhead.plans.layout import Branches, Site, Tokens
 from arrowhead.plans.lifetimes import FOREVER, Residual, Writes
 from arrowhead.plans.target import Target
+from arrowhead.searches.budget.sensitivity.site_outputs import (
+    AddedResidual,
+    ComputedOutput,
+    ExtrapolatedOutput,
+    RepeatedOutput,
+    SiteOutput,
+    StoredOutput,
+)
 from arrowhead.searches.budget.sensitivity.table import Table
-from arrowhead.searches.budget.solver.states import Choices, SiteOutput
+from arrowhead.searches.budget.solver.states import Choices
 
 FLUX_VISUAL = 16
 
@@ -145,9 +153,9 @@ def synthetic(
     table = Table(target, Tokens(64, text), branches, radii, ages, outputs, residuals, tuple(gains), 0.7, 96, other, 1, regions)
     if not precisions:
         return table
-    roundings = torch.randn(steps, all_heads, len(precisions), ages + 1, pairs, samples, generator=draw)
-    roundings *= 0.1 * size[:, :, None]
-    return replace(table, precisions=precisions, roundings=roundings)
+    errors = torch.randn(steps, all_heads, len(precisions), ages + 1, pairs, samples, generator=draw)
+    errors *= 0.1 * size[:, :, None]
+    return replace(table, precisions=precisions, quantisation_errors=errors)
 
 
 @dataclass(frozen=True)
@@ -168,11 +176,12 @@ class Past:
     slope: float = 0.0
 
 
-def described(output: tuple, step: int) -> SiteOutput:
+def described(output: tuple, step: int) -> StoredOutput:
     """What a step gives that gives this output."""
     made, radius, residual, residual_shared, share, precision = output
-    lag = None if residual is None else step - residual
-    return SiteOutput(step - made, radius, lag, residual_shared, share, precision=precision)
+    added = None if residual is None else AddedResidual(made - residual, residual_shared)
+    computed = ComputedOutput(radius, added, share, precision)
+    return computed if made == step else RepeatedOutput(computed, step - made)
 
 
 def continued(past: Past, choices: Choices) -> Iterator[Past]:
@@ -191,7 +200,7 @@ def continued(past: Past, choices: Choices) -> Iterator[Past]:
         given = described(output, step)
         if slope:
             since, gap = step - output[0], output[0] - before[0]
-            given = replace(given, earlier=described(before, step), since=since, gap=gap, slope=slope)
+            given = ExtrapolatedOutput(given, described(before, step), slope, since, gap)
         return Past((*past.spent, (cell, writes)), (*past.gave, given), output, full, before, slope)
 
     for share in shares:
@@ -247,7 +256,7 @@ class Made:
     precision: Precision = "native"
 
 
-def damages_of(table: Table, heads: Sequence[int], column: Sequence[Cell]) -> list[float]:
+def column_errors(table: Table, heads: Sequence[int], column: Sequence[Cell]) -> list[float]:
     """Of heads of one site that do the same, in each step, as the table's docstring has its products.
 
     What is repeated, or continued, has been so since it was computed: a step does what it adds to the square of the sum.
@@ -262,7 +271,7 @@ def damages_of(table: Table, heads: Sequence[int], column: Sequence[Cell]) -> li
             found += outputs[step, step - made.step, source]
             if made.precision != "native":
                 which = table.precisions.index(made.precision)
-                found += table.roundings[step, list(heads), which, step - made.step, source].double().sum(0)
+                found += table.quantisation_errors[step, list(heads), which, step - made.step, source].double().sum(0)
             if made.radius is not None:
                 radius = table.radii.index(made.radius)
                 found -= residuals[step, radius, step - made.step, source]
@@ -278,7 +287,7 @@ def damages_of(table: Table, heads: Sequence[int], column: Sequence[Cell]) -> li
             if before is not None and step > made.step:
                 before = replace(before, shared=made.shared or before.shared)
                 own += slope * (step - made.step) / (made.step - before.step) * (own - change(step, before))
-            found += table.gains[step] * own
+            found += table.sampler_gains[step] * own
         per_image = found.view(-1, table.regions).square().sum(1)
         return per_image.mean() / (table.final * table.elements)
 
@@ -305,6 +314,6 @@ def damages_of(table: Table, heads: Sequence[int], column: Sequence[Cell]) -> li
     return found
 
 
-def damage_of(table: Table, heads: Sequence[int], column: Sequence[Cell]) -> float:
+def column_error(table: Table, heads: Sequence[int], column: Sequence[Cell]) -> float:
     """All that a column does."""
-    return sum(damages_of(table, heads, column))
+    return sum(column_errors(table, heads, column))

@@ -15,7 +15,7 @@ from test_edge import INPUTS, invoke
 
 import arrowhead as ah
 from arrowhead.analysis.arrays import REUSED, Analysis, AttentionMap
-from arrowhead.analysis.draw_attention import SAID, draw
+from arrowhead.analysis.draw_attention import LABELS, draw
 from arrowhead.cli import analyze
 from arrowhead.errors import InputsInvalid
 from arrowhead.plans.layout import Tokens
@@ -79,7 +79,7 @@ def test_every_figure_is_drawn_and_says_what_it_shows(name, guided, tmp_path):
     assert ("7 text tokens" in said["attention_map"]) == bool(bench.text)
     assert ("on text" in said["locality"]) == bool(bench.text)
     assert ("CFG branches" in said["similarity"], "no guidance" in said["similarity"]) == (guided, not guided)
-    assert all(label in said["reuse_errors"] for label, _ in SAID.values())
+    assert all(label in said["reuse_errors"] for label, _ in LABELS.values())
     weights, band = found.attention_map.weights, abs(np.subtract.outer(range(16), range(16))) <= 4
     image = slice(-16, None) if name == "flux" else slice(0, 16)
     text = slice(0, -16) if name == "flux" else slice(16, None)

@@ -14,7 +14,7 @@ from arrowhead.models.find import find
 from arrowhead.models.model import target_of
 from arrowhead.plans.cells import ASC, AST, FULL, Attend, Cached, Full
 from arrowhead.plans.flops import full_flops
-from arrowhead.searches.budget.sensitivity.recorder import flop_counter
+from arrowhead.searches.budget.sensitivity.outside_flops import flop_counter
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 PUBLIC = {  # parameters, visual tokens, text tokens beside them, TFLOP of attention's two matmuls in a step

@@ -19,6 +19,7 @@ from test_plan import PLAN, TARGET
 from untouched import left_as_it_was
 
 import arrowhead as ah
+from arrowhead.calibration.driver import driver_of
 from arrowhead.calibration.run import CalibrationRun
 from arrowhead.errors import BandCoversAll, InputsInvalid, PlanInvalid, PlanMismatch
 from arrowhead.models.find import find
@@ -76,10 +77,8 @@ def bound(bench, model, cells, guided=True):
 
 
 def tokens_of(bench, **inputs):
-    calibration = CalibrationRun(find(bench.pipe), bench.inputs(**inputs))
-    steps = calibration.steps()
-    next(steps)
-    steps.close()
+    calibration = CalibrationRun(driver_of(bench.pipe, bench.inputs(**inputs)), find(bench.pipe))
+    calibration.run(lambda _: None, first_only=True)
     return calibration.tokens
 
 

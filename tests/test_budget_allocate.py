@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from budget import SLOPES, damage_of, every_column, synthetic
+from budget import SLOPES, column_error, every_column, synthetic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +17,8 @@ from arrowhead.plans.cells import FULL, Attend
 from arrowhead.plans.flops import site_flops
 from arrowhead.plans.layout import Site
 from arrowhead.plans.lifetimes import Writes, of_head
-from arrowhead.searches.budget.solver.allocation import within_cost, within_damage
+from arrowhead.searches.budget.solver.allocation import within_cost, within_predicted_error
+from arrowhead.searches.budget.solver.problem import problem_of
 from arrowhead.searches.budget.solver.states import Choices
 
 MEASURES = st.sampled_from(["attention", "module", "transformer"])
@@ -71,12 +72,12 @@ def columns_of(offer):
     return [offer.column(site) for site in range(len(offer.cost))]
 
 
-def site_damage(table, site, column):
+def site_error(table, site, column):
     """Of heads that do the same throughout together, of others apart."""
     alike = {}
     for place, head in enumerate(table.heads(site)):
         alike.setdefault(of_head(column, place), []).append(head)
-    return sum(damage_of(table, group, own) for own, group in alike.items())
+    return sum(column_error(table, group, own) for own, group in alike.items())
 
 
 def every_column_of(table, site, what):
@@ -92,15 +93,15 @@ def every_column_of(table, site, what):
 @settings(max_examples=40, deadline=None)
 @given(data=st.data(), table=tables(heads=2), measure=MEASURES, what=WHAT)
 def test_a_plan_is_within_its_budget_and_counts_what_it_was_said_to(data, table, measure, what):
-    problem = budget_of(measure, **what).problem(table)
+    problem = problem_of(budget_of(measure, **what), table)
     table, fixed = problem.table, problem.fixed
-    budget = data.draw(st.floats(problem.offer(problem.dear).cost.sum() + fixed + 1e-9, 1.0))
+    budget = data.draw(st.floats(problem.offer(problem.multiplier_of_least_cost).cost.sum() + fixed + 1e-9, 1.0))
     found = within_cost(problem, budget)
     assert flops(table, found.columns, measure) == pytest.approx(found.cost + fixed)
     assert found.cost + fixed <= budget * (1 + 1e-9)
-    assert found.damage == pytest.approx(sum(site_damage(table, i, column) for i, column in enumerate(found.columns)), rel=1e-4)
-    assert found.damage == pytest.approx(table.damage(found.columns).sum(), rel=1e-4)
-    assert found.bound <= found.damage * (1 + 1e-9)
+    assert found.error == pytest.approx(sum(site_error(table, i, column) for i, column in enumerate(found.columns)), rel=1e-4)
+    assert found.error == pytest.approx(table.predicted_error(found.columns).sum(), rel=1e-4)
+    assert found.bound <= found.error * (1 + 1e-9)
 
 
 @settings(max_examples=25, deadline=None)
@@ -120,7 +121,7 @@ def test_the_best_there_is_where_there_is_a_feed_forward(data, table, what):
 def test_a_block_or_what_lies_within_it(data, seed, guided, heads, what):
     """Against all columns of a block that computes its attention in full or not at all, and all of the attention alone."""
     table = synthetic(seed, steps=3, count=1, heads=heads, guided=guided, blocks=True)
-    problem, (block, attention) = budget_of("transformer", **what).problem(table), table.target.sites
+    problem, (block, attention) = problem_of(budget_of("transformer", **what), table), table.target.sites
     best_of = {}
     for place, site in enumerate(table.target.sites):
         columns = every_column_of(table, site, what)
@@ -131,24 +132,24 @@ def test_a_block_or_what_lies_within_it(data, seed, guided, heads, what):
         own = [site_flops(s, table.tokens, FULL, Writes(), 1 + guided).module for s in (block, attention)]
         whole = own[0] + table.other_flops
         left = np.array([1 - (1 - plan.flops().module) * own[place] / whole for plan in plans])
-        harm = np.array([damage_of(table, table.heads(place), column) for column in columns])
-        best_of[place] = columns, left, harm
+        error = np.array([column_error(table, table.heads(place), column) for column in columns])
+        best_of[place] = columns, left, error
     budget = data.draw(st.floats(min(left.min() for _, left, _ in best_of.values()) + 1e-6, 1.0))
     found = within_cost(problem, budget)
     assert sum(column is None for column in found.columns) == 1
     place = next(i for i, column in enumerate(found.columns) if column is not None)
-    columns, left, harm = best_of[place]
+    columns, left, error = best_of[place]
     chosen = columns.index(found.columns[place])
     assert found.cost + problem.fixed == pytest.approx(left[chosen])
-    assert found.damage == pytest.approx(harm[chosen], rel=1e-4)
+    assert found.error == pytest.approx(error[chosen], rel=1e-4)
     assert left[chosen] <= budget * (1 + 1e-9)
-    best = min(harm[left <= budget * (1 + 1e-9)].min(initial=np.inf) for _, left, harm in best_of.values())
+    best = min(error[left <= budget * (1 + 1e-9)].min(initial=np.inf) for _, left, error in best_of.values())
     assert found.bound <= best * (1 + 1e-4) + 1e-12
-    assert best <= found.damage * (1 + 1e-4) + 1e-12
-    for multiplier in (0.0, 1e-3, 0.1, 10.0, problem.dear):
+    assert best <= found.error * (1 + 1e-4) + 1e-12
+    for multiplier in (0.0, 1e-3, 0.1, 10.0, problem.multiplier_of_least_cost):
         offer = problem.offer(multiplier)
-        reached = offer.damage[0] + multiplier * (offer.cost[0] + problem.fixed)
-        least = min((harm + multiplier * left).min() for _, left, harm in best_of.values())
+        reached = offer.error[0] + multiplier * (offer.cost[0] + problem.fixed)
+        least = min((error + multiplier * left).min() for _, left, error in best_of.values())
         assert reached == pytest.approx(least, rel=1e-4, abs=1e-9)
 
 
@@ -158,26 +159,26 @@ def test_all_sites_in_step(data, table, measure, what, lone):
     """Against every column that all sites can follow together, whose changes are added before they are squared."""
     budget = budget_of(measure, granularity="step", **what)
     table = table.attention_alone() if lone else table
-    problem = budget.problem(table)
+    problem = problem_of(budget, table)
     table, sites = problem.table, problem.table.target.sites
     narrowest = min(sites, key=lambda site: site.kind == "self_attention")  # arrows are for attention alone
     columns = every_column_of(table, narrowest, what)
     heads = [head for site in range(len(sites)) for head in table.heads(site)]
-    harm = np.array([damage_of(table, heads, column) for column in columns])
+    error = np.array([column_error(table, heads, column) for column in columns])
     cost = np.array([flops(table, [column] * len(sites), measure) for column in columns])
     left = data.draw(st.floats(min(cost.min() + 1e-6, 1.0), 1.0))
     found = within_cost(problem, left)
     assert len(set(found.columns)) == 1
     place = columns.index(found.columns[0])
-    assert (found.damage, found.cost + problem.fixed) == (pytest.approx(harm[place], rel=1e-4), pytest.approx(cost[place]))
+    assert (found.error, found.cost + problem.fixed) == (pytest.approx(error[place], rel=1e-4), pytest.approx(cost[place]))
     assert cost[place] <= left * (1 + 1e-9)
-    best = harm[cost <= left * (1 + 1e-9)].min()
+    best = error[cost <= left * (1 + 1e-9)].min()
     assert found.bound <= best * (1 + 1e-4) + 1e-12
-    assert best <= found.damage * (1 + 1e-4) + 1e-12
-    for multiplier in (0.0, 1e-3, 0.1, 10.0, problem.dear):
+    assert best <= found.error * (1 + 1e-4) + 1e-12
+    for multiplier in (0.0, 1e-3, 0.1, 10.0, problem.multiplier_of_least_cost):
         offer = problem.offer(multiplier)
-        reached = offer.damage[0] + multiplier * (offer.cost[0] + problem.fixed)
-        assert reached == pytest.approx((harm + multiplier * cost).min(), rel=1e-4, abs=1e-9)
+        reached = offer.error[0] + multiplier * (offer.cost[0] + problem.fixed)
+        assert reached == pytest.approx((error + multiplier * cost).min(), rel=1e-4, abs=1e-9)
 
 
 @settings(max_examples=40, deadline=None)
@@ -189,10 +190,10 @@ def test_blocks_in_step(data, seed, guided, own, what):
     block = {"separable_heads": False, "kind": "block", "weights": own * 64}
     blocks = tuple(Site(f"blocks.{i}", 1, 16, 16, **block, within=sites) for i, sites in enumerate(within))
     table = replace(table, blocks=blocks)
-    problem = budget_of("transformer", granularity="step", **what).problem(table)
+    problem = problem_of(budget_of("transformer", granularity="step", **what), table)
     assert problem.sites == blocks
     columns, samples = every_column_of(table, blocks[0], what), 1 + guided
-    harm = np.array([damage_of(table, range(table.outputs.shape[1]), column) for column in columns])
+    error = np.array([column_error(table, range(table.outputs.shape[1]), column) for column in columns])
     of_sites, of_blocks = (
         sum(site_flops(site, table.tokens, FULL, Writes(), samples).module for site in sites)
         for sites in (table.target.sites, blocks)
@@ -211,33 +212,33 @@ def test_blocks_in_step(data, seed, guided, own, what):
     assert plan.target.sites == blocks
     assert plan.columns == found.columns
     place = columns.index(found.columns[0])
-    assert (found.damage, found.cost + problem.fixed) == (pytest.approx(harm[place], rel=1e-4), pytest.approx(cost[place]))
+    assert (found.error, found.cost + problem.fixed) == (pytest.approx(error[place], rel=1e-4), pytest.approx(cost[place]))
     assert cost[place] <= left * (1 + 1e-9)
-    assert found.bound <= harm[cost <= left * (1 + 1e-9)].min() * (1 + 1e-4) + 1e-12
+    assert found.bound <= error[cost <= left * (1 + 1e-9)].min() * (1 + 1e-4) + 1e-12
     alone = ah.solve(table, budget_of("module", granularity="step", **what))
     assert {site.kind for site in alone.target.sites} == {"self_attention"}
 
 
 def assert_bounded(data, table, measure, what):
     """Two sites; what one of them costs is known from the other's full attention."""
-    problem = budget_of(measure, **what).problem(table)
+    problem = problem_of(budget_of(measure, **what), table)
     table, full = problem.table, (FULL,) * 3
-    columns, harm, cost = [], [], []
+    columns, error, cost = [], [], []
     for place, site in enumerate(table.target.sites):
         columns.append(every_column_of(table, site, what))
-        harm.append(np.array([damage_of(table, table.heads(place), column) for column in columns[-1]]))
+        error.append(np.array([column_error(table, table.heads(place), column) for column in columns[-1]]))
         both = [[column if i == place else full for i in range(2)] for column in columns[-1]]
         cost.append(np.array([flops(table, own, measure) for own in both]))
     together = cost[0][:, None] + cost[1][None, :] - 1
     budget = data.draw(st.floats(together.min() + 1e-6, 1.0))
-    best = (harm[0][:, None] + harm[1][None, :])[together <= budget * (1 + 1e-9)].min()
+    best = (error[0][:, None] + error[1][None, :])[together <= budget * (1 + 1e-9)].min()
     found = within_cost(problem, budget)
     assert found.bound <= best * (1 + 1e-4) + 1e-12
-    assert best <= found.damage * (1 + 1e-4) + 1e-12
-    for multiplier in (0.0, 1e-3, 0.1, 10.0, problem.dear):
+    assert best <= found.error * (1 + 1e-4) + 1e-12
+    for multiplier in (0.0, 1e-3, 0.1, 10.0, problem.multiplier_of_least_cost):
         offer = problem.offer(multiplier)
         for place in range(2):
-            objective = harm[place] + multiplier * cost[place]
+            objective = error[place] + multiplier * cost[place]
             reached = objective[columns[place].index(offer.column(place))]
             assert reached == pytest.approx(objective.min(), rel=1e-4, abs=1e-9)
 
@@ -249,11 +250,11 @@ def test_large_problems_come_within_a_hundredth_of_their_budget(granularity, mea
     table = synthetic(3, steps=20, count=10, heads=2, ages=3, feed_forward=measure == "transformer")
     for value in (0.25, 0.4, 0.85):
         budget = budget_of(measure, value, granularity=granularity)
-        spent = flops(budget.problem(table).table, ah.solve(table, budget).columns, measure)
+        spent = flops(problem_of(budget, table).table, ah.solve(table, budget).columns, measure)
         assert 0.99 * value <= spent <= value
         if granularity == "site":
-            found = within_cost(budget.problem(table), value)
-            assert found.bound <= found.damage <= 1.1 * found.bound
+            found = within_cost(problem_of(budget, table), value)
+            assert found.bound <= found.error <= 1.1 * found.bound
 
 
 @settings(max_examples=40, deadline=None)
@@ -264,7 +265,7 @@ def test_the_nearest_budget_that_is_named_can_be_met(table, measure, what):
         ah.solve(table, budget_of(measure, 1e-6, **what))
     nearest = float(re.search(r"wanted at least ([0-9.e-]+)", str(refusal.value))[1])
     budget = budget_of(measure, nearest, **what)
-    assert flops(budget.problem(table).table, ah.solve(table, budget).columns, measure) <= nearest * (1 + 1e-9)
+    assert flops(problem_of(budget, table).table, ah.solve(table, budget).columns, measure) <= nearest * (1 + 1e-9)
     with pytest.raises(InputsInvalid, match="wanted at least"):
         ah.solve(table, budget_of(measure, 0.99 * nearest, **what))
 
@@ -285,40 +286,40 @@ def test_more_may_be_spent_less_is_lost(seed, granularity):
 @settings(max_examples=40, deadline=None)
 @given(table=tables(), measure=MEASURES, what=WHAT, multiplier=MULTIPLIERS)
 def test_heads_on_their_own_are_never_worse_than_whole_sites(table, measure, what, multiplier):
-    whole = budget_of(measure, **what).problem(table).offer(multiplier)
+    whole = problem_of(budget_of(measure, **what), table).offer(multiplier)
     heads = table.target.sites[0].heads
     for granularity in ["head", *(n for n in (1, 2, 4) if heads % n == 0)]:
-        problem = budget_of(measure, granularity=granularity, **what).problem(table)
+        problem = problem_of(budget_of(measure, granularity=granularity, **what), table)
         apart = problem.offer(multiplier)
-        assert (apart.damage + multiplier * apart.cost <= (whole.damage + multiplier * whole.cost) * (1 + 1e-9) + 1e-12).all()
+        assert (apart.error + multiplier * apart.cost <= (whole.error + multiplier * whole.cost) * (1 + 1e-9) + 1e-12).all()
         assert apart.cost.sum() + problem.fixed == pytest.approx(flops(problem.table, columns_of(apart), measure))
 
 
-def assert_damage_is_of_its_columns(problem, offer, size):
+def assert_error_is_of_its_columns(problem, offer, size):
     """Groups of `size` heads taken apart, or the whole site where its heads all do the same."""
     table = problem.table
     for site, column in enumerate(columns_of(offer)):
         heads = table.heads(site)
         groups = [heads[start : start + size] for start in range(0, len(heads), size)]
-        apart = sum(damage_of(table, group, of_head(column, group[0] - heads[0])) for group in groups)
-        whole = [damage_of(table, heads, column)] if len({of_head(column, h) for h in range(len(heads))}) == 1 else []
-        assert any(offer.damage[site] == pytest.approx(value, rel=1e-4, abs=1e-12) for value in (apart, *whole))
+        apart = sum(column_error(table, group, of_head(column, group[0] - heads[0])) for group in groups)
+        whole = [column_error(table, heads, column)] if len({of_head(column, h) for h in range(len(heads))}) == 1 else []
+        assert any(offer.error[site] == pytest.approx(value, rel=1e-4, abs=1e-12) for value in (apart, *whole))
 
 
 @settings(max_examples=40, deadline=None)
 @given(table=tables(), what=WHAT, multiplier=MULTIPLIERS)
-def test_an_offer_s_damage_is_what_its_columns_do(table, what, multiplier):
+def test_an_offer_s_error_is_what_its_columns_do(table, what, multiplier):
     for granularity, size in (("head", 1), ("site", table.target.sites[0].heads)):
-        problem = budget_of("transformer", granularity=granularity, **what | {"share_cfg": False}).problem(table)
-        assert_damage_is_of_its_columns(problem, problem.offer(multiplier), size)
+        problem = problem_of(budget_of("transformer", granularity=granularity, **what | {"share_cfg": False}), table)
+        assert_error_is_of_its_columns(problem, problem.offer(multiplier), size)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_an_offer_s_damage_is_what_its_columns_do_where_branches_are_shared(seed):
+def test_an_offer_s_error_is_what_its_columns_do_where_branches_are_shared(seed):
     """Heads that are cached in a shared step serve both branches with the conditional one's."""
-    problem = budget_of("module", granularity="head").problem(synthetic(seed, 8, 3, 4, ages=3, uneven=True))
+    problem = problem_of(budget_of("module", granularity="head"), synthetic(seed, 8, 3, 4, ages=3, uneven=True))
     for multiplier in (0.1, 0.3, 1.0, 3.0):
-        assert_damage_is_of_its_columns(problem, problem.offer(multiplier), 1)
+        assert_error_is_of_its_columns(problem, problem.offer(multiplier), 1)
 
 
 def test_what_is_reused_after_a_shared_step_serves_both_branches():
@@ -331,10 +332,10 @@ def test_what_is_reused_after_a_shared_step_serves_both_branches():
     outputs, residuals = torch.zeros_like(table.outputs), torch.zeros_like(table.residuals)  # (S, H, [radii,] ages, pairs, M)
     outputs[0, 0, :, 2] = outputs[2, 0, :, 2] = residuals[2, 0, ..., 0, :] = 10
     outputs[1, 1, 1, 0] = outputs[2, 1, 2, 0] = outputs[2, 1, 1, 1] = residuals[1, 1, 0, 0, 1] = 10
-    table = replace(table, outputs=outputs, residuals=residuals, gains=(1.0,) * 3, final=1.0, elements=1)
-    problem = budget_of("module", granularity="head").problem(table)
+    table = replace(table, outputs=outputs, residuals=residuals, sampler_gains=(1.0,) * 3, final=1.0, elements=1)
+    problem = problem_of(budget_of("module", granularity="head"), table)
     for multiplier in (0.1, 1.0, 10.0):
-        assert_damage_is_of_its_columns(problem, problem.offer(multiplier), 1)
+        assert_error_is_of_its_columns(problem, problem.offer(multiplier), 1)
 
 
 @pytest.mark.parametrize("granularity", [0, 3, 8, -1, 1.5, "heads", True], ids=repr)
@@ -353,15 +354,15 @@ def test_groups_do_the_same():
 
 @settings(max_examples=25, deadline=None)
 @given(table=tables(), share=st.floats(0.01, 1.0))
-def test_within_a_damage(table, share):
+def test_within_a_predicted_error(table, share):
     """The limit is kept to, and a smaller one costs no less."""
-    problem = budget_of("transformer").problem(table)
-    worst = problem.offer(problem.dear).damage.sum()
-    tight, loose = within_damage(problem, 0.5 * share * worst), within_damage(problem, share * worst)
-    assert tight.damage <= 0.5 * share * worst
-    assert loose.damage <= share * worst
+    problem = problem_of(budget_of("transformer"), table)
+    worst = problem.offer(problem.multiplier_of_least_cost).error.sum()
+    tight, loose = within_predicted_error(problem, 0.5 * share * worst), within_predicted_error(problem, share * worst)
+    assert tight.error <= 0.5 * share * worst
+    assert loose.error <= share * worst
     assert loose.cost <= tight.cost
     assert loose.cost + problem.fixed == pytest.approx(flops(table, loose.columns, "transformer"))
-    nothing = within_damage(problem, 0.0)
-    assert nothing.damage == 0.0
+    nothing = within_predicted_error(problem, 0.0)
+    assert nothing.error == 0.0
     assert nothing.cost + problem.fixed == pytest.approx(1.0)

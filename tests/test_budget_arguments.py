@@ -182,4 +182,4 @@ def test_a_table_asked_for_what_it_does_not_know(column):
         "another number of sites": [[FULL, AST, FULL, FULL, FULL]],
     }
     with pytest.raises(InputsInvalid, match="wanted"):
-        table.damage(columns[column])
+        table.predicted_error(columns[column])

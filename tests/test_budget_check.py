@@ -21,8 +21,8 @@ def generations(monkeypatch):
     module, seen = sys.modules["arrowhead.searches.budget.validation"], []
     own = module.measured_errors
 
-    def measured(pipe, inputs, plan, raw):
-        seen.append((own(pipe, inputs, plan, raw), plan))
+    def measured(driver, plan, raw):
+        seen.append((own(driver, plan, raw), plan))
         return seen[-1][0]
 
     monkeypatch.setattr(module, "measured_errors", measured)

@@ -17,12 +17,13 @@ import arrowhead as ah
 from arrowhead.errors import NothingCompressed
 from arrowhead.plans.cells import FULL
 from arrowhead.plans.layout import outermost
+from arrowhead.searches.budget.solver.problem import problem_of
 
 pytestmark = pytest.mark.slow  # minutes, all of them together
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 with_and_without = pytest.mark.parametrize("guidance", [3.0, 1.0], ids=["guided", "alone"])
-MODULE = sys.modules[ah.search.__module__].__package__ + ".budget.tried"
+MODULE = sys.modules[ah.search.__module__].__package__ + ".budget.validation"
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +76,7 @@ def test_more_error_costs_less(generations):
 def test_the_names_of_errors(name, error, monkeypatch):
     wanted = []
 
-    def budgeted(pipe, inputs, budget, **more):
+    def budgeted(driver, budget, **more):
         wanted.append(budget)
         raise KeyboardInterrupt
 
@@ -99,13 +100,13 @@ def test_an_error_that_no_plan_comes_near(generations):
     bench = FAMILIES["sd3"]()
     plan = ah.search(bench.pipe, bench.inputs(), budget=ah.Budget(error=1e6, granularity="site"), progress=False)
     table = ah.calibrate(bench.pipe, bench.inputs(), progress=False)
-    problem = ah.Budget(transformer_flops=1.0, granularity="site").problem(table)
-    cheapest = problem.offer(problem.dear)
+    problem = problem_of(ah.Budget(transformer_flops=1.0, granularity="site"), table)
+    cheapest = problem.offer(problem.multiplier_of_least_cost)
     assert plan.columns == tuple(cheapest.column(site) for site in range(len(table.target.sites)))
     assert len(generations) <= 5
 
 
-def test_predictions_of_no_damage_where_there_is_some_end_in_full_attention(monkeypatch, generations):
+def test_predictions_of_no_error_where_there_is_some_end_in_full_attention(monkeypatch, generations):
     """As where an underflow, or luck, left zeros in the table."""
     bench = FAMILIES["sd3"]()
     module = sys.modules["arrowhead.searches.budget.api"]
@@ -114,7 +115,7 @@ def test_predictions_of_no_damage_where_there_is_some_end_in_full_attention(monk
     def recorded(*args):
         recording = own(*args)
         table = recording.table
-        return replace(recording, table=replace(table, gains=(0.0,) * table.steps))
+        return replace(recording, table=replace(table, sampler_gains=(0.0,) * table.steps))
 
     monkeypatch.setattr(module, "_recorded", recorded)
     with warnings.catch_warnings():
@@ -153,7 +154,7 @@ def test_a_single_cell_does_what_was_predicted(family, guidance):
         columns = {site: column if site == changed else [FULL] * steps for site in whole}
         cells, target = tuple(zip(*columns.values(), strict=True)), replace(table.target, sites=whole)
         plan = ah.Plan(cells, target, table.tokens, guidance > 1, calls=table.branches.calls)
-        predicted = table.damage([columns.get(site) for site in table.target.sites])
+        predicted = table.predicted_error([columns.get(site) for site in table.target.sites])
         assert predicted[:-1].tolist() == [0, 0]
         assert 0.55 < predicted[-1] / real_error(bench, plan, **inputs) ** 2 < 1.8, (letters, kind)
 
@@ -176,7 +177,7 @@ def test_predictions_rank_plans():
             kinds = "CR" if site.kind == "feed_forward" else "CRWVXYwv"
             letters = ["F", *(draw.choice(kinds) if draw.random() < rate else "F" for _ in range(table.steps - 1))]
             columns.append([cell(letter, 8, 32) for letter in letters])
-        predicted.append(table.damage(columns).sum() ** 0.5)
+        predicted.append(table.predicted_error(columns).sum() ** 0.5)
         plan = ah.Plan(tuple(zip(*columns, strict=True)), table.target, table.tokens, guided=True)
         real.append(real_error(bench, plan, raw))
     assert spearmanr(predicted, real).statistic > 0.8, list(zip(predicted, real, strict=True))

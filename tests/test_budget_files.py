@@ -176,7 +176,12 @@ def test_tensors_that_do_not_fit(table, name, how, dim, tmp_path):
 
 
 @few
-@given(table=tables, name=st.sampled_from(EVERY), bad=st.sampled_from([torch.nan, torch.inf, -torch.inf]), data=st.data())
+@given(
+    table=tables,
+    name=st.sampled_from((*TENSORS, "quantisation_errors")),
+    bad=st.sampled_from([torch.nan, torch.inf, -torch.inf]),
+    data=st.data(),
+)
 def test_tensors_that_are_not_finite(table, name, bad, data, tmp_path):
     tensor = getattr(table, name)
     if tensor is None or not tensor.numel():
@@ -295,7 +300,7 @@ def test_a_file_from_before_there_were_precisions_or_grids(version, tmp_path):
     del header["precisions"], header["switch"], header["tokens"]["grid"]
     written(tmp_path / "table", header | {"format": version}, tensors)
     read = ah.Table.load(tmp_path / "table")
-    assert (read.precisions, read.roundings) == ((), None)
+    assert (read.precisions, read.quantisation_errors) == ((), None)
     assert ah.solve(read, ah.Budget(module_flops=0.5)) == ah.solve(table, ah.Budget(module_flops=0.5))
 
 
@@ -308,13 +313,13 @@ def test_precisions_that_do_not_fit_the_tensors(precisions, tmp_path):
     if precisions:
         assert is_refused(tmp_path / "table")
     else:
-        assert ah.Table.load(tmp_path / "table").roundings is None
+        assert ah.Table.load(tmp_path / "table").quantisation_errors is None
 
 
 def test_a_table_without_steps(tmp_path):
     """Its tensors fit."""
     table = synthetic(0)
-    table = replace(table, gains=(), outputs=table.outputs[:0], residuals=table.residuals[:0])
+    table = replace(table, sampler_gains=(), outputs=table.outputs[:0], residuals=table.residuals[:0])
     table.save(tmp_path / "table")
     assert is_refused(tmp_path / "table")
 

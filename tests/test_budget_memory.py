@@ -4,7 +4,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from budget import FAMILIES, damage_of, synthetic
+from budget import FAMILIES, column_error, synthetic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -45,9 +45,9 @@ def test_what_is_found_keeps_to_both_limits(seed, guided, sizes, granularity, pa
     assert plan.cells == without.cells or part < 1
     if granularity == "site":
         real = sum(
-            damage_of(table, table.heads(i), of_head(column, 0))
+            column_error(table, table.heads(i), of_head(column, 0))
             if site.heads == 1
-            else damage_of(table, table.heads(i), column)
+            else column_error(table, table.heads(i), column)
             for i, (site, column) in enumerate(zip(plan.target.sites, plan.columns, strict=True))
         )
         assert plan.about["search"]["predicted_error"] == pytest.approx(real**0.5, rel=5e-3)  # with no price of memory in it
@@ -55,7 +55,7 @@ def test_what_is_found_keeps_to_both_limits(seed, guided, sizes, granularity, pa
 
 @pytest.mark.parametrize("seed", range(2))
 def test_half_the_memory_is_found_where_there_are_many_sites(seed):
-    """At a damage that is no less than without."""
+    """At a predicted error that is no less than without."""
     table = synthetic(seed, steps=10, count=8, heads=2, radii=(12, 4), ages=3)
     free = ah.Budget(module_flops=0.6, granularity="site")
     without = ah.solve(table, free)

@@ -1,11 +1,11 @@
-"""Damages of runs, of lines and of regions, against sums by hand over tables of random products."""
+"""Predicted errors of runs, of extrapolation and of regions, against sums by hand over tables of random products."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from budget import FAMILIES, SLOPES, damage_of, damages_of, every_column, synthetic
+from budget import FAMILIES, SLOPES, column_error, column_errors, every_column, synthetic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from replay import cell
@@ -13,8 +13,15 @@ from replay import cell
 import arrowhead as ah
 from arrowhead.errors import InputsInvalid
 from arrowhead.plans.cells import EXTRAPOLATE, FULL
-from arrowhead.searches.budget.solver.allocation import within_damage
-from arrowhead.searches.budget.solver.states import Choices, SiteOutput, site_outputs_of
+from arrowhead.searches.budget.sensitivity.site_outputs import (
+    ComputedOutput,
+    ExtrapolatedOutput,
+    RepeatedOutput,
+    site_outputs_of,
+)
+from arrowhead.searches.budget.solver.allocation import within_predicted_error
+from arrowhead.searches.budget.solver.problem import problem_of
+from arrowhead.searches.budget.solver.states import Choices
 
 NEAR, FAR = 3, 6
 
@@ -51,8 +58,8 @@ COLUMNS = {
 @pytest.mark.parametrize("letters", COLUMNS.values(), ids=COLUMNS)
 def test_what_a_column_does_in_each_step(letters, guided, regions):
     table, column = table_of(len(letters), guided=guided, regions=regions), column_of(letters)
-    wanted = np.array(damages_of(table, table.heads(0), column))
-    assert table.damage([column]) == pytest.approx(wanted, rel=1e-5, abs=1e-5 * wanted.max())
+    wanted = np.array(column_errors(table, table.heads(0), column))
+    assert table.predicted_error([column]) == pytest.approx(wanted, rel=1e-5, abs=1e-5 * wanted.max())
     assert wanted.any() or not set(letters) - {"F", "C"}
 
 
@@ -67,7 +74,7 @@ def summed(table, letters):
         if letters[step] == "E":
             b = max(i for i in made if i < a)
             change = change + (step - a) / (a - b) * (change - outputs[step, step - b])
-        found = found + table.gains[step] * change
+        found = found + table.sampler_gains[step] * change
     return (found.view(-1, table.regions) ** 2).sum(1).mean().item() / (table.final * table.elements)
 
 
@@ -80,10 +87,10 @@ def test_a_run_does_the_square_of_its_sum(letters, regions):
         table = table_of(seed, regions=regions)
         age = torch.arange(6.0).view(1, 1, -1, 1, 1) ** 2  # convex: a line leaves the same sign in all steps
         table = replace(table, outputs=(age * table.outputs[:1, :, 1:2].abs()).expand(6, -1, -1, -1, -1))
-        harm = table.damage([column_of(letters)])
-        assert harm.sum() == pytest.approx(summed(table, letters), rel=1e-5)
-        assert (harm >= 0).all()
-        found += harm.sum() > 1.2 * max(harm)
+        error = table.predicted_error([column_of(letters)])
+        assert error.sum() == pytest.approx(summed(table, letters), rel=1e-5)
+        assert (error >= 0).all()
+        found += error.sum() > 1.2 * max(error)
     assert found, "or else one step was all"
 
 
@@ -91,34 +98,34 @@ def test_what_takes_back_an_earlier_step_s_change_does_nothing():
     table = table_of(guided=False)
     outputs = torch.zeros_like(table.outputs)
     outputs[1, :, 1], outputs[2, :, 2], outputs[3, :, 3] = 1.0, -0.5, 2.0
-    table = replace(table, outputs=outputs, gains=(1.0,) * 6, final=1.0, elements=1)
-    assert table.damage([column_of("FRRRFF")]).tolist() == pytest.approx([0, 4, 0, 25 - 1, 0, 0])
-    assert table.damage([column_of("FRFFFF")]).tolist() == pytest.approx([0, 4, 0, 0, 0, 0])
+    table = replace(table, outputs=outputs, sampler_gains=(1.0,) * 6, final=1.0, elements=1)
+    assert table.predicted_error([column_of("FRRRFF")]).tolist() == pytest.approx([0, 4, 0, 25 - 1, 0, 0])
+    assert table.predicted_error([column_of("FRFFFF")]).tolist() == pytest.approx([0, 4, 0, 0, 0, 0])
 
 
 def test_runs_are_apart():
     """Of sites, of heads that do something else, and of what was computed anew."""
     table = table_of(count=2)
     runs = column_of("FRRFFF"), column_of("FFFFRR")
-    each = [table.damage(columns) for columns in ((runs[0], [FULL] * 6), ([FULL] * 6, runs[0]))]
-    assert table.damage((runs[0], runs[0])) == pytest.approx(sum(each))
-    parts = [table.damage((run, [FULL] * 6)).sum() for run in runs]
-    assert table.damage((column_of("FRRFRR"), [FULL] * 6)).sum() > parts[0]
-    assert table.damage((column_of("FRRFFR"), [FULL] * 6))[:5] == pytest.approx(each[0][:5])
+    each = [table.predicted_error(columns) for columns in ((runs[0], [FULL] * 6), ([FULL] * 6, runs[0]))]
+    assert table.predicted_error((runs[0], runs[0])) == pytest.approx(sum(each))
+    parts = [table.predicted_error((run, [FULL] * 6)).sum() for run in runs]
+    assert table.predicted_error((column_of("FRRFRR"), [FULL] * 6)).sum() > parts[0]
+    assert table.predicted_error((column_of("FRRFFR"), [FULL] * 6))[:5] == pytest.approx(each[0][:5])
 
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data(), guided=st.booleans(), regions=st.sampled_from([1, 2]))
 def test_whatever_may_be_chosen(data, guided, regions):
-    """Any column of the programme's, its givens those that it says."""
+    """Any column of the dynamic program, whose outputs are those that it says."""
     table = table_of(data.draw(st.integers(0, 2**32)), steps=4, ages=3, radii=(NEAR,), guided=guided, regions=regions)
     choices = Choices(table.radii, 3, share_cfg=guided, slopes=SLOPES)
     past = data.draw(st.sampled_from(COLUMNS_OF.setdefault(choices, every_column(choices, 4))))
     column = tuple(what for what, _ in past.spent)
     assert tuple(site_outputs_of(column)) == past.gave
-    harm = table.damages([table.heads(0)], past.gave)[range(4), range(4), 0]
-    wanted = np.array(damages_of(table, table.heads(0), column))
-    assert harm == pytest.approx(wanted, rel=1e-4, abs=1e-5 * max(wanted.max(), 1e-9))
+    error = table.predicted_errors([table.heads(0)], past.gave)[range(4), range(4), 0]
+    wanted = np.array(column_errors(table, table.heads(0), column))
+    assert error == pytest.approx(wanted, rel=1e-4, abs=1e-5 * max(wanted.max(), 1e-9))
 
 
 COLUMNS_OF = {}
@@ -126,10 +133,10 @@ COLUMNS_OF = {}
 
 def test_what_is_too_old_for_a_line():
     table = table_of(ages=3)
-    line = SiteOutput(2, earlier=SiteOutput(3), since=2, gap=1)
-    assert table.damages([table.heads(0)], [line]).shape == (6, 1, 1)
+    line = ExtrapolatedOutput(RepeatedOutput(ComputedOutput(), 2), RepeatedOutput(ComputedOutput(), 3), 1.0, since=2, gap=1)
+    assert table.predicted_errors([table.heads(0)], [line]).shape == (6, 1, 1)
     with pytest.raises(InputsInvalid, match="ages of up to 4"):
-        table.damages([table.heads(0)], [replace(line, earlier=SiteOutput(4), gap=2)])
+        table.predicted_errors([table.heads(0)], [replace(line, earlier=RepeatedOutput(ComputedOutput(), 4), gap=2)])
 
 
 @settings(max_examples=15, deadline=None)
@@ -137,17 +144,17 @@ def test_what_is_too_old_for_a_line():
 def test_an_offer_with_lines_is_the_best_of_all_columns(seed, guided, measure):
     table = synthetic(seed, steps=5, count=1, heads=2, radii=(), ages=3, guided=guided)
     table = replace(table, outputs=table.outputs * 0.1 + torch.arange(4.0).view(1, 1, -1, 1, 1))  # lines are worth something
-    problem = ah.Budget(**{f"{measure}_flops": 1.0}, granularity="site").problem(table)
+    problem = problem_of(ah.Budget(**{f"{measure}_flops": 1.0}, granularity="site"), table)
     choices = Choices((), 3, share_cfg=guided, slopes=SLOPES)
     columns = COLUMNS_OF.setdefault(
         (choices, 5), sorted({tuple(c for c, _ in p.spent) for p in every_column(choices, 5)}, key=str)
     )
-    harm = np.array([damage_of(table, table.heads(0), column) for column in columns])
+    error = np.array([column_error(table, table.heads(0), column) for column in columns])
     plans = (ah.Plan(tuple((c,) for c in column), table.target, table.tokens, guided) for column in columns)
     cost = np.array([plan.flops().module for plan in plans])
     for multiplier in (0.0, 0.03, 0.3, 10.0):
         offer = problem.offer(multiplier)
-        objective = harm + multiplier * cost
+        objective = error + multiplier * cost
         assert objective[columns.index(offer.column(0))] == pytest.approx(objective.min(), rel=1e-4, abs=1e-9)
 
 
@@ -158,7 +165,7 @@ def test_lines_where_they_are_asked_for(settings, lines):
     budget = ah.Budget(module_flops=0.9 if "reuse" in settings else 0.4, granularity="site", **settings)
     plan = ah.solve(table, budget)
     assert any(EXTRAPOLATE in row for row in plan.cells) == lines
-    assert plan.about["search"]["predicted_error"] == pytest.approx(table.damage(plan.columns).sum() ** 0.5, rel=5e-3)
+    assert plan.about["search"]["predicted_error"] == pytest.approx(table.predicted_error(plan.columns).sum() ** 0.5, rel=5e-3)
     assert "extrapolate" in plan.about["search"]
 
 
@@ -219,19 +226,19 @@ def test_regions_that_are_independent_tell_what_the_whole_does(regions, seed):
     whole = parts.unflatten(-1, (-1, regions)).sum(-1)
     of_whole = replace(of_parts, outputs=whole, residuals=whole[:, :, :0, None], regions=1)
     for letters in ("FRR", "FRF", "FFR", "FFE"):
-        harms = [table.damage([column_of(letters)]).sum() for table in (of_parts, of_whole)]
-        assert harms[0] == pytest.approx(harms[1], rel=0.1)
+        errors = [table.predicted_error([column_of(letters)]).sum() for table in (of_parts, of_whole)]
+        assert errors[0] == pytest.approx(errors[1], rel=0.1)
 
 
-def test_within_a_damage_with_lines_and_regions():
+def test_within_a_predicted_error_with_lines_and_regions():
     table = synthetic(3, steps=8, count=3, heads=2, ages=4, regions=8)
-    problem = ah.Budget(transformer_flops=1.0, granularity="site").problem(table)
-    worst = problem.offer(problem.dear).damage.sum()
+    problem = problem_of(ah.Budget(transformer_flops=1.0, granularity="site"), table)
+    worst = problem.offer(problem.multiplier_of_least_cost).error.sum()
     for part in (0.01, 0.1, 0.5):
-        found = within_damage(problem, part * worst)
-        assert found.damage <= part * worst
-        real = sum(damage_of(table, table.heads(i), column) for i, column in enumerate(found.columns))
-        assert found.damage == pytest.approx(real, rel=1e-4)
+        found = within_predicted_error(problem, part * worst)
+        assert found.error <= part * worst
+        real = sum(column_error(table, table.heads(i), column) for i, column in enumerate(found.columns))
+        assert found.error == pytest.approx(real, rel=1e-4)
 
 
 def test_vectors_are_not_the_noise_that_the_run_begins_with(monkeypatch):

@@ -19,8 +19,9 @@ from pipelines import tiny
 from untouched import parts
 
 import arrowhead as ah
+from arrowhead.calibration.scheduler_calls import observed
 from arrowhead.errors import NotIntercepted
-from arrowhead.searches.budget.sensitivity.sampler_gain import Sampling, observed
+from arrowhead.searches.budget.sensitivity.sampler_gain import SchedulerReplay
 from arrowhead.tiny.pipeline import TinyDiTPipeline
 
 pytestmark = pytest.mark.slow  # minutes, all of them together
@@ -75,8 +76,9 @@ def draw(seed, *shape):
 
 
 def whole(sampling, steps, images):
-    """What becomes of an error: the sampler's part by the model's answer."""
-    return tuple(alone * answer for alone, answer in zip(*sampling.gains(steps, images), strict=True))
+    """What becomes of an error: the sampler gain by the model feedback."""
+    found = SchedulerReplay(sampling).gains_and_feedback(steps, images)
+    return tuple(gain * feedback for gain, feedback in zip(*found, strict=True))
 
 
 def some_model(seed, shape=(2, 4, 8, 8)):
@@ -176,15 +178,15 @@ def frozen(make, model, sample, seed):
 @every_scheduler
 @pytest.mark.parametrize("seed", range(2))
 def test_the_sampler_s_own_part_is_what_it_makes_of_an_error(make, seed, monkeypatch):
-    """The model's answer left out: as if it kept each error as it is from the next step on."""
-    monkeypatch.setattr(Sampling, "_answered", lambda *_: 1.0)
+    """The model feedback left out: as if the model kept each error as it is from the next step on."""
+    monkeypatch.setattr(SchedulerReplay, "_flow_gain", lambda *_: 1.0)
     model, sample = some_model(seed), draw(seed + 10, 2, 4, 8, 8)
     given = whole(watched(make, model, sample), STEPS, 2)
     assert given == pytest.approx(frozen(make, model, sample, seed + 20), rel=0.02)
 
 
 def test_of_a_flow_s_euler_step_it_is_the_step_s_length(monkeypatch):
-    monkeypatch.setattr(Sampling, "_answered", lambda *_: 1.0)
+    monkeypatch.setattr(SchedulerReplay, "_flow_gain", lambda *_: 1.0)
     scheduler = begun(SCHEDULERS["flow"])
     lengths = (scheduler.sigmas[1:] - scheduler.sigmas[:-1]).abs().tolist()
     sampling = watched(SCHEDULERS["flow"], some_model(3), draw(0, 2, 4, 8, 8))

@@ -10,9 +10,10 @@ from pipelines import sd35, tiny, tiny_mmdit
 from untouched import left_as_it_was
 
 import arrowhead as ah
+from arrowhead.calibration.driver import driver_of
 from arrowhead.errors import AlreadyApplied, InputsInvalid, PlanMismatch, UnsupportedPipeline
 from arrowhead.searches.budget.sensitivity.recording import record
-from arrowhead.searches.budget.sensitivity.sampler_gain import Sampling
+from arrowhead.searches.budget.sensitivity.sampler_gain import SchedulerReplay
 
 pytestmark = pytest.mark.slow  # minutes, all of them together
 
@@ -24,7 +25,11 @@ def tables_equal(a, b):
     """But for when they were made, and for how LAPACK rounds."""
     same = all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("outputs", "residuals"))
     names = ("target", "tokens", "branches", "radii", "ages", "final", "elements", "other_flops", "images", "itemsize")
-    return same and all(getattr(a, name) == getattr(b, name) for name in names) and a.gains == pytest.approx(b.gains, rel=1e-5)
+    return (
+        same
+        and all(getattr(a, name) == getattr(b, name) for name in names)
+        and a.sampler_gains == pytest.approx(b.sampler_gains, rel=1e-5)
+    )
 
 
 def plain(value):
@@ -87,13 +92,8 @@ def test_a_calibration_is_the_untouched_run_and_leaves_no_trace(family, guidance
     inputs = bench.inputs(images=2, guidance=guidance)
     generator = inputs["generator"].get_state()
     with nothing_left(bench, images=2, guidance=guidance):
-        steps, seen = record(bench.pipe, inputs, ah.Extent(ages=2)), []
-        while True:
-            try:
-                seen.append(next(steps))
-            except StopIteration as end:
-                recording = end.value
-                break
+        seen = []
+        recording = record(driver_of(bench.pipe, inputs), ah.Extent(ages=2), lambda *step: seen.append(step))
         assert torch.equal(inputs["generator"].get_state(), generator)
     assert seen == [(step, 5) for step in range(5)]
     assert torch.equal(recording.final, final_latents(bench, bench.inputs(images=2, guidance=guidance)).float())
@@ -107,12 +107,16 @@ def test_a_calibration_is_the_untouched_run_and_leaves_no_trace(family, guidance
 @every_family
 @pytest.mark.parametrize(("guidance", "steps"), [(3.0, 1), (3.0, 3), (1.0, 1)])
 def test_a_calibration_closed_early_leaves_no_trace(family, guidance, steps):
+    class Closed(Exception):
+        pass
+
+    def close(step, _):
+        if step + 1 == steps:
+            raise Closed
+
     bench = FAMILIES[family]()
-    with nothing_left(bench, same_run=False, guidance=guidance):
-        calibration = record(bench.pipe, bench.inputs(guidance=guidance), ah.Extent())
-        for _ in range(steps):
-            next(calibration)
-        calibration.close()
+    with nothing_left(bench, same_run=False, guidance=guidance), pytest.raises(Closed):
+        record(driver_of(bench.pipe, bench.inputs(guidance=guidance)), ah.Extent(), close)
 
 
 @every_family
@@ -157,7 +161,7 @@ def test_weights_that_no_gradient_goes_through():
 
 @every_family
 def test_low_precision_gives_nearly_the_same(family):
-    """Of float32 and bfloat16 tables, the damage of reuse everywhere."""
+    """Of float32 and bfloat16 tables, the predicted error of reuse everywhere."""
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         bench = FAMILIES[family](dtype)
@@ -165,7 +169,7 @@ def test_low_precision_gives_nearly_the_same(family):
         table = ah.calibrate(bench.pipe, bench.inputs(images=1, **own), extent=ah.Extent(vectors=8), progress=False)
         assert table.outputs.dtype == table.residuals.dtype == torch.float32
         reused = [[ah.plan.Attend(), *[ah.plan.Reuse()] * 4]] * len(table.target.sites)
-        found[dtype] = table.damage(reused).sum()
+        found[dtype] = table.predicted_error(reused).sum()
     assert found[torch.bfloat16] == pytest.approx(found[torch.float32], rel=0.3)
 
 
@@ -255,8 +259,10 @@ def test_another_power_of_the_model_s_answers_needs_no_other_run(feedback):
     tables = [
         ah.calibrate(bench.pipe, bench.inputs(), extent=ah.Extent(feedback=power), progress=False) for power in (0.6, feedback)
     ]
-    assert tables[0].answering(feedback).gains == pytest.approx(tables[1].gains, rel=1e-9)
-    assert tables[0].answering(feedback).answering(0.6).gains == pytest.approx(tables[0].gains, rel=1e-9)
+    assert tables[0].with_feedback(feedback).sampler_gains == pytest.approx(tables[1].sampler_gains, rel=1e-9)
+    assert tables[0].with_feedback(feedback).with_feedback(0.6).sampler_gains == pytest.approx(
+        tables[0].sampler_gains, rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("kinds", [("feed_forward",), ("cross_attention",), ("feed_forward", "cross_attention"), ("block",)])
@@ -301,16 +307,16 @@ def test_a_table_of_something_else_is_refused_before_anything_runs():
 
 def test_a_step_that_the_sampler_makes_nothing_of(monkeypatch):
     """Its errors count for nothing, to whatever power."""
-    own = Sampling.gains
+    own = SchedulerReplay.gains_and_feedback
 
-    def gains(self, steps, images):
-        alone, answers = own(self, steps, images)
-        return (0.0, *alone[1:]), answers
+    def gains_and_feedback(self, steps, images):
+        gains, feedback = own(self, steps, images)
+        return (0.0, *gains[1:]), feedback
 
-    monkeypatch.setattr(Sampling, "gains", gains)
+    monkeypatch.setattr(SchedulerReplay, "gains_and_feedback", gains_and_feedback)
     bench = FAMILIES["dit"]()
     table = ah.calibrate(bench.pipe, bench.inputs(), progress=False)
     for power in (0.0, 0.5, 1.0):
-        gains = table.answering(power).gains
+        gains = table.with_feedback(power).sampler_gains
         assert gains[0] == 0
         assert all(0 < gain < math.inf for gain in gains[1:])

@@ -22,7 +22,7 @@ def test_what_may_not_be_chosen_is_not():
     eight = synthetic(5, steps=8, count=4, heads=2, radii=(12, 4), precisions=("int8",))
     used = [set(ah.solve(eight, ah.Budget(attention_flops=0.5, precision=may)).count_heads()) for may in (True, False)]
     assert [any("int8" in name for name in names) for names in used] == [True, False]
-    without = replace(eight, precisions=(), roundings=None)
+    without = replace(eight, precisions=(), quantisation_errors=None)
     half = ah.Budget(attention_flops=0.5)
     assert ah.solve(eight, replace(half, precision=False)).cells == ah.solve(without, half).cells
     bare = synthetic(1, steps=8, count=3, heads=3, radii=(), ages=6)
@@ -50,7 +50,7 @@ def test_a_plan_says_how_it_was_found():
     search = plan.about["search"]
     assert {"strategy": "budget", "asked": "attention_flops = 0.5", "granularity": "site", "ages": 2}.items() <= search.items()
     assert search["attention_flops"] == pytest.approx(plan.flops().attention, rel=5e-3)
-    assert search["predicted_error"] == pytest.approx(table.damage(plan.columns).sum() ** 0.5, rel=5e-3)
+    assert search["predicted_error"] == pytest.approx(table.predicted_error(plan.columns).sum() ** 0.5, rel=5e-3)
     assert plan.about["pipeline"] == "Pipe"
 
 
@@ -66,7 +66,7 @@ def test_attention_alone(guided, calls):
     assert alone.other_flops == table.other_flops + 2 * (1 + guided) * 2 * 64 * 16 * 16 * 8
     column = [[FULL, AST, FULL, FULL, AST, FULL], [FULL] * 6]
     beside = [column[0], [FULL] * 6, column[1], [FULL] * 6]
-    assert alone.damage(column).tolist() == table.damage(beside).tolist()
+    assert alone.predicted_error(column).tolist() == table.predicted_error(beside).tolist()
 
 
 def test_a_budget_of_attention_leaves_feed_forwards_alone():
@@ -78,8 +78,8 @@ def test_a_budget_of_attention_leaves_feed_forwards_alone():
     assert [len(of) for of in paths] == [2, 4]
 
 
-def test_where_nothing_does_any_harm():
+def test_where_nothing_has_an_error():
     table = synthetic(0)
     for gains in ((0.0,) * table.steps, (1e-300,) * table.steps):
-        plan = ah.solve(replace(table, gains=gains), ah.Budget(module_flops=0.6, granularity="site"))
+        plan = ah.solve(replace(table, sampler_gains=gains), ah.Budget(module_flops=0.6, granularity="site"))
         assert plan.flops().module <= 0.6

@@ -6,20 +6,24 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from budget import FAMILIES, SLOPES, damage_of, every_column, synthetic
+from budget import FAMILIES, SLOPES, column_error, every_column, synthetic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from untouched import left_as_it_was
 
 import arrowhead as ah
+from arrowhead.calibration.driver import driver_of
 from arrowhead.errors import InputsInvalid
 from arrowhead.plans.cells import FULL, Attend, Full, Reuse
 from arrowhead.plans.layout import outermost
 from arrowhead.plans.lifetimes import lifetimes
+from arrowhead.searches.budget.sensitivity.recording import record
 from arrowhead.searches.budget.solver.allocation import within_cost
-from arrowhead.searches.budget.solver.costs import SecondCosts, timed
+from arrowhead.searches.budget.solver.costs import SecondCosts
 from arrowhead.searches.budget.solver.dynamic_program import DynamicProgram
+from arrowhead.searches.budget.solver.problem import problem_of
 from arrowhead.searches.budget.solver.states import Choices
+from arrowhead.searches.budget.solver.timing import timed
 
 pytestmark = pytest.mark.slow  # minutes, all of them together
 
@@ -34,7 +38,7 @@ def some_seconds(seed, table, share=True):
     for site in (*table.target.sites, *table.blocks):
         shape = nameless(site)
         radii = table.radii if site.kind == "self_attention" else ()
-        for cell, _ in DynamicProgram(Choices(radii, table.ages, share, slopes=SLOPES)).spendings:
+        for cell, _ in DynamicProgram(Choices(radii, table.ages, share, slopes=SLOPES)).writings:
             if (shape, cell) not in cells:
                 cells[shape, cell] = 1.0 if cell == FULL else 0.01 if isinstance(cell, Reuse) else rng.uniform(0.2, 0.9)
         for radius in radii:
@@ -58,21 +62,21 @@ def seconds_of(site, column, seconds):
 def test_the_best_there_is_lies_between_the_bound_and_what_is_found(seed, data, share, ages):
     table = synthetic(seed, steps=3, count=1, feed_forward=True, ages=ages)
     seconds = some_seconds(seed, table)
-    problem = ah.Budget(speedup=2.0, share_cfg=share, granularity="site").problem(table, seconds)
-    columns, harm, cost = [], [], []
+    problem = problem_of(ah.Budget(speedup=2.0, share_cfg=share, granularity="site"), table, seconds)
+    columns, error, cost = [], [], []
     whole = 3 * (2.0 + seconds.other)
     for place, site in enumerate(table.target.sites):
         choices = Choices(table.radii if site.kind == "self_attention" else (), ages, share, slopes=SLOPES)
         columns.append(list(dict.fromkeys(tuple(cell for cell, _ in past.spent) for past in every_column(choices, 3))))
-        harm.append(np.array([damage_of(table, table.heads(place), column) for column in columns[-1]]))
+        error.append(np.array([column_error(table, table.heads(place), column) for column in columns[-1]]))
         cost.append(np.array([seconds_of(site, column, seconds) for column in columns[-1]]) / whole)
     assert problem.fixed == pytest.approx(3 * seconds.other / whole)
     together = cost[0][:, None] + cost[1][None, :] + problem.fixed
     limit = data.draw(st.floats(together.min() + 1e-6, 1.0))
-    best = (harm[0][:, None] + harm[1][None, :])[together <= limit * (1 + 1e-9)].min()
+    best = (error[0][:, None] + error[1][None, :])[together <= limit * (1 + 1e-9)].min()
     found = within_cost(problem, limit)
     assert found.bound <= best * (1 + 1e-4) + 1e-12
-    assert best <= found.damage * (1 + 1e-4) + 1e-12
+    assert best <= found.error * (1 + 1e-4) + 1e-12
     spent = sum(cost[i][columns[i].index(found.columns[i])] for i in range(2))
     assert spent + problem.fixed <= limit * (1 + 1e-9)
     assert found.cost == pytest.approx(spent)
@@ -84,11 +88,11 @@ def test_all_that_may_be_chosen_is_timed_and_no_trace_is_left(family, guidance):
     choices = Choices((4, 2), 3, share_cfg=guidance > 1, slopes=SLOPES, precisions=("int8",))
     table = ah.calibrate(bench.pipe, bench.inputs(guidance=guidance, steps=2), progress=False)
     with left_as_it_was(bench, guidance=guidance):
-        seconds = timed(bench.pipe, bench.inputs(guidance=guidance), table.target.sites, choices, table.blocks)
+        seconds = timed(driver_of(bench.pipe, bench.inputs(guidance=guidance)), table.target.sites, choices, table.blocks)
     assert {site.kind for site in table.in_blocks} == {"block"}
     for site in (*table.target.sites, *table.blocks):
         own = choices if site.kind == "self_attention" else replace(choices, radii=(), precisions=())
-        for cell, writes in DynamicProgram(own).spendings:
+        for cell, writes in DynamicProgram(own).writings:
             assert seconds.of(site, cell, writes) >= 0
             assert seconds.of(site, Attend(Full()), writes) >= seconds.of(site, FULL, type(writes)())
     assert seconds.other >= 0
@@ -100,8 +104,8 @@ def known(monkeypatch):
     module = sys.modules["arrowhead.searches.budget.validation"]
     held = {}
 
-    def timing(pipe, inputs, sites, choices, blocks):
-        table = held["table"] = ah.calibrate(pipe, inputs, progress=False)
+    def timing(driver, sites, choices, blocks):
+        table = held["table"] = record(driver, ah.Extent()).table
         assert (sites, blocks) == (table.target.sites, table.blocks)
         held["seconds"] = some_seconds(0, table, table.branches.guided)
         return held["seconds"]

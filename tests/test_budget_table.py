@@ -43,7 +43,7 @@ def vectors(monkeypatch):
 def calibrated(bench, guidance, seed=0, images=1, **extent):
     inputs = bench.inputs(seed, images, guidance, STEPS)
     table = ah.calibrate(bench.pipe, inputs, extent=ah.Extent(**EVERYTHING | extent), progress=False)
-    return replace(table, gains=GAINS)
+    return replace(table, sampler_gains=GAINS)
 
 
 def seen_run(bench, guidance, seed=0, images=1):
@@ -92,9 +92,9 @@ def wanted(seen, vectors, columns):
     return found
 
 
-def damage(table, columns):
+def predicted(table, columns):
     """The table's, of some sites' columns, the others full."""
-    return table.damage([columns.get(site.path, [FULL] * STEPS) for site in table.target.sites])
+    return table.predicted_error([columns.get(site.path, [FULL] * STEPS) for site in table.target.sites])
 
 
 def assert_same(given, reference):
@@ -142,7 +142,7 @@ def test_each_kind_of_cell_does_what_the_derivatives_say(family, guidance, vecto
         column = [cell(letter, NEAR, FAR) for letter in letters]
         columns = {draw.choice(attention): column}
         reference = wanted(seen, vectors, columns)
-        assert_same(damage(table, columns), reference)
+        assert_same(predicted(table, columns), reference)
         assert reference.max() > 1e-5 or (guidance == 1 and set(letters) == {"F", "C"}), letters
 
 
@@ -167,7 +167,7 @@ def test_scores_in_int8_do_what_the_derivatives_say(family, guidance, gradients,
     seen = seen_run(bench, guidance)
     for column in IN_INT8.values():
         columns = {draw.choice(attention): column}
-        given = damage(table, columns)
+        given = predicted(table, columns)
         assert given.any()
         if gradients:
             assert_same(given, wanted(seen, vectors, columns))
@@ -178,21 +178,21 @@ def test_heads_in_int8_beside_others(vectors):
     seen, table = seen_run(bench, 3.0), calibrated(bench, 3.0, vectors=3, precisions=("int8",))
     mixed = Attend((Full("int8"), Arrow(NEAR, True, "int8"), Full()))
     columns = {"transformer_blocks.1.attn": [FULL, mixed, Attend((Cached(), Full("int8"), Cached())), AST]}
-    assert_same(damage(table, columns), wanted(seen, vectors, columns))
+    assert_same(predicted(table, columns), wanted(seen, vectors, columns))
 
 
 def test_what_precisions_do_is_recorded_where_it_is_asked_for():
     bench = FAMILIES["dit"]()
     without, table = (calibrated(bench, 3.0, precisions=precisions) for precisions in ((), ("int8",)))
-    assert (without.precisions, without.roundings) == ((), None)
+    assert (without.precisions, without.quantisation_errors) == ((), None)
     assert torch.equal(table.outputs, without.outputs)
     assert torch.equal(table.residuals, without.residuals)
     assert table.other_flops == without.other_flops
     places = range(len(table.target.sites))
     kinds = [table.target.sites[place].kind == "self_attention" for place in places for _ in table.heads(place)]
-    assert table.roundings[..., 0, :, :].ne(0).flatten(2).any(2)[0].tolist() == kinds
+    assert table.quantisation_errors[..., 0, :, :].ne(0).flatten(2).any(2)[0].tolist() == kinds
     with pytest.raises(InputsInvalid, match=r"precisions \['int8'\], wanted.*calibrate with a larger extent"):
-        damage(without, {"transformer_blocks.1.attn1": [EIGHT] * STEPS})
+        predicted(without, {"transformer_blocks.1.attn1": [EIGHT] * STEPS})
 
 
 @every_family
@@ -205,7 +205,7 @@ def test_feed_forwards_cross_attention_and_blocks_too(family, guidance, vectors)
             path: [cell(letter, NEAR, FAR) for letter in random.Random(path).choice(["FRRR", "CRCR", "FCEE", "CCEE", "FFEE"])]
         }
         reference = wanted(seen, vectors, columns)
-        assert_same(damage(table, columns), reference)
+        assert_same(predicted(table, columns), reference)
         assert reference.max() > 1e-4
 
 
@@ -219,7 +219,7 @@ def test_heads_on_their_own(family, seed, vectors):
     heads, draw = bench.attentions[0].heads, random.Random(seed)
     column = [FULL, *(Attend(tuple(draw.choice(kinds) for _ in range(heads))) for _ in range(STEPS - 1))]
     columns = {draw.choice([path for path in site_modules(bench) if is_attention(bench, path)]): column}
-    assert_same(damage(table, columns), wanted(seen, vectors, columns))
+    assert_same(predicted(table, columns), wanted(seen, vectors, columns))
 
 
 def random_columns(bench, seed, kinds):
@@ -233,12 +233,12 @@ def random_columns(bench, seed, kinds):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_plan_s_damage_is_the_sum_over_its_cells(seed, vectors):
+def test_a_plan_s_error_is_the_sum_over_its_cells(seed, vectors):
     """Random plans, all sites at once, without heads that are cached in shared cells: see below."""
     bench = FAMILIES[("dit", "pixart_sigma", "sd3")[seed % 3]](seed=seed)
     seen, table = seen_run(bench, 3.0, seed), calibrated(bench, 3.0, seed)
     columns = random_columns(bench, seed, "FwxWX")
-    assert_same(damage(table, columns), wanted(seen, vectors, columns))
+    assert_same(predicted(table, columns), wanted(seen, vectors, columns))
 
 
 CACHED_IN_SHARED = {
@@ -254,7 +254,7 @@ def test_a_head_cached_in_a_shared_cell_gives_both_branches_the_conditional_one_
     bench = FAMILIES["dit"]()
     seen, table = seen_run(bench, 3.0), calibrated(bench, 3.0, vectors=3)
     columns = {"transformer_blocks.1.attn1": column}
-    assert_same(damage(table, columns), wanted(seen, vectors, columns))
+    assert_same(predicted(table, columns), wanted(seen, vectors, columns))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -262,7 +262,7 @@ def test_the_sum_over_cells_where_shared_cells_cache_heads(seed, vectors):
     bench = FAMILIES["sd3"](seed=seed)
     seen, table = seen_run(bench, 3.0, seed), calibrated(bench, 3.0, seed)
     columns = random_columns(bench, seed, "FKwxWX")
-    assert_same(damage(table, columns), wanted(seen, vectors, columns))
+    assert_same(predicted(table, columns), wanted(seen, vectors, columns))
 
 
 @pytest.mark.parametrize("family", ["dit", "flux"])
@@ -274,7 +274,7 @@ def test_many_vectors_come_to_the_squared_norm(family):
     path = next(path for path in site_modules(bench) if "blocks.1.attn" in path)  # of FLUX a block's
     for letters in ("FRRR", "FwFw", "FVVV", "FFEE"):
         column = [cell(letter, NEAR, FAR) for letter in letters]
-        given = damage(table, {path: column})
+        given = predicted(table, {path: column})
         heads = range(bench.attentions[0].heads)
         for step, run in enumerate(runs(seen, path, column, heads)):
             responses = {at: GAINS[at] * seen.response(at, {path: change}).flatten(1) for at, change in run.items()}
@@ -332,8 +332,8 @@ def test_what_the_table_says_of_its_run(family):
     heads = [module.heads if is_attention(bench, path) else 1 for path, module in site_modules(bench).items()]
     assert [len(table.heads(site)) for site in range(len(heads))] == heads
     assert [head for site in range(len(heads)) for head in table.heads(site)] == list(range(sum(heads)))
-    assert damage(table, {}).tolist() == [0] * STEPS
-    assert damage(table, {path: [FULL, AST, FULL, FULL] for path in site_modules(bench)})[[0, 2, 3]].tolist() == [0] * 3
+    assert predicted(table, {}).tolist() == [0] * STEPS
+    assert predicted(table, {path: [FULL, AST, FULL, FULL] for path in site_modules(bench)})[[0, 2, 3]].tolist() == [0] * 3
 
 
 @every_family

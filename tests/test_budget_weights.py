@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from budget import FAMILIES, damage_of
+from budget import FAMILIES, column_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from outside import Seen, site_modules
@@ -14,6 +14,7 @@ from test_budget_search import nothing_left
 from test_budget_table import FAR, NEAR, STEPS, every_family, squared, with_and_without
 
 import arrowhead as ah
+from arrowhead.calibration.driver import driver_of
 from arrowhead.errors import InputsInvalid
 from arrowhead.plans.cells import AST, FULL
 from arrowhead.searches.budget.sensitivity.probes import SiteProbes
@@ -112,7 +113,7 @@ def test_trials_are_what_a_site_s_last_output_makes_of_the_step(family, guidance
 
 @every_family
 @with_and_without
-def test_damages_are_weighted_squares_of_the_change(family, guidance, monkeypatch):
+def test_errors_are_weighted_squares_of_the_change(family, guidance, monkeypatch):
     """Of 3 images and 200 vectors to a third: gain · weight · how much of the site's output changes · the output's length."""
     bench, images, weight = FAMILIES[family](), 3, 1.7
     monkeypatch.setattr(SiteProbes, "fitted", lambda self, steps: torch.full((steps, self._sites), weight, dtype=torch.float64))
@@ -127,8 +128,8 @@ def test_damages_are_weighted_squares_of_the_change(family, guidance, monkeypatc
             length = seen.guided(step, {}).flatten(1).norm(dim=1)
             before, now = (guided(bench, seen.full[at][path], guidance) for at in (step - 1, step))
             relative = (before - now).flatten(1).norm(dim=1) / now.flatten(1).norm(dim=1)
-            wanted = (table.gains[step] * weight * relative * length).square().mean().item() / squared(seen)
-            assert damage_of(table, table.heads(place), column) == pytest.approx(wanted, rel=0.35, abs=1e-12)
+            wanted = (table.sampler_gains[step] * weight * relative * length).square().mean().item() / squared(seen)
+            assert column_error(table, table.heads(place), column) == pytest.approx(wanted, rel=0.35, abs=1e-12)
 
 
 @every_family
@@ -138,13 +139,7 @@ def test_the_run_is_the_untouched_one_and_needs_no_gradients(family, guidance):
         bench = FAMILIES[family]()
         inputs = {"images": 2, "guidance": guidance, "steps": STEPS}
         with nothing_left(bench, **inputs):
-            steps = record(bench.pipe, bench.inputs(**inputs), ah.Extent(**WITHOUT))
-            while True:
-                try:
-                    next(steps)
-                except StopIteration as end:
-                    recording = end.value
-                    break
+            recording = record(driver_of(bench.pipe, bench.inputs(**inputs)), ah.Extent(**WITHOUT))
     assert recording.passes == STEPS + (STEPS - 1) * 2 + (guidance > 1 and family == "flux")
     with_gradients = ah.calibrate(FAMILIES[family]().pipe, bench.inputs(**inputs), extent=ah.Extent(ages=2), progress=False)
     assert recording.table.other_flops == with_gradients.other_flops

@@ -78,6 +78,7 @@ def test_the_table_says_how_it_was_measured_and_what_was_not(folder, tmp_path):
         "FID and KID against 6 images",
         "KID: 100 subsets of 2",
         "95% of 1000 times",
+        "of FID by the jackknife over 10 groups",
         "not measured: accuracy. a TorchScript or FILE.py:NAME",
     ):
         assert part in said

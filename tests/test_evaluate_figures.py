@@ -16,12 +16,12 @@ from torchmetrics.image.inception import InceptionScore
 
 from arrowhead.errors import InputsInvalid
 from arrowhead.evaluation import measures
-from arrowhead.evaluation.figures import Reference, distributions, figures, frechet_distance, inception_score
+from arrowhead.evaluation.estimates import Reference, distribution_estimates, frechet_distance, image_estimates, inception_score
 from arrowhead.evaluation.measures import Batch, Measure
-from arrowhead.evaluation.memory import Peak
-from arrowhead.evaluation.real_images import real
+from arrowhead.evaluation.peak_memory import PeakMemory
+from arrowhead.evaluation.real_images import read_real_images
 from arrowhead.metrics.bootstrap import bootstrap, interval, resampled_means
-from arrowhead.metrics.distributions import frechet, kernel_distances, moments, without_each
+from arrowhead.metrics.distributions import frechet, kernel_distances, moments, moments_without_each
 from arrowhead.metrics.images import decibels, psnr, squared_errors, ssim, ssim_each
 from arrowhead.metrics.resize import MODES, tf1
 
@@ -85,7 +85,7 @@ def test_moments_of_many_parts_are_those_of_all(monkeypatch):
 @pytest.mark.parametrize("splits", [1, 3])
 def test_the_inception_score_agrees_with_torchmetrics(splits, monkeypatch):
     logits = 2 * torch.randn(60, 12)
-    monkeypatch.setattr("arrowhead.evaluation.figures.SPLIT", 60 // splits)
+    monkeypatch.setattr("arrowhead.evaluation.estimates.SPLIT", 60 // splits)
     monkeypatch.setattr("torchmetrics.image.inception.torch.randperm", torch.arange)  # it shuffles first
     theirs = InceptionScore(feature=Same(), splits=splits)
     theirs.update(logits)
@@ -160,22 +160,22 @@ def test_images_one_by_one_are_those_of_all():
 def test_a_difference_is_drawn_in_pairs():
     """A value that is larger by 1 for every image has an interval of no width, however much the images differ."""
     raw = torch.randn(30, 1)
-    found = figures(Measure("reward", "reward", None), raw + 1, raw, 1)["reward"]
+    found = image_estimates(Measure("reward", "reward", None), raw + 1, raw, 1)["reward"]
     assert found.change == pytest.approx((1, 1), abs=1e-6)
     assert found.interval[1] - found.interval[0] > 0.2
 
 
 def test_a_video_s_frames_are_one_sample():
     frames = torch.randn(6, 1).repeat_interleave(50, 0)
-    found = figures(Measure("reward", "reward", None), frames, None, 50)["reward"]
-    alone = figures(Measure("reward", "reward", None), frames[::50], None, 1)["reward"]
+    found = image_estimates(Measure("reward", "reward", None), frames, None, 50)["reward"]
+    alone = image_estimates(Measure("reward", "reward", None), frames[::50], None, 1)["reward"]
     assert found.value == pytest.approx(alone.value)
     assert found.interval == pytest.approx(alone.interval)
 
 
 def test_moments_without_each_group_are_those_of_the_rest():
     features, groups = correlated(23, 4, shift=10), torch.arange(23) % 3
-    for group, found in enumerate(without_each(features, groups)):
+    for group, found in enumerate(moments_without_each(features, groups)):
         rest = features[groups != group].double().numpy()
         assert found.count == len(rest)
         np.testing.assert_allclose(found.mean, rest.mean(0))
@@ -204,13 +204,13 @@ def test_intervals_of_fid_and_of_its_change_are_as_wide_as_fids_of_other_draws_v
 def test_features_and_logits_lie_side_by_side():
     features, logits, theirs = correlated(30, 6), torch.randn(30, 4), correlated(25, 6)
     measure = Measure("inception", "inception", None, features=6, logits=4)
-    found = distributions(measure, torch.cat([features, logits], 1), Reference.of(theirs), None, 1)
+    found = distribution_estimates(measure, torch.cat([features, logits], 1), Reference.of(theirs), None, 1)
     assert found["fid"].value == pytest.approx(frechet(moments(features), moments(theirs)))
     assert found["is"].value == pytest.approx(inception_score(logits).value)
     assert found["kid"].value == pytest.approx(kernel_distances(features, theirs, 100, 12).mean().item())
-    assert set(distributions(measure, torch.cat([features, logits], 1), None, None, 1)) == {"is"}
+    assert set(distribution_estimates(measure, torch.cat([features, logits], 1), None, None, 1)) == {"is"}
     statistics = Reference.of(moments(theirs))
-    assert set(distributions(measure, torch.cat([features, logits], 1), statistics, None, 1)) == {"fid", "is"}
+    assert set(distribution_estimates(measure, torch.cat([features, logits], 1), statistics, None, 1)) == {"fid", "is"}
 
 
 @needs_tools
@@ -268,9 +268,13 @@ def test_real_images_by_folder_array_and_statistics(tmp_path):
     np.savez(tmp_path / "images.npz", some=pixels)
     cov = np.cov(np.random.default_rng().normal(size=(4, 9)))
     np.savez(tmp_path / "stats.npz", mu=np.arange(4.0), sigma=cov)
-    for found, order in ((real(tmp_path / "deep"), (0, 1, 2)), (real(f"{tmp_path / 'images.npz'}:some"), (0, 1, 2))):
+    array = f"{tmp_path / 'images.npz'}:some"
+    for found, order in (
+        (read_real_images(tmp_path / "deep"), (0, 1, 2)),
+        (read_real_images(array), (0, 1, 2)),
+    ):
         assert [found.read(i).permute(1, 2, 0).numpy().tolist() for i in range(3)] == [pixels[i].tolist() for i in order]
-    statistics = real(tmp_path / "stats.npz")
+    statistics = read_real_images(tmp_path / "stats.npz")
     assert statistics.mean.tolist() == [0, 1, 2, 3]
     np.testing.assert_array_equal(statistics.covariance, cov)
 
@@ -284,10 +288,10 @@ def test_a_module_that_a_name_points_to_does_not_stay_in_the_way(tmp_path):
 
 
 def test_the_peak_of_a_block_is_its_own():
-    before = Peak(torch.device("cpu"))
+    before = PeakMemory(torch.device("cpu"))
     if before.bytes() is None:
         pytest.skip("this system does not tell what a process had resident")
     first, size = before.bytes(), 2**27
     torch.ones(size, dtype=torch.uint8)
     assert before.bytes() >= first + 0.9 * size
-    assert Peak(torch.device("cpu")).bytes() < first + 0.5 * size
+    assert PeakMemory(torch.device("cpu")).bytes() < first + 0.5 * size

@@ -13,9 +13,9 @@ from torch import nn
 
 from arrowhead.errors import InputsInvalid, PlanMismatch
 from arrowhead.evaluation.measures import Batch, clip
+from arrowhead.evaluation.metric_networks import Networks
 from arrowhead.evaluation.networks import fingerprint
 from arrowhead.evaluation.request import Request, Shard, captions
-from arrowhead.evaluation.suite import Networks
 
 pytestmark = pytest.mark.filterwarnings("ignore::arrowhead.errors.TooFewSamples", "ignore::arrowhead.errors.InputsRepeated")
 LABELS = {**INPUTS, "class_labels": [1, 2]}
@@ -107,7 +107,7 @@ def test_networks_that_give_something_else_are_known_after_two_batches(networks,
     [
         (lambda images: images * float("nan"), "not finite; wanted numbers"),
         (lambda images: torch.cat([images, images]), r"got \(4, 1, 3, 16, 16\) of a call for 2 images"),
-        (lambda images: images[:, :1], r"of a call for 2 images, wanted as many, in RGB"),
+        (lambda images: images[:, :1], r"of a call for 2 images, wanted one RGB image for each"),
     ],
 )
 def test_images_that_are_none_are_known_after_one_batch(change, match, tmp_path, monkeypatch):
@@ -130,7 +130,7 @@ def pictures(tmp_path):
 def test_broken_real_images(pictures, tmp_path):
     (pictures / "1.png").write_bytes((pictures / "1.png").read_bytes()[:40])
     (pictures / "2.jpg").write_bytes(b"no picture")
-    refused(r"got 2 of 4 images .*1.png.*2.jpg.*take them out", real=pictures, work=tmp_path / "work")
+    refused(r"got 2 of 4 images .*1.png.*2.jpg.*remove the others", real=pictures, work=tmp_path / "work")
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_a_folder_of_another_setting(settings, change, match, tmp_path):
 def test_a_folder_that_is_somebody_else_s(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     subject = Subject()
-    with pytest.raises(InputsInvalid, match="not empty, and no evaluation's"):
+    with pytest.raises(InputsInvalid, match="not empty, and holds no evaluation"):
         subject.measure(tmp_path)
     (tmp_path / "thesis.tex").rename(tmp_path / ".evaluation.json.7")  # as another process leaves it for a moment
     assert subject.measure(tmp_path, images=2, plans={}) is not None

@@ -17,10 +17,10 @@ from torch import nn
 
 import arrowhead as ah
 from arrowhead.errors import InputsRepeated, TooFewSamples
-from arrowhead.evaluation.measurement import measure
+from arrowhead.evaluation.metric_networks import Networks
 from arrowhead.evaluation.request import Shard
-from arrowhead.evaluation.suite import Networks
-from arrowhead.evaluation.work_folder import WorkFolder
+from arrowhead.evaluation.resumable import measure
+from arrowhead.evaluation.work_folder import SettingFolder
 from arrowhead.metrics.distributions import frechet, moments
 from arrowhead.metrics.images import psnr, ssim
 from arrowhead.metrics.resize import tf1
@@ -85,7 +85,7 @@ class Subject:
 
 def figures(found):
     """All but times and memory."""
-    return {row.name: (row.figures, row.cost.summary) for row in (found.raw, *found.rows)}
+    return {row.name: (row.estimates, row.cost.summary) for row in (found.raw, *found.rows)}
 
 
 @pytest.fixture
@@ -130,8 +130,8 @@ def test_figures_are_those_of_images_generated_by_hand(tmp_path, real):
             assert row.cost.module_flops == pytest.approx(plan.flops().module)
             assert row.cost.peak_cache_bytes > 0
             assert row.cost.pairs == 4
-        assert {name: row.figures[name].value for name in expected} == pytest.approx(expected, rel=1e-4)
-        assert set(row.figures) == {*expected, "kid", "is"}
+        assert {name: row.estimates[name].value for name in expected} == pytest.approx(expected, rel=1e-4)
+        assert set(row.estimates) == {*expected, "kid", "is"}
         assert [json.loads(p.read_text())["frames"] for p in (tmp_path / "work").glob(f"{row.name}*/batches/*.json")] == [1] * 4
     assert found.setting["seeds"] == {"first": 3, "last": 9}
     assert "TensorFlow" in found.setting["measures"]["inception"]
@@ -242,7 +242,7 @@ def test_a_plan_that_changed_under_its_name_is_another(tmp_path):
 def test_broken_pictures_and_arrays_are_named_and_made_anew(tmp_path):
     subject = Subject()
     whole = subject.measure(tmp_path / "work", images=4)
-    kept = WorkFolder.of(tmp_path / "work", "one", subject.plans["one"])
+    kept = SettingFolder.of(tmp_path / "work", "one", subject.plans["one"])
     picture, values = kept.folder / "images/000002.png", next(kept.folder.rglob("values/psnr/000002-*.npy"))
     picture.write_bytes(picture.read_bytes()[:60])
     values.write_bytes(values.read_bytes()[:-3])
@@ -258,7 +258,7 @@ def test_broken_pictures_and_arrays_are_named_and_made_anew(tmp_path):
 def test_no_plan_measures_the_untouched_pipeline(tmp_path):
     found = Subject().measure(tmp_path, plans={})
     assert found.rows == ()
-    assert set(found.raw.figures) == {"is", "accuracy"}
+    assert set(found.raw.estimates) == {"is", "accuracy"}
 
 
 def test_real_images_of_many_sizes_and_statistics_of_the_same(tmp_path):
@@ -273,8 +273,8 @@ def test_real_images_of_many_sizes_and_statistics_of_the_same(tmp_path):
     by_folder = subject.measure(tmp_path / "work", real=tmp_path / "real")
     by_statistics = subject.measure(tmp_path / "work", real=tmp_path / "statistics.npz")
     for one, other in zip((by_folder.raw, *by_folder.rows), (by_statistics.raw, *by_statistics.rows), strict=True):
-        assert one.figures["fid"].value == pytest.approx(other.figures["fid"].value, rel=1e-4)
-        assert "kid" not in other.figures
+        assert one.estimates["fid"].value == pytest.approx(other.estimates["fid"].value, rel=1e-4)
+        assert "kid" not in other.estimates
     assert "no features" in by_statistics.not_measured["KID"]
 
 
@@ -286,10 +286,10 @@ def test_prompts_reach_rewards_image_by_image(tmp_path):
     found = measure(pipe, {"p": plan}, inputs, images=5, work=tmp_path, batch=3, networks=networks, progress=False)
     pictures = [np.array(Image.open(path)) for path in sorted((tmp_path / "raw/images").iterdir())]
     expected = np.mean([p.mean() / 255 + len(inputs["prompt"][i % 2]) for i, p in enumerate(pictures)])
-    assert found.raw.figures["hpsv2"].value == pytest.approx(expected, rel=1e-5)
+    assert found.raw.estimates["hpsv2"].value == pytest.approx(expected, rel=1e-5)
     theirs = [np.array(Image.open(path)) for path in sorted(next(tmp_path.glob("p-*")).glob("images/*"))]
     difference = np.mean([(p / 255.0 - r / 255.0).mean() for p, r in zip(theirs, pictures, strict=True)])
-    low, high = found.rows[0].figures["hpsv2"].change
+    low, high = found.rows[0].estimates["hpsv2"].change
     assert low < difference < high
     assert {"CLIP score", "ImageReward"} <= set(found.not_measured)
     assert "hf download" in found.not_measured["CLIP score"]
@@ -306,11 +306,11 @@ def test_videos_frame_by_frame(tmp_path):
     found = measure(bench.pipe, {"p": plan}, inputs, images=2, work=tmp_path, batch=1, progress=False)
     generators = [torch.Generator().manual_seed(i) for i in (0, 1)]
     videos = torch.cat([bench.pipe(**inputs, generator=g, output_type="pt").frames for g in generators])
-    kept = WorkFolder.of(tmp_path, "raw", None)
+    kept = SettingFolder.of(tmp_path, "raw", None)
     pixels = torch.cat([kept.pixels(range(i, i + 1)) for i in (0, 1)])
     torch.testing.assert_close(pixels, (videos.flatten(0, 1).float() * 255).round().byte(), atol=0, rtol=0)
     assert found.setting["frames"] == videos.shape[1] > 1
-    assert found.rows[0].figures["psnr"].value < 100
+    assert found.rows[0].estimates["psnr"].value < 100
 
 
 def test_too_few_images_are_warned_of_before_many_are_made(tmp_path, real):
@@ -323,5 +323,5 @@ def test_too_few_images_are_warned_of_before_many_are_made(tmp_path, real):
     subject.pipe.transformer.register_forward_pre_hook(stop)
     with pytest.warns(TooFewSamples, match=r"got 7 generated, 9 real images, wanted more than 12"), pytest.raises(Killed):
         subject.measure(tmp_path / "a", real=real)
-    with pytest.warns(InputsRepeated, match=r"3 inputs for 7 images: the first 1 are drawn once more.*such as 6"):
+    with pytest.warns(InputsRepeated, match=r"3 inputs for 7 images: the first 1 are generated once more.*such as 6"):
         Subject().measure(tmp_path / "b", networks=Networks())

@@ -1,5 +1,7 @@
 """What would go wrong unseen: named instead, or right all the same."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,12 +13,13 @@ from test_flux import flux_plan, random_cells
 from untouched import left_as_it_was
 
 import arrowhead as ah
+from arrowhead.calibration.driver import driver_of
 from arrowhead.calibration.paired_calls import run_paired, wait_for_pair
 from arrowhead.engine.site_calls import AttentionSiteCall
 from arrowhead.errors import ArrowheadError, InputsInvalid, NotIntercepted
 from arrowhead.evaluation.side_by_side import evaluate
 from arrowhead.plans.layout import Site
-from arrowhead.searches.greedy import greedy_trials
+from arrowhead.searches.greedy import greedy_search
 from arrowhead.searches.headwise import Headwise
 
 flux = flux_fixture
@@ -77,14 +80,44 @@ def test_settings_of_another_strategy(strategy, settings):
 
 def test_a_transformer_called_from_outside_while_it_is_searched():
     bench = dit()
-    with left_as_it_was(bench):
-        trials = greedy_trials(bench.pipe, bench.inputs(), threshold=0.5)
-        next(trials)
-        with pytest.raises(ArrowheadError, match="called from outside"):
+    called = []
+
+    def call(*_):
+        called.append(1)
+        with pytest.raises(ArrowheadError, match="called from outside while a search runs on it"):
             bench.pipe.transformer(
                 torch.zeros(1, 4, 8, 8).double(), timestep=torch.zeros(1), class_labels=torch.zeros(1, dtype=torch.long)
             )
-        trials.close()
+
+    with left_as_it_was(bench):
+        wanted = ah.search(bench.pipe, bench.inputs(), threshold=0.5, progress=False)
+        found = greedy_search(driver_of(bench.pipe, bench.inputs()), threshold=0.5, on_trial=call)
+        assert found.cells == wanted.cells
+    assert called
+
+
+def test_a_transformer_called_from_another_thread_while_it_is_searched():
+    """Between two steps, where the pipeline's own next call would do."""
+    bench, called = sd3(), []
+    arguments = {}
+    hook = bench.pipe.transformer.register_forward_pre_hook(lambda _m, _a, given: arguments.update(given), with_kwargs=True)
+
+    def call():
+        called.append(1)
+        with pytest.raises(ArrowheadError, match="called from outside while a search runs on it"):
+            bench.pipe.transformer.forward(**arguments)
+
+    def elsewhere(*_):
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(call).result()
+        return {}
+
+    with left_as_it_was(bench):
+        wanted = ah.search(bench.pipe, bench.inputs(), threshold=0.5, progress=False)
+        inputs = bench.inputs(callback_on_step_end=elsewhere)
+        assert ah.search(bench.pipe, inputs, threshold=0.5, progress=False).cells == wanted.cells
+    hook.remove()
+    assert len(called) == 5
 
 
 def test_a_plan_named_as_the_baseline():

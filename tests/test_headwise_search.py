@@ -9,12 +9,13 @@ from torch import Tensor
 from untouched import left_as_it_was
 
 import arrowhead as ah
+from arrowhead.calibration.driver import driver_of
 from arrowhead.errors import InputsInvalid, NothingCompressed
 from arrowhead.metrics.error import relative_squared_error
 from arrowhead.models.find import find
 from arrowhead.plans.cells import FULL, Arrow, Cached, Full
 from arrowhead.plans.layout import Tokens
-from arrowhead.searches.headwise import Headwise, _savings, headwise_choices
+from arrowhead.searches.headwise import Headwise, _savings, headwise_search
 
 EVERYTHING = Headwise(radii=(1, 3), share_cfg=True, residual=True)
 
@@ -52,7 +53,8 @@ def test_the_plan_gives_what_the_search_saw(either, settings, threshold):
 
 
 def test_errors_stay_within_the_threshold_and_first_steps_are_full(either):
-    choices = list(headwise_choices(either.pipe, either.inputs(), threshold=0.7, settings=EVERYTHING))
+    choices = []
+    headwise_search(driver_of(either.pipe, either.inputs()), threshold=0.7, settings=EVERYTHING, on_choice=choices.append)
     assert [choice.cell for choice in choices if choice.step == 0] == [FULL] * either.layers
     assert all(choice.error <= 0.7 for choice in choices)
     assert any(choice.error > 0 for choice in choices)

@@ -10,6 +10,7 @@ from replay import assert_identical, distance, trace
 from test_families import INNER, STEPS, plan_of
 
 import arrowhead as ah
+from arrowhead.calibration.driver import driver_of
 from arrowhead.calibration.run import CalibrationRun
 from arrowhead.errors import InputsInvalid, PlanMismatch
 from arrowhead.models.find import find
@@ -53,10 +54,9 @@ def test_tokens_of_reference_images_are_attended_to_and_dropped(guidance):
         given = trace(bench, bench.inputs(**inputs))
     with replaying(bench, model.modules, cells, guided):
         assert distance(given, trace(bench, bench.inputs(**inputs))) < 1e-5
-    steps = CalibrationRun(model, bench.inputs(**inputs)).steps()
-    step = next(steps)
-    assert step.full().shape[1] == 4 * 5
-    steps.close()
+    calibration, seen = CalibrationRun(driver_of(bench.pipe, bench.inputs(**inputs)), model), []
+    calibration.run(lambda step: seen.append(step.full().shape[1]), first_only=True)
+    assert seen == [4 * 5]
     for how in ({"threshold": 0.7}, {"budget": ah.Budget(module_flops=0.6)}):
         plan = ah.search(bench.pipe, bench.inputs(**inputs), progress=False, **how)
         assert plan.tokens == bench.tokens

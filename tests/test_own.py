@@ -2,6 +2,7 @@
 
 import os
 import runpy
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from own import Own, STDiT2, left_alone, replaying
 from torch.utils.flop_counter import FlopCounterMode
 
 import arrowhead as ah
+from arrowhead.calibration.driver import driver_of
 from arrowhead.errors import AlreadyApplied, GenerationUnfinished, PlanMismatch
 from arrowhead.models.custom import CustomModel as StandIn
 from arrowhead.models.find import find
@@ -20,6 +22,7 @@ from arrowhead.models.model import target_of
 from arrowhead.plans.cells import AST, FULL, Arrow, Attend
 from arrowhead.plans.flops import full_flops
 from arrowhead.plans.layout import ATTENTION_KINDS
+from arrowhead.searches.greedy import greedy_search
 from arrowhead.searches.headwise import Headwise
 
 SEPARATE = ah.Adapter(
@@ -274,3 +277,26 @@ def test_the_example_runs(monkeypatch, capsys):
         torch.set_grad_enabled(enabled)
     assert capsys.readouterr().out.count("12 of 12") == 3
     assert left["plan"].flops().module <= 0.5
+
+
+@pytest.mark.parametrize("trials", [1, 5])
+def test_a_search_that_fails_in_a_loop_that_goes_on_all_the_same(trials):
+    """What it found until then is no plan."""
+
+    class Stubborn(Own):
+        def output(self, model, x, t, y):
+            with suppress(ZeroDivisionError):
+                return super().output(model, x, t, y)
+            return x
+
+    loop, seen = Stubborn(STDiT2(), ah.open_sora(guidance_scale=3.0)), []
+
+    def fail(trial):
+        seen.append(trial)
+        if len(seen) == trials:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        greedy_search(driver_of(loop.model, loop.sample, loop.adapter), threshold=0.5, on_trial=fail)
+    assert len(seen) == trials
+    assert torch.equal(loop.sample(), Own(loop.model, loop.adapter).sample())

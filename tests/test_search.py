@@ -14,22 +14,20 @@ from replay import NAMES, Trace, assert_identical, assert_same, cell, compressed
 from untouched import left_as_it_was, parts, tensors_like
 
 import arrowhead as ah
+from arrowhead.calibration.driver import driver_of
 from arrowhead.errors import InputsInvalid, NothingCompressed, NotIntercepted
 from arrowhead.plans.cells import Reuse
 from arrowhead.searches.api import THRESHOLDS
-from arrowhead.searches.greedy import greedy_trials
+from arrowhead.searches.greedy import greedy_search
 
 DELTAS = {"paper": [0.3, 0.5, 0.8], "signed": [0.3, 0.8, 1.5]}
 
 
-def all_of(trials):
-    """Every trial, and what the search returns."""
-    seen = []
-    while True:
-        try:
-            seen.append(next(trials))
-        except StopIteration as end:
-            return seen, end.value
+def all_of(pipe, inputs, **settings):
+    """Every trial of a greedy search, and what it found."""
+    trials = []
+    found = greedy_search(driver_of(pipe, inputs), on_trial=trials.append, **settings)
+    return trials, found
 
 
 def as_cells(bench, grid):
@@ -41,7 +39,7 @@ def as_cells(bench, grid):
 def test_greedy_is_algorithm_1(bench, form, delta):
     inputs = {"seed": 6, "images": 2, "steps": 4}
     wanted = by_hand(bench, bench.inputs(**inputs), delta, form)
-    trials, found = all_of(greedy_trials(bench.pipe, bench.inputs(**inputs), threshold=delta, loss=form))
+    trials, found = all_of(bench.pipe, bench.inputs(**inputs), threshold=delta, loss=form)
     assert found.cells == as_cells(bench, wanted.grid)
     assert (found.branches.guided, found.tokens.total, found.passes) == (True, bench.visual, wanted.passes)
     assert [trial.site for trial in trials] == [f"transformer_blocks.{layer}.attn1" for _, layer, _, _ in wanted.trials]
@@ -66,7 +64,7 @@ def test_the_thresholds_above_try_the_choices(bench):
 def test_without_guidance_nothing_is_shared(bench, delta):
     inputs = {"images": 2, "steps": 4, "guidance": 1.0}
     wanted = by_hand(bench, bench.inputs(**inputs), delta)
-    trials, found = all_of(greedy_trials(bench.pipe, bench.inputs(**inputs), threshold=delta))
+    trials, found = all_of(bench.pipe, bench.inputs(**inputs), threshold=delta)
     assert found.cells == as_cells(bench, wanted.grid)
     assert not found.branches.guided
     assert not any(getattr(trial.cell, "share_cfg", False) for trial in trials)
@@ -180,39 +178,49 @@ def test_the_progress_bar_of_the_pipeline_is_as_it_was(configured, capsys):
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_grad_mode_between_trials_is_the_callers(either, enabled):
-    with torch.set_grad_enabled(enabled):
-        for _ in greedy_trials(either.pipe, either.inputs(steps=3), threshold=0.5):
-            assert torch.is_grad_enabled() == enabled
-            with torch.set_grad_enabled(not enabled):  # what the caller does in between is the caller's
-                pass
-        assert torch.is_grad_enabled() == enabled
+@pytest.mark.parametrize("inference", [True, False])
+def test_modes_between_trials_are_the_callers(either, enabled, inference):
+    def modes(*_):
+        return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+    seen = set()
+    with torch.inference_mode(inference), torch.set_grad_enabled(enabled):
+        driver = driver_of(either.pipe, either.inputs(steps=3))
+        greedy_search(driver, threshold=0.5, on_trial=lambda _: seen.add(modes()))
+        assert seen == {(enabled, inference)} == {modes()}
 
 
-def test_grad_mode_that_the_caller_changes_stays_changed(either):
-    """A search that began with gradients on, driven and closed from within a `no_grad` block."""
-    trials = greedy_trials(either.pipe, either.inputs(steps=3), threshold=0.5)
-    next(trials)
-    with torch.no_grad():
-        next(trials)
-        assert not torch.is_grad_enabled()
-        trials.close()
-        assert not torch.is_grad_enabled()
-    assert torch.is_grad_enabled()
+def test_a_grad_mode_that_is_changed_between_trials_is_the_callers_again(either):
+    def change(_):
+        torch.set_grad_enabled(not torch.is_grad_enabled())
+
+    with left_as_it_was(either):
+        greedy_search(driver_of(either.pipe, either.inputs(steps=3)), threshold=0.5, on_trial=change)
+        assert torch.is_grad_enabled()
+
+
+class Closed(Exception):
+    """Ends a search in the middle."""
 
 
 @pytest.mark.parametrize("trials", [1, 4, 9])
 def test_a_search_that_is_closed_midway(bench, trials):
-    generator = torch.Generator().manual_seed(2)
+    generator, seen = torch.Generator().manual_seed(2), []
     states = generator.get_state(), torch.get_rng_state()
+
+    def close(trial):
+        seen.append(trial)
+        if len(seen) == trials:
+            raise Closed
+
     with left_as_it_was(bench):
-        search = greedy_trials(bench.pipe, bench.inputs(generator=generator), threshold=1e-6)
-        for _ in range(trials):
-            next(search)
-        search.close()
+        driver = driver_of(bench.pipe, bench.inputs(generator=generator))
+        with pytest.raises(Closed):
+            greedy_search(driver, threshold=1e-6, on_trial=close)
         assert torch.is_grad_enabled()
         assert torch.equal(generator.get_state(), states[0])
         assert torch.equal(torch.get_rng_state(), states[1])
+        assert greedy_search(driver, threshold=1e-6).passes > trials  # the driver serves again
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])

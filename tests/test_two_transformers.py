@@ -7,7 +7,7 @@ from family_replay import random_cells, replaying
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from replay import assert_identical, distance, trace
-from test_budget_programme import problems, values
+from test_budget_dynamic_program import problems, values
 from test_families import STEPS, plan_of
 from untouched import left_as_it_was
 
@@ -181,21 +181,21 @@ def reads(cell):
 
 @settings(max_examples=40, deadline=None)
 @given(problem=problems(), data=st.data())
-def test_the_programme_is_the_best_of_both_parts(problem, data):
+def test_the_dynamic_program_is_the_best_of_both_parts(problem, data):
     """Every column of the steps before the switch beside every one of those after it."""
-    choices, steps, programme, damage, cost, _, multiplier = problem
+    choices, steps, program, error, cost, _, multiplier = problem
     switch = data.draw(st.integers(0, steps - 1))
-    solution = DynamicProgram(choices, switch).solve(damage, cost, multiplier)
+    solution = DynamicProgram(choices, switch).solve(error, cost, multiplier)
     for place in range(2):
         least = 0.0
         for part in (slice(0, switch), slice(switch, steps)):
             if part.stop > part.start:
                 columns = every_column(choices, part.stop - part.start)
-                harmed, spent = values(columns, programme, damage[part], cost, place)
-                least += (harmed + multiplier * spent).min()
-        assert solution.damage[place] + multiplier * solution.cost[place] == pytest.approx(least)
-        givens = programme.givens_of(solution.moves[:, place])
-        assert all(given.oldest <= step - (switch if step >= switch else 0) for step, given in enumerate(givens))
+                errors, spent = values(columns, program, error[part], cost, place)
+                least += (errors + multiplier * spent).min()
+        assert solution.error[place] + multiplier * solution.cost[place] == pytest.approx(least)
+        outputs = program.outputs_of(solution.transitions[:, place])
+        assert all(given.oldest <= step - (switch if step >= switch else 0) for step, given in enumerate(outputs))
 
 
 def test_gradients_go_by_the_scale_of_the_transformer_that_runs():

@@ -27,6 +27,7 @@ from test_families import INNER, plan_of
 from untouched import left_as_it_was
 
 import arrowhead as ah
+from arrowhead.calibration.driver import driver_of
 from arrowhead.calibration.run import CalibrationRun
 from arrowhead.errors import PlanMismatch
 from arrowhead.models.families import FAMILIES
@@ -308,10 +309,9 @@ def test_searches_find_plans_for_the_steps_that_run(bench, how):
 )
 def test_searches_leave_out_the_output_at_reference_images(bench, drawn):
     """Where tokens of reference images follow those of the image, there is no grid."""
-    calibration = CalibrationRun(find(bench.pipe), bench.inputs())
-    steps = calibration.steps()
-    assert next(steps).full().shape[1] == drawn
-    steps.close()
+    calibration, seen = CalibrationRun(driver_of(bench.pipe, bench.inputs()), find(bench.pipe)), []
+    calibration.run(lambda step: seen.append(step.full().shape[1]), first_only=True)
+    assert seen == [drawn]
     assert calibration.tokens == bench.tokens
     assert bench.tokens.grid is None
     assert bench.visual > drawn
@@ -320,10 +320,9 @@ def test_searches_leave_out_the_output_at_reference_images(bench, drawn):
 def test_without_reference_images_all_tokens_are_the_image():
     make, how = VARIANTS["FluxKontextPipeline"]
     bench = make(diffusers.FluxKontextPipeline, **how)
-    calibration = CalibrationRun(find(bench.pipe), bench.inputs(image=None))
-    steps = calibration.steps()
-    assert next(steps).full().shape[1] == 4 * 4
-    steps.close()
+    calibration, seen = CalibrationRun(driver_of(bench.pipe, bench.inputs(image=None)), find(bench.pipe)), []
+    calibration.run(lambda step: seen.append(step.full().shape[1]), first_only=True)
+    assert seen == [4 * 4]
     assert calibration.tokens.grid == Grid(1, 4, 4)
 
 

@@ -1,4 +1,4 @@
-"""Put the EMA weights of a training run into the package, in half precision.
+"""Writes the EMA weights of a training run into the package, in half precision.
 
 python training/bundle.py dit checkpoints/dit/state.pt
 python training/bundle.py mmdit checkpoints/mmdit/state.pt --data data/emoji64.npz

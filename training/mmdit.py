@@ -3,8 +3,8 @@
     python training/mmdit.py --data data/emoji64.npz      # resumes from checkpoints/mmdit where it stopped
 
 The data file holds ``images`` (n, 64, 64, 3) uint8 with ``style``, ``name`` and ``tags`` (comma-separated) of each. Everything
-else is in ``mmdit.json``. Images are trained on at the size that the configuration's `patch_size` × `pos_embed_max_size`
-give: first 32 × 32, then, with ``--init``, 64 × 64.
+else is in ``mmdit.json``. Images are trained on at the configuration's size, `patch_size` × `pos_embed_max_size`: first
+32 × 32, then, with ``--init``, 64 × 64.
 """
 
 import random

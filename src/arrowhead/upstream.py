@@ -22,7 +22,7 @@ HIDDEN = "_orig_mod"
 """The attribute under which `torch.compile(module)` keeps the module. Without it a compiled model would have no known sites."""
 
 
-def child_modules(module: nn.Module) -> Mapping[str, nn.Module | None]:
+def child_modules(module: nn.Module) -> Mapping[str, Any]:
     """A module's children by name. Without it each of them would be looked up by torch's slow `__getattr__`, in every pass."""
     return module._modules
 

@@ -17,7 +17,7 @@ from arrowhead.plans.plan import Plan
 
 
 def loop_of(here: Subject, cls: type = Own, **settings: Any) -> Any:
-    """The loop over a module of one's own, or another one over it."""
+    """The loop over a custom model, or another loop over it."""
     return cls(here.pipe, here.adapter, **settings)
 
 

@@ -1,4 +1,4 @@
-"""What goes together with what: each test says it of itself, and `make matrix` makes docs/combinations.md of what they say."""
+"""Makes docs/combinations.md from what each test states that it shows; run by `make matrix`."""
 
 import sys
 from collections import defaultdict
@@ -13,12 +13,12 @@ PAGE = Path(__file__).parents[2] / "docs/combinations.md"
 WORKS = "works"
 HEAD = """# What goes together
 
-Each cell is a test of `tests/combinations`, which fails where it is not so; the page is made of them by `make matrix`, and
-compared with them by `make test-all`. *Works* means: right by an independent computation, and the pipeline is bit for bit
-what it was once the plan is off. *Refused* means: an error that says what to do, before anything is changed. Mechanisms are
-how attention is reached: in a processor that calls torch's function (SD3, DiT, PixArt, ...), through diffusers'
-`dispatch_attention_fn` (FLUX, Qwen-Image, Wan, ...), and in a module of one's own (`ah.Adapter`). All of it on the CPU,
-with small random models.
+Each cell is stated by a test of `tests/combinations`, which fails if it is not true. `make matrix` makes the page from the
+tests, and `make test-all` compares it with them. *Works* means: the output agrees with an independent computation, and after
+the plan is removed the pipeline gives the same bits as before. *Refused* means: an error that says what to do, before anything
+is changed. The columns are the ways in which attention is reached: in a processor that calls torch's function (SD3, DiT,
+PixArt, ...), through diffusers' `dispatch_attention_fn` (FLUX, Qwen-Image, Wan, ...), and in a custom model (`ah.Adapter`).
+All of it on the CPU, with small random models.
 """
 
 

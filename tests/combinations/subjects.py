@@ -20,13 +20,13 @@ from arrowhead.plans.layout import ATTENTION_KINDS, Tokens, relevant_tokens
 from arrowhead.plans.plan import Plan
 
 STEPS = 5
-MECHANISMS = {"sd3": "processor with SDPA", "flux": "dispatch_attention_fn", "own": "own module"}
+MECHANISMS = {"sd3": "processor with SDPA", "flux": "dispatch_attention_fn", "own": "custom model"}
 """Subjects by name, and the mechanism that each stands for."""
 
 
 @dataclass
 class Subject:
-    """A model that generates: `pipe` is a pipeline, or a module of one's own with `adapter`."""
+    """A model that generates: `pipe` is a pipeline, or a custom model with `adapter`."""
 
     pipe: Any
     transformer: nn.Module
@@ -117,7 +117,7 @@ def flux(dtype: torch.dtype) -> Subject:
 
 
 def own(dtype: torch.dtype) -> Subject:
-    """OpenSora's transformer by its names and calls, in a loop of one's own."""
+    """OpenSora's transformer by its names and calls, in a custom loop."""
     loop = Own(STDiT2().to(dtype), ah.open_sora(guidance_scale=3.0))
 
     def generate(seed: int = 0, by_call: bool = True) -> Tensor:

@@ -16,10 +16,10 @@ from subjects import STEPS, subject
 from untouched import left_as_it_was
 
 import arrowhead as ah
+from arrowhead.calibration.driver import driver_of
 from arrowhead.errors import AlreadyApplied, AlreadyGenerating, ArrowheadError, GenerationUnfinished, PlanMismatch
-from arrowhead.models.custom import with_adapter
-from arrowhead.searches.greedy import greedy_trials
-from arrowhead.searches.headwise import Headwise, headwise_choices
+from arrowhead.searches.greedy import greedy_search
+from arrowhead.searches.headwise import Headwise, headwise_search
 
 MIXED = ["FFF", "WXV", "RRW", "CwR", "VYR"]
 NESTED = {"sd3": "refused: the first goes on", "flux": "refused: the first goes on", "own": "refused: by `run.step`"}
@@ -77,16 +77,10 @@ def test_a_generation_within_another_one_s(mechanism, outcome):
 
 def found(here, strategy="greedy", between=lambda: None):
     """The cells that a search finds, which something happens between whose trials."""
-    pipe = with_adapter(here.pipe, here.adapter)
-    inputs = here.inputs(1) if here.adapter is None else {"generate": lambda: here.generate(1)}
-    settings = {"settings": Headwise(radii=(2,))} if strategy == "headwise" else {}
-    trials = {"greedy": greedy_trials, "headwise": headwise_choices}[strategy](pipe, inputs, threshold=0.6, **settings)
-    while True:
-        try:
-            next(trials)
-        except StopIteration as ended:
-            return ended.value.cells
-        between()
+    driver = driver_of(here.pipe, here.inputs(1) if here.adapter is None else lambda: here.generate(1), here.adapter)
+    if strategy == "greedy":
+        return greedy_search(driver, threshold=0.6, on_trial=lambda _: between()).cells
+    return headwise_search(driver, threshold=0.6, settings=Headwise(radii=(2,)), on_choice=lambda _: between()).cells
 
 
 @combines("State", "a generation while a search on another pipeline is suspended")

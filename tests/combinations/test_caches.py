@@ -122,7 +122,7 @@ def test_unknown_dtypes_and_devices(mechanism, outcome):
     assert torch.equal(here.generate(1), untouched)
 
 
-@combines("Caches", "in 8 bits, lines through two outputs")
+@combines("Caches", "in 8 bits, extrapolated outputs")
 def test_slopes_are_rounded_little(mechanism, outcome):
     here = subject(mechanism)
     plan = here.plan(0)

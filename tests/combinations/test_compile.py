@@ -179,7 +179,7 @@ def test_hidden_while_applied(counter):
     assert counter.frame_count == 2
 
 
-@states(GROUP, "blocks that are `torch.compile(block)`", mechanism="own module")
+@states(GROUP, "blocks that are `torch.compile(block)`", mechanism="custom model")
 def test_hidden_blocks(counter):
     here = subject("own")
     plan, plain = here.plan(1, {"self_attention", "feed_forward"}), here.generate(5)
@@ -236,7 +236,7 @@ def test_a_plan_elsewhere(mechanism, outcome, compile_, counter):
     assert counter.frame_count == graphs > 0
 
 
-@states(GROUP, "feed-forwards that are compiled by themselves", mechanism="own module")
+@states(GROUP, "feed-forwards that are compiled by themselves", mechanism="custom model")
 def test_feed_forwards_compiled_by_themselves(counter):
     here = subject("own")
     for block in here.transformer.blocks:

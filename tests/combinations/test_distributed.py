@@ -22,8 +22,7 @@ from untouched import parts
 import arrowhead as ah
 from arrowhead.calibration.sharding import Share
 from arrowhead.errors import InputsInvalid, UnsupportedPipeline
-from arrowhead.metrics.error import moments as moments_of
-from arrowhead.metrics.error import of_moments, relative_squared_error
+from arrowhead.metrics.error import error_from_moments, error_moments, relative_squared_error
 
 GROUP = "Distributed"
 
@@ -127,9 +126,9 @@ def test_pooled_errors_are_those_of_all(sizes, branches, seed):
     full = full * (1 + torch.arange(len(full)))[:, None, None, None]
     other = full + torch.randn(full.shape, generator=generator)
     counts = [size * branches for size in sizes]
-    values = [moments_of(a, b) for a, b in zip(full.split(counts), other.split(counts), strict=True)]
+    values = [error_moments(a, b) for a, b in zip(full.split(counts), other.split(counts), strict=True)]
     for share, value in zip(shares(sizes, values), values, strict=True):
-        pooled = of_moments(share.pooled(value))
+        pooled = error_from_moments(share.pooled(value))
         torch.testing.assert_close(pooled, relative_squared_error(full, other), rtol=1e-4, atol=1e-6)
 
 
@@ -186,7 +185,7 @@ def check(results, asked):
             assert torch.equal(mine.residuals, other.residuals)
             torch.testing.assert_close(mine.outputs, wanted.outputs, rtol=1e-4, atol=1e-6 * wanted.outputs.abs().max().item())
             torch.testing.assert_close(mine.residuals, wanted.residuals, rtol=1e-4, atol=1e-6)
-            for field in ("gains", "answers", "final", "other_flops"):
+            for field in ("sampler_gains", "model_feedback", "final", "other_flops"):
                 assert getattr(mine, field) == getattr(other, field)
                 assert getattr(mine, field) == pytest.approx(getattr(wanted, field), rel=1e-4)
             assert (mine.images, mine.regions, mine.target) == (wanted.images, wanted.regions, wanted.target)

@@ -39,7 +39,7 @@ def drawn(here, mechanism, seed):
 
 
 def load(here, lora, name="one"):
-    """Into a pipeline as users do; into one's own module by peft."""
+    """Into a pipeline as users do; into a custom model by peft."""
     if here.adapter is None:
         parts = {
             f"transformer.{path}.lora_{w}.weight": m for path, both in lora.items() for w, m in zip("AB", both, strict=True)
@@ -140,7 +140,7 @@ def test_scaled_in_the_call(mechanism, outcome):
         same(here.generate(1), merged(mechanism, (lora, 1.0), plan=plan))
 
 
-@combines(GROUP, "merged in place by peft, in a module of one's own", {"own": "works"})
+@combines(GROUP, "merged in place by peft, in a custom model", {"own": "works"})
 def test_merged_in_place(mechanism, outcome):
     here = subject(mechanism)
     lora, plan = drawn(here, mechanism, 5), here.plan(3, kinds_of(mechanism))

@@ -104,7 +104,7 @@ def test_an_ip_adapter(mechanism, outcome):
 
 @combines(
     GROUP,
-    "forward of one's own module wrapped while a plan is applied",
+    "forward of a custom model wrapped while a plan is applied",
     {"own": "works: replaced by another and called directly, it is refused"},
 )
 def test_the_models_own_forward(mechanism, outcome):

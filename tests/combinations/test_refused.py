@@ -56,7 +56,7 @@ AS_MANY = "refused: search again with as many"
     {"sd3": AS_MANY, "flux": AS_MANY, "own": "warned of: only the loop knows its end"},
 )
 def test_a_plan_for_another_number_of_steps(mechanism, outcome):
-    """A pipeline says it before the first step, a loop of one's own after the plan's last."""
+    """A pipeline says it before the first step, a custom loop after the plan's last."""
     here = subject(mechanism)
     plan = here.plan(seed=1)
     shorter = replace(plan, cells=plan.cells[: STEPS - 1])

@@ -17,7 +17,7 @@ from test_families import plan_of
 import arrowhead as ah
 from arrowhead.errors import GenerationUnfinished, InputsInvalid, PlanMismatch
 from arrowhead.models.find import find
-from arrowhead.plans.cells import FULL, Arrow, Attend, Full
+from arrowhead.plans.cells import FULL, Arrow, Attend, Full, Reuse
 from arrowhead.plans.layout import ATTENTION_KINDS
 
 
@@ -176,7 +176,7 @@ def test_guidance_that_ends_early(mechanism, outcome, images, cells):
     here = subject(mechanism)
     plan = here.plan(seed=9)
     if cells != "any":
-        cell = {"ASC": Attend(Full(), share_cfg=True), "AST": ah.methods.Reuse(), "band": Attend(Arrow(2))}[cells]
+        cell = {"ASC": Attend(Full(), share_cfg=True), "AST": Reuse(), "band": Attend(Arrow(2))}[cells]
         sites = len(plan.target.sites)
         plan = replace(plan, cells=((FULL,) * sites, (FULL,) * sites, *[(cell,) * sites] * 3))
     if mechanism == "own":
@@ -249,7 +249,7 @@ def test_a_second_call_that_is_missing(name, step):
     assert torch.equal(bench.pipe(**bench.inputs())[0], undisturbed)
 
 
-@states("State", "an odd batch where both branches are said to come in one", "refused", "own module")
+@states("State", "an odd batch where both branches are said to come in one", "refused", "custom model")
 def test_an_odd_batch():
     class Unguided(Own):
         def output(self, model, x, t, y):
@@ -320,7 +320,7 @@ PUT_ON = "works: from the next generation on"
 
 @combines("State", "put on in the middle", {"sd3": PUT_ON, "flux": PUT_ON, "own": "refused: by `run.step`"})
 def test_put_on_in_the_middle(mechanism, outcome):
-    """Of a loop nobody knows when it began: `run.step` refuses the rest of it, see the tests of modules of one's own."""
+    """Nothing says when a custom loop begins; `run.step` refuses the rest of it, see the tests of custom models."""
     if mechanism == "own":
         here = subject(mechanism)
         with here.applied(here.plan(seed=4)) as run, pytest.raises(PlanMismatch, match="got step 2 after 0 whole steps"):

@@ -1,4 +1,4 @@
-"""What an analysis gives: arrays, and what they are of. Saved as npz, with all that is no array as JSON within."""
+"""The arrays that an analysis measures, and their file: an npz, with everything that is no array as JSON in it."""
 
 import io
 import json
@@ -21,17 +21,18 @@ from arrowhead.plans.layout import Tokens
 Floats = NDArray[np.float32]
 FORMAT = 1
 BYTES = 2**32
-"""Of one array in a file: a map of 16 heads over 8192 tokens is as large."""
+"""The most bytes of one array in a file: as many as a map of 16 heads over 8192 tokens has."""
 REUSED = ("output", "window", "residual", "no residual")
-"""What a head may give for its output O = W + R: O', W' + R, W + R' or W, where ' is of the step before, W is what the window
-gives, and R the residual."""
+"""What a head may reuse in place of its output O = W + R, where W is the window's output and R the residual: O', W' + R, W + R'
+and W, in this order. A prime marks the step before."""
 
 
 @dataclass(frozen=True)
 class AttentionMap:
-    """Where some heads of a site look in one step, in one image's conditional branch.
+    """Attention weights of some heads of a site in one step, for one image's conditional branch.
 
-    `tokens` are the site's. `weights` (h, N, N) float32: queries × keys; rows sum to 1, or to 0 where all is masked.
+    `site` is the site's number, and `tokens` are the tokens it attends over. `weights` are float32 (h, N, N), queries × keys. A
+    row sums to 1, or to 0 if all its keys are masked.
     """
 
     site: int
@@ -43,23 +44,36 @@ class AttentionMap:
 
 @dataclass(frozen=True)
 class Analysis:
-    """Arrays from one run of a pipeline with full attention, float32, each None where it was not asked for.
+    """What `ah.analyze` measured in one run of a pipeline with full attention.
 
-    L are the sites, in the order they run, H the heads of all of them, one site after another, S the steps; `tokens` are those
-    of a sequence that sites attend over, `radius` is that of the windows, in tokens on each side. What is said of heads is of
-    the image's tokens, before the output projection; all but the map are means over images and CFG branches.
+    All arrays are float32. An array that was not asked for is None. L is the number of sites, in the order in which they run. H
+    is the number of heads of all sites, one site after another. S is the number of steps. Arrays about heads are about the
+    image's tokens, before the output projection. All arrays but the attention map are means over images and CFG branches.
 
-    * `attention_map`: of heads of one site in one step.
-    * `reuse_errors` (4, H, S): the relative squared error (`metrics.error`) of a head's output where it is one of `REUSED`. NaN
-      in the first step, but for the last.
-    * `step_similarity` (L, S, S): cosine similarity of what a site gives in two steps, at `about["analysis"]["sampled"]`
-      of the image's tokens at most.
-    * `branch_similarity` (L, S): cosine similarity of what it gives the CFG branches. None without guidance.
-    * `band_mass`, `text_mass` (H, S): how much of its attention the image spends on itself within the band, and on the text.
-      An arrow keeps both.
+    Attributes:
+        sites: the paths of the sites, L.
+        heads: the number of heads of each site, L.
+        steps: the number of denoising steps.
+        tokens: the tokens of a sequence that sites attend over; the fewest, where sites differ.
+        guided: whether the run had classifier-free guidance.
+        radius: the radius of the window, in tokens on each side.
+        attention_map: attention weights of some heads of one site in one step.
+        reuse_errors: (4, H, S) the relative squared error of a head's output (`metrics.error`) when it is replaced by each of
+            `REUSED`. NaN in the first step, except for the last of them.
+        step_similarity: (L, S, S) cosine similarity of a site's outputs in two steps, over at most
+            `about["analysis"]["sampled"]` of the image's tokens.
+        branch_similarity: (L, S) cosine similarity of a site's outputs in the two CFG branches. None without guidance.
+        band_mass: (H, S) the fraction of the image's attention on image tokens within the band.
+        text_mass: (H, S) the fraction of the image's attention on text. An arrow keeps both.
+        about: provenance: pipeline, inputs, seeds, settings and versions.
 
     Raises:
-        InputsInvalid: an array has another shape or type, or a number means nothing.
+        InputsInvalid: an array has another shape or dtype, or a number is out of range.
+
+    Example:
+        >>> found = ah.analyze(pipe, dict(class_labels=[1, 7], num_inference_steps=50))
+        >>> found.save("analysis.npz")
+        >>> ah.Analysis.load("analysis.npz").reuse_errors[0]  # AST: the output of the step before, (H, S)
     """
 
     sites: tuple[str, ...]
@@ -112,34 +126,34 @@ class Analysis:
             )
 
     def of_site(self, site: int) -> slice:
-        """Where a site's heads stand among those of all."""
+        """The slice of a site's heads in arrays with H heads; `site` is the site's number."""
         first = sum(self.heads[:site])
         return slice(first, first + self.heads[site])
 
     @property
     def arrays(self) -> dict[str, Floats]:
-        """The arrays that there are, by the names of their fields; the map's are its weights."""
+        """The arrays that are not None, by field; `attention_map` stands for its weights."""
         found = {f.name: getattr(self, f.name) for f in fields(self) if f.name.endswith(("errors", "similarity", "mass"))}
         if self.attention_map is not None:
             found["attention_map"] = self.attention_map.weights
         return {name: array for name, array in found.items() if array is not None}
 
     def save(self, path: str | Path) -> None:
-        """Write an npz."""
+        """Write the analysis to an npz file, under exactly this name."""
         at = self.attention_map
         meta = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in {"attention_map", *self.arrays}}
         meta |= {"format": FORMAT, "tokens": asdict(self.tokens), "about": dict(self.about)}
         if at is not None:
             meta["map"] = {"site": at.site, "step": at.step, "heads": at.heads, "tokens": asdict(at.tokens)}
-        with Path(path).open("wb") as file:  # a name would be given another ending
+        with Path(path).open("wb") as file:  # numpy would append .npz to a path
             np.savez_compressed(file, meta=np.array(json.dumps(meta, allow_nan=False)), **self.arrays)  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: str | Path) -> "Analysis":
-        """Read what `save` wrote.
+        """Read an analysis that `save` wrote.
 
         Raises:
-            InputsInvalid: the file is something else.
+            InputsInvalid: the file cannot be read, or is no analysis.
         """
         try:
             with zipfile.ZipFile(path) as file:
@@ -164,12 +178,12 @@ class Analysis:
             ) from error
 
     def as_dict(self) -> dict[str, Any]:
-        """What it comes to, for JSON: by site and step, medians over heads; no map, and no similarity of distant steps."""
+        """A summary for JSON: values by site and step, as medians over heads, without the map and pairs of distant steps."""
         found: dict[str, Any] = {name: getattr(self, name) for name in ("steps", "guided", "radius")}
         found |= {"sites": list(self.sites), "heads": list(self.heads), "tokens": asdict(self.tokens)}
         if self.reuse_errors is not None:
-            middle = np.median(self.reuse_errors, 1)
-            found["median_reuse_error"] = {name: _rounded(row) for name, row in zip(REUSED, middle, strict=True)}
+            medians = np.median(self.reuse_errors, 1)
+            found["median_reuse_error"] = {name: _rounded(row) for name, row in zip(REUSED, medians, strict=True)}
         if self.step_similarity is not None:
             found["similarity_to_step_before"] = [_rounded(row) for row in self.to_step_before]
         if self.branch_similarity is not None:
@@ -182,14 +196,14 @@ class Analysis:
 
     @property
     def to_step_before(self) -> Floats:
-        """Similarity of what a site gives to what it gave in the step before: (L, S), NaN in the first."""
+        """Cosine similarity of a site's output to that of the step before: (L, S), NaN in the first step."""
         assert self.step_similarity is not None
         rows = np.diagonal(self.step_similarity, 1, 1, 2)  # (L, S - 1)
         return np.pad(rows, ((0, 0), (1, 0)), constant_values=np.nan)
 
 
 class _Map(pydantic.BaseModel, extra="forbid"):
-    """An attention map but for its weights."""
+    """An attention map without its weights."""
 
     site: int
     step: int
@@ -198,7 +212,7 @@ class _Map(pydantic.BaseModel, extra="forbid"):
 
 
 class _Meta(pydantic.BaseModel, extra="forbid"):
-    """All of an analysis but its arrays."""
+    """An analysis without its arrays, as in the file's JSON."""
 
     format: Literal[1]
     sites: tuple[str, ...]
@@ -216,14 +230,14 @@ class _Meta(pydantic.BaseModel, extra="forbid"):
     text_mass: None = None
 
     def fields(self) -> dict[str, Any]:
-        """Those of an analysis that are no arrays."""
+        """The fields of an analysis that are no arrays."""
         return {name: getattr(self, name) for name in ("sites", "heads", "steps", "tokens", "guided", "radius", "about")}
 
     def with_map(self, arrays: dict[str, Any]) -> dict[str, Any]:
-        """The arrays, that of the map in its place."""
+        """The arrays by field, with the weights of the map joined to its description."""
         if self.map is None:
             if "attention_map" in arrays:
-                raise ValueError("got an attention map that nothing is said of")
+                raise ValueError("got an attention map without its site, step and heads")
             return arrays
         rest = {name: array for name, array in arrays.items() if name != "attention_map"}
         at = AttentionMap(self.map.site, self.map.step, self.map.heads, self.map.tokens, arrays["attention_map"])
@@ -231,7 +245,7 @@ class _Meta(pydantic.BaseModel, extra="forbid"):
 
 
 def _array(file: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[Any]:
-    """An npy within a zip, whose length is what its header says: nothing is allocated for what is not there."""
+    """Read an npy file in a zip. Its length is checked against its header before an array is allocated."""
     if member.file_size > BYTES:
         raise ValueError(f"got {member.file_size} bytes of {member.filename}, wanted {BYTES} at most")
     stream = io.BytesIO(file.read(member))
@@ -240,7 +254,7 @@ def _array(file: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[Any]:
     try:
         shape, columns_first, dtype = np.lib.format.read_array_header_1_0(stream)
     except (RecursionError, MemoryError, SyntaxError) as error:
-        raise ValueError(f"got a header of {member.filename} that is none ({type(error).__name__})") from error
+        raise ValueError(f"got an invalid header of {member.filename} ({type(error).__name__})") from error
     values = stream.read()
     if dtype.hasobject or not dtype.itemsize or min(shape, default=0) < 0 or dtype.itemsize * math.prod(shape) != len(values):
         raise ValueError(f"got {len(values)} bytes of {member.filename}, wanted {dtype} of shape {shape}")
@@ -248,5 +262,5 @@ def _array(file: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[Any]:
 
 
 def _rounded(row: Floats) -> list[float | None]:
-    """Four digits; None for what is not a number, which JSON does not have."""
+    """Values with four digits, for JSON; None for NaN and infinity."""
     return [None if not np.isfinite(value) else float(f"{value:.4g}") for value in row]

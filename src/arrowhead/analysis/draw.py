@@ -1,4 +1,4 @@
-"""Pictures of plans and of what they do to images, from values alone."""
+"""Draws plans, sweeps and grids of images with matplotlib."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +19,7 @@ matplotlib.use("agg")
 
 
 def plan_map(plans: Mapping[str, Plan], path: str | Path, title: str = "") -> None:
-    """Each plan as a map of sites over steps, one colour per kind of cell (DiTFastAttn, Figure 5)."""
+    """Draw each plan as a map of sites over steps, with one colour for each kind of cell (DiTFastAttn, Figure 5)."""
     present = {paper_name(cell) for plan in plans.values() for row in plan.cells for cell in row}
     names = [name for name in COLOURS if name in present]
     height = sum(0.9 + 0.13 * len(plan.target.sites) for plan in plans.values())
@@ -36,8 +36,8 @@ def plan_map(plans: Mapping[str, Plan], path: str | Path, title: str = "") -> No
             ticks.set_major_locator(MaxNLocator(integer=True))
         left = plan.flops()
         kinds = {site.kind for site in plan.target.sites}
-        besides = "projections" if kinds == {"self_attention"} else "all sites"
-        axis.set_title(f"{name}: {left.attention:.0%} of attention FLOPs left, {left.module:.0%} with {besides}", loc="left")
+        counted = "projections" if kinds == {"self_attention"} else "all sites"
+        axis.set_title(f"{name}: {left.attention:.0%} of attention FLOPs left, {left.module:.0%} with {counted}", loc="left")
         axis.set_xlabel("step")
         axis.set_ylabel("site")
     if title:
@@ -49,16 +49,14 @@ def plan_map(plans: Mapping[str, Plan], path: str | Path, title: str = "") -> No
 
 
 def head_map(plan: Plan, site: int, path: str | Path) -> None:
-    """What every head of one site does over the steps: heads × steps, arrows the lighter the narrower they are."""
+    """Draw what every head of one site does, heads over steps. Narrower arrows are paler."""
     at = plan.target.sites[site]
-    rows = [[_word(cell, head) for cell in plan.columns[site]] for head in range(at.heads)]
-    words = sorted(
-        {word for row in rows for word in row}, key=lambda word: (word[0], [-reach for reach in radius_sort_key(word[1])])
-    )
-    colours = ListedColormap([_shade(word, words) for word in words])
+    rows = [[_head_kind(cell, head) for cell in plan.columns[site]] for head in range(at.heads)]
+    kinds = sorted({kind for row in rows for kind in row}, key=lambda kind: (kind[0], [-r for r in radius_sort_key(kind[1])]))
+    colours = ListedColormap([_shade(kind, kinds) for kind in kinds])
     figure, axis = plt.subplots(figsize=(9, 1.3 + 0.22 * at.heads), layout="constrained")
-    grid = [[words.index(word) for word in row] for row in rows]
-    axis.imshow(grid, cmap=colours, vmin=-0.5, vmax=len(words) - 0.5, aspect="auto", interpolation="nearest")
+    grid = [[kinds.index(kind) for kind in row] for row in rows]
+    axis.imshow(grid, cmap=colours, vmin=-0.5, vmax=len(kinds) - 0.5, aspect="auto", interpolation="nearest")
     axis.set_xticks([x - 0.5 for x in range(plan.steps + 1)], minor=True)
     axis.set_yticks([y - 0.5 for y in range(at.heads + 1)], minor=True)
     axis.grid(which="minor", color="white", linewidth=0.6)
@@ -67,16 +65,18 @@ def head_map(plan: Plan, site: int, path: str | Path) -> None:
         ticks.set_major_locator(MaxNLocator(integer=True))
     axis.set(xlabel="step", ylabel="head")
     axis.set_title(at.path, loc="left")
-    handles = [Patch(color=_shade(word, words), label=_said(word)) for word in words]
+    handles = [Patch(color=_shade(kind, kinds), label=_label(kind)) for kind in kinds]
     figure.legend(handles=handles, loc="outside lower left", ncols=5, frameon=False, fontsize=9)
     figure.savefig(path, dpi=140)
     plt.close(figure)
 
 
-Word = tuple[str, Radius]  # a name of the palette, and an arrow's radius or 0
+HeadKind = tuple[str, Radius]
+"""What a head does in a step: a name of the palette, and the radius of an arrow or 0."""
 
 
-def _word(cell: Cell, head: int) -> Word:
+def _head_kind(cell: Cell, head: int) -> HeadKind:
+    """What a head does in a cell."""
     if isinstance(cell, Attend):
         method = cell.of_head(head).method
         assert not isinstance(method, tuple)
@@ -84,19 +84,19 @@ def _word(cell: Cell, head: int) -> Word:
     return paper_name(cell), 0
 
 
-def _shade(word: Word, words: list[Word]) -> Any:
-    """The palette's colour, towards white for the narrower of several arrows."""
-    name, radius = word
-    laid_on = opacity(radius, [other for of, other in words if of == name])
-    return tuple(1 - laid_on * (1 - part) for part in to_rgb(COLOURS[name]))
+def _shade(kind: HeadKind, kinds: list[HeadKind]) -> Any:
+    """The palette's colour, paler for the narrower of several arrows."""
+    name, radius = kind
+    alpha = opacity(radius, [r for other, r in kinds if other == name])
+    return tuple(1 - alpha * (1 - part) for part in to_rgb(COLOURS[name]))
 
 
-def _said(word: Word) -> str:
-    return f"{word[0]}, {word[1]} on each side" if word[1] else word[0]
+def _label(kind: HeadKind) -> str:
+    return f"{kind[0]}, {kind[1]} on each side" if kind[1] else kind[0]
 
 
 def sweep_curve(plans: Mapping[str, Plan], measure: str, path: str | Path) -> None:
-    """Predicted error of the final latents over what is left of the FLOPs, for plans found under a budget."""
+    """Draw the predicted error of plans found under budgets over their fraction of FLOPs, `measure`."""
     left, errors = ([plan.about["search"][what] for plan in plans.values()] for what in (measure, "predicted_error"))
     figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
     axis.plot(left, errors, marker="o", color=COLOURS["AST"])
@@ -108,7 +108,7 @@ def sweep_curve(plans: Mapping[str, Plan], measure: str, path: str | Path) -> No
 
 
 def image_grid(rows: Mapping[str, Tensor], columns: list[str], path: str | Path, title: str = "") -> None:
-    """Rows of images, (n, C, H, W) in [0, 1] each, one row a setting, with the same seed in each column."""
+    """Draw images (n, C, H, W) in [0, 1], one row for each setting, with the same seed in each column."""
     shape = (len(rows), len(columns))
     size = (1.1 * shape[1] + 1.9, 1.15 * shape[0] + 0.3)
     figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")

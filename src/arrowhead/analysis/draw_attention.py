@@ -1,4 +1,4 @@
-"""Figures of an analysis: where heads look, what repeats itself, how local attention is. From its arrays alone."""
+"""Draws the arrays of an analysis: attention maps, errors of reuse, similarities, and locality."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,38 +20,38 @@ from arrowhead.plans.layout import Tokens
 matplotlib.use("agg")
 BAND = "#35c9ff"
 PANELS = 24
-"""Of one figure: of more sites some are drawn, evenly chosen."""
-SAID = {
+"""The most panels in one figure. Of more sites, evenly spaced ones are drawn."""
+LABELS = {
     "output": ("output of the step before (AST, cached)", "cached"),
     "window": ("window's output of the step before, this step's residual", "WA"),
     "residual": ("this step's window, residual of the step before (WA-RS)", "WA-RS"),
     "no residual": ("this step's window alone (WA)", "full"),
 }
-"""What a head may give, in words, and its colour in the palette."""
+"""For each of `REUSED`: its label, and the kind of cell whose colour it has."""
 
 
 def attention_map(analysis: Analysis) -> Figure:
-    """The map of each head that was asked for, with the edges of what an arrow keeps over it (DiTFastAttn, Figure 3a)."""
+    """The attention map of each requested head, with the edges of the arrow's band over it (DiTFastAttn, Figure 3a)."""
     at = analysis.attention_map
     assert at is not None
     figure, axes = _panels(len(at.heads), size=3.6, extra=0.9)
     least = 0.01 / at.tokens.total
     norm = LogNorm(least, max(float(at.weights.max()), 2 * least))
-    shades = plt.get_cmap("magma", 12)  # few, lest the file be large
+    shades = plt.get_cmap("magma", 12)  # few shades keep the SVG small
     for axis, head, weights in zip(axes, at.heads, at.weights, strict=True):
         image = axis.imshow(np.maximum(weights, least), norm=norm, cmap=shades, interpolation="nearest")
         _edges(axis, at.tokens, analysis.radius)
         axis.set_title(
-            f"head {head}: {_kept(weights, at.tokens, analysis.radius):.0%} of the image's attention inside", fontsize=10
+            f"head {head}: {_mass_inside(weights, at.tokens, analysis.radius):.0%} of the image's attention inside", fontsize=10
         )
         axis.set(xlabel="key token", ylabel="query token")
     bar = figure.colorbar(image, ax=axes, shrink=0.8, extend="min")
     bar.set_label(f"attention weight (uniform: {1 / at.tokens.total:.1g})")
-    seen = f"inside: from an image token to those at most {analysis.radius} before or after it"
-    edges = [Line2D([], [], color=BAND, label=seen)]
+    inside = f"inside: from an image token to those at most {analysis.radius} before or after it"
+    edges = [Line2D([], [], color=BAND, label=inside)]
     if at.tokens.text:
-        text = f"and to the {at.tokens.text} text tokens, which {'end' if at.tokens.text_first else 'begin'} here"
-        edges.append(Line2D([], [], color=BAND, linestyle="--", label=text))
+        to_text = f"and to the {at.tokens.text} text tokens, which {'end' if at.tokens.text_first else 'begin'} here"
+        edges.append(Line2D([], [], color=BAND, linestyle="--", label=to_text))
     figure.legend(handles=edges, loc="outside lower left", frameon=False, fontsize=9)
     branch = ", conditional branch" if analysis.guided else ""
     where = f"site {at.site} ({analysis.sites[at.site]}), step {at.step} of 0 to {analysis.steps - 1}{branch}"
@@ -60,11 +60,11 @@ def attention_map(analysis: Analysis) -> Figure:
 
 
 def _edges(axis: Axes, tokens: Tokens, radius: int) -> None:
-    """The band over the image's tokens, and lines between image and text."""
+    """Draw the edges of the band over the image's tokens, and lines between image and text."""
     visual = tokens.visual_slice
     first, last = visual.start - 0.5, visual.stop - 0.5
-    reach = radius + 0.5
-    for rows, columns in (((first + reach, last), (first, last - reach)), ((first, last - reach), (first + reach, last))):
+    half = radius + 0.5
+    for rows, columns in (((first + half, last), (first, last - half)), ((first, last - half), (first + half, last))):
         axis.plot(columns, rows, color=BAND, linewidth=1.2)
     if tokens.text:
         border = first if tokens.text_first else last
@@ -73,19 +73,19 @@ def _edges(axis: Axes, tokens: Tokens, radius: int) -> None:
     axis.set(xlim=(-0.5, tokens.total - 0.5), ylim=(tokens.total - 0.5, -0.5))
 
 
-def _kept(weights: Floats, tokens: Tokens, radius: int) -> float:
-    """How much of the image's attention in a map lies within the band or on the text."""
-    seen = weights * masks.arrow(tokens, radius).numpy()
-    return float(seen[tokens.visual_slice].sum() / tokens.visual)
+def _mass_inside(weights: Floats, tokens: Tokens, radius: int) -> float:
+    """The fraction of the image's attention in a map (N, N) that lies within the band or on the text."""
+    inside = weights * masks.arrow(tokens, radius).numpy()
+    return float(inside[tokens.visual_slice].sum() / tokens.visual)
 
 
 def reuse_errors(analysis: Analysis) -> Figure:
-    """Errors of heads that give something of the step before, over the steps (DiTFastAttn, Figure 3b)."""
+    """Errors of heads that reuse part of the step before, over the steps (DiTFastAttn, Figure 3b)."""
     assert analysis.reuse_errors is not None
     figure, axis = plt.subplots(figsize=(8, 4.8), layout="constrained")
     steps = np.arange(1, analysis.steps)
     for name, errors in zip(REUSED, analysis.reuse_errors, strict=True):
-        label, colour = SAID[name]
+        label, colour = LABELS[name]
         low, middle, high = np.percentile(np.maximum(errors[:, 1:], 1e-12), [25, 50, 75], axis=0)
         axis.plot(steps, middle, color=COLOURS[colour], label=label, marker="o", markersize=3)
         axis.fill_between(steps, low, high, color=COLOURS[colour], alpha=0.18, linewidth=0)
@@ -105,7 +105,7 @@ def reuse_errors(analysis: Analysis) -> Figure:
 
 
 def similarity(analysis: Analysis) -> Figure:
-    """Sites × steps: similarity to the step before, and between the CFG branches (DiTFastAttn, Figure 4)."""
+    """Similarity of site outputs to the step before, and of the CFG branches, sites over steps (DiTFastAttn, Figure 4)."""
     panels: list[tuple[str, Floats]] = []
     if analysis.step_similarity is not None:
         panels.append(("to the output of the step before", analysis.to_step_before))
@@ -122,20 +122,20 @@ def similarity(analysis: Analysis) -> Figure:
         for ticks in (axis.xaxis, axis.yaxis):
             ticks.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, ax=axes).set_label("cosine similarity")
-    alone = "" if analysis.guided else "\n(there is no guidance, and so one branch alone)"
-    figure.suptitle(f"How alike a site's outputs are{alone}", x=0.01, ha="left", fontsize=11)
+    no_guidance = "" if analysis.guided else "\n(without guidance there is only one branch)"
+    figure.suptitle(f"How alike a site's outputs are{no_guidance}", x=0.01, ha="left", fontsize=11)
     return figure
 
 
 def steps(analysis: Analysis) -> Figure:
-    """Similarity of a site's outputs in all pairs of steps, a panel for each site (DiTFastAttn, Figure 4)."""
+    """Similarity of a site's outputs in all pairs of steps, with a panel for each site (DiTFastAttn, Figure 4)."""
     assert analysis.step_similarity is not None
     count = len(analysis.sites)
     chosen = np.unique(np.linspace(0, count - 1, min(count, PANELS)).round().astype(int))
     figure, axes = _panels(len(chosen), size=1.9, extra=0.8)
     values = analysis.step_similarity[chosen]
-    for axis, site, between in zip(axes, chosen, values, strict=True):
-        image = axis.imshow(between, vmin=float(values.min()), vmax=1, cmap="viridis", interpolation="nearest")
+    for axis, site, matrix in zip(axes, chosen, values, strict=True):
+        image = axis.imshow(matrix, vmin=float(values.min()), vmax=1, cmap="viridis", interpolation="nearest")
         axis.set_title(f"site {site}", fontsize=9)
         axis.tick_params(labelsize=7)
         for ticks in (axis.xaxis, axis.yaxis):
@@ -149,32 +149,30 @@ def steps(analysis: Analysis) -> Figure:
 
 
 def locality(analysis: Analysis) -> Figure:
-    """Heads × steps: how much of the image's attention an arrow keeps."""
+    """The fraction of the image's attention that an arrow keeps, heads over steps."""
     assert analysis.band_mass is not None
     assert analysis.text_mass is not None
-    kept, heads = analysis.band_mass + analysis.text_mass, sum(analysis.heads)
+    inside, heads = analysis.band_mass + analysis.text_mass, sum(analysis.heads)
     figure, axis = plt.subplots(figsize=(8, min(2.2 + 0.06 * heads, 14)), layout="constrained")
-    image = axis.imshow(kept, vmin=0, vmax=1, cmap="cividis", aspect="auto", interpolation="nearest")
+    image = axis.imshow(inside, vmin=0, vmax=1, cmap="cividis", aspect="auto", interpolation="nearest")
     ends = np.cumsum(analysis.heads)
     for end in ends[:-1]:
         axis.axhline(end - 0.5, color="white", linewidth=0.8)
-    every = -(-len(ends) // 30)  # a label for each of them, if there are not too many
+    every = -(-len(ends) // 30)  # at most about 30 labels
     axis.set_yticks(((ends + ends - analysis.heads - 1) / 2)[::every], [str(i) for i in range(0, len(ends), every)])
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set(xlabel="step", ylabel="site, a row for each head")
     tokens, radius = analysis.tokens, analysis.radius
     even = (masks.pairs(tokens, radius) - tokens.text * tokens.total) / (tokens.visual * tokens.total)
     on_text = f" or on text ({np.median(analysis.text_mass):.0%})" if tokens.text else ""
-    title = (
-        f"Attention within {radius} tokens on each side{on_text}: median {np.median(kept):.0%} (if it were uniform: {even:.0%})"
-    )
+    title = f"Attention within {radius} tokens on each side{on_text}: median {np.median(inside):.0%} (if uniform: {even:.0%})"
     axis.set_title(f"How local heads are\n{title}", loc="left", fontsize=10)
     figure.colorbar(image, ax=axis).set_label("share of the image's attention")
     return figure
 
 
 def draw(analysis: Analysis, folder: str | Path) -> list[Path]:
-    """Every figure that there are arrays for, as PNG and as SVG: the files."""
+    """Draw every figure that the analysis has arrays for, as PNG and SVG. Returns the files."""
     figures: dict[str, tuple[bool, Callable[[Analysis], Figure]]] = {
         "attention_map": (analysis.attention_map is not None, attention_map),
         "reuse_errors": (analysis.reuse_errors is not None, reuse_errors),
@@ -189,13 +187,13 @@ def draw(analysis: Analysis, folder: str | Path) -> list[Path]:
         for ending in ("png", "svg"):
             files.append(Path(folder) / f"{name}.{ending}")
             figure.savefig(files[-1], dpi=110)
-            figure.set_layout_engine("none")  # it is laid out now
+            figure.set_layout_engine("none")  # the second file keeps the layout of the first
         plt.close(figure)
     return files
 
 
 def _panels(count: int, size: float, extra: float) -> tuple[Figure, list[Axes]]:
-    """A figure of so many square panels, wider than high."""
+    """A figure with `count` square panels, wider than high, and the axes of the panels."""
     columns = count if count <= 4 else round((1.7 * count) ** 0.5)
     rows = -(-count // columns)
     figure, axes = plt.subplots(

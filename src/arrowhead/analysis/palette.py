@@ -1,4 +1,4 @@
-"""A colour for every kind of cell, from much computed (dark) to nothing computed (light); the narrower bands are, the paler."""
+"""A colour for every kind of cell: dark where much is computed, light where little is, and paler for narrower bands."""
 
 from collections.abc import Collection
 
@@ -32,6 +32,7 @@ COLOURS = {
     "AST": "#f2d16b",
     "extrapolate": "#f7ecc6",
 }
+"""The colour of each kind of cell, in the order of legends."""
 MEANINGS = {
     "full": "computed in full",
     "ASC": "shared across CFG branches",
@@ -60,16 +61,17 @@ MEANINGS = {
     "AST": "reused from an earlier step",
     "extrapolate": "extrapolated from two earlier steps",
 }
+"""What each kind of cell means, for legends."""
 
 
 def opacity(radius: Radius | None, among: Collection[Radius]) -> float:
-    """How thickly a colour is laid on white: fully, but paler the narrower a band is among several."""
+    """The opacity of a cell's colour on white: 1 without a band, and less for narrower bands among those of the map."""
     wider = 0 if radius is None else sum(radius_sort_key(other) > radius_sort_key(radius) for other in among)
     return round(1 - 0.6 * wider / max(len(among), 1), 2)
 
 
 def ink(name: str, opacity: float = 1) -> str:
-    """Black or white, whichever stands out more from a name's colour, laid on white this thickly (WCAG 2's luminance)."""
+    """The text colour, black or white, with more contrast (WCAG 2) to a kind's colour at this opacity on white."""
     channels = [1 - opacity * (1 - int(COLOURS[name][i : i + 2], 16) / 255) for i in (1, 3, 5)]
     red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
     luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue

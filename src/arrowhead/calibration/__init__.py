@@ -1,1 +1,1 @@
-"""One watched run of a pipeline, which any search can drive step by step."""
+"""One generation that a search watches and changes step by step, of a pipeline or of a loop around a custom model."""

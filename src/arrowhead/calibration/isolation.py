@@ -1,28 +1,24 @@
-"""A pipeline whose run is a search's: it is called by nobody else, shows no bar, and draws what it would have drawn."""
+"""Contexts around a generation that a search makes: no other call, no progress bar, and the same random states afterwards."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from arrowhead.errors import AlreadyGenerating, InputsInvalid
-from arrowhead.models.custom import CustomModel
-from arrowhead.upstream import execution_device, progress_bar_config, restore_progress_bar_config
+from arrowhead.upstream import progress_bar_config, restore_progress_bar_config
 
 
 @contextmanager
 def exclusive_call(pipe: Any) -> Iterator[Callable[..., Any]]:
-    """Within the block the pipeline is called by what this gives, and by nobody else; a loop of one's own is as it was."""
+    """Give the pipeline's call; within the block every other call of the pipeline is refused, with AlreadyGenerating."""
     own = type(pipe)
-    if issubclass(own, CustomModel):
-        yield pipe
-        return
 
     def __call__(*_: Any, **__: Any) -> Any:
         raise AlreadyGenerating(
             f"got a call of {own.__name__} while a search runs on it, whose scheduler it would change; wanted the search's own "
-            "run alone; let the search end, or close it, first"
+            "run alone; let the search end first"
         )
 
     __call__.__wrapped__ = own.__call__  # type: ignore[attr-defined]  # inspect.signature follows it
@@ -34,18 +30,12 @@ def exclusive_call(pipe: Any) -> Iterator[Callable[..., Any]]:
 
 
 @contextmanager
-def preserved_rng(pipe: Any, generator: torch.Generator | Sequence[torch.Generator] | None) -> Iterator[None]:
-    """No progress bar, and random states, the inputs' generators included, as they were afterwards."""
-    own = isinstance(pipe, CustomModel)
-    device = next(pipe.transformer.parameters()).device if own else execution_device(pipe)
-    with _preserved_random_state(generator, device), nullcontext() if own else _no_progress_bar(pipe):
-        yield
+def preserved_rng(generator: torch.Generator | Sequence[torch.Generator] | None, device: torch.device) -> Iterator[None]:
+    """Restore, after the block, the states of these generators and of torch's own for the CPU and `device`.
 
-
-@contextmanager
-def _preserved_random_state(
-    generator: torch.Generator | Sequence[torch.Generator] | None, device: torch.device
-) -> Iterator[None]:
+    Raises:
+        InputsInvalid: `generator` is neither a generator, nor a list of them, nor None.
+    """
     generators = [generator] if isinstance(generator, torch.Generator) else generator or ()
     if not isinstance(generators, Sequence) or not all(isinstance(own, torch.Generator) for own in generators):
         raise InputsInvalid(f"got generator={generator!r:.200}, wanted a torch.Generator, or a list with one for each image")
@@ -62,7 +52,8 @@ def _preserved_random_state(
 
 
 @contextmanager
-def _no_progress_bar(pipe: Any) -> Iterator[None]:
+def no_progress_bar(pipe: Any) -> Iterator[None]:
+    """Hide the pipeline's progress bar within the block; its configuration is then as before."""
     before = progress_bar_config(pipe)
     pipe.set_progress_bar_config(**(before or {}) | {"disable": True})
     try:

@@ -1,4 +1,4 @@
-"""What a call of a transformer gives: its sample, and the same with another."""
+"""The output of a transformer's call, in its three forms: a tensor, a tuple, or a diffusers output."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,10 +10,10 @@ from arrowhead.errors import NotIntercepted
 
 
 def samples_of(outputs: Sequence[Any]) -> list[Tensor]:
-    """The first of what each call gave, see `sample_of`.
+    """The samples (B, C, …) of several calls' outputs, see `sample_of`.
 
     Raises:
-        NotIntercepted: it is no tensor.
+        NotIntercepted: a sample is no tensor.
     """
     samples = [sample_of(output) for output in outputs]
     if not all(isinstance(sample, Tensor) for sample in samples):
@@ -22,13 +22,13 @@ def samples_of(outputs: Sequence[Any]) -> list[Tensor]:
 
 
 def sample_of(output: Any) -> Any:
-    """The first of what a call gave, a tensor, a tuple or a diffusers output; of a list of latents, as one batch."""
+    """The sample of an output: its first entry. A list of latents, one for each image, is stacked: (B, C, …)."""
     first = output if isinstance(output, Tensor) else output[0]
     return torch.stack(first) if isinstance(first, list) else first
 
 
 def output_with(output: Any, sample: Tensor) -> Any:
-    """A transformer's output with another first tensor, or list of latents."""
+    """The same output with another sample (B, C, …), in the same form."""
     if isinstance(output, Tensor):
         return sample
     whole = list(sample) if isinstance(output[0], list) else sample

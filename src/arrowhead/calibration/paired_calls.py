@@ -1,7 +1,7 @@
-"""Two calls of a transformer, one for each CFG branch, run as if they were one call of a batch [cond, uncond].
+"""Two calls of a transformer, one for each CFG branch, run as if they were one call of a batch [conditional, unconditional].
 
-Each runs in a greenlet of its own; at every site both wait until their inputs have been put together and answered. So a search
-judges both branches of a step at once, whether a pipeline brings them in one batch or in two calls.
+Each call runs in a greenlet. At every site both greenlets wait until their inputs have been joined to one batch, and its output
+is known. So a search judges both branches of a step at once, whether a pipeline brings them in one batch or in two calls.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,15 +18,15 @@ from arrowhead.errors import NotIntercepted
 
 
 def wait_for_pair(call: SiteCall) -> Output:
-    """From within one of the two calls, at a site: wait for the other one, and for the answer."""
+    """Hand a site's call to `run_paired`, from within one of the two runs; gives the site's output for this run's rows."""
     return greenlet.getcurrent().parent.switch(call)
 
 
 def run_paired(runs: Sequence[Callable[[], Any]], at_site: Callable[[SiteCall], Output]) -> list[Any]:
-    """Run both, every site of theirs once: what each gives.
+    """Run both calls, with `at_site` called once for every site, for the joined batch; gives the two calls' outputs.
 
     Raises:
-        NotIntercepted: they do not pass the same sites.
+        NotIntercepted: the two calls do not pass the same sites.
     """
     lanes = [greenlet.greenlet(run) for run in runs]
     try:
@@ -48,10 +48,10 @@ def run_paired(runs: Sequence[Callable[[], Any]], at_site: Callable[[SiteCall], 
 
 
 def _joined(first: SiteCall, second: SiteCall) -> SiteCall:
-    """Both inputs of a site as one batch, the first call's rows first."""
+    """The two calls' inputs of a site as one batch, the first call's rows first: (2B, N, C) of (B, N, C) each."""
 
     def both(a: Any, b: Any) -> Any:
-        a, b = _mask_beside(b, a), _mask_beside(a, b)
+        a, b = _mask_or_all_visible(a, b), _mask_or_all_visible(b, a)
         if isinstance(a, Tensor) and isinstance(b, Tensor) and a.ndim and a.shape[0] == first.batch:
             return torch.cat([a, b])
         if not _alike(a, b):
@@ -66,9 +66,9 @@ def _joined(first: SiteCall, second: SiteCall) -> SiteCall:
     return replace(first, args=args, kwargs=kwargs)
 
 
-def _mask_beside(other: Any, own: Any) -> Any:
-    """Where one call alone brings a mask, all is seen in the other: Qwen leaves a mask out that hides nothing."""
-    return torch.ones_like(other) if own is None and isinstance(other, Tensor) and other.dtype == torch.bool else own
+def _mask_or_all_visible(value: Any, other: Any) -> Any:
+    """`value`, or a mask that hides nothing where only the other call brings one: Qwen leaves out a mask that hides nothing."""
+    return torch.ones_like(other) if value is None and isinstance(other, Tensor) and other.dtype == torch.bool else value
 
 
 def _alike(a: Any, b: Any) -> bool:
@@ -80,7 +80,7 @@ def _alike(a: Any, b: Any) -> bool:
 
 
 def placeholder_output(output: Any) -> Any:
-    """A stand-in for a transformer's output, to be filled in later: a tensor, a tuple, or a diffusers output."""
+    """A copy of an output, given to the pipeline for the first of two calls until the second one has come."""
     if isinstance(output, Tensor):
         return output.clone()
     if isinstance(output, tuple):
@@ -88,11 +88,11 @@ def placeholder_output(output: Any) -> Any:
     return type(output)(**{name: value.clone() if isinstance(value, Tensor) else value for name, value in output.items()})
 
 
-def fill_placeholder(stand_in: Any, output: Any) -> None:
-    """Make a stand-in what it stands for; the pipeline, which holds it, has not looked at it yet."""
+def fill_placeholder(placeholder: Any, output: Any) -> None:
+    """Copy an output into the placeholder, which the pipeline holds and has not read yet."""
     if isinstance(output, Tensor):
-        stand_in, output = (stand_in,), (output,)
-    places, values = (stand_in, output) if isinstance(output, tuple) else (stand_in.values(), output.values())
+        placeholder, output = (placeholder,), (output,)
+    places, values = (placeholder, output) if isinstance(output, tuple) else (placeholder.values(), output.values())
     for place, value in zip(places, values, strict=True):
         if isinstance(value, Tensor):
             place.copy_(value)

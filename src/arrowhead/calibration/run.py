@@ -1,13 +1,14 @@
-"""One instrumented run of a pipeline, turned inside out: the search drives, step by step, and the pipeline waits.
+"""The calibration run: one generation of a driver, in which a search is called at every denoising step.
 
-The pipeline's own loop runs in a greenlet of the same thread. At every call of its transformer it hands over to the search,
-which runs that call as often as it likes, with any cells, and decides with which output the pipeline goes on. Where a step has
-two calls, one for each CFG branch, the first is answered with a stand-in, so that the search has both before it decides.
+The transformer's forward is wrapped. When the pipeline, or the loop, calls the transformer, the wrapper calls the search with a
+`Step`. The search runs the call as often as it needs, with any cells, and finishes the step with the output that the pipeline
+goes on with. Where a step has two calls, one for each CFG branch, the first call gives a placeholder. The second one calls the
+search with both, and fills the placeholder before the pipeline reads it.
 """
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,31 +16,34 @@ import greenlet
 import torch
 from torch import Tensor, nn
 
-from arrowhead.calibration.isolation import exclusive_call, preserved_rng
-from arrowhead.calibration.outputs import output_with, samples_of
+from arrowhead.calibration.driver import Driver
 from arrowhead.calibration.paired_calls import fill_placeholder, placeholder_output, run_paired, wait_for_pair
-from arrowhead.calibration.sharding import share_of
+from arrowhead.calibration.step import AtSite, Runs, Step
 from arrowhead.engine.cache import Output
 from arrowhead.engine.compile_boundary import force_eager
-from arrowhead.engine.execute_site import execute_site
 from arrowhead.engine.forward_hooks import forward_replaced
 from arrowhead.engine.generation import Generation
 from arrowhead.engine.site_calls import SiteCall
 from arrowhead.engine.stats import Stats
 from arrowhead.engine.wrappers import intercepted
 from arrowhead.errors import ArrowheadError, InputsInvalid, NotIntercepted
-from arrowhead.models.model import Model
-from arrowhead.plans.cells import FULL, Attend, Cell, refreshes_residual, residual_radius
+from arrowhead.models.model import Model, target_of
+from arrowhead.plans.cells import Cell
 from arrowhead.plans.flops import full_flops
 from arrowhead.plans.layout import Branches, Site, Tokens, outermost
-from arrowhead.plans.lifetimes import FOREVER, Residual, Writes
+from arrowhead.plans.target import Target
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search ends with. `cost` is what it spent in attention FLOPs, in uncompressed generations of its inputs."""
+    """The cells that a search chose (steps × sites), and what they are for.
+
+    `passes` are the transformer's runs that the search took. `cost` are the attention FLOPs that it took, in uncompressed
+    generations of its inputs.
+    """
 
     cells: tuple[tuple[Cell, ...], ...]
+    target: Target
     tokens: Tokens
     branches: Branches
     passes: int
@@ -48,20 +52,23 @@ class SearchResult:
 
 
 LEAVE_OUT = "leave out what changes the run on its way, such as a callback that ends guidance, or interrupts it"
-AtSite = Callable[[SiteCall, Generation], Output]
-"""What a search does where a site's module is called: it gives what the module should."""
+
+
+class _Stopped(BaseException):
+    """Ends the run after its first step; no `except Exception` of a pipeline catches it."""
 
 
 @dataclass(frozen=True)
 class _Call:
-    """A call of a transformer by the pipeline: its tokens, rows, how to run it, and whether it scales a LoRA meanwhile.
+    """A call of a transformer by the pipeline.
 
-    The pipeline goes on with the first `returned` tokens of what it gives, or with all. `counted` is what its scheduler counts.
+    `run` runs it. `latents` are (B, …), or a list with one for each image. `scales` says whether the call scales a LoRA. The
+    pipeline goes on with the first `returned` tokens of the output, or with all. `counted` is the scheduler's count of steps.
     """
 
     transformer: nn.Module
     tokens: Tokens
-    rows: int
+    latents: Any
     run: Callable[[], Any]
     scales: bool
     returned: int | None
@@ -69,20 +76,72 @@ class _Call:
 
 
 class CalibrationRun:
-    """A run of a pipeline under a search's control: iterate over `steps()`, and finish each.
+    """One generation of a driver, with a search at every step of it, see `run`.
 
-    `passes` counts the transformer's runs, two calls of one step as one. What torch.compile made of it is left aside: all of
-    them run eagerly.
+    `branches` are those of the run's calls. `passes` counts the transformer's runs, two calls of a step as one. `rows` are the
+    batch rows of all calls of a step, known from the first step on. What is compiled with torch.compile runs eagerly.
     """
 
-    def __init__(self, model: Model, inputs: Mapping[str, Any]) -> None:
-        self.branches = model.branches(model.call_arguments((), inputs))
+    def __init__(self, driver: Driver, model: Model) -> None:
+        self._driver, self._model = driver, model
+        self._arguments = driver.call_arguments(model)
+        self._target_before = target_of(model)
+        self.branches = model.branches(self._arguments)
         self.passes = 0
-        self.rows = 0  # of all calls of a step, known from the first one on
-        self._model, self._inputs = model, inputs
-        self._around: Callable[[SiteCall], Output] | None = None  # set while the transformer runs under the search
+        self.rows = 0
+        self._caller = greenlet.getcurrent()  # where the run's own calls come from
+        self._searching = False  # while `on_step` runs
+        self._failure: Exception | None = None  # what `on_step` raised; a loop might catch it, and go on
+        self._at_site: Callable[[SiteCall], Output] | None = None  # set while the search runs the transformer
+        self._first_calls: dict[Site, None] = {}  # the sites in the order of their first calls
         self._generation: Generation | None = None
-        self._blank: Any = None  # what a call of the transformer gives, where the first of two has to be answered early
+        self._waiting: tuple[_Call, Any] | None = None  # the first of a step's two calls, and its placeholder
+        self._example: Any = None  # an output of the transformer, which placeholders are copies of
+
+    def run(self, on_step: Callable[[Step], None], *, first_only: bool = False) -> Any:
+        """Generate once, and call `on_step` at every denoising step; gives what the pipeline's call, or the loop, gives.
+
+        `on_step` has to finish the step: by `Step.finish`, `finish_by` or `traced`. It runs in the caller's grad mode and
+        inference mode. With `first_only` the run ends after the first step, and gives None.
+
+        However the run ends, the pipeline, the generators among its inputs and the global random state are then as before, but
+        for the scheduler's timesteps, which every call of a pipeline sets. During the run other calls of the pipeline, and of
+        its transformer, are refused.
+
+        Raises:
+            InputsInvalid: tokens or rows change on the way, a call of a step is missing, or the run ends early.
+            NotIntercepted: the pipeline never called its transformer, or a call does not pass every site once.
+        """
+        inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+        def search(step: Step) -> None:
+            with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+                on_step(step)
+            if first_only:
+                raise _Stopped
+
+        self._caller, result = greenlet.getcurrent(), None
+        with (
+            torch.set_grad_enabled(grad),
+            self._driver.running() as generate,
+            intercepted(self._model.site_modules, self._site_called, self._model.forwards),
+            ExitStack() as replaced,
+        ):
+            for transformer in self._model.transformers:
+                called = partial(self._transformer_called, search, transformer, transformer.forward)
+                replaced.enter_context(forward_replaced(transformer, called))
+            with suppress(_Stopped):
+                result = generate()
+        if self._failure is not None:
+            raise self._failure
+        if self._waiting is not None:
+            raise _call_missing()
+        done = self._begun.step + 1
+        if not first_only and self.step_count not in (None, done):
+            raise InputsInvalid(
+                f"the pipeline's run ended after {done} of {self.step_count} steps, wanted all of them; {LEAVE_OUT}"
+            )
+        return result
 
     @property
     def tokens(self) -> Tokens:
@@ -91,97 +150,33 @@ class CalibrationRun:
         Raises:
             NotIntercepted: the pipeline never called its transformer.
         """
-        return self._state.tokens
+        return self._begun.tokens
 
     @property
     def step_count(self) -> int | None:
-        """The steps of the whole run, as far as anybody knows them."""
+        """The steps of the whole run; None for a loop, whose steps are known at its end."""
         return self._model.steps
 
-    def steps(self) -> Generator["Step", None, None]:
-        """The denoising steps, one after another. Closing the iterator ends the pipeline's run where it is.
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites in the order in which they run; until all have been called, in the order of the model's modules."""
+        return tuple(self._first_calls) if len(self._first_calls) == len(self._model.sites) else self._model.sites
 
-        Whatever happens, the pipeline, the generators among its inputs and the global random state are left as they were, but
-        for the scheduler's timesteps, which every call of the pipeline sets anew. Between two steps the pipeline is in use:
-        its transformer cannot be called, and what is drawn from the global random state meanwhile is drawn again afterwards.
-        """
-        pipe = self._model.pipe
-
-        def hand_over(transformer: nn.Module, own_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            if greenlet.getcurrent() is not worker:
-                raise ArrowheadError(
-                    f"{type(transformer).__name__} was called from outside while a search runs on it; wanted the pipeline's "
-                    "own calls alone; let the search end, or close it, first"
-                )
-            if self.branches.calls == 2:  # the pipeline may change what it gave before the first call is looked at
-                kwargs = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
-            arguments = self._model.transformer_arguments(args, kwargs)
-            tokens, rows = self._model.tokens(arguments), len(self._model.latents(arguments))
-            scales = {value.get("scale") for value in kwargs.values() if isinstance(value, dict)} - {None, 1}
-            run, returned = partial(_run_forward, own_forward, args, kwargs), self._model.family.output_tokens(arguments)
-            counted = self._model.scheduler_step
-            return worker.parent.switch(_Call(transformer, tokens, rows, run, bool(scales), returned, counted))
-
-        with (
-            preserved_rng(pipe, self._inputs.get("generator")),
-            exclusive_call(pipe) as call_pipe,
-            ExitStack() as replaced,
-            intercepted(self._model.site_modules, self._at, self._model.forwards),
-        ):
-            for transformer in self._model.transformers:
-                replaced.enter_context(forward_replaced(transformer, partial(hand_over, transformer, transformer.forward)))
-            outer = torch.is_grad_enabled()  # the modes belong to the thread, which the two greenlets share
-            inference = torch.is_inference_mode_enabled()
-            worker = greenlet.greenlet(lambda: call_pipe(**self._inputs))
-            call = _resumed(worker)
-            try:
-                while not worker.dead:
-                    calls, stand_in = [call], None
-                    if self.branches.calls == 2:
-                        stand_in = self._stand_in(call)
-                        calls.append(_resumed(worker, stand_in))
-                        if worker.dead or calls[1].counted != call.counted:
-                            raise InputsInvalid(
-                                "got one call of the transformer in a step, wanted one for each CFG branch; where both come in "
-                                f"one batch, say so: cfg of the adapter; {LEAVE_OUT}"
-                            )
-                    images = sum(call.rows for call in calls) // (self.branches.samples * self.branches.calls)
-                    share_of(self._inputs).of_all(images)
-                    step = Step(self._begin(calls), self, [call.run for call in calls], call.returned)
-                    inner = torch.is_grad_enabled()
-                    with torch.inference_mode(inference):
-                        torch.set_grad_enabled(outer)
-                        try:
-                            yield step
-                        finally:
-                            outer = torch.is_grad_enabled()
-                    torch.set_grad_enabled(inner)
-                    if stand_in is not None:
-                        fill_placeholder(stand_in, step.answers[0])
-                    call = _resumed(worker, step.answers[-1])
-                if self._generation is not None and self.step_count not in (None, done := self._generation.step + 1):
-                    raise InputsInvalid(
-                        f"the pipeline's run ended after {done} of {self.step_count} steps, wanted all of them; {LEAVE_OUT}"
-                    )
-            finally:
-                if not worker.dead:
-                    worker.throw(greenlet.GreenletExit)
-                torch.set_grad_enabled(outer)
+    @property
+    def target(self) -> Target:
+        """What was run, its sites in the order in which they run; without settings that the scheduler changes as it runs."""
+        in_order = replace(self._model, modules={site: self._model.modules[site] for site in self.sites})
+        return target_of(in_order).common(self._target_before)
 
     @property
     def cost(self) -> float:
         """The search's attention FLOPs (matmuls) so far, in uncompressed generations of the same inputs.
 
-        Without the one run of a single call that stands in for what is not known yet, where a step has two.
+        The run that a placeholder is copied from does not count.
         """
-        stats, sites = self._state.stats, outermost(self._model.sites)
-        samples = self._state.branches.samples
-        raw = full_flops(sites, self.tokens, samples).attention
-        return stats.spent.attention / ((raw or 1) * (self.step_count or self._state.step + 1))
-
-    def found(self, rows: Sequence[Sequence[Cell]]) -> SearchResult:
-        """The end of a search with these cells, steps × sites."""
-        return SearchResult(tuple(map(tuple, rows)), self.tokens, self.branches, self.passes, self.cost, self.switch)
+        stats, sites = self._begun.stats, outermost(self._model.sites)
+        raw = full_flops(sites, self.tokens, self._begun.branches.samples).attention
+        return stats.spent.attention / ((raw or 1) * (self.step_count or self._begun.step + 1))
 
     @property
     def switch(self) -> int | None:
@@ -190,23 +185,36 @@ class CalibrationRun:
 
     @property
     def joined_branches(self) -> Branches:
-        """The branches as a search sees them: two calls of a step look like one batch, see `lockstep`."""
+        """The branches as a search sees them: two calls of a step are joined to one batch, see `paired_calls`."""
         return Branches("cond_first", guided=True) if self.branches.calls == 2 else self.branches
 
-    def forward(self, runs: Sequence[Callable[[], Any]], at_site: AtSite, *, grad: bool = False) -> list[Any]:
-        """Run the transformer, each site as `at_site` has it: what each of a step's calls gives."""
-        passes = self._state.stats.passes
+    def guidance_scale(self, step: int) -> float:
+        """The scale of classifier-free guidance in a step; 1 without guidance."""
+        return self._model.guidance_scale(self._arguments, step) if self.branches.guided else 1.0
+
+    def found(self, rows: Sequence[Sequence[Cell]]) -> SearchResult:
+        """The result of a search that chose these cells, steps × `sites`."""
+        cells = tuple(map(tuple, rows))
+        return SearchResult(cells, self.target, self.tokens, self.branches, self.passes, self.cost, self.switch)
+
+    def forward(self, runs: Runs, at_site: AtSite, *, grad: bool = False) -> list[Any]:
+        """Run a step's calls of the transformer, with each site's output from `at_site`; gives the calls' outputs.
+
+        Raises:
+            NotIntercepted: not every site was passed once.
+        """
+        passes = self._begun.stats.passes
         before, self.passes = passes.total(), self.passes + 1
         try:
             with torch.set_grad_enabled(grad), force_eager():
                 if len(runs) == 1:
-                    self._around = lambda call: at_site(call, self._state)
+                    self._at_site = lambda call: at_site(call, self._begun)
                     outputs = [runs[0]()]
                 else:
-                    self._around = wait_for_pair
-                    outputs = run_paired(runs, lambda call: self._answered(call, at_site))
+                    self._at_site = wait_for_pair
+                    outputs = run_paired(runs, lambda call: self._pair_called(call, at_site))
         finally:
-            self._around = None
+            self._at_site = None
         if passes.total() - before != len(self._model.sites):
             raise NotIntercepted(
                 f"one call of the transformer passed {passes.total() - before} sites, wanted "
@@ -214,173 +222,156 @@ class CalibrationRun:
             )
         return outputs
 
-    def _answered(self, call: SiteCall, at_site: AtSite) -> Output:
-        """For both calls of a step at once; so are the sites within a block that runs meanwhile."""
-        before, self._around = self._around, lambda inner: at_site(inner, self._state)
-        try:
-            return at_site(call, self._state)
-        finally:
-            self._around = before
-
     @contextmanager
-    def traced(self, runs: Sequence[Callable[[], Any]], at_site: AtSite) -> Iterator[list[Any]]:
-        """`forward` with gradients. Within the block they may be asked for, and blocks that are checkpointed run again."""
+    def traced(self, runs: Runs, at_site: AtSite) -> Iterator[list[Any]]:
+        """`forward` with gradients, which can be asked for within the block; checkpointed blocks run again there."""
         outputs = self.forward(runs, at_site, grad=True)
         try:
             if len(runs) == 1:
-                self._around = lambda call: at_site(call, self._state)
+                self._at_site = lambda call: at_site(call, self._begun)
             with force_eager():
                 yield outputs
         finally:
-            self._around = None
-
-    def _stand_in(self, call: _Call) -> Any:
-        if self._blank is None:  # one run more than the search needs
-            self.passes += 1
-            with torch.no_grad(), force_eager():
-                self._blank = call.run()
-        return placeholder_output(self._blank)
+            self._at_site = None
 
     @property
-    def _state(self) -> Generation:
+    def _begun(self) -> Generation:
         if self._generation is None:
             raise NotIntercepted("the pipeline never called its transformer; wanted at least one denoising step")
         return self._generation
 
-    def _begin(self, calls: Sequence[_Call]) -> int:
-        """On to the next step; gives its number."""
-        tokens = calls[0].tokens
+    def _transformer_called(
+        self,
+        search: Callable[[Step], None],
+        transformer: nn.Module,
+        forward: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """A transformer's forward during the run: gives the output that the search finishes the step with."""
+        if self._searching or greenlet.getcurrent() is not self._caller:
+            raise ArrowheadError(
+                f"{type(transformer).__name__} was called from outside while a search runs on it; wanted the pipeline's "
+                "own calls alone; let the search end first"
+            )
+        if self._failure is not None:
+            raise self._failure
+        call = self._call(transformer, forward, args, kwargs)
+        if self.branches.calls == 1:
+            return self._searched(search, [call])[0]
+        if self._waiting is None:
+            self._waiting = call, self._placeholder(call)
+            return self._waiting[1]
+        (first, placeholder), self._waiting = self._waiting, None
+        if call.counted != first.counted:
+            raise _call_missing()
+        outputs = self._searched(search, [first, call])
+        fill_placeholder(placeholder, outputs[0])
+        return outputs[1]
+
+    def _call(
+        self, transformer: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> _Call:
+        model = self._model
+        if self.branches.calls == 2:  # the pipeline may change what it gave before the first call runs
+            kwargs = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
+        arguments = model.transformer_arguments(args, kwargs)
+        scales = {value.get("scale") for value in kwargs.values() if isinstance(value, dict)} - {None, 1}
+        return _Call(
+            transformer,
+            model.tokens(arguments),
+            model.latents(arguments),
+            partial(_run_forward, forward, args, kwargs),
+            bool(scales),
+            model.family.output_tokens(arguments),
+            model.scheduler_step,
+        )
+
+    def _placeholder(self, call: _Call) -> Any:
+        """What the first of two calls gives until the second has come; the first placeholder takes a run of the transformer."""
+        if self._example is None:
+            self.passes += 1
+            with torch.no_grad(), force_eager():
+                self._example = call.run()
+        return placeholder_output(self._example)
+
+    def _searched(self, search: Callable[[Step], None], calls: Sequence[_Call]) -> list[Any]:
+        """On to the next step, of these calls; gives their outputs, which the search decided."""
+        self._require_alike(calls)
+        runs, latents = [call.run for call in calls], [call.latents for call in calls]
+        step = Step(self._advance(calls), self, runs, latents, calls[0].returned)
+        self._searching = True
+        try:
+            search(step)
+        except Exception as error:
+            self._failure = error
+            raise
+        finally:
+            self._searching = False
+        return step.outputs
+
+    def _require_alike(self, calls: Sequence[_Call]) -> None:
+        """Check that a step's calls can be joined to one batch, and have as many rows as those of the steps before."""
+        rows = sum(len(call.latents) for call in calls)
+        self._driver.share.of_all(rows // (self.branches.samples * self.branches.calls))
         if len(calls) == 2 and any(call.scales for call in calls):
             raise InputsInvalid(
                 "got a LoRA scale among the attention arguments of a pipeline that calls its transformer twice a step, which "
                 "scales its layers in each; wanted none while searching; fuse the LoRA, or set its weight with set_adapters"
             )
-        if any(call.tokens != tokens for call in calls):
+        if any(call.tokens != calls[0].tokens for call in calls):
             raise InputsInvalid(
                 f"got {calls[0].tokens} for the prompt and {calls[1].tokens} for the negative prompt, wanted one length, so "
                 "that they can share; bring both to the same number of tokens"
             )
-        rows = sum(call.rows for call in calls)
         if rows != (self.rows or rows):
             raise InputsInvalid(
-                f"got a batch of {rows} in step {self._state.step + 1}, wanted {self.rows} as before; {LEAVE_OUT}"
+                f"got a batch of {rows} in step {self._begun.step + 1}, wanted {self.rows} as before; {LEAVE_OUT}"
             )
         self.rows = rows
+
+    def _advance(self, calls: Sequence[_Call]) -> int:
+        """On to the next step; gives its number."""
         if self._generation is None:
-            self._generation = Generation.begin(self.joined_branches, tokens, "auto", Stats(self.joined_branches.samples))
+            stats = Stats(self.joined_branches.samples)
+            self._generation = Generation.begin(self.joined_branches, calls[0].tokens, "auto", stats)
         else:
-            self._generation.advance(tokens)
-        if any(call.transformer is not self._model.transformer_at(self._generation.step) for call in calls):
+            self._generation.advance(calls[0].tokens)
+        step = self._generation.step
+        if any(call.transformer is not self._model.transformer_at(step) for call in calls):
             raise NotIntercepted(
-                f"got step {self._generation.step} with another transformer than the scheduler's timesteps and the pipeline's "
+                f"got step {step} with another transformer than the scheduler's timesteps and the pipeline's "
                 "boundary_ratio say; wanted diffusers' own loop"
             )
-        return self._generation.step
+        return step
 
-    def _at(self, call: SiteCall) -> Output:
-        if self._around is None:
-            return call.native()
-        return self._around(call)
+    def _site_called(self, call: SiteCall) -> Output:
+        self._first_calls.setdefault(call.site)
+        return call.native() if self._at_site is None else self._at_site(call)
 
-
-class Step:
-    """One step of the pipeline, which waits: one call of the transformer, or one for each CFG branch.
-
-    Outputs are what the pipeline goes on with, the first `returned` tokens or everything.
-    """
-
-    def __init__(
-        self, index: int, calibration: CalibrationRun, runs: Sequence[Callable[[], Any]], returned: int | None = None
-    ) -> None:
-        self.index = index
-        self.answers: list[Any] = []
-        self._calibration, self._runs, self._returned = calibration, runs, returned
-
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        """The transformer's sites, in the order they run."""
-        return self._calibration._model.sites
-
-    @property
-    def first(self) -> bool:
-        """Whether it is a transformer's first step: what was kept before is not to be read."""
-        return self.index in (0, self._calibration.switch)
-
-    def full(self) -> Tensor:
-        """The transformer's output with full attention everywhere."""
-        return self.output([FULL] * len(self.sites))
-
-    def output(self, cells: Sequence[Cell]) -> Tensor:
-        """The transformer's output with these cells, all branches; nothing is remembered."""
-        samples = self._used(samples_of(self._calibration.forward(self._runs, self._by(cells, lambda *_: Writes()))))
-        return samples[0] if len(samples) == 1 else torch.cat(samples)
-
-    @contextmanager
-    def traced(self, at_site: AtSite) -> Iterator[list[Tensor]]:
-        """Let the pipeline go on with the output that comes of `at_site`; gives each call's, for gradients to start from."""
-        with self._calibration.traced(self._runs, at_site) as outputs:
-            samples = samples_of(outputs)
-            self.answers = [output_with(output, sample.detach()) for output, sample in zip(outputs, samples, strict=True)]
-            yield self._used(samples)
-
-    def finish(self, cells: Sequence[Cell], candidates: Mapping[Site, Sequence[Cell]]) -> None:
-        """Let the pipeline go on with the output under these cells, and remember all that `candidates` may read later."""
-        self.answers = self._calibration.forward(
-            self._runs, self._by(cells, lambda site, cell: _writes(candidates[site], cell))
-        )
-
-    def finish_by(self, at_site: AtSite) -> list[Tensor]:
-        """Let the pipeline go on with the output that comes of `at_site`; gives each call's."""
-        self.answers = self._calibration.forward(self._runs, at_site)
-        return self._used(samples_of(self.answers))
-
-    def tried(self, at_site: AtSite) -> list[Tensor]:
-        """The output that comes of `at_site`, each call's; the pipeline knows nothing of it."""
-        return self._used(samples_of(self._calibration.forward(self._runs, at_site)))
-
-    def _used(self, samples: Sequence[Tensor]) -> list[Tensor]:
-        return [sample[:, : self._returned] for sample in samples]
-
-    def _by(self, cells: Sequence[Cell], writes: Callable[[Site, Cell], Writes]) -> AtSite:
-        cell_of = dict(zip(self.sites, cells, strict=True))
-        return lambda call, state: _execute(call, cell_of[call.site], writes(call.site, cell_of[call.site]), state)
+    def _pair_called(self, call: SiteCall, at_site: AtSite) -> Output:
+        """A site's output for both calls of a step; so for the sites within a block, which run meanwhile."""
+        before, self._at_site = self._at_site, lambda inner: at_site(inner, self._begun)
+        try:
+            return at_site(call, self._begun)
+        finally:
+            self._at_site = before
 
 
-def _execute(call: SiteCall, cell: Cell, writes: Writes, state: Generation) -> Output:
-    return execute_site(call, state.prepared(call.site, cell, writes), state)
-
-
-def _resumed(worker: greenlet.greenlet, *answer: Any) -> Any:
-    """On to the pipeline's next call of its transformer, which is not compiled: a graph could not be left in the middle."""
-    with force_eager():
-        return worker.switch(*answer)
+def _call_missing() -> InputsInvalid:
+    return InputsInvalid(
+        "got one call of the transformer in a step, wanted one for each CFG branch; where both come in one batch, say so: cfg "
+        f"of the adapter; {LEAVE_OUT}"
+    )
 
 
 def _run_forward(forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """A call whose arguments may have been made in torch.inference_mode, which the loop runs in and the search does not."""
+    """A call whose arguments the loop may have made in torch.inference_mode, which the search may not be in."""
 
-    def own(value: Any) -> Any:
-        if isinstance(value, list):  # HunyuanDiT empties the one that a ControlNet gave
+    def usable(value: Any) -> Any:
+        if isinstance(value, list):  # HunyuanDiT empties the list that a ControlNet gave
             return [*value]
         made_there = isinstance(value, Tensor) and value.is_inference() and not torch.is_inference_mode_enabled()
         return value.clone() if made_there else value
 
-    return forward(*map(own, args), **{name: own(value) for name, value in kwargs.items()})
-
-
-def _writes(candidates: Sequence[Cell], cell: Cell) -> Writes:
-    """In a search all that some later step might read is kept until it is overwritten."""
-    if not isinstance(cell, Attend):
-        return Writes()
-    radii = {residual_radius(candidate) for candidate in candidates} if refreshes_residual(cell) else set()
-    residuals = (Residual(radius, FOREVER, conditional_only=False) for radius in radii if radius is not None)
-    return Writes(FOREVER, tuple(residuals))
-
-
-def require_finite(out: Tensor, call: SiteCall, state: Generation) -> None:
-    """Raises InputsInvalid for what a site gave with full attention, unless it is finite."""
-    if not all(bool(end.isfinite()) for end in out.detach().aminmax()):  # one pass, and nothing allocated; NaN is either end
-        raise InputsInvalid(
-            f"at step {state.step} {call.site.path} gave values that are not finite, with full attention; wanted finite ones; "
-            "use bfloat16 or float32"
-        )
+    return forward(*map(usable, args), **{name: usable(value) for name, value in kwargs.items()})

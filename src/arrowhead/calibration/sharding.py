@@ -1,7 +1,7 @@
-"""Prompts shared out among processes: each runs the pipeline on its own, and what a search goes by is that of all of them.
+"""Prompts split among processes: each process generates its share of the images, and a search decides by the images of all.
 
-Whatever is compared is put together first, in the order of the prompts, and decisions are the first process's. So all of them
-take the same way through a search, and end with the plan that one process finds on all prompts, but for rounding.
+Values that decide are first joined, in the order of the prompts, and decisions are taken from the first process. So all
+processes go through a search alike, and end with the plan that one process finds on all prompts, but for rounding.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from arrowhead.errors import InputsInvalid
-from arrowhead.models.custom import CustomModel
 
 T = TypeVar("T")
 SEVERAL = ("num_images_per_prompt", "num_videos_per_prompt")
@@ -22,21 +21,21 @@ SEVERAL = ("num_images_per_prompt", "num_videos_per_prompt")
 
 @dataclass(frozen=True)
 class Share:
-    """This process's part of all images: how many each of the processes has, and which one this is."""
+    """This process's images: `sizes` are the numbers of images of all processes, `rank` is this process's place among them."""
 
     rank: int = 0
     sizes: tuple[int, ...] = (0,)
 
     @property
     def alone(self) -> bool:
-        """Whether there is but one process."""
+        """Whether there is only one process."""
         return len(self.sizes) == 1
 
     def of_all(self, images: int) -> int:
-        """All processes' images, of which this one has so many.
+        """The number of all processes' images, given the number `images` that this process generates.
 
         Raises:
-            InputsInvalid: it was to have another number.
+            InputsInvalid: this process was to generate another number.
         """
         if self.alone:
             return images
@@ -48,12 +47,12 @@ class Share:
         return sum(self.sizes)
 
     def own(self, rows: Tensor) -> Tensor:
-        """This process's rows (b, …) of those of all images (B, …)."""
+        """This process's rows (b, …), of rows for all images (B, …)."""
         first = sum(self.sizes[: self.rank])
         return rows if self.alone else rows[first : first + self.sizes[self.rank]]
 
     def joined(self, rows: Tensor) -> Tensor:
-        """All processes' rows of what this one has, (k·b, …) -> (k·B, …): one branch after the other."""
+        """All processes' rows (k·B, …), of this process's rows (k·b, …) of k branches, one branch after the other."""
         if self.alone:
             return rows
         parts = self.each(rows.detach().cpu())
@@ -61,7 +60,10 @@ class Share:
         return torch.cat(split, 1).flatten(0, 1).to(rows.device)
 
     def pooled(self, moments: Tensor) -> Tensor:
-        """Over all images, of (3, …) over this process's: a mean square, a mean, and the variance around that, float32."""
+        """The moments (3, …) over all images, float32, of those over this process's images.
+
+        The moments are a mean square, a mean, and the variance around that mean.
+        """
         if self.alone:
             return moments
         weights = torch.tensor(self.sizes, dtype=torch.float64)[:, None, *(None,) * (moments.ndim - 1)] / sum(self.sizes)
@@ -71,13 +73,13 @@ class Share:
         return torch.stack([square, mean, variance + spread]).float()
 
     def each(self, value: T) -> list[T]:
-        """What every process has, by rank."""
+        """The values of all processes, by rank."""
         found: list[Any] = [None] * len(self.sizes)
         dist.all_gather_object(found, value)
         return found
 
     def agreed(self, value: T) -> T:
-        """What the first process has: rounding may differ from machine to machine, and what follows may not."""
+        """The first process's value: rounding may differ between machines, and decisions may not."""
         if self.alone:
             return value
         found = [value]
@@ -88,34 +90,20 @@ class Share:
 ALONE = Share()
 
 
-class Part(dict[str, Any]):
-    """A process's arguments of a pipeline's call: its own prompts'. `whole` are those of all."""
-
-    def __init__(self, own: Mapping[str, Any], share: Share, whole: Mapping[str, Any]) -> None:
-        super().__init__(own)
-        self.share, self.whole = share, whole
-
-
-def share_of(inputs: Mapping[str, Any]) -> Share:
-    """Whose images a call with these arguments generates: all, unless they are a part."""
-    return inputs.share if isinstance(inputs, Part) else ALONE
-
-
-def part_of(pipe: Any, inputs: Mapping[str, Any], shard: Sequence[str]) -> Part:
-    """This process's part of the inputs: of the arguments that `shard` names its entries, all others as they are.
+def share_out(inputs: Mapping[str, Any], shard: Sequence[str]) -> tuple[dict[str, Any], Share]:
+    """This process's arguments of the pipeline's call: of those that `shard` names its entries, and all others.
 
     Raises:
-        InputsInvalid: there are no processes, or the arguments cannot be split, or are others in another process.
+        InputsInvalid: there is no process group, the arguments cannot be split, or another process has other arguments.
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise InputsInvalid(
             f"got shard={shard!r} without a process group; wanted torch.distributed initialised, as accelerate's PartialState "
             "does it; start with `accelerate launch`, or leave it out"
         )
-    if isinstance(pipe, CustomModel) or isinstance(shard, str) or not shard or not all(isinstance(name, str) for name in shard):
+    if isinstance(shard, str) or not shard or not all(isinstance(name, str) for name in shard):
         raise InputsInvalid(
-            f"got shard={shard!r} for a {type(pipe.transformer).__name__}, wanted names of a pipeline call's arguments, such "
-            "as ('prompt', 'generator'); a callable that generates cannot be split"
+            f"got shard={shard!r}, wanted names of the pipeline call's arguments, such as ('prompt', 'generator')"
         )
     lengths = {name: _length(inputs.get(name)) for name in shard}
     count = max(lengths.values())
@@ -136,9 +124,9 @@ def part_of(pipe: Any, inputs: Mapping[str, Any], shard: Sequence[str]) -> Part:
     _require_alike(inputs, shard)
     rank, world = dist.get_rank(), dist.get_world_size()
     bounds = [count * i // world for i in range(world + 1)]
-    share = Share(rank, tuple(b - a for a, b in pairwise(bounds)))
     own = slice(bounds[rank], bounds[rank + 1])
-    return Part({name: value[own] if name in shard else value for name, value in inputs.items()}, share, inputs)
+    arguments = {name: value[own] if name in shard else value for name, value in inputs.items()}
+    return arguments, Share(rank, tuple(b - a for a, b in pairwise(bounds)))
 
 
 def _length(value: Any) -> int:
@@ -146,22 +134,22 @@ def _length(value: Any) -> int:
 
 
 def _require_alike(inputs: Mapping[str, Any], shard: Sequence[str]) -> None:
-    """Every process is to be given the same: whatever can be said of it in words."""
+    """Check that every process was given the same arguments, as far as a description of them shows."""
 
-    def said(value: Any) -> str:
+    def described(value: Any) -> str:
         if isinstance(value, Tensor):
             return f"tensor of shape {tuple(value.shape)}"
         if isinstance(value, torch.Generator):
             return f"seed {value.initial_seed()}"
         if isinstance(value, list | tuple):
-            return ", ".join(map(said, value))
+            return ", ".join(map(described, value))
         return repr(value) if isinstance(value, str | int | float | bool | None) else type(value).__name__
 
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, {"shard": ", ".join(shard), **{name: said(value) for name, value in inputs.items()}})
-    for rank, other in enumerate(told):
-        if differ := sorted(name for name in {*told[0], *other} if told[0].get(name) != other.get(name)):
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, {"shard": ", ".join(shard), **{name: described(value) for name, value in inputs.items()}})
+    for rank, other in enumerate(found):
+        if differ := sorted(name for name in {*found[0], *other} if found[0].get(name) != other.get(name)):
             raise InputsInvalid(
                 f"got other {', '.join(differ)} in process {rank} than in the first; wanted the same arguments in all: each "
-                "takes its part by itself"
+                "process takes its share of them"
             )

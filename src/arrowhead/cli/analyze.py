@@ -1,4 +1,4 @@
-"""`arrowhead analyze`: from a model, or from the arrays of an earlier run, to figures and what they come to."""
+"""`arrowhead analyze`: draws an analysis of a model's attention, or the saved arrays of an earlier one, and prints medians."""
 
 import json
 from pathlib import Path
@@ -15,13 +15,15 @@ from arrowhead.cli.inputs import INPUT, Device, Dtype, Seed, load, parse
 from arrowhead.errors import InputsInvalid
 
 console = Console()
-Source = Annotated[str, typer.Argument(help="a model as elsewhere; or an npz that analyze wrote, to draw it again")]
-Only = Annotated[list[str] | None, typer.Option(help=f"a part: {', '.join(PARTS)}; repeat; without it, all that there are")]
-SiteOfMap = Annotated[str | None, typer.Option(help="of the map: its path or number; without it, the one in the middle")]
-HeadOfMap = Annotated[list[int] | None, typer.Option(help="of the map; repeat; without it, 0")]
-StepOfMap = Annotated[int | None, typer.Option(help="of the map, from 0; without it, the one in the middle")]
-Radius = Annotated[int | None, typer.Option(help="of the window, in tokens on each side; without it, an eighth of all")]
-Beside = Annotated[list[Path] | None, typer.Option(exists=True, dir_okay=False, help="a plan to be drawn, too; repeat")]
+Source = Annotated[str, typer.Argument(help="a model as for other commands; or an npz that analyze wrote, to draw it again")]
+Only = Annotated[list[str] | None, typer.Option(help=f"part of the analysis: {', '.join(PARTS)}; repeat; default: all parts")]
+SiteOfMap = Annotated[str | None, typer.Option(help="site of the attention map, by path or number; default: the middle one")]
+HeadOfMap = Annotated[list[int] | None, typer.Option(help="head of the attention map; repeat; default: 0")]
+StepOfMap = Annotated[int | None, typer.Option(help="step of the attention map, from 0; default: the middle one")]
+Radius = Annotated[
+    int | None, typer.Option(help="radius of the window, in tokens on each side; default: an eighth of the tokens")
+]
+DrawnPlans = Annotated[list[Path] | None, typer.Option(exists=True, dir_okay=False, help="a plan to draw as well; repeat")]
 
 
 def analyze(
@@ -33,29 +35,29 @@ def analyze(
     head: HeadOfMap = None,
     step: StepOfMap = None,
     radius: Radius = None,
-    plan: Beside = None,
+    plan: DrawnPlans = None,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
 ) -> None:
-    """Draw where attention repeats itself and how local it is: the papers' figures, from one run."""
+    """Draw where attention repeats itself and how local it is, as in the papers' figures, from one run."""
     from arrowhead.analysis.draw import plan_map  # noqa: PLC0415  # matplotlib
     from arrowhead.analysis.draw_attention import draw  # noqa: PLC0415
 
     plans = {path.stem: ah.Plan.load(path) for path in plan or ()}
     number = int(site) if site is not None and site.isdecimal() else site
-    asked: dict[str, Any] = {"only": only, "site": number, "heads": head, "step": step, "radius": radius}
-    asked = {name: value for name, value in asked.items() if value is not None}
+    settings: dict[str, Any] = {"only": only, "site": number, "heads": head, "step": step, "radius": radius}
+    settings = {name: value for name, value in settings.items() if value is not None}
     if model.endswith(".npz"):
-        if inputs or asked:
+        if inputs or settings:
             raise InputsInvalid(
-                f"got {', '.join([*(['input'] if inputs else []), *asked])} with {model}, which is drawn as it is; wanted a "
+                f"got {', '.join([*(['input'] if inputs else []), *settings])} with {model}, which is only drawn; wanted a "
                 "model to run; or leave them out"
             )
         found = ah.Analysis.load(model)
     else:
         pipe = load(model, device, dtype)
-        found = ah.analyze(pipe, parse(inputs or []) | {"generator": torch.Generator().manual_seed(seed)}, **asked)
+        found = ah.analyze(pipe, parse(inputs or []) | {"generator": torch.Generator().manual_seed(seed)}, **settings)
     out.mkdir(parents=True, exist_ok=True)
     if not model.endswith(".npz"):
         found.save(out / "analysis.npz")
@@ -71,11 +73,11 @@ def analyze(
 
 
 def findings(found: ah.Analysis) -> list[str]:
-    """What the arrays come to, in a line each."""
-    lines, said = [], {"to the other CFG branch's": found.branch_similarity}
+    """Medians of the arrays, in a line each."""
+    lines, similarities = [], {"to the other CFG branch's": found.branch_similarity}
     if found.step_similarity is not None:
-        said["to that of the step before"] = found.to_step_before
-    for what, values in said.items():
+        similarities["to that of the step before"] = found.to_step_before
+    for what, values in similarities.items():
         if values is not None:
             lines.append(f"a site's output, {what}: similarity {np.nanmedian(values):.3f}, least {np.nanmin(values):.3f}")
     if found.reuse_errors is not None:
@@ -85,13 +87,13 @@ def findings(found: ah.Analysis) -> list[str]:
             f"{residual:.2g}, without any residual {none:.2g}"
         )
     if found.band_mass is not None and found.text_mass is not None:
-        kept, on_text = found.band_mass + found.text_mass, ", or on text" if found.tokens.text else ""
+        within, on_text = found.band_mass + found.text_mass, ", or on text" if found.tokens.text else ""
         lines.append(
-            f"the image's attention within {found.radius} tokens on each side{on_text}: {np.median(kept):.0%}, by head and "
-            f"step from {kept.min():.0%} to {kept.max():.0%}"
+            f"the image's attention within {found.radius} tokens on each side{on_text}: {np.median(within):.0%}, by head and "
+            f"step from {within.min():.0%} to {within.max():.0%}"
         )
     if lines:
         lines.insert(0, "Medians over sites or heads, and steps:")
     if not found.guided:
-        lines.append("There is no guidance, and so one branch alone: nothing is said of how alike two are.")
+        lines.append("There is no guidance, so there is one branch only, and no similarity of branches.")
     return lines

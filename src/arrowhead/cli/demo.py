@@ -1,4 +1,4 @@
-"""The main job on both bundled models: calibrate, solve for two budgets, generate raw and compressed, compare."""
+"""`arrowhead demo`: on both bundled models, calibrate, solve for two budgets, generate, and compare."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -22,30 +22,34 @@ BUDGETS = {
     "half": Budget(transformer_flops=0.5, granularity="step"),
     "a third": Budget(transformer_flops=0.33, granularity="step"),
 }
-"""Of all that the transformer multiplies; all sites in step, which errs least on both (LOG.md)."""
+"""Fractions of the transformer's FLOPs. All sites do the same in a step, which has the least error on both models (LOG.md)."""
 
 
 @dataclass(frozen=True)
-class Show:
-    """How a bundled model is shown: arguments of its call, what it draws, and what it is calibrated on."""
+class Demo:
+    """The demo of one bundled model.
+
+    `common` are arguments of all its calls. `argument` is the name of the argument that says what to draw: `calibration` holds
+    the values for the calibration run, and `drawn` those for the compared images, which are labelled with `titles`.
+    """
 
     model: str
     about: str
     common: Mapping[str, Any]
-    asks: str
+    argument: str
     calibration: tuple[Any, ...]
     drawn: tuple[Any, ...]
     titles: tuple[str, ...]
     seeds: tuple[int, ...]
 
-    def inputs(self, asked: tuple[Any, ...]) -> dict[str, Any]:
-        """The arguments of a call that draws this."""
-        return {**self.common, self.asks: list(asked)}
+    def inputs(self, values: tuple[Any, ...]) -> dict[str, Any]:
+        """The arguments of a call that draws these values."""
+        return {**self.common, self.argument: list(values)}
 
 
 EMOJI = ("red heart", "hatching chick", "broccoli", "sailboat", "fire engine", "grinning face")
-SHOWS = (
-    Show(
+DEMOS = (
+    Demo(
         "dit",
         "a DiT that draws the ten classes of CIFAR-10, 32 × 32 pixels, 256 tokens",
         {"num_inference_steps": 20, "guidance_scale": 3.0},
@@ -55,7 +59,7 @@ SHOWS = (
         tiny.CIFAR10,
         seeds=(0, 1),
     ),
-    Show(
+    Demo(
         "mmdit",
         "an SD3 transformer that draws emoji from a prompt, 64 × 64 pixels, 1024 tokens of the image and 16 of text",
         {"num_inference_steps": 16, "guidance_scale": 4.0},
@@ -69,42 +73,42 @@ SHOWS = (
 
 
 def run(out: Path, console: Console) -> None:
-    """Show both models; each has a folder in `out` with plan.json, plan.png, images.png and results.json."""
+    """Run both demos. Each writes plan.json, plan.png, images.png and results.json to its folder in `out`."""
     console.print(
         "[bold]You are looking at two small diffusion transformers that are bundled with arrowhead, drawing the same pictures "
         "in full and with two plans that skip, repeat or extrapolate part of their work, on this machine.[/]"
     )
-    for show in SHOWS:
-        one(show, out / show.model, console)
+    for demo in DEMOS:
+        run_one(demo, out / demo.model, console)
     console.print(
         "\nPSNR and SSIM compare with the raw images of the same seeds. A cell is one module in one step: attention, "
         f"feed-forward or a whole block. Written to {out}/*/: plan.json ({[*BUDGETS][-1]}), plan.png, images.png, results.json"
     )
 
 
-def one(show: Show, out: Path, console: Console) -> None:
-    """Show one model."""
-    console.print(f"\n[bold]{show.model}[/], {show.about}")
+def run_one(demo: Demo, out: Path, console: Console) -> None:
+    """Run the demo of one model and print its table."""
+    console.print(f"\n[bold]{demo.model}[/], {demo.about}")
     out.mkdir(parents=True, exist_ok=True)
-    pipe = tiny.load(show.model)
-    table = calibrate(pipe, {**show.inputs(show.calibration), "generator": torch.Generator().manual_seed(1234)})
+    pipe = tiny.load(demo.model)
+    table = calibrate(pipe, {**demo.inputs(demo.calibration), "generator": torch.Generator().manual_seed(1234)})
     plans = {name: solve(table, budget) for name, budget in BUDGETS.items()}
-    result = evaluate(pipe, plans, show.inputs(show.drawn), seeds=show.seeds)
+    result = evaluate(pipe, plans, demo.inputs(demo.drawn), seeds=demo.seeds)
     plans[[*BUDGETS][-1]].save(out / "plan.json")
     draw.plan_map(plans, out / "plan.png")
-    count = len(show.drawn)
+    count = len(demo.drawn)
     rows = {"raw": result.raw[:count]} | {score.name: score.images[:count] for score in result.scores}
-    draw.image_grid(rows, [*show.titles], out / "images.png")
+    draw.image_grid(rows, [*demo.titles], out / "images.png")
     (out / "results.json").write_text(json.dumps(result.as_dict(), indent=1, allow_nan=False) + "\n")
-    console.print(scores(show, result))
+    console.print(scores(demo, result))
 
 
-def scores(show: Show, result: Evaluation) -> Table:
-    """The scores for people: a row for each quantity, a column for each setting."""
-    steps, guidance = show.common["num_inference_steps"], show.common["guidance_scale"]
-    shown = Table(title=f"{show.model}: {len(result.raw)} images, {steps} steps, guidance {guidance:g}")
+def scores(demo: Demo, result: Evaluation) -> Table:
+    """The table of scores: a row for each quantity, a column for each setting."""
+    steps, guidance = demo.common["num_inference_steps"], demo.common["guidance_scale"]
+    table = Table(title=f"{demo.model}: {len(result.raw)} images, {steps} steps, guidance {guidance:g}")
     for head in ("", "raw", *(score.name for score in result.scores)):
-        shown.add_column(head, justify="right" if head else "left")
+        table.add_column(head, justify="right" if head else "left")
     cells = result.scores[0].summary.cells.total()
     rows: dict[str, tuple[str, Callable[[Score], str]]] = {
         "FLOPs left of the transformer's": ("100 %", lambda s: f"{s.plan.about['search']['transformer_flops']:.1%}"),
@@ -121,5 +125,5 @@ def scores(show: Show, result: Evaluation) -> Table:
         "SSIM to raw": ("1", lambda s: f"{s.metrics['ssim']:.3f}"),
     }
     for name, (raw, of) in rows.items():
-        shown.add_row(name, raw, *map(of, result.scores))
-    return shown
+        table.add_row(name, raw, *map(of, result.scores))
+    return table

@@ -1,4 +1,4 @@
-"""`arrowhead evaluate`: a model and plans to one table, of as many images as asked for, with whatever networks there are."""
+"""`arrowhead evaluate`: one table of a model and its plans, over any number of images, with the metric networks given."""
 
 import json
 import math
@@ -17,8 +17,8 @@ from arrowhead.cli.inputs import Device, Dtype, Inputs, ModelName, Seed, Seeds, 
 from arrowhead.errors import InputsInvalid
 
 if TYPE_CHECKING:  # torchmetrics
-    from arrowhead.evaluation.figures import Figure
-    from arrowhead.evaluation.table import Measured, Row
+    from arrowhead.evaluation.estimates import Estimate
+    from arrowhead.evaluation.results import Results, Row
 
 console = Console()
 Plans = Annotated[
@@ -29,26 +29,34 @@ Captions = Annotated[
     Path | None, typer.Option(exists=True, dir_okay=False, help="prompts: a text file, one a line, or a COCO-format JSON")
 ]
 Images = Annotated[
-    int | None, typer.Option(help="how many; image i has seed i and input i mod n; without it, seeds × n", min=1)
+    int | None,
+    typer.Option(help="number of images for each setting; image i has seed i and input i mod n; default: seeds × n", min=1),
 ]
-Work = Annotated[Path | None, typer.Option(help="folder where all is kept; a run that was interrupted goes on from there")]
+Work = Annotated[Path | None, typer.Option(help="folder for images and values; an interrupted run is resumed from it")]
 Real = Annotated[
     str | None, typer.Option(help="real images, for FID and KID: a folder, FILE.npz:ARRAY, or FILE.npz with mu and sigma")
 ]
-RealImages = Annotated[int | None, typer.Option(help="the first so many of them", min=1)]
-Inception = Annotated[str | None, typer.Option(help="the network of FID, KID and IS: TorchScript, torch-fidelity's .pth, …")]
-Resize = Annotated[str, typer.Option(help="how images come to its size: tf1, as in the original FID, bilinear or antialiased")]
-Lpips = Annotated[str | None, typer.Option(help="LPIPS: TorchScript, FILE.py:NAME or module:NAME")]
-Clip = Annotated[Path | None, typer.Option(help="a CLIP's folder")]
+RealImages = Annotated[int | None, typer.Option(help="use only so many of the real images", min=1)]
+Inception = Annotated[
+    str | None,
+    typer.Option(help="the network of FID, KID and IS: TorchScript, torch-fidelity's .pth, FILE.py:NAME or module:NAME"),
+]
+Resize = Annotated[
+    str, typer.Option(help="how images are resized for it: tf1 (as in the original FID), bilinear or antialiased")
+]
+Lpips = Annotated[str | None, typer.Option(help="the network of LPIPS: TorchScript, FILE.py:NAME or module:NAME")]
+Clip = Annotated[Path | None, typer.Option(help="a folder with a CLIP, for the CLIP score")]
 Classifier = Annotated[
     str | None, typer.Option(help="a classifier of images in [0, 1]: TorchScript, FILE.py:NAME or module:NAME")
 ]
 Reward = Annotated[
     list[str] | None,
-    typer.Option(metavar="NAME=MODULE:FUNCTION", help="hpsv2, image_reward, …: a function of images and prompts; repeat"),
+    typer.Option(metavar="NAME=MODULE:FUNCTION", help="a reward such as hpsv2: a function of images and prompts; repeat"),
 ]
-OwnShard = Annotated[str | None, typer.Option("--shard", help="which of how many processes, as 0/4; a call without it merges")]
-Batch = Annotated[int, typer.Option(help="images of one call", min=1)]
+ShardOption = Annotated[
+    str | None, typer.Option("--shard", help="this process's share, such as 0/4; a call without it merges all shares")
+]
+Batch = Annotated[int, typer.Option(help="images in one call of the pipeline", min=1)]
 
 
 def evaluate(
@@ -67,28 +75,28 @@ def evaluate(
     clip: Clip = None,
     classifier: Classifier = None,
     reward: Reward = None,
-    shard: OwnShard = None,
+    shard: ShardOption = None,
     batch: Batch = 4,
     out: Annotated[Path | None, typer.Option(help="JSON file for the table", dir_okay=False)] = None,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
 ) -> None:
-    """Compare plans with the untouched pipeline: FLOPs, time, memory, and quality by whatever networks are given."""
-    from arrowhead.evaluation.measurement import measure  # noqa: PLC0415
-    from arrowhead.evaluation.request import Request, Shard
+    """Compare plans with the untouched pipeline: FLOPs, time, memory, and quality by the metric networks given."""
+    from arrowhead.evaluation.metric_networks import Networks  # noqa: PLC0415  # these import torchmetrics
+    from arrowhead.evaluation.request import Request, Shard  # noqa: PLC0415
     from arrowhead.evaluation.request import captions as read_captions  # noqa: PLC0415
-    from arrowhead.evaluation.suite import Networks
-    from arrowhead.report.page import require_writable  # noqa: PLC0415  # torchmetrics
+    from arrowhead.evaluation.resumable import measure  # noqa: PLC0415
+    from arrowhead.report.page import require_writable  # noqa: PLC0415
 
     call = parse(inputs)
     if captions is not None:
         if "prompt" in call:
             raise InputsInvalid("got --captions and --input prompt=…, wanted one of them; leave one out")
         call["prompt"] = read_captions(captions)
-    own = Shard.launched(os.environ) if shard is None else Shard.parse(shard)
-    if work is None and own.count > 1:
-        raise InputsInvalid("several processes have to keep their work in one folder; add --work FOLDER")
+    share = Shard.from_environment(os.environ) if shard is None else Shard.parse(shard)
+    if work is None and share.count > 1:
+        raise InputsInvalid("several processes have to store their work in one folder; add --work FOLDER")
     if out is not None:
         require_writable(out)
     if device == "cuda" and "LOCAL_RANK" in os.environ:
@@ -109,13 +117,13 @@ def evaluate(
             networks=networks,
             real=real,
             real_images=real_images,
-            shard=own,
-            progress=own.index == 0 or not own.waits,
+            shard=share,
+            progress=share.index == 0 or not share.waits,
         )
     if found is None:
-        if not own.waits:
+        if not share.waits:
             console.print(
-                f"shard {own.index} of {own.count} is done; when all are, the same command without --shard merges them"
+                f"shard {share.index} of {share.count} is done; when all are, the same command without --shard merges them"
             )
         return
     show(found)
@@ -130,7 +138,7 @@ def _reward(text: str) -> tuple[str, str]:
     return name, where
 
 
-SAID = {
+LABELS = {
     "fid": "FID",
     "kid": "KID × 1000",
     "is": "IS",
@@ -141,12 +149,15 @@ SAID = {
     "hpsv2": "HPSv2",
     "image_reward": "ImageReward",
 }
+"""Names of figures for people, in the order of the table's rows."""
 NETWORKS = {"inception": "FID, KID, IS", "lpips": "LPIPS", "clip": "CLIP score"}
+"""What each network measures, for the notes."""
 SCALES = {"kid": 1000.0}
+"""Factors by which a figure is multiplied when it is shown."""
 
 
-def show(found: "Measured") -> None:
-    """The table for people, a row for each quantity and a column for each setting, and how it was measured."""
+def show(found: "Results") -> None:
+    """Print the table, with a row for each quantity and a column for each setting, and how it was measured."""
     settings = [found.raw, *found.rows]
     table = Table("", *(row.name for row in settings))
     mebibytes = "{:.1f} MiB".format
@@ -159,23 +170,23 @@ def show(found: "Measured") -> None:
     }
     for name, of in costs.items():
         table.add_row(name, *map(of, settings))
-    names = {name: None for row in settings for name in row.figures}
-    for name in [*(known for known in SAID if known in names), *(other for other in names if other not in SAID)]:
-        table.add_row(SAID.get(name, name), *(_figure(row.figures.get(name), SCALES.get(name, 1)) for row in settings))
+    names = {name: None for row in settings for name in row.estimates}
+    for name in [*(known for known in LABELS if known in names), *(other for other in names if other not in LABELS)]:
+        table.add_row(LABELS.get(name, name), *(_estimate(row.estimates.get(name), SCALES.get(name, 1)) for row in settings))
     console.print(table)
     for line in notes(found):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def notes(found: "Measured") -> list[str]:
-    """How it was measured, and what was not."""
+def notes(found: "Results") -> list[str]:
+    """Lines that say how the table was measured, and what was not measured and why."""
     setting = found.setting
     seeds, level = setting["seeds"], setting["intervals"]["level"]
     lines = [
         f"{found.images} images, in batches of {setting['batch']}, seeds {seeds['first']} to {seeds['last']}, the same for "
         f"all; {found.raw.cost.seconds_per_image:.2f} s an image untouched, {setting['device']}, {setting['dtype']}",
         f"[…]: {level:.0%} of {setting['intervals']['resamples']} times that images were drawn again; Δ: of the difference to "
-        "raw, in pairs; of FID by the {setting['fid_intervals']}, where there are enough images; ±: of KID's subsets",
+        f"raw, in pairs; of FID by the {setting['fid_intervals']}, where there are enough images; ±: of KID's subsets",
         f"memory: {setting['peak_memory']}",
     ]
     if "real" in setting:
@@ -186,16 +197,16 @@ def notes(found: "Measured") -> list[str]:
     return lines + [f"not measured: {name}. {why}" for name, why in found.not_measured.items()]
 
 
-def _figure(figure: "Figure | None", scale: float) -> str:
-    if figure is None:
+def _estimate(estimate: "Estimate | None", scale: float) -> str:
+    if estimate is None:
         return "—"
-    said = _number(figure.value * scale)
-    if figure.deviation is not None:
-        said += f" ± {_number(figure.deviation * scale)}"
-    for mark, bounds in (("", figure.interval), ("Δ ", figure.change)):
+    text = _number(estimate.value * scale)
+    if estimate.deviation is not None:
+        text += f" ± {_number(estimate.deviation * scale)}"
+    for mark, bounds in (("", estimate.interval), ("Δ ", estimate.change)):
         if bounds is not None:
-            said += f"\n{mark}\\[{_number(bounds[0] * scale)}, {_number(bounds[1] * scale)}]"
-    return said
+            text += f"\n{mark}\\[{_number(bounds[0] * scale)}, {_number(bounds[1] * scale)}]"
+    return text
 
 
 def _number(value: float) -> str:

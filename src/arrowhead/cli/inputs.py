@@ -1,4 +1,4 @@
-"""What commands have in common: a model's name, the arguments of its call, where it runs."""
+"""Arguments and options that commands share: the model, the inputs of its call, device, dtype and seeds."""
 
 import json
 from pathlib import Path
@@ -16,14 +16,14 @@ INPUT = typer.Option(
     "--input", "-i", metavar="NAME=VALUE", help="an argument of the pipeline's call, e.g. num_inference_steps=50; repeat"
 )
 Inputs = Annotated[list[str], INPUT]
-Seeds = Annotated[int, typer.Option(help="how many seeds to generate the inputs with, counted from 0", min=1)]
+Seeds = Annotated[int, typer.Option(help="how many seeds to generate the inputs with, from 0 on", min=1)]
 Seed = Annotated[int, typer.Option(help="seed of the initial noise")]
 Device = Annotated[str, typer.Option(help="torch device")]
 Dtype = Annotated[str, typer.Option(help="torch dtype of the weights")]
 
 
 def load(name: str, device: str, dtype: str) -> Any:
-    """A pipeline: bundled, from a local folder, or from the Hub."""
+    """Load a pipeline: a bundled one, one from a local folder, or one from the Hub."""
     wanted = getattr(torch, dtype, None)
     if not isinstance(wanted, torch.dtype):
         raise InputsInvalid(f"got dtype {dtype!r}, wanted the name of a torch dtype, such as bfloat16")
@@ -45,7 +45,7 @@ def load(name: str, device: str, dtype: str) -> Any:
 
 
 def parse(inputs: list[str]) -> dict[str, Any]:
-    """`NAME=VALUE` pairs as arguments; a value that is JSON is read as such, any other is text."""
+    """Parse `NAME=VALUE` pairs into arguments. A value that is valid JSON is parsed; any other value is text."""
     parsed: dict[str, Any] = {}
     for pair in inputs:
         name, equals, value = pair.partition("=")
@@ -59,7 +59,7 @@ def parse(inputs: list[str]) -> dict[str, Any]:
 
 
 def by_name(paths: list[Path]) -> dict[str, Plan]:
-    """Plans by the names of their files."""
+    """Load plans, by the names of their files without the ending."""
     loaded = {path.stem: Plan.load(path) for path in paths}
     if len(loaded) < len(paths):
         raise InputsInvalid(f"got plans {[str(p) for p in paths]}, wanted files of different names: a row is named by its file")

@@ -1,4 +1,4 @@
-"""The command line: a thin edge over the library, and the only place, with the demo, that prints."""
+"""The command line: thin commands over the library. Only this package prints."""
 
 import shlex
 import sys
@@ -32,18 +32,18 @@ Plans = Annotated[list[Path], typer.Option("--plan", exists=True, dir_okay=False
 
 
 @app.command()
-def demo(out: Annotated[Path, typer.Option(help="folder for what is written")] = Path("demo")) -> None:
-    """Compress the bundled models, offline, and show what was saved and what it cost."""
-    from arrowhead.cli import demo as main_job  # noqa: PLC0415  # the other commands need neither matplotlib nor torchmetrics
+def demo(out: Annotated[Path, typer.Option(help="folder for plans, figures and results")] = Path("demo")) -> None:
+    """Compress the bundled models, offline, and show what is saved and what it costs in quality."""
+    from arrowhead.cli.demo import run  # noqa: PLC0415  # other commands do not need matplotlib and torchmetrics
 
-    main_job.run(out, console)
+    run(out, console)
 
 
 @app.command()
 def families(
-    markdown: Annotated[bool, typer.Option(help="as docs/families.md has it")] = False,
+    markdown: Annotated[bool, typer.Option(help="print a Markdown table, as in docs/families.md")] = False,
 ) -> None:
-    """What is supported, and how far it is tested."""
+    """List the supported families, and how far they are tested."""
     columns = ["family", "pipelines", "compressed", "left alone", "CFG", "tests"]
     rows = [
         (
@@ -79,19 +79,19 @@ def search(
         ),
     ] = None,
     strategy: Annotated[
-        str | None, typer.Option(help="greedy (DiTFastAttn), headwise (DiTFastAttnV2) or budget; follows the other options")
+        str | None, typer.Option(help="greedy (DiTFastAttn), headwise (DiTFastAttnV2) or budget; default: by the other options")
     ] = None,
     threshold: Annotated[
         str | None, typer.Option(help=f"greedy: a number, or one of {', '.join(THRESHOLDS)} (D4); headwise: a number (0.6)")
     ] = None,
     loss: Annotated[str, typer.Option(help="greedy: paper or signed")] = "paper",
-    share_cfg: Annotated[bool, typer.Option(help="headwise: sites may compute the conditional branch alone")] = False,
+    share_cfg: Annotated[bool, typer.Option(help="headwise: sites may compute only the conditional branch")] = False,
     residual: Annotated[bool, typer.Option(help="headwise: arrows add the residual of their last full step")] = False,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
 ) -> None:
-    """Find a plan on one calibration run, and save it."""
+    """Search for a plan on one calibration run, and save it."""
     pipe = load(model, device, dtype)
     call = parse(inputs) | {"generator": torch.Generator().manual_seed(seed)}
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -100,8 +100,8 @@ def search(
         raise InputsInvalid(
             f"got --share-cfg or --residual with strategy {strategy}, wanted them with headwise; leave them out"
         )
-    asked: Any = {"strategy": how, "budget": _budget(budget), "threshold": _number(threshold), "loss": loss}
-    plan = ah.search(pipe, call, **asked)  # which says what it takes
+    settings: Any = {"strategy": how, "budget": _budget(budget), "threshold": _number(threshold), "loss": loss}
+    plan = ah.search(pipe, call, **settings)  # checks the settings
     plan.save(out)
     show_plan(plan)
     console.print(f"written to {out}")
@@ -114,9 +114,10 @@ def sweep(
     out: Annotated[Path, typer.Option(help="folder for the table, the plans and the figure")] = Path("sweep"),
     measure: Annotated[str, typer.Option(help="attention_flops, module_flops or transformer_flops")] = "module_flops",
     points: Annotated[int, typer.Option(help="how many budgets", min=2)] = 20,
-    least: Annotated[float, typer.Option(help="the smallest budget")] = 0.15,
+    least: Annotated[float, typer.Option(help="the smallest budget, a fraction")] = 0.15,
     table: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="a table that sweep wrote: solve it, and run no model")
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="a table that sweep wrote, to solve it again without the model"),
     ] = None,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -151,8 +152,8 @@ def generate(
     ] = None,
     out: Annotated[Path, typer.Option(help="folder for the images")] = Path("images"),
     kernel: Annotated[str, typer.Option(help="auto, chunked, flex, fused or reference")] = "auto",
-    cache_dtype: Annotated[str, typer.Option(help="what later steps read is kept in: native, int8 or fp8")] = "native",
-    cache_device: Annotated[str | None, typer.Option(help="and where, such as cpu; where it is computed if left out")] = None,
+    cache_dtype: Annotated[str, typer.Option(help="dtype of the caches: native, int8 or fp8")] = "native",
+    cache_device: Annotated[str | None, typer.Option(help="device of the caches, such as cpu; default: the model's")] = None,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
@@ -164,7 +165,7 @@ def generate(
     if plan is None:
         images = pipe(**call).images
     else:
-        caches: Any = {"cache_dtype": cache_dtype, "cache_device": cache_device}  # apply says what it takes
+        caches: Any = {"cache_dtype": cache_dtype, "cache_device": cache_device}  # apply checks them
         with ah.applied(pipe, Plan.load(plan), kernel=kernel, **caches) as run:
             images = pipe(**call).images
         console.print(str(run.summary()), highlight=False)
@@ -179,13 +180,15 @@ def compare(
     model: ModelName,
     inputs: Inputs,
     plans: Plans,
-    out: Annotated[Path, typer.Option(help="the compare's file", dir_okay=False)] = Path("compare.html"),
+    out: Annotated[Path, typer.Option(help="the page's file", dir_okay=False)] = Path("compare.html"),
     seeds: Seeds = 3,
-    room: Annotated[int, typer.Option(help="MiB for pictures, which are stored without loss; figures are of all", min=1)] = 32,
+    room: Annotated[
+        int, typer.Option(help="MiB for pictures; metrics are over all pictures, also over those that do not fit", min=1)
+    ] = 32,
     device: Device = "cpu",
     dtype: Dtype = "float32",
 ) -> None:
-    """Make one HTML page that shows what plans do to pictures; it needs no network, and opens from its file."""
+    """Write one HTML page that compares the pictures of plans. It opens from its file and needs no network."""
     from arrowhead.evaluation.side_by_side import evaluate as measure  # noqa: PLC0415
     from arrowhead.report.page import compare as compare_pictures  # noqa: PLC0415
     from arrowhead.report.page import require_writable  # noqa: PLC0415  # torchmetrics
@@ -201,17 +204,14 @@ def compare(
 @app.command()
 def show(
     path: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="a plan that search wrote")],
-    png: Annotated[Path | None, typer.Option(help="draw it into this file, too")] = None,
-    site: Annotated[str | None, typer.Option(help="draw the heads of this site instead; its path, or its number")] = None,
+    png: Annotated[Path | None, typer.Option(help="also draw the plan into this file")] = None,
+    site: Annotated[str | None, typer.Option(help="draw the heads of this site instead, by path or number")] = None,
 ) -> None:
     """Print a plan as a coloured map of steps and sites."""
     plan = Plan.load(path)
     show_plan(plan)
     if png is not None:
-        from arrowhead.analysis.draw import (
-            head_map,
-            plan_map,  # noqa: PLC0415  # matplotlib
-        )
+        from arrowhead.analysis.draw import head_map, plan_map  # noqa: PLC0415  # matplotlib
 
         if site is None:
             plan_map({path.stem: plan}, png)
@@ -219,13 +219,13 @@ def show(
             head_map(plan, _site_number(plan, site), png)
         console.print(f"drawn into {png}")
     elif site is not None:
-        raise InputsInvalid(f"got --site {site} and nothing to draw into; wanted --png FILE beside it")
+        raise InputsInvalid(f"got --site {site} without a file to draw into; wanted --png FILE as well")
 
 
 @app.command()
 def resample(
     path: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="a plan that search wrote")],
-    steps: Annotated[int, typer.Option(help="the number of steps that it is to be for", min=1)],
+    steps: Annotated[int, typer.Option(help="number of steps of the derived plan", min=1)],
     out: Annotated[Path, typer.Option(help="the derived plan's file")] = Path("resampled.json"),
 ) -> None:
     """Derive a plan for another number of steps, without a search."""
@@ -236,7 +236,7 @@ def resample(
 
 
 def _budget(text: str | None) -> ah.Budget | str | None:
-    """A preset's name, or NAME=VALUE."""
+    """Parse --budget: the name of a preset, or NAME=VALUE."""
     name, equals, value = (text or "").partition("=")
     if not equals:
         return text
@@ -264,7 +264,7 @@ def _site_number(plan: Plan, site: str) -> int:
 
 
 def show_plan(plan: Plan) -> None:
-    """The map, steps downwards and sites to the right, with its legend and cost."""
+    """Print a plan as a map, steps downwards and sites to the right, with legend, provenance and cost."""
     for step, row in enumerate(plan.cells):
         line = Text(f"step {step:>3}  ")
         for name in map(paper_name, row):
@@ -277,14 +277,14 @@ def show_plan(plan: Plan) -> None:
         )
     if any("head-wise" in name for name in count):
         heads = plan.count_heads()
-        said = ", ".join(f"{name} {n / heads.total():.0%}" for name, n in heads.most_common())
-        console.print(f"heads: {said}", highlight=False)
+        shares = ", ".join(f"{name} {n / heads.total():.0%}" for name, n in heads.most_common())
+        console.print(f"heads: {shares}", highlight=False)
     left, peak = plan.flops(), max(plan.cache_bytes())
     if searched := plan.about.get("search"):
-        said = ", ".join(
+        provenance = ", ".join(
             f"{key} {', '.join(map(str, value)) if isinstance(value, list) else value}" for key, value in searched.items()
         )
-        console.print(said.replace("_", " "), highlight=False)
+        console.print(provenance.replace("_", " "), highlight=False)
     for change in plan.about.get("derived", ()):
         console.print(f"derived: {', '.join(f'{name} {what}' for name, what in change.items())}", highlight=False)
     console.print(
@@ -297,12 +297,12 @@ def show_plan(plan: Plan) -> None:
 
 
 def _style(name: str) -> str:
-    """A kind of cell's colour as background, with letters that can be read on it."""
+    """The colour of a kind of cell as background, with a readable text colour."""
     return f"{ink(name)} on {COLOURS[name]}"
 
 
 def main() -> None:
-    """Run the command line; what arrowhead refuses is one line, not a traceback."""
+    """Run the command line. An error of arrowhead is printed as one line, without a traceback."""
     try:
         app()
     except ArrowheadError as error:

@@ -190,6 +190,6 @@ class HookedProcessors:
 
 def twin(processor: Any, cls: type) -> Any:
     """An object of class `cls` whose attributes are the processor's, and stay so: both have one `__dict__`."""
-    other = object.__new__(cls)
+    other: Any = object.__new__(cls)
     object.__setattr__(other, "__dict__", vars(processor))
     return other

@@ -252,7 +252,7 @@ class Run:
             if any(isinstance(cell, Attend) and Cached() in cell.methods(site.heads) for cell in column)
         ]
         return frozenset(
-            (later, site.path)
+            (later > 0, site.path)
             for later, transformer in enumerate(self._model.transformers)
             for site in caching
             if not can_project_heads_separately(uncompiled(transformer.get_submodule(site.path)))

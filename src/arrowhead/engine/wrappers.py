@@ -205,13 +205,9 @@ def _described(out: Any) -> str:
 
 def _wrap_processor(processor: Any, site: Site, around: Around, processors: HookedProcessors) -> Any:
     """The wrapper of a processor for one site. It shares the processor's attributes, so those set on either are set on both."""
-    base = type(processor)
+    base: Any = type(processor)
     keeps_slots = any(isinstance(member, types.MemberDescriptorType) for cls in base.__mro__ for member in vars(cls).values())
-    if (
-        keeps_slots
-        or isinstance(processor, types.FunctionType | types.BuiltinFunctionType)
-        or not hasattr(processor, "__dict__")
-    ):
+    if keeps_slots or not hasattr(processor, "__dict__"):  # functions have slots, too
         raise NotIntercepted(
             f"{site.path}: got a {base.__name__} for a processor, wanted an object whose class can be derived from, with its "
             "attributes in __dict__; use one of diffusers' processors, such as AttnProcessor2_0"

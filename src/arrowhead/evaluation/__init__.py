@@ -1,1 +1,1 @@
-"""Plans against the untouched pipeline: images, metrics and times, kept on disk and resumable."""
+"""Plans against the untouched pipeline: images, metrics and times, stored on disk and resumable."""

@@ -1,4 +1,4 @@
-"""Batches of images, made once and kept: untouched and with each plan in turn, each timed beside the other."""
+"""Generates batches of images, untouched and with each plan in turn, with their times, and stores them."""
 
 import os
 import time
@@ -13,9 +13,9 @@ from tqdm.auto import tqdm
 from arrowhead.engine.install import applied
 from arrowhead.engine.stats import Summary
 from arrowhead.errors import InputsInvalid
-from arrowhead.evaluation.memory import Peak
+from arrowhead.evaluation.peak_memory import PeakMemory
 from arrowhead.evaluation.request import Request
-from arrowhead.evaluation.work_folder import WorkFolder
+from arrowhead.evaluation.work_folder import SettingFolder
 from arrowhead.models.model import transformers_of
 from arrowhead.plans.plan import Plan
 
@@ -23,58 +23,58 @@ if TYPE_CHECKING:  # diffusers takes seconds to import
     from diffusers import DiffusionPipeline
 
 
-def missing(settings: Sequence[WorkFolder], batches: Sequence[range]) -> list[range]:
-    """Batches that some setting lacks."""
-    return [images for images in batches if not all(kept.record_path(images).exists() for kept in settings)]
+def missing_batches(settings: Sequence[SettingFolder], batches: Sequence[range]) -> list[range]:
+    """The batches that at least one setting has not stored yet."""
+    return [images for images in batches if not all(setting.record_path(images).exists() for setting in settings)]
 
 
-def warm_up(pipe: "DiffusionPipeline", asked: Request, plans: Sequence[Plan], batch: range) -> Tensor:
-    """One batch, untimed and not kept, untouched and with the first plan: raw pixels (n · frames, 3, H, W) in bytes.
+def warm_up(pipe: "DiffusionPipeline", request: Request, plans: Sequence[Plan], batch: range) -> Tensor:
+    """Generate one batch untouched and with the first plan, without timing or storing it.
 
-    So what is wrong with the images is known before many are made.
+    Returns the untouched pixels, uint8 (n · frames, 3, H, W), so that every measure can be tried before many images are made.
     """
-    pixels, _, _ = _generate(pipe, asked, batch, None)
+    pixels, _, _ = _generate(pipe, request, batch, None)
     for plan in plans[:1]:
-        _generate(pipe, asked, batch, plan)
+        _generate(pipe, request, batch, plan)
     return pixels.flatten(0, 1).permute(0, 3, 1, 2)
 
 
-def make(
-    pipe: "DiffusionPipeline", asked: Request, settings: Sequence[WorkFolder], batches: Sequence[range], *, progress: bool
+def generate_missing(
+    pipe: "DiffusionPipeline", request: Request, settings: Sequence[SettingFolder], batches: Sequence[range], *, progress: bool
 ) -> None:
-    """Make and keep what is not there; all settings of a batch one after the other."""
+    """Generate and store what is missing. All settings of a batch run one after the other, so that times can be compared."""
     transformer, *_ = transformers_of(pipe)
     session = f"{os.getpid()}-{time.time_ns()}"
     for images in tqdm(batches, desc="generate", unit="batch", disable=not progress):
-        for kept in settings:
-            if kept.record_path(images).exists():
+        for setting in settings:
+            if setting.record_path(images).exists():
                 continue
-            peak = Peak(transformer.device)
-            pixels, summary, seconds = _generate(pipe, asked, images, kept.plan)
+            peak = PeakMemory(transformer.device)
+            pixels, summary, seconds = _generate(pipe, request, images, setting.plan)
             record = {
                 "seconds": seconds,
-                "session": session,  # only times of one session stand side by side
+                "session": session,  # times are compared within one session only
                 "peak_memory_bytes": peak.bytes(),
                 "threads": torch.get_num_threads(),
-                "summary": summary and counted(summary),
+                "summary": summary and summary_as_dict(summary),
             }
-            kept.keep(images, pixels, record)
+            setting.store(images, pixels, record)
 
 
-def counted(summary: Summary) -> dict[str, Any]:
-    """A summary, for JSON."""
+def summary_as_dict(summary: Summary) -> dict[str, Any]:
+    """A generation's summary, for JSON."""
     return {**vars(summary), "flops": vars(summary.flops), "notes": list(summary.notes)}
 
 
 def _generate(
-    pipe: "DiffusionPipeline", asked: Request, images: range, plan: Plan | None
+    pipe: "DiffusionPipeline", request: Request, images: range, plan: Plan | None
 ) -> tuple[Tensor, Summary | None, float]:
-    """Pixels (n, frames, H, W, 3) in bytes, what was counted, and seconds of the call.
+    """One call of the pipeline: pixels, uint8 (n, frames, H, W, 3), the summary if a plan was applied, and seconds.
 
     Raises:
         InputsInvalid: the pipeline gave another number of images, or values that are not finite.
     """
-    call = asked.call(images)
+    call = request.call(images)
     with nullcontext() if plan is None else applied(pipe, plan) as run:
         started = time.perf_counter()
         made = pipe(**{**call, "output_type": "pt"})
@@ -85,8 +85,8 @@ def _generate(
     values = values if values.ndim == 5 else values.unsqueeze(1)  # (n, frames, C, H, W)
     if values.ndim != 5 or len(values) != len(images) or values.shape[2] != 3:
         raise InputsInvalid(
-            f"got {tuple(values.shape)} of a call for {len(images)} images, wanted as many, in RGB; leave out what asks "
-            "for more"
+            f"got {tuple(values.shape)} of a call for {len(images)} images, wanted one RGB image for each; leave out "
+            "inputs that ask for more images"
         )
     if not values.isfinite().all():
         raise InputsInvalid(

@@ -1,4 +1,4 @@
-"""What is measured of images: each measure turns a batch into values, which are kept, and from which figures are made later."""
+"""Measures of images. Each turns a batch into values, which are stored; estimates are computed from them later."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,17 +9,22 @@ import torch
 from torch import Tensor
 
 from arrowhead.errors import InputsInvalid
-from arrowhead.evaluation.networks import GET, Given, fingerprint, name_of, network
+from arrowhead.evaluation.networks import HOW_TO_GET, NetworkSource, fingerprint, load_network, name_of
 from arrowhead.evaluation.request import digest
 from arrowhead.metrics.images import squared_errors, ssim_each
-from arrowhead.metrics.resize import MODES, SAID
+from arrowhead.metrics.resize import DESCRIPTIONS, MODES
 
 INCEPTION_SIDE = 299
+"""Pixels on a side of the images that Inception takes."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images (n, 3, H, W) in bytes, raw ones with the same seeds for measures that are paired, their captions and labels."""
+    """Images to measure: `pixels` and `raw` are uint8 (n, 3, H, W).
+
+    `raw` are the untouched pipeline's images of the same seeds, which paired measures need. Captions and labels are there if
+    the inputs have them.
+    """
 
     pixels: Tensor
     raw: Tensor | None = None
@@ -29,74 +34,75 @@ class Batch:
 
 @dataclass(frozen=True)
 class Measure:
-    """`of` gives float values (n, d) of a batch, or (n,); `key` says what they depend on besides the images.
+    """One measure of images.
 
-    `paired`: it compares with the raw images, and those have none themselves. The first `features` of the values are what
-    distributions are compared by, `logits` come after them.
+    `compute` gives floating values (n, d) or (n,) for a batch. `key` identifies the measure and the weights of its network, and
+    names the folder of its values. A `paired` measure compares with the untouched pipeline's images. If the values are features
+    of a network, `features` is their number, and `logits` the number of logits behind them. `about` describes the network.
     """
 
     name: str
     key: str
-    of: Callable[[Batch], Tensor]
+    compute: Callable[[Batch], Tensor]
     paired: bool = False
     about: str = ""
     features: int = 0
     logits: int = 0
 
     def values(self, batch: Batch) -> Tensor:
-        """`of` a batch, (n, d) on the CPU.
+        """The values for a batch, (n, d) on the CPU.
 
         Raises:
-            InputsInvalid: it gave something else.
+            InputsInvalid: `compute` gave another shape or dtype, or values that are not finite.
         """
         with torch.no_grad():
-            given = self.of(batch)
-        values = given if isinstance(given, Tensor) else torch.tensor(given)
+            computed = self.compute(batch)
+        values = computed if isinstance(computed, Tensor) else torch.tensor(computed)
         count = len(batch.pixels)
         if values.numel() == count:
             values = values.reshape(count, 1)
         if values.ndim != 2 or len(values) != count or not values.is_floating_point() or not values.isfinite().all():
             raise InputsInvalid(
                 f"{self.name} gave values of shape {tuple(values.shape)} and dtype {values.dtype} for {count} images, wanted "
-                f"({count},), finite and floating; look at what it makes of {tuple(batch.pixels.shape)}"
+                f"({count},), finite and floating; check what it gives for pixels of shape {tuple(batch.pixels.shape)}"
             )
         return values.cpu()
 
 
 def unit(pixels: Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """Bytes as floats in [0, 1]."""
+    """Pixels in uint8 as float32 in [0, 1]."""
     return pixels.to(device).float() / 255
 
 
 def psnr() -> Measure:
-    """Squared errors, of which PSNR is made."""
+    """The mean squared error of each image, from which PSNR is computed."""
     return Measure("psnr", "psnr", lambda batch: squared_errors(unit(batch.pixels), unit(_raw(batch))), paired=True)
 
 
 def ssim() -> Measure:
-    """SSIM of each image."""
+    """The SSIM of each image."""
     return Measure("ssim", "ssim", lambda batch: ssim_each(unit(batch.pixels), unit(_raw(batch))), paired=True)
 
 
-def lpips(given: Given, device: torch.device | str = "cpu") -> Measure:
-    """Of a network that takes two batches of images in [-1, 1] and gives a distance for each pair."""
-    found = network(given, "lpips", device)
+def lpips(source: NetworkSource, device: torch.device | str = "cpu") -> Measure:
+    """LPIPS, by a network that takes two batches of images in [-1, 1] and gives a distance for each pair."""
+    found = load_network(source, "lpips", device)
 
-    def of(batch: Batch) -> Tensor:
+    def compute(batch: Batch) -> Tensor:
         return found(unit(batch.pixels, device) * 2 - 1, unit(_raw(batch), device) * 2 - 1)
 
-    return Measure("lpips", _key("lpips", found), of, paired=True, about=name_of(found))
+    return Measure("lpips", _key("lpips", found), compute, paired=True, about=name_of(found))
 
 
-def inception(given: Given, resize: str = "tf1", device: torch.device | str = "cpu") -> Measure:
-    """Features of a network that takes images (n, 3, 299, 299) in [-1, 1]: (n, d), or those and logits, side by side.
+def inception(source: NetworkSource, resize: str = "tf1", device: torch.device | str = "cpu") -> Measure:
+    """Features (n, d) of a network that takes images (n, 3, 299, 299) in [-1, 1], and its logits behind them if it gives any.
 
     Raises:
-        InputsInvalid: there is no such mode of resizing, or the network gives something else.
+        InputsInvalid: there is no such resize mode, or the network gives other shapes.
     """
     if resize not in MODES:
         raise InputsInvalid(f"got resize {resize!r}, wanted one of {', '.join(MODES)}; the original FID has tf1")
-    found = network(given, "inception", device)
+    found = load_network(source, "inception", device)
 
     def parts(pixels: Tensor) -> tuple[Tensor, ...]:
         made = found((MODES[resize](pixels.to(device).float(), INCEPTION_SIDE) - 128) / 128)
@@ -114,15 +120,18 @@ def inception(given: Given, resize: str = "tf1", device: torch.device | str = "c
         _key(f"inception-{resize}", found),
         lambda batch: torch.cat(parts(batch.pixels), -1),
         about=f"{name_of(found)}, {shapes[0][1]} features, images resized to {INCEPTION_SIDE} × {INCEPTION_SIDE} by "
-        f"{SAID[resize]}",
+        f"{DESCRIPTIONS[resize]}",
         features=shapes[0][1],
         logits=shapes[1][1] if len(shapes) > 1 else 0,
     )
 
 
-def clip(given: str | Path, device: torch.device | str = "cpu") -> Measure:
-    """100 · max(0, cos) of a CLIP's embeddings of images and their captions, from a folder that transformers can load."""
-    folder = Path(given)
+def clip(source: str | Path, device: torch.device | str = "cpu") -> Measure:
+    """CLIP score: 100 · max(0, cos) of a CLIP's embeddings of an image and its caption (Hessel et al., arXiv:2104.08718).
+
+    `source` is a folder that transformers can load.
+    """
+    folder = Path(source)
     try:
         from transformers import AutoTokenizer, CLIPModel  # noqa: PLC0415  # takes seconds
 
@@ -136,9 +145,9 @@ def clip(given: str | Path, device: torch.device | str = "cpu") -> Measure:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         processor = Processor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, ImportError) as error:
-        raise InputsInvalid(f"cannot load a CLIP from {folder}: {error}; get it by: {GET['clip']}") from error
+        raise InputsInvalid(f"cannot load a CLIP from {folder}: {error}; get it by: {HOW_TO_GET['clip']}") from error
 
-    def of(batch: Batch) -> Tensor:
+    def compute(batch: Batch) -> Tensor:
         length = model.config.text_config.max_position_embeddings
         text = tokenizer(
             _captions(batch, "CLIP score"), padding=True, truncation=True, max_length=length, return_tensors="pt"
@@ -151,14 +160,14 @@ def clip(given: str | Path, device: torch.device | str = "cpu") -> Measure:
         return 100 * (one * other).sum(-1).clamp(min=0)
 
     about = f"{folder.name}, images resized by its own processor to {dict(processor.size)}"
-    return Measure("clip", _key(f"clip-{digest(processor.to_dict())[:6]}", model), of, about=about)
+    return Measure("clip", _key(f"clip-{digest(processor.to_dict())[:6]}", model), compute, about=about)
 
 
-def accuracy(given: Given, device: torch.device | str = "cpu") -> Measure:
-    """Whether a classifier of images in [0, 1] says the label that was asked for."""
-    found = network(given, "classifier", device)
+def accuracy(source: NetworkSource, device: torch.device | str = "cpu") -> Measure:
+    """Accuracy: whether a classifier of images in [0, 1] predicts the label that the image was generated for."""
+    found = load_network(source, "classifier", device)
 
-    def of(batch: Batch) -> Tensor:
+    def compute(batch: Batch) -> Tensor:
         made = found(unit(batch.pixels, device))
         logits: Tensor = made[0] if isinstance(made, tuple | list) else made
         labels = torch.tensor(_labels(batch), device=logits.device)
@@ -169,18 +178,18 @@ def accuracy(given: Given, device: torch.device | str = "cpu") -> Measure:
             )
         return (logits.argmax(-1) == labels).float()
 
-    return Measure("accuracy", _key("accuracy", found), of, about=name_of(found))
+    return Measure("accuracy", _key("accuracy", found), compute, about=name_of(found))
 
 
-def reward(name: str, given: Given, device: torch.device | str = "cpu") -> Measure:
-    """HPSv2, ImageReward or another: a function of images (n, 3, H, W) in [0, 1] and n captions that gives n scores."""
-    found = network(given, name, device)
+def reward(name: str, source: NetworkSource, device: torch.device | str = "cpu") -> Measure:
+    """A reward such as HPSv2 or ImageReward: a function of images (n, 3, H, W) in [0, 1] and n captions that gives n scores."""
+    found = load_network(source, name, device)
 
-    def of(batch: Batch) -> Tensor:
+    def compute(batch: Batch) -> Tensor:
         scores = found(unit(batch.pixels, device), _captions(batch, name))
         return torch.as_tensor(scores, dtype=torch.float32) if not isinstance(scores, Tensor) else scores.float()
 
-    return Measure(name, _key(name, found), of, about=name_of(found))
+    return Measure(name, _key(name, found), compute, about=name_of(found))
 
 
 def _key(name: str, found: Any) -> str:

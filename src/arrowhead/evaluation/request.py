@@ -1,4 +1,4 @@
-"""What is generated: which input, which seed and which batch each image has, whoever generates it."""
+"""The images that an evaluation asks for: the input, seed and batch of each, and how batches are shared among processes."""
 
 import hashlib
 import json
@@ -23,20 +23,20 @@ PER_IMAGE = (
     "negative_prompt_3",
     "class_labels",
 )
-"""Arguments of a pipeline's call that are lists of one for each image; as one value they are the same for all.
+"""Arguments of a pipeline's call that may be lists with one item for each image. One value holds for all images.
 
-So are tensors that have prompt in their name.
+Tensors with `prompt` in their name are taken as lists, too.
 """
 RESERVED = ("generator", "output_type", "return_dict", "latents")
-"""Arguments that say what the evaluation says by itself."""
+"""Arguments of a pipeline's call that the evaluation sets."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """Images 0, 1, 2, …: image i has item i mod n of each of the `rows`, n long, and a generator of seed `seed` + i.
+    """Which images to generate. Image i has item i mod n of each of the `rows`, which have n items, and the seed `seed` + i.
 
-    They are generated in batches whose places are fixed, so that an image is the same to the last bit in whatever process,
-    and however often it was interrupted.
+    `common` are the arguments that all images share. Each image has a fixed place in a fixed batch. So an image is the same bit
+    for bit in any process, and after any interruption.
     """
 
     common: Mapping[str, Any]
@@ -47,10 +47,13 @@ class Request:
 
     @classmethod
     def of(cls, inputs: Mapping[str, Any], images: int, *, seed: int = 0, batch: int = 8) -> "Request":
-        """From arguments of the pipeline's call: lists of prompts or labels have one for each image.
+        """Build a request from the arguments of a pipeline's call, in which prompts or labels may be lists.
 
         Raises:
-            InputsInvalid: there are none, or lists of them differ in length; or the arguments bring what is not theirs to say.
+            InputsInvalid: there are no prompts or labels, their lists differ in length, or an argument is one of `RESERVED`.
+
+        Warns:
+            InputsRepeated: the number of images is no multiple of the number of inputs.
         """
         if images < 1 or batch < 1 or seed < 0:
             raise InputsInvalid(f"got {images} images in batches of {batch} from seed {seed}, wanted 1, 1 and 0 at least")
@@ -77,8 +80,8 @@ class Request:
         common = {name: value for name, value in inputs.items() if name not in rows}
         if images % count and images > count:
             warnings.warn(
-                f"{count} inputs for {images} images: the first {images % count} are drawn once more than the others; wanted "
-                f"a multiple, such as {images - images % count} images",
+                f"{count} inputs for {images} images: the first {images % count} are generated once more than the others; "
+                f"wanted a multiple, such as {images - images % count} images",
                 InputsRepeated,
                 stacklevel=2,
             )
@@ -86,27 +89,27 @@ class Request:
 
     @property
     def inputs(self) -> int:
-        """How long the rows are."""
+        """The number of items in each row."""
         return len(next(iter(self.rows.values())))
 
     @property
     def batches(self) -> list[range]:
-        """The images of each call of the pipeline; the last may have fewer."""
+        """The images of each call of the pipeline. The last batch may be smaller."""
         return [range(at, min(at + self.batch, self.images)) for at in range(0, self.images, self.batch)]
 
     def row(self, name: str, images: Sequence[int]) -> Any:
-        """What these images have of one of the rows: a list, or a tensor as it is one."""
+        """The items of one row for these images: a list, or a tensor if the row is a tensor."""
         values = self.rows[name]
         places = [image % len(values) for image in images]
         return values[places] if isinstance(values, Tensor) else [values[place] for place in places]
 
     def call(self, images: Sequence[int]) -> dict[str, Any]:
-        """Arguments of the pipeline's call that generates these images, on the CPU's generators, as diffusers advises."""
+        """Arguments of the call that generates these images. Generators are on the CPU, for the same noise on every device."""
         generators = [torch.Generator().manual_seed(self.seed + image) for image in images]
         return {**self.common, **{name: self.row(name, images) for name in self.rows}, "generator": generators}
 
     def about(self) -> dict[str, Any]:
-        """What decides the images, as JSON holds it; of long lists their length and hash. How many there are decides none."""
+        """What decides the images, for JSON; long lists as length and hash. The number of images is left out: it may grow."""
         rows = {
             name: values
             if len(values) <= 16 and not isinstance(values[0], list)
@@ -122,31 +125,32 @@ def _listed(values: Sequence[Any] | Tensor) -> list[Any]:
 
 
 def digest(value: Any) -> str:
-    """Of what JSON can hold."""
+    """A hash of a value that JSON can hold."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def captions(path: Path) -> list[str]:
-    """Captions of a text file, one a line; or of a COCO-format JSON, one of each image: that with the lowest id.
+    """Read captions from a text file, one in each line, or from a COCO-format JSON, for each image the one of lowest id.
 
     Raises:
-        InputsInvalid: the file holds none, or an image or a line has none.
+        InputsInvalid: the file cannot be read, or an image or a line has no caption.
     """
     try:
         text = path.read_text(encoding="utf-8")
-        read = _coco(json.loads(text)) if path.suffix == ".json" else dict(enumerate(text.splitlines(), 1))
+        found = _coco(json.loads(text)) if path.suffix == ".json" else dict(enumerate(text.splitlines(), 1))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputsInvalid(
             f"cannot read captions from {path}: {type(error).__name__} {error}; wanted a text file, a caption in each line, "
             "or a JSON as COCO's captions_val2014.json, with images and annotations"
         ) from error
     where = "images" if path.suffix == ".json" else "lines"
-    missing = [name for name, caption in read.items() if not caption.strip()]
-    if missing or not read:
+    missing = [name for name, caption in found.items() if not caption.strip()]
+    if missing or not found:
         raise InputsInvalid(
-            f"got {len(read)} captions in {path}, none in {where} {missing[:5]}; wanted one for each; write it, or take it out"
+            f"got {len(found)} captions in {path}, none in {where} {missing[:5]}; wanted one for each; add it, or remove "
+            "the entry"
         )
-    return [caption.strip() for caption in read.values()]
+    return [caption.strip() for caption in found.values()]
 
 
 def _coco(read: Mapping[str, Any]) -> dict[Any, str]:
@@ -160,9 +164,9 @@ def _coco(read: Mapping[str, Any]) -> dict[Any, str]:
 
 @dataclass(frozen=True)
 class Shard:
-    """Which of how many processes this is: it takes every `count`-th batch from `index` on.
+    """One process of `count` that share an evaluation: it takes every `count`-th batch from `index` on.
 
-    `waits` where the others run beside it, and the first waits for them to merge what all made.
+    `waits` says that all processes run at the same time, and that the first waits for the others and merges the results.
     """
 
     index: int = 0
@@ -175,21 +179,21 @@ class Shard:
 
     @classmethod
     def parse(cls, text: str) -> "Shard":
-        """From `i/n`."""
+        """Parse `i/n`, as the command line has it."""
         index, slash, count = text.partition("/")
         if not (slash and index.isdecimal() and count.isdecimal()):
             raise InputsInvalid(f"got shard {text!r}, wanted i/n with i from 0 to n - 1, such as 0/4")
         return cls(int(index), int(count))
 
     @classmethod
-    def launched(cls, environment: Mapping[str, str]) -> "Shard":
-        """As accelerate and torchrun launched this process; the only one, where neither did."""
+    def from_environment(cls, environment: Mapping[str, str]) -> "Shard":
+        """The shard of a process that accelerate or torchrun launched; of any other process, the only shard."""
         count = int(environment.get("WORLD_SIZE", 1))
         return cls(int(environment.get("RANK", 0)), count, waits=count > 1)
 
-    def of(self, everything: Sequence[range]) -> Sequence[range]:
-        """Its share."""
-        return everything[self.index :: self.count]
+    def share(self, batches: Sequence[range]) -> Sequence[range]:
+        """The batches of this process."""
+        return batches[self.index :: self.count]
 
 
 __all__ = ["Request", "Shard", "captions", "digest"]

@@ -1,4 +1,4 @@
-"""Quality, cost and time of plans, each against the untouched pipeline with the same seeds, side by side in one run."""
+"""`ah.evaluate`: quality, FLOPs and time of plans against the untouched pipeline, with the same seeds, in one run."""
 
 import math
 import time
@@ -26,16 +26,17 @@ if TYPE_CHECKING:  # diffusers takes seconds to import
     from diffusers import DiffusionPipeline
 
 Metric = Callable[[Tensor, Tensor], float]
-"""Of images and of the raw images with the same seeds, both (n, C, H, W) in [0, 1]."""
+"""A function of images and of the raw images with the same seeds, both (n, C, H, W) in [0, 1]."""
 METRICS: Mapping[str, Metric] = {"psnr": psnr, "ssim": ssim}
+"""The metrics that need no network."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """What one plan gave.
+    """The result of one plan.
 
-    `time_ratio` is the median over the seeds of its time by the untouched pipeline's, both measured in this run, one after
-    the other; `metrics` compare `images` with the raw ones.
+    `summary` is that of the last seed. `time_ratio` is the median over the seeds of the plan's time divided by the untouched
+    pipeline's, which was measured just before. `metrics` compare `images` (n, C, H, W) in [0, 1] with the raw images.
     """
 
     name: str
@@ -46,7 +47,7 @@ class Score:
     images: Tensor
 
     def as_dict(self) -> dict[str, Any]:
-        """All but the images, for JSON: what is infinite becomes None."""
+        """The score without its images, for JSON. Infinite metrics become None."""
         values = {name: value if math.isfinite(value) else None for name, value in self.metrics.items()}
         counted = {**vars(self.summary), "flops": vars(self.summary.flops)}
         return {"search": self.plan.about.get("search"), **counted, "time_ratio": self.time_ratio, **values}
@@ -54,9 +55,10 @@ class Score:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of plans, the untouched pipeline's images (n, C, H, W) and median seconds for a seed, and how it was measured.
+    """Scores of plans, and how they were measured.
 
-    Of videos every frame is an image.
+    `raw` are the untouched pipeline's images, float32 (n, C, H, W) in [0, 1], in which each frame of a video is an image.
+    `raw_seconds` is the median time of one seed. `setting` holds the inputs, seeds, device, dtype and versions.
     """
 
     raw: Tensor
@@ -65,7 +67,7 @@ class Evaluation:
     setting: Mapping[str, Any]
 
     def as_dict(self) -> dict[str, Any]:
-        """All but the images, for JSON."""
+        """The evaluation without its images, for JSON."""
         scores = {score.name: score.as_dict() for score in self.scores}
         return {**self.setting, "images": len(self.raw), "raw_seconds_per_seed": self.raw_seconds, "plans": scores}
 
@@ -79,14 +81,30 @@ def evaluate(
     metrics: Mapping[str, Metric] = METRICS,
     progress: bool = True,
 ) -> Evaluation:
-    """Generate `inputs` once for each seed, untouched and with every plan in turn, and compare.
+    """Generate `inputs` once for each seed, untouched and with every plan in turn, and compare images, FLOPs and time.
 
-    Whether the plans fit is known before anything is generated. The first seed is generated beforehand, untimed, untouched and
-    with the first plan. Nothing of `inputs` may be a generator: `seeds` says them.
+    All plans are checked before anything is generated. To warm up, the first seed is generated untouched and with the first
+    plan, without timing. All images stay in memory; the command `arrowhead evaluate` stores its work and can be resumed. The
+    function needs torchmetrics (`pip install arrowhead[cli]`).
+
+    Args:
+        pipe: a diffusers pipeline of a supported family.
+        plans: plans by name; none may be named `raw`.
+        inputs: keyword arguments of the pipeline's call, without a generator.
+        seeds: seeds of the initial noise, whole numbers of at least 0.
+        metrics: functions of images and raw images, both (n, C, H, W) in [0, 1], that give a number; by default PSNR and SSIM.
+        progress: show a tqdm bar.
+
+    Returns:
+        An `Evaluation`: the raw images, and for each plan its images, metrics, summary and time ratio.
 
     Raises:
-        InputsInvalid: there is no seed or no plan, one is something else, or the inputs bring a generator.
-        PlanMismatch: a plan was made for something else.
+        InputsInvalid: an argument has another type, there is no seed or no plan, or the inputs have a generator.
+        PlanMismatch: a plan was made for another model, scheduler, number of steps or tokens.
+
+    Example:
+        >>> found = ah.evaluate(pipe, {"half": plan}, dict(class_labels=[1, 7]), seeds=[0, 1, 2])
+        >>> found.scores[0].metrics["psnr"], found.scores[0].time_ratio
     """
     _check_types(plans, inputs, seeds, metrics)
     if not seeds or not plans or "raw" in plans or "generator" in inputs:
@@ -94,8 +112,8 @@ def evaluate(
             f"got {len(seeds)} seeds, plans {sorted(plans)} and inputs {sorted(inputs)}; wanted at least one seed, one plan, "
             "none of them named raw, and no generator among the inputs"
         )
-    for fitting in plans.values():
-        require_fit(pipe, fitting, inputs, seeds[0])
+    for each in plans.values():
+        require_fit(pipe, each, inputs, seeds[0])
     settings: dict[str, Plan | None] = {"raw": None, **plans}
     images: dict[str, list[Tensor]] = {name: [] for name in settings}
     seconds: dict[str, list[float]] = {name: [] for name in settings}
@@ -114,7 +132,7 @@ def evaluate(
     raw = torch.cat(images["raw"])
     scores = []
     for name, plan in plans.items():
-        ratios = [mine / whole for mine, whole in zip(seconds[name], seconds["raw"], strict=True)]
+        ratios = [mine / raw_seconds for mine, raw_seconds in zip(seconds[name], seconds["raw"], strict=True)]
         made = torch.cat(images[name])
         values = {metric: measure(made, raw) for metric, measure in metrics.items()}
         scores.append(Score(name, plan, summaries[name], median(ratios), values, made))
@@ -141,29 +159,29 @@ def _check_types(plans: Any, inputs: Any, seeds: Any, metrics: Any) -> None:
         raise InputsInvalid(f"got metrics {metrics!r:.200}, wanted a mapping of names to functions of two batches of images")
 
 
-class _Begun(Exception):
-    """The transformer is about to run."""
+class _TransformerReached(Exception):
+    """The transformer is about to run, so the call can be stopped."""
 
 
 def require_fit(pipe: "DiffusionPipeline", plan: Plan, inputs: Mapping[str, Any], seed: int) -> None:
-    """Check a plan against a call of the pipeline, which is stopped where it would run the transformer first.
+    """Check a plan against a call of the pipeline, which is stopped before the transformer runs.
 
     Raises:
-        PlanMismatch: the plan was made for something else.
+        PlanMismatch: the plan was made for another model, scheduler, number of steps or tokens.
     """
 
     def stop(*_: Any) -> None:
-        raise _Begun
+        raise _TransformerReached
 
-    with applied(pipe, plan), force_eager(), suppress(_Begun), ExitStack() as hooks:
-        for transformer in transformers_of(pipe):  # whichever is called first
-            hook = transformer.register_forward_pre_hook(stop)  # after the plan's own, which looks at steps and tokens
+    with applied(pipe, plan), force_eager(), suppress(_TransformerReached), ExitStack() as hooks:
+        for transformer in transformers_of(pipe):  # a pipeline may begin with either of two
+            hook = transformer.register_forward_pre_hook(stop)  # runs after the plan's hook, which checks steps and tokens
             hooks.callback(hook.remove)
         generate(pipe, inputs, seed)
 
 
 def generate(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], seed: int) -> Tensor:
-    """One call of the pipeline: its images, or its videos' frames one after another, on the CPU, (n, C, H, W) in [0, 1]."""
+    """Call the pipeline once and return its images or video frames, float32 (n, C, H, W) in [0, 1] on the CPU."""
     generator = torch.Generator().manual_seed(seed)
     made = pipe(**{**inputs, "generator": generator, "output_type": "pt"})
     images: Tensor = made.images if hasattr(made, "images") else made.frames.flatten(0, 1)  # of (B, F, C, H, W)

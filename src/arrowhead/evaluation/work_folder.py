@@ -1,13 +1,12 @@
-"""What an evaluation keeps on disk: images, what networks made of them, and which setting it is all of.
+"""The folder in which an evaluation stores its images and measured values, so that it can be interrupted and resumed.
 
-    evaluation.json                   the setting: another one's folder is refused
-    raw/, NAME-HASH/                  of the untouched pipeline, and of each plan by its content
-      images/000007.png               or 000007-002.png, a video's frame
-      batches/000000-000008.json      written when all of a batch's images are there: seconds, counters
-      values/MEASURE/000000-000008.npy    what one measure gives of a batch
+    evaluation.json                   model, inputs and seeds: a folder of another evaluation is refused
+    raw/, NAME-HASH/                  one folder for the untouched pipeline, and one for each plan, by the plan's content
+      images/000007.png               an image, or a frame of a video: 000007-002.png
+      batches/000000-000008.json      the batch's record (seconds, summary), written after all of its images
+      values/MEASURE/000000-000008.npy    the values that one measure gives for the batch
 
-A file is there whole or not at all: each is written under another name first. So whatever is there can be counted on, and what
-is not is made again.
+Each file is written under a temporary name and then renamed. So a file that exists is complete. A missing file is made again.
 """
 
 import io
@@ -31,110 +30,110 @@ MANIFEST = "evaluation.json"
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file whole, or not at all; its folder is made."""
+    """Write a file completely or not at all, and make its folder if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_bytes(content)
-        beside.replace(path)
+        temporary.write_bytes(content)
+        temporary.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """`write`, of what JSON can hold."""
+    """Write a value as JSON, completely or not at all."""
     write(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
 def open_work(folder: Path, about: Mapping[str, Any]) -> None:
-    """Begin a folder, or go on with one of the same setting.
+    """Start an evaluation's folder, or resume one of the same evaluation; `about` says what decides the images.
 
     Raises:
-        InputsInvalid: it is of another one, or it is no folder of ours and not empty; every difference is named.
+        InputsInvalid: the folder holds another evaluation (the message names every difference), or other files.
     """
     path = folder / MANIFEST
     if not path.exists():
-        strangers = [each for each in folder.glob("[!.]*") if each.name != MANIFEST]
-        if strangers and not path.exists():  # asked again, since another process may have begun it meanwhile
-            raise InputsInvalid(f"{folder} is not empty, and no evaluation's; wanted a folder of its own for --work")
+        others = [each for each in folder.glob("[!.]*") if each.name != MANIFEST]
+        if others and not path.exists():  # checked again: another process may have started the folder
+            raise InputsInvalid(f"{folder} is not empty, and holds no evaluation; wanted an empty folder for --work")
         write_json(path, about)
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        stored = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputsInvalid(
             f"cannot read {path}: {error}; wanted what an evaluation wrote there; take another folder"
         ) from error
-    if apart := list(differences(kept, json.loads(json.dumps(about)))):
+    if apart := list(differences(stored, json.loads(json.dumps(about)))):
         raise InputsInvalid(
             f"{folder} keeps an evaluation of another setting: {'; '.join(apart)}; go on as it was begun, or "
             "take another folder"
         )
 
 
-def differences(kept: Any, now: Any, name: str = "") -> list[str]:
-    """Where two values of JSON differ, by their keys."""
-    if isinstance(kept, dict) and isinstance(now, dict):
-        keys = [*kept, *(key for key in now if key not in kept)]
-        return [apart for key in keys for apart in differences(kept.get(key), now.get(key), f"{name}.{key}".lstrip("."))]
-    return [] if kept == now else [f"{name} was {kept!r}, and is {now!r}"]
+def differences(stored: Any, now: Any, name: str = "") -> list[str]:
+    """The differences between two JSON values, one line for each key that differs."""
+    if isinstance(stored, dict) and isinstance(now, dict):
+        keys = [*stored, *(key for key in now if key not in stored)]
+        return [line for key in keys for line in differences(stored.get(key), now.get(key), f"{name}.{key}".lstrip("."))]
+    return [] if stored == now else [f"{name} was {stored!r}, and is {now!r}"]
 
 
 @dataclass(frozen=True)
-class WorkFolder:
-    """The folder of one setting: `plan` on the pipeline, or none."""
+class SettingFolder:
+    """The folder of one setting within the work folder: a plan, or the untouched pipeline (`plan` is None)."""
 
     name: str
     plan: Plan | None
     folder: Path
 
     @classmethod
-    def of(cls, work: Path, name: str, plan: Plan | None) -> "WorkFolder":
-        """In an evaluation's folder. A plan is known by what it holds, its name is for people."""
+    def of(cls, work: Path, name: str, plan: Plan | None) -> "SettingFolder":
+        """The folder of a setting in the work folder. A hash of the plan's content identifies it; its name is for people."""
         if plan is None:
             return cls(name, None, work / "raw")
         content = json.loads(plan.text())
-        content.pop("about", None)  # how it was found, which does not decide the images
+        content.pop("about", None)  # provenance does not change the images
         return cls(name, plan, work / f"{name}-{digest(content)[:12]}")
 
     def record_path(self, images: range) -> Path:
-        """Where a batch is recorded as complete."""
+        """The path of a batch's record, which exists once the batch is complete."""
         return self.folder / "batches" / f"{_span(images)}.json"
 
     def value_path(self, measure: str, images: range) -> Path:
-        """Where what a measure gives of a batch is kept."""
+        """The path of the values that a measure, by its key, gives for a batch."""
         return self.folder / "values" / measure / f"{_span(images)}.npy"
 
-    def keep(self, images: range, pixels: Tensor, record: Mapping[str, Any]) -> None:
-        """Keep a batch: pixels (n, frames, H, W, 3) in bytes, and its record, which is written last."""
+    def store(self, images: range, pixels: Tensor, record: Mapping[str, Any]) -> None:
+        """Store a batch: pixels, uint8 (n, frames, H, W, 3), and then its record."""
         for image, frames in zip(images, pixels.numpy(), strict=True):
             for frame, picture in enumerate(frames):
                 file = io.BytesIO()
                 Image.fromarray(picture).save(file, "png", compress_level=1)
-                write(self._picture(image, frame, len(frames)), file.getvalue())
+                write(self._image_path(image, frame, len(frames)), file.getvalue())
         write_json(self.record_path(images), {**record, "frames": pixels.shape[1]})
 
     def record(self, images: range) -> dict[str, Any]:
-        """Of a batch that is complete."""
+        """The record of a complete batch."""
         return json.loads(self.record_path(images).read_text(encoding="utf-8"))
 
     def pixels(self, images: range) -> Tensor:
-        """A batch's images, (n · frames, 3, H, W) in bytes.
+        """The images of a complete batch, uint8 (n · frames, 3, H, W).
 
         Raises:
-            InputsInvalid: one is broken or gone; the message says how to have it made again.
+            InputsInvalid: an image is broken or missing; the message says how to have it made again.
         """
         frames = self.record(images)["frames"]
-        paths = [self._picture(image, frame, frames) for image in images for frame in range(frames)]
+        paths = [self._image_path(image, frame, frames) for image in images for frame in range(frames)]
         try:
             return torch.stack([read_image(path) for path in paths])
         except (InputsInvalid, RuntimeError) as error:
             raise InputsInvalid(f"{error}; delete {self.record_path(images)}, and run again: the batch is made anew") from error
 
     def values(self, measure: str, batches: Sequence[range]) -> Tensor:
-        """What a measure gives of all batches, in order: (images · frames, d)."""
+        """The values that a measure gives for all batches, in order: (images · frames, d)."""
         return torch.from_numpy(np.concatenate([load_array(self.value_path(measure, images)) for images in batches]))
 
-    def _picture(self, image: int, frame: int, frames: int) -> Path:
+    def _image_path(self, image: int, frame: int, frames: int) -> Path:
         name = f"{image:06}.png" if frames == 1 else f"{image:06}-{frame:03}.png"
         return self.folder / "images" / name
 
@@ -143,18 +142,18 @@ def _span(images: range) -> str:
     return f"{images.start:06}-{images.stop:06}"
 
 
-def keep_array(path: Path, values: Tensor) -> None:
-    """`write`, of an array."""
+def store_array(path: Path, values: Tensor) -> None:
+    """Write a tensor as npy, completely or not at all."""
     file = io.BytesIO()
     np.save(file, values.cpu().numpy())
     write(path, file.getvalue())
 
 
 def load_array(path: Path) -> np.ndarray[Any, Any]:
-    """What `keep_array` wrote.
+    """Read an array that `store_array` wrote.
 
     Raises:
-        InputsInvalid: it is broken.
+        InputsInvalid: the file is broken.
     """
     try:
         return np.load(path)
@@ -163,10 +162,10 @@ def load_array(path: Path) -> np.ndarray[Any, Any]:
 
 
 def read_image(path: Path) -> Tensor:
-    """An image's pixels, (3, H, W) in bytes; grey and transparent ones become RGB.
+    """Read an image as RGB pixels, uint8 (3, H, W).
 
     Raises:
-        InputsInvalid: there is no image that can be read.
+        InputsInvalid: the image cannot be read.
     """
     try:
         with Image.open(path) as image:

@@ -1,4 +1,4 @@
-"""Intervals around figures that are functions of means over images, by drawing images again (Efron's percentile bootstrap)."""
+"""Confidence intervals of functions of means over images, by Efron's percentile bootstrap, and the jackknife error."""
 
 from collections.abc import Callable
 
@@ -7,12 +7,13 @@ from torch import Tensor
 
 RESAMPLES, LEVEL, SEED = 1000, 0.95, 0
 WEIGHTS_AT_ONCE = 2**22
+"""Counts of (resamples, rows) that are in memory at once."""
 
 
 def resampled_means(values: Tensor, resamples: int = RESAMPLES, seed: int = SEED) -> Tensor:
-    """Means of as many rows of values (n, d), drawn with repetition: (resamples, d) in float64.
+    """Means of values (n, d) over n rows drawn with replacement, for each resample: (resamples, d) in float64.
 
-    Values of equal length are drawn the same rows for one seed.
+    For one seed, the same rows are drawn of all values of one length, so differences can be resampled in pairs.
     """
     generator, count = torch.Generator().manual_seed(seed), len(values)
     at_once, means = max(1, WEIGHTS_AT_ONCE // count), []
@@ -26,18 +27,18 @@ def resampled_means(values: Tensor, resamples: int = RESAMPLES, seed: int = SEED
 
 
 def interval(figures: Tensor, level: float = LEVEL) -> tuple[float, float]:
-    """The range that holds the middle share `level` of resampled figures (resamples,); infinite ones sort like others."""
+    """The range that holds the middle share `level` of resampled figures (resamples,), which may be infinite."""
     ordered, tail = figures.double().sort().values, (1 - level) / 2 * (len(figures) - 1) + 1e-9  # 0.05 × 100 may be less than 5
     return ordered[int(tail)].item(), ordered[-1 - int(tail)].item()
 
 
 def jackknife_error(without: Tensor) -> float:
-    """Standard error of a figure, from what it is without each of (groups,) equal parts of the data."""
+    """The standard error of a figure, from its values (groups,) with one of equal parts of the data left out."""
     return (without.var(correction=0) * (len(without) - 1)).sqrt().item()
 
 
 def bootstrap(values: Tensor, of: Callable[[Tensor], Tensor] = lambda means: means[..., 0]) -> tuple[float, float]:
-    """Interval of `of`, a function of means (…, d) that gives (…,), from values (n, d)."""
+    """The confidence interval of a function of means, (…, d) to (…,), from values (n, d)."""
     return interval(of(resampled_means(values)))
 
 

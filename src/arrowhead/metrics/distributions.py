@@ -1,7 +1,7 @@
-"""How far many images are from many others, and how varied they are, from a network's features of them.
+"""Distances between sets of images, and their diversity, computed from a network's features. All in float64.
 
-All in float64. Fréchet distance: Heusel et al., arXiv:1706.08500. Kernel distance: Bińkowski et al., arXiv:1801.01401.
-Inception score: Salimans et al., arXiv:1606.03498.
+Fréchet distance: Heusel et al., arXiv:1706.08500. Kernel distance: Bińkowski et al., arXiv:1801.01401. Inception score:
+Salimans et al., arXiv:1606.03498.
 """
 
 from collections.abc import Iterator
@@ -12,12 +12,12 @@ from torch import Tensor
 from torchmetrics.image.kid import poly_mmd
 
 AT_ONCE = 4096
-"""Rows of features that are float64 at a time."""
+"""Rows of features that are converted to float64 at a time, to bound memory."""
 
 
 @dataclass(frozen=True)
 class Moments:
-    """How many features there were, their mean (d,) and their unbiased covariance (d, d)."""
+    """The number of features, their mean (d,) and their unbiased covariance (d, d)."""
 
     count: int
     mean: Tensor
@@ -25,7 +25,7 @@ class Moments:
 
 
 def moments(features: Tensor) -> Moments:
-    """Of features (n, d), two at least."""
+    """The moments of features (n, d); n is at least 2."""
     mean = torch.stack([part.double().sum(0) for part in features.split(AT_ONCE)]).sum(0) / len(features)  # type: ignore[no-untyped-call]
     squares = torch.zeros(len(mean), len(mean), dtype=torch.float64)
     for part in features.split(AT_ONCE):  # type: ignore[no-untyped-call]
@@ -41,9 +41,9 @@ def root(covariance: Tensor) -> Tensor:
 
 
 def frechet(made: Moments, real: Moments, real_root: Tensor | None = None) -> float:
-    """Fréchet distance of two normal distributions; `real_root` is the real covariance's root, where it is known already.
+    """The Fréchet distance between two normal distributions. `real_root` is `root(real.covariance)`, if it is known already.
 
-    The trace of √(Σ Σ') is that of √(√Σ' Σ √Σ'), which is symmetric: no square root of a matrix that has none is taken.
+    The trace of √(Σ Σ') equals that of √(√Σ' Σ √Σ'). The second matrix is symmetric, so its eigenvalues are real.
     """
     half = root(real.covariance) if real_root is None else real_root
     cross = torch.linalg.eigvalsh(half @ made.covariance @ half).clamp(min=0).sqrt().sum()
@@ -51,8 +51,8 @@ def frechet(made: Moments, real: Moments, real_root: Tensor | None = None) -> fl
     return float(apart + made.covariance.trace() + real.covariance.trace() - 2 * cross)
 
 
-def without_each(features: Tensor, groups: Tensor) -> Iterator[Moments]:
-    """Moments of features (n, d) with one group left out, for each in turn; `groups` (n,) numbers them from 0."""
+def moments_without_each(features: Tensor, groups: Tensor) -> Iterator[Moments]:
+    """Moments of features (n, d) with one group left out, for each group in turn. `groups` (n,) numbers them from 0."""
     whole = moments(features)
     for group in range(int(groups.max()) + 1):
         left_out = features[groups == group].double() - whole.mean
@@ -63,9 +63,9 @@ def without_each(features: Tensor, groups: Tensor) -> Iterator[Moments]:
 
 
 def kernel_distances(made: Tensor, real: Tensor, subsets: int, size: int, seed: int = 0) -> Tensor:
-    """Unbiased MMD² with the kernel (x·y / d + 1)³ of so many random subsets of features (n, d) and (m, d): (subsets,).
+    """Unbiased MMD² with the kernel (x·y / d + 1)³ between random subsets of features (n, d) and (m, d): (subsets,).
 
-    Subsets have `size` of each, drawn without repetition; sets of equal length are drawn the same places for one seed.
+    A subset has `size` rows of each, drawn without repetition. For one seed, the same rows are drawn of all sets of one length.
     """
     generator = torch.Generator().manual_seed(seed)
     distances = []
@@ -75,13 +75,16 @@ def kernel_distances(made: Tensor, real: Tensor, subsets: int, size: int, seed: 
     return torch.stack(distances)
 
 
-def score_of(terms: Tensor) -> Tensor:
-    """Inception score of means of `score_terms`, (…, classes + 1): (…,)."""
-    marginal, conditional = terms[..., :-1], terms[..., -1]
+def inception_score_of_means(means: Tensor) -> Tensor:
+    """The inception score (…,) from means over images of `inception_score_terms`, (…, classes + 1)."""
+    marginal, conditional = means[..., :-1], means[..., -1]
     return (conditional - torch.special.xlogy(marginal, marginal).sum(-1)).exp()
 
 
-def score_terms(logits: Tensor) -> Tensor:
-    """What the inception score is a function of the means of: probabilities and Σ p log p, (n, classes + 1) of (n, classes)."""
+def inception_score_terms(logits: Tensor) -> Tensor:
+    """For each image the class probabilities and Σ p log p: (n, classes + 1) from logits (n, classes).
+
+    The inception score is a function of their means over images, so they can be resampled.
+    """
     log = logits.double().log_softmax(-1)
     return torch.cat([log.exp(), (log.exp() * log).sum(-1, keepdim=True)], -1)

@@ -1,4 +1,4 @@
-"""Errors of a compressed output against the full one, as a search uses them."""
+"""Errors of a compressed output against the full output, as the searches of both papers use them."""
 
 from typing import Literal
 
@@ -9,11 +9,11 @@ LossForm = Literal["paper", "signed"]
 
 
 def relative_error(reference: Tensor, output: Tensor, form: LossForm = "paper") -> float:
-    """Mean clip(|O − O'| / (max(|O|, |O'|) + 1e-6), 0, 10) over all elements (DiTFastAttn, the loss of Algorithm 1).
+    """The loss of DiTFastAttn's Algorithm 1: mean clip(|O − O'| / (max(|O|, |O'|) + 1e-6), 0, 10) over all elements.
 
-    `signed` divides by max(O, O') without absolute values, as the authors' code does; a negative quotient is clipped
-    to 0. Where O = O' the quotient is 0, whatever the divisor. Thresholds do not carry over between the two forms. Both
-    tensors have one shape; computed in float32. The error of an output that is not finite is NaN, below no threshold.
+    Both tensors have the same shape; the loss is computed in float32. The form `signed` divides by max(O, O') without absolute
+    values, as the authors' code does, and negative quotients are clipped to 0. Thresholds of one form do not fit the other.
+    Where O = O' the quotient is 0. The loss of an output that is not finite is NaN, which is below no threshold.
     """
     a, b = reference.float(), output.float()
     larger = torch.maximum(a.abs(), b.abs()) if form == "paper" else torch.maximum(a, b)
@@ -22,23 +22,23 @@ def relative_error(reference: Tensor, output: Tensor, form: LossForm = "paper") 
 
 
 def relative_squared_error(reference: Tensor, output: Tensor) -> Tensor:
-    """Mean (O_m − O)² over mean (O − Ō)² for each head, Ō the mean of all elements of the head (DiTFastAttnV2).
+    """The error of each head (DiTFastAttnV2): mean (O_m − O)² / mean (O − Ō)², where Ō is the mean over the head's elements.
 
-    Both (B, H, N, D); (H,) in float32. A head whose full output is constant has no variance: its error is 0 if it is met
-    exactly, else infinite.
+    Both (B, H, N, D); returns (H,) in float32. A head with constant full output has no variance: its error is 0 if the outputs
+    are equal, else infinite.
     """
-    return of_moments(moments(reference, output))
+    return error_from_moments(error_moments(reference, output))
 
 
-def moments(reference: Tensor, output: Tensor) -> Tensor:
-    """What `relative_squared_error` is made of, (3, H): mean (O_m − O)², mean O, and mean (O − Ō)²."""
+def error_moments(reference: Tensor, output: Tensor) -> Tensor:
+    """The means that `relative_squared_error` is computed from, (3, H): mean (O_m − O)², mean O, and mean (O − Ō)²."""
     full, other = reference.float(), output.float()
     mean = full.mean((0, 2, 3), keepdim=True)
     squared, variance = ((a - b).square().mean((0, 2, 3)) for a, b in ((other, full), (full, mean)))
     return torch.stack([squared, mean.flatten(), variance])
 
 
-def of_moments(found: Tensor) -> Tensor:
-    """The error that follows from moments (3, …)."""
-    squared, _, variance = found
+def error_from_moments(moments: Tensor) -> Tensor:
+    """The relative squared error (…,) from moments (3, …)."""
+    squared, _, variance = moments
     return torch.where(squared == 0, 0.0, squared / variance)

@@ -1,4 +1,4 @@
-"""How far generated images are from the uncompressed pipeline's, without any network."""
+"""Distances between generated images and the untouched pipeline's that need no network: PSNR and SSIM."""
 
 import torch
 from torch import Tensor
@@ -6,29 +6,26 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 
 def psnr(images: Tensor, raw: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB over all pixels of all images; infinite when they are equal.
-
-    Both (B, C, H, W) in [0, 1].
-    """
+    """The peak signal-to-noise ratio in dB over all pixels of all images, both (B, C, H, W) in [0, 1]; infinite if equal."""
     return decibels(torch.mean((images.double() - raw.double()) ** 2)).item()
 
 
 def decibels(error: Tensor) -> Tensor:
-    """PSNR in dB of mean squared errors of values in [0, 1], of any shape; infinite where there is none."""
+    """PSNR in dB from mean squared errors of values in [0, 1], elementwise; infinite where the error is 0."""
     return -10 * torch.log10(error.double())
 
 
 def squared_errors(images: Tensor, raw: Tensor) -> Tensor:
-    """Mean squared error of each image, (B,) in float64; both (B, C, H, W)."""
+    """The mean squared error of each image, (B,) in float64; both (B, C, H, W)."""
     return (images.double() - raw.double()).square().mean((1, 2, 3))
 
 
 def ssim(images: Tensor, raw: Tensor) -> float:
-    """Structural similarity (Gaussian window of 11 pixels, σ 1.5), the mean over images. Both (B, C, H, W) in [0, 1]."""
+    """Mean structural similarity (Gaussian window of 11 pixels, σ 1.5) over images, both (B, C, H, W) in [0, 1]."""
     return float(structural_similarity_index_measure(images.float(), raw.float(), data_range=1.0))
 
 
 def ssim_each(images: Tensor, raw: Tensor) -> Tensor:
-    """`ssim` of each image, (B,) in float32."""
+    """The structural similarity of each image, (B,) in float32; both (B, C, H, W) in [0, 1]."""
     each: Tensor = structural_similarity_index_measure(images.float(), raw.float(), data_range=1.0, reduction="none")
-    return each.reshape(-1)  # of one image torchmetrics gives a number
+    return each.reshape(-1)  # torchmetrics gives a scalar for one image

@@ -330,20 +330,3 @@ def with_adapter(pipe: Any, adapter: Adapter | None) -> Any:
             "give its transformer"
         )
     return CustomModel(pipe, adapter)
-
-
-def call_inputs(pipe: Any, inputs: Any) -> Mapping[str, Any]:
-    """Returns the keyword arguments of a pipeline's call, or for a custom model those of its own: `generate`, the callable.
-
-    Raises:
-        InputsInvalid: no callable for a custom model, or no mapping of names for a pipeline.
-    """
-    custom, keyword_arguments = isinstance(pipe, CustomModel), "a mapping of the pipeline call's keyword arguments"
-    if custom != callable(inputs):
-        wanted = "a callable that generates once, such as lambda: sample(model)" if custom else keyword_arguments
-        raise InputsInvalid(f"got inputs of type {type(inputs).__name__}, wanted {wanted}")
-    if custom:
-        return {"generate": inputs}
-    if not isinstance(inputs, Mapping) or not all(isinstance(name, str) for name in inputs):
-        raise InputsInvalid(f"got inputs {inputs!r:.200}, wanted {keyword_arguments}")
-    return inputs

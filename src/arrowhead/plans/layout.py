@@ -180,6 +180,8 @@ class Site:
         return self.kind == "block" and len(self.within) > 0 and {*self.within} == {*filter(self.contains, sites)}
 
     def __post_init__(self) -> None:
+        # the order in which torch lists modules is no part of what a plan is bound to
+        object.__setattr__(self, "within", tuple(sorted(self.within, key=lambda site: site.path)))
         if not _whole(1, self.heads, self.head_dim, self.channels):
             raise ValueError(f"got {self}, wanted sizes of at least 1, in whole numbers")
         if not _whole(0, self.weights, self.text_weights, self.text_channels):

@@ -262,7 +262,7 @@ class Plan:
             return cls(**file_format.read(limits.read_bytes(path)))
         except ValueError as error:  # also pydantic's ValidationError, and PlanInvalid
             reason = limits.shortened(error)
-            raise PlanInvalid(f"{path} is no sound plan; wanted a file that Plan.save wrote. {reason}") from error
+            raise PlanInvalid(f"{path} is no sound plan: {reason}; wanted a file that Plan.save wrote") from error
 
 
 def _second_transformer(switch: int | None) -> str:

@@ -9,16 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from arrowhead.errors import InputsInvalid
-from arrowhead.plans.cells import (
-    FULL,
-    Arrow,
-    Attend,
-    Box,
-    Cell,
-    Full,
-    Radius,
-    Reuse,
-)
+from arrowhead.plans.cells import FULL, Arrow, Attend, Box, Cell, Full, Method, Radius, Reuse
 from arrowhead.plans.flops import site_flops
 from arrowhead.plans.layout import Site, Tokens, relevant_tokens
 from arrowhead.plans.lifetimes import Computed, head_count, lifetimes
@@ -162,10 +153,14 @@ def _with_radii(cell: Cell, site: Site, before: Tokens, after: Tokens) -> Cell:
     """
     if not isinstance(cell, Attend):
         return cell
-    old, new = site.tokens(before), site.tokens(after)
+
+    def scaled(method: Method) -> Method:
+        if not isinstance(method, Arrow):
+            return method
+        return replace(method, radius=_radius(method.radius, site.tokens(before), site.tokens(after)))
+
     methods = cell.method if isinstance(cell.method, tuple) else (cell.method,)
-    scaled = (replace(m, radius=_radius(m.radius, old, new)) if isinstance(m, Arrow) else m for m in methods)
-    return Attend(tuple(scaled), cell.share_cfg)
+    return Attend(tuple(map(scaled, methods)), cell.share_cfg)
 
 
 def _radius(radius: Radius, before: Tokens, after: Tokens) -> Radius:

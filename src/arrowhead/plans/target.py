@@ -56,7 +56,10 @@ class Target:
                 if mine != theirs:
                     found.append(f"scheduler's {key}: plan {mine}, pipeline {theirs}")
         if len(self.sites) == len(other.sites):
-            wrong = [(mine, theirs) for mine, theirs in zip(self.sites, other.sites, strict=True) if mine != theirs]
+            place = {site.path: i for i, site in enumerate(self.sites)}  # the order of modules is no part of a target
+            unlike = [{*self.sites} - {*other.sites}, {*other.sites} - {*self.sites}]
+            by_path = [sorted(sites, key=lambda site: place.get(site.path, len(place))) for sites in unlike]
+            wrong = list(zip(*by_path, strict=True))
             found += [f"site: plan {mine}, pipeline {theirs}" for mine, theirs in wrong[:3]]
             found += [f"and {len(wrong) - 3} more sites"] if len(wrong) > 3 else []
         return found

@@ -1,4 +1,4 @@
-"""Maps of a plan, steps to the right, made of the plan's own cells: its sites downwards, or the heads of one site."""
+"""Maps of a plan's cells, in the coordinates of an SVG: steps to the right, and sites or the heads of one site downwards."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,32 +10,32 @@ from arrowhead.plans.layout import Site
 from arrowhead.plans.plan import Plan
 
 Place = tuple[int, int]  # step, row
-CELL = 18  # units wide and high
+CELL = 18  # width and height of a cell in the SVG
 
 
 @dataclass(frozen=True)
 class Area:
-    """All cells of a map that do exactly the same: where they are, and what is said of them."""
+    """All equal cells of a map: the name of their kind, a description, their opacity and their places."""
 
     name: str
-    said: str
+    description: str
     opacity: float
     places: tuple[Place, ...]
 
     @property
     def ink(self) -> str:
-        """What can be read on it."""
+        """The text colour that is readable on the area."""
         return ink(self.name, self.opacity)
 
     @property
     def middles(self) -> Mapping[str, str]:
-        """The cells' middles, as the lists that an SVG text takes."""
+        """The centres of the cells, as the lists of x and y that an SVG text element takes."""
         steps, rows = zip(*self.places, strict=True)
         return {"x": _spaced(step * CELL + CELL / 2 for step in steps), "y": _spaced(row * CELL + 12.5 for row in rows)}
 
     @property
     def outline(self) -> str:
-        """An SVG path around them, one unit a cell; cells that follow one another in a row are one rectangle."""
+        """An SVG path around the cells, in units of a cell. Neighbouring cells of a row are one rectangle."""
         return "".join(f"M{step} {row}h{length}v1h-{length}z" for step, row, length in self._runs())
 
     def _runs(self) -> list[tuple[int, int, int]]:
@@ -50,7 +50,7 @@ class Area:
 
 @dataclass(frozen=True)
 class Map:
-    """Rows × steps of cells. `labels` are the rows' names in short, `rows` in full. Sizes are in an SVG's units."""
+    """Rows × steps of cells. `rows` are the full names of the rows, `labels` the short ones. Sizes are in SVG units."""
 
     rows: tuple[str, ...]
     labels: tuple[str, ...]
@@ -59,7 +59,7 @@ class Map:
 
     @property
     def shares(self) -> Mapping[str, float]:
-        """What part of the cells bears each name, in the palette's order."""
+        """The fraction of the cells of each kind, in the order of the palette."""
         count: Counter[str] = Counter()
         for area in self.areas:
             count[area.name] += len(area.places)
@@ -67,34 +67,34 @@ class Map:
 
     @property
     def left(self) -> int:
-        """Where the cells begin: after the labels."""
+        """The x at which the cells begin, after the labels."""
         return 12 + 7 * max(map(len, self.labels))
 
     @property
     def width(self) -> int:
-        """Of labels and cells."""
+        """The width of labels and cells."""
         return self.left + self.steps * CELL
 
     @property
     def height(self) -> int:
-        """Of cells, and the steps' numbers beneath."""
+        """The height of the cells and the step numbers below them."""
         return len(self.rows) * CELL + 36
 
     @property
     def lines(self) -> str:
-        """An SVG path between the cells, one unit a cell."""
+        """An SVG path of the lines between cells, in units of a cell."""
         down = "".join(f"M{step} 0V{len(self.rows)}" for step in range(1, self.steps))
         return down + "".join(f"M0 {row}H{self.steps}" for row in range(1, len(self.rows)))
 
 
 def site_map(plan: Plan) -> Map:
-    """The plan's sites over its steps."""
+    """The map of a plan's sites over its steps."""
     paths = tuple(site.path for site in plan.target.sites)
     return _map(paths, _short(paths), plan.columns)
 
 
 def head_maps(plan: Plan) -> Mapping[str, Map]:
-    """Of each site that tells heads apart in some step, by its path: its heads over the steps."""
+    """For each site with a head-wise cell, by path: the map of its heads over the steps."""
     return {
         site.path: _map(
             [f"{site.path}, head {head}" for head in range(site.heads)],
@@ -111,32 +111,33 @@ def _by_head(site: Site, column: Sequence[Cell]) -> list[list[Cell]]:
 
 
 def _map(rows: Sequence[str], labels: Sequence[str], cells: Sequence[Sequence[Cell]]) -> Map:
-    """Of cells by row and step."""
+    """Group the cells of rows × steps into areas of equal cells."""
     places: dict[Cell, list[Place]] = {}
     for row, line in enumerate(cells):
         for step, cell in enumerate(line):
             places.setdefault(cell, []).append((step, row))
     radii = {radius for cell in places if (radius := _radius(cell)) is not None}
     areas = tuple(
-        Area(paper_name(cell), _said(cell), opacity(_radius(cell), radii), tuple(where)) for cell, where in places.items()
+        Area(paper_name(cell), _description(cell), opacity(_radius(cell), radii), tuple(where))
+        for cell, where in places.items()
     )
     return Map(tuple(rows), tuple(labels), len(cells[0]), areas)
 
 
-def _said(cell: Cell) -> str:
-    """A cell in words: its name, what that means, how far its bands reach, and what part of a slope it takes."""
+def _description(cell: Cell) -> str:
+    """A cell in words: its name and meaning, its radius, and how much of the slope it extrapolates."""
     name = paper_name(cell)
     if isinstance(cell, Reuse):
         return f"{name}: {MEANINGS[name]}" + (f", {cell.extrapolate:g} of the slope" if 0 < cell.extrapolate < 1 else "")
     if isinstance(cell.method, tuple):
-        count = Counter(map(_word, cell.method))
-        return f"{name}: " + ", ".join(f"{n} × {word}" for word, n in count.most_common())
+        count = Counter(map(_method_text, cell.method))
+        return f"{name}: " + ", ".join(f"{n} × {text}" for text, n in count.most_common())
     radius = _radius(cell)
     unit = "frames, rows and columns" if isinstance(radius, Box) else "tokens"
     return f"{name}: {MEANINGS[name]}" + ("" if radius is None else f", {radius} {unit} on each side")
 
 
-def _word(method: Method) -> str:
+def _method_text(method: Method) -> str:
     return method_name(method) + (f" of {method.radius}" if isinstance(method, Arrow) else "")
 
 
@@ -149,7 +150,7 @@ def _spaced(numbers: Iterable[float]) -> str:
 
 
 def _short(paths: Sequence[str]) -> list[str]:
-    """Paths without what they all begin with."""
+    """Paths without the components that all of them begin with."""
     parts = [path.split(".") for path in paths]
     shared = 0
     while len({tuple(path[: shared + 1]) for path in parts}) == 1 and all(len(path) > shared + 1 for path in parts):

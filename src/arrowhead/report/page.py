@@ -1,4 +1,4 @@
-"""One HTML page for a model and its plans: everything is in the file, and it asks for nothing else."""
+"""`ah.compare`: one self-contained HTML page that compares the pictures of several plans."""
 
 import base64
 import hashlib
@@ -21,19 +21,33 @@ from arrowhead.report.pictures import pictures
 
 HERE = Path(__file__).parent
 METRICS = {"psnr": ("PSNR", " dB"), "ssim": ("SSIM", ""), "lpips": ("LPIPS", "")}
-"""How people write a metric and its unit, where that is not its name alone."""
+"""The label and unit of a metric. Other metrics are labelled with their names."""
 
 
 def compare(evaluation: Evaluation, *, title: str, command: str | None = None, room: int = 32 * 2**20) -> str:
-    """The page's text, to be written as UTF-8.
+    """Make an HTML page of an evaluation: pictures beside raw, maps of the plans, and quality over FLOPs and time.
 
-    `title` names the model, `command` is what made the evaluation, as one would type it. Pictures are stored without loss, the
-    first ones, as many as fit into `room` bytes, but one at least; all figures are those of all pictures.
+    The page needs no network: everything is in the text, and its content security policy allows nothing else. The function
+    needs jinja2 (`pip install arrowhead[cli]`).
+
+    Args:
+        evaluation: what `evaluate` returned.
+        title: the name of the model.
+        command: the command line that made the evaluation, to be shown on the page.
+        room: bytes for the pictures, which are stored without loss. The first pictures that fit are shown, at least one. All
+            figures are over all pictures.
+
+    Returns:
+        The text of the page, to be written to a file as UTF-8.
+
+    Example:
+        >>> found = ah.evaluate(pipe, {"half": plan}, dict(class_labels=[1, 7]), seeds=[0])
+        >>> Path("page.html").write_text(ah.compare(found, title="DiT"), encoding="utf-8")
     """
     scores = evaluation.scores
     style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    own = f"style-src {_hash(style)}; script-src {_hash(script)}"
-    policy = f"default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; {own}"
+    hashes = f"style-src {_hash(style)}; script-src {_hash(script)}"
+    policy = f"default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; {hashes}"
     return (
         _environment()
         .get_template("page.html")
@@ -64,15 +78,15 @@ def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"percent": _percent, "figure": _figure, "data_uri": _data_uri, "spelt": _spelt, "ink": ink}
+    environment.filters |= {"percent": _percent, "figure": _figure, "data_uri": _data_uri, "as_text": _as_text, "ink": ink}
     return environment
 
 
 def require_writable(path: Path) -> None:
-    """Make a file's folder, and try whether the file can be written, before it is worked for; what is there stays as it is.
+    """Check that a file can be written, before the work for it begins. Its folder is made; an existing file is not changed.
 
     Raises:
-        InputsInvalid: it cannot.
+        InputsInvalid: the file cannot be written.
     """
     new = not path.exists()
     try:
@@ -85,12 +99,12 @@ def require_writable(path: Path) -> None:
 
 
 def _comparable(scores: tuple[Score, ...]) -> bool:
-    """Whether module FLOPs of all plans are fractions of the same whole."""
+    """Whether all plans have the same sites, so that their module FLOPs are fractions of the same total."""
     return len({score.plan.target.sites for score in scores}) == 1
 
 
 def _charts(scores: tuple[Score, ...]) -> list[Chart]:
-    """Each metric over what is left of the FLOPs, and of the time."""
+    """Charts of each metric over the fraction of FLOPs and of time that is left."""
     modules, attention = ("modules’ FLOPs left", _module_flops), ("attention’s FLOPs left", _attention_flops)
     costs: Mapping[str, Callable[[Score], float]] = dict(
         [modules if _comparable(scores) else attention, ("share of raw’s time", lambda score: score.time_ratio)]
@@ -122,12 +136,12 @@ def _data_uri(text: str) -> str:
     return f"data:application/json;base64,{base64.b64encode(text.encode()).decode()}"
 
 
-def _spelt(value: object) -> str:
+def _as_text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
 
 
 def _hash(text: str) -> str:
-    """By which a browser knows the page's own style and script; it takes no other."""
+    """The hash of a style or script in the content security policy, which lets a browser use no other."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 

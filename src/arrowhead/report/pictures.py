@@ -1,4 +1,4 @@
-"""Pictures as a page holds them: files within its text, each with what it shows and how far it is from raw."""
+"""The pictures of a page, as data URIs, with captions and PSNR to raw."""
 
 import base64
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from arrowhead.metrics.images import psnr
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture, raw and under each plan: data URIs, and the plans' PSNR to raw in dB, infinite where nothing changed."""
+    """One picture, raw and with each plan, as data URIs, and each plan's PSNR to raw in dB, infinite if they are equal."""
 
     caption: str
     raw: str
@@ -24,7 +24,7 @@ class Picture:
 
 
 def pictures(evaluation: Evaluation, room: int) -> tuple[Picture, ...]:
-    """The first pictures of an evaluation, as many as fit into so many bytes, but one at least."""
+    """The first pictures of an evaluation that fit into `room` bytes, at least one."""
     shown: list[Picture] = []
     for i, caption in enumerate(captions(evaluation.setting, len(evaluation.raw))):
         raw, *plans = (data_uri(images[i]) for images in (evaluation.raw, *(score.images for score in evaluation.scores)))
@@ -37,7 +37,7 @@ def pictures(evaluation: Evaluation, room: int) -> tuple[Picture, ...]:
 
 
 def data_uri(image: Tensor) -> str:
-    """A picture, (C, H, W) in [0, 1] with one channel or three, as WebP without loss: what differs is the plan's doing."""
+    """Encode a picture (C, H, W) in [0, 1], with 1 or 3 channels, as lossless WebP, so that differences come from the plan."""
     pixels = (image.clamp(0, 1) * 255).round().byte().expand(3, -1, -1).permute(1, 2, 0)  # (H, W, 3)
     file = BytesIO()
     Image.fromarray(pixels.numpy()).save(file, "webp", lossless=True)
@@ -45,23 +45,23 @@ def data_uri(image: Tensor) -> str:
 
 
 def captions(setting: Mapping[str, Any], count: int) -> list[str]:
-    """What each of `count` pictures was asked for, in words: the inputs that differ within a call, and the seed.
+    """Captions of `count` pictures: the inputs that differ within a call, and the seed.
 
-    A call's pictures come in the order of its prompts or labels, as many of each in a row as the call asks for.
+    The pictures of a call are in the order of its prompts or labels, with the same number of pictures for each.
     """
     seeds, inputs = setting["seeds"], setting["inputs"]
     in_a_call = count // len(seeds)
-    asked = [
+    varied = [
         (name, value) for name, value in inputs.items() if isinstance(value, list) and value and in_a_call % len(value) == 0
     ]
     same = [("prompt", inputs["prompt"])] if isinstance(inputs.get("prompt"), str) else []
-    said = []
+    found = []
     for i in range(count):
         seed, place = divmod(i, in_a_call)
-        own = [(name, value[place * len(value) // in_a_call]) for name, value in asked]
+        values = [(name, value[place * len(value) // in_a_call]) for name, value in varied]
         words = [
             f"{value}" if name == "prompt" else f"{name.removesuffix('s').replace('_', ' ')} {value}"
-            for name, value in same + own
+            for name, value in same + values
         ]
-        said.append(", ".join([*words, f"seed {seeds[seed]}"]))
-    return said
+        found.append(", ".join([*words, f"seed {seeds[seed]}"]))
+    return found

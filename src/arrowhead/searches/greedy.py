@@ -1,11 +1,11 @@
 """DiTFastAttn's search (Algorithm 1): step by step and layer by layer, the first candidate that stays under the threshold."""
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
+from arrowhead.calibration.driver import Driver
 from arrowhead.calibration.run import CalibrationRun, SearchResult
-from arrowhead.calibration.sharding import share_of
+from arrowhead.calibration.step import Step
 from arrowhead.errors import InputsInvalid
 from arrowhead.metrics.error import LossForm, relative_error
 from arrowhead.models.find import find
@@ -13,16 +13,19 @@ from arrowhead.plans.cells import FULL, Cell, Radius, dit_fast_attn_candidates
 from arrowhead.plans.layout import Tokens
 from arrowhead.searches.radii import narrower, require_radii
 
-if TYPE_CHECKING:  # diffusers takes seconds to import
-    from diffusers import DiffusionPipeline
-
 
 @dataclass(frozen=True)
 class Greedy:
-    """What DiTFastAttn's search may choose from.
+    """The candidates of DiTFastAttn's search (Yuan et al. 2024, Algorithm 1).
 
-    `radii` of the arrows are in tokens on each side, or boxes in the grid. None: an eighth of the visual tokens, the only
-    reading that gives the paper's Table 2.
+    Args:
+        radii: of the arrows, in tokens on each side, or boxes in the grid. None: an eighth of the visual tokens, the only
+            reading that gives the paper's Table 2.
+
+    Raises:
+        InputsInvalid: a radius is neither a number of tokens nor a box.
+
+    >>> arrowhead.search(pipe, inputs, strategy=arrowhead.Greedy(radii=(16, 64)), threshold="D3")
     """
 
     radii: tuple[Radius, ...] | None = None
@@ -31,16 +34,16 @@ class Greedy:
         require_radii(self.radii)
 
     def candidates(self, tokens: Tokens, guided: bool) -> Sequence[Cell]:
-        """The cells that are tried, in their order; of several radii the narrower ones first."""
+        """The cells in the order in which they are tried; of several radii the narrower ones first."""
         radii = (tokens.visual // 8,) if self.radii is None else narrower(self.radii, tokens)[::-1]
         return dit_fast_attn_candidates(radii, guided)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One candidate at one site: the transformer's error with it, and the bound it had to stay below.
+    """One candidate tried at one site: the error of the transformer's output, and the bound that it had to stay below.
 
-    `steps` is None where they are those of a loop of one's own.
+    `steps` are the steps of the run; None for a loop around a custom model.
     """
 
     step: int
@@ -56,31 +59,30 @@ class Trial:
         return self.error < self.bound
 
 
-def greedy_trials(
-    pipe: "DiffusionPipeline",
-    inputs: Mapping[str, Any],
+def greedy_search(
+    driver: Driver,
     *,
     threshold: float,
     loss: LossForm = "paper",
     settings: Greedy = Greedy(),
-) -> Generator[Trial, None, SearchResult]:
-    """Yield every trial of Algorithm 1 on one run of the pipeline with `inputs`; return what was found.
+    on_trial: Callable[[Trial], None] = lambda _: None,
+) -> SearchResult:
+    """Run Algorithm 1 on one generation of the driver, and call `on_trial` after every trial; gives what was found.
 
     A transformer's first step is full. At each later one, on the latents of the compressed trajectory and with the caches
     frozen, the reference is the output with full attention everywhere; at layer i of L, with the cells chosen for the layers
     before, the first candidate of AST, WA-RS + ASC, WA-RS, ASC whose error is below (i / L)·threshold is taken, else full.
+    Layers are counted in the order in which sites run.
 
     Raises what `arrowhead.search` raises.
     """
-    model = find(pipe)
-    calibration, share = CalibrationRun(model, inputs), share_of(inputs)
-    layers = len(model.sites)
+    calibration, share = CalibrationRun(driver, find(driver.pipe)), driver.share
     rows: list[tuple[Cell, ...]] = []
-    for step in calibration.steps():
-        candidates = {
-            site: settings.candidates(site.tokens(calibration.tokens), calibration.branches.guided) for site in model.sites
-        }
-        chosen: list[Cell] = [FULL] * layers
+
+    def choose(step: Step) -> None:
+        sites, tokens, guided = step.sites, calibration.tokens, calibration.branches.guided
+        candidates = {site: settings.candidates(site.tokens(tokens), guided) for site in sites}
+        chosen: list[Cell] = [FULL] * len(sites)
         if not step.first and threshold > 0:
             reference = share.joined(step.full())
             if not reference.isfinite().all():
@@ -88,16 +90,18 @@ def greedy_trials(
                     f"at step {step.index} the transformer gave values that are not finite, with full attention; wanted finite "
                     "ones; use bfloat16 or float32"
                 )
-            for layer, site in enumerate(model.sites):
-                bound = (layer + 1) / layers * threshold
+            for layer, site in enumerate(sites):
+                bound = (layer + 1) / len(sites) * threshold
                 for cell in candidates[site]:
                     output = share.joined(step.output([*chosen[:layer], cell, *chosen[layer + 1 :]]))
                     error = share.agreed(relative_error(reference, output, loss))
                     trial = Trial(step.index, calibration.step_count, site.path, cell, error, bound)
-                    yield trial
+                    on_trial(trial)
                     if trial.accepted:
                         chosen[layer] = cell
                         break
         step.finish(chosen, candidates)
         rows.append(tuple(chosen))
+
+    calibration.run(choose)
     return calibration.found(rows)

@@ -1,21 +1,23 @@
-"""DiTFastAttnV2's search: every head of every site chosen by a local error, in one run of the pipeline."""
+"""DiTFastAttnV2's search: a method for every head of every site, chosen by errors at the site itself, in one generation."""
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from arrowhead.calibration.run import CalibrationRun, SearchResult, require_finite
-from arrowhead.calibration.sharding import ALONE, Share, share_of
+from arrowhead.calibration.driver import Driver
+from arrowhead.calibration.run import CalibrationRun, SearchResult
+from arrowhead.calibration.sharding import ALONE, Share
+from arrowhead.calibration.step import Step, require_finite
 from arrowhead.engine.attention_hook import AttentionCall
 from arrowhead.engine.cache import Entry, Key, Output, both_branches, encode_output
 from arrowhead.engine.execute_site import SitePass, attend_heads
 from arrowhead.engine.generation import Generation
 from arrowhead.engine.site_calls import SiteCall
 from arrowhead.errors import InputsInvalid
-from arrowhead.metrics.error import moments, of_moments
+from arrowhead.metrics.error import error_from_moments, error_moments
 from arrowhead.models.find import find
 from arrowhead.plans import flops
 from arrowhead.plans.cells import FULL, Arrow, Attend, Box, Cached, Cell, Full, Method, Radius, grouped
@@ -25,16 +27,13 @@ from arrowhead.searches.multiple_choice import solve_multiple_choice
 from arrowhead.searches.radii import narrower, require_radii
 from arrowhead.searches.settings import is_number, require_flags
 
-if TYPE_CHECKING:  # diffusers takes seconds to import
-    from diffusers import DiffusionPipeline
-
 HEADS_AT_ONCE = 4
 """Heads whose candidates are in memory together."""
 
 
 @dataclass(frozen=True)
 class Headwise:
-    """What DiTFastAttnV2's search may choose from, and how.
+    """The candidates of DiTFastAttnV2's search (Zhang et al. 2025), and how it chooses among them.
 
     Args:
         radii: of the arrows, in tokens on each side, or boxes in the grid; None for a sixteenth, a 32nd and a 64th of the
@@ -44,7 +43,12 @@ class Headwise:
         residual: whether arrows add O − W of their head's last full step.
         prefilter: candidates whose error is this many times a head's share of the threshold, or more, are dropped before the
             choice; None drops none.
-        savings: what a candidate is worth: the FLOPs that it really saves, projections included, or the paper's weights.
+        savings: the value of a candidate: the FLOPs that it saves, projections included, or the paper's weights.
+
+    Raises:
+        InputsInvalid: a setting is out of range, or radii are boxes with the paper's weights.
+
+    >>> arrowhead.search(pipe, inputs, strategy=arrowhead.Headwise(radii=(16, 64), share_cfg=True), threshold=0.6)
     """
 
     radii: tuple[Radius, ...] | None = None
@@ -65,7 +69,7 @@ class Headwise:
             raise InputsInvalid(f"got savings='paper' with radii={self.radii!r}, wanted radii in tokens; or savings='flops'")
 
     def methods(self, tokens: Tokens) -> tuple[Method, ...]:
-        """What a head may do, full attention first. Bands that would cover everything are left out."""
+        """The methods of a head, full attention first. Bands that would cover everything are left out."""
         radii = (tokens.visual // 16, tokens.visual // 32, tokens.visual // 64) if self.radii is None else self.radii
         arrows = [Arrow(radius, self.residual) for radius in narrower(radii, tokens)]
         return (Full(), *arrows, *([Cached()] if self.caching else []))
@@ -73,7 +77,7 @@ class Headwise:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen at one site in one step, and the sum of its heads' errors; `steps` as a `Trial` has it."""
+    """The cell chosen at one site in one step, and the sum of its heads' errors; `steps` as in `Trial`."""
 
     step: int
     steps: int | None
@@ -82,86 +86,88 @@ class Choice:
     error: float
 
 
-def headwise_choices(
-    pipe: "DiffusionPipeline", inputs: Mapping[str, Any], *, threshold: float, settings: Headwise
-) -> Generator[Choice, None, SearchResult]:
-    """Yield the choices of each step of one run of the pipeline with `inputs`; return what was found.
+def headwise_search(
+    driver: Driver, *, threshold: float, settings: Headwise, on_choice: Callable[[Choice], None] = lambda _: None
+) -> SearchResult:
+    """Choose for every head on one generation of the driver, and call `on_choice` for every site; gives what was found.
 
-    A transformer's first step is full. At every later one each site computes its full output on the input that it really gets,
-    from it the error of every candidate of every head, and chooses: the greatest saving with Σ errors ≤ threshold. What was
-    chosen is what the site gives to the next one. No projection runs twice.
+    A transformer's first step is full. At every later one each site computes its full output on the input that it gets in the
+    compressed trajectory, and from that output the error of every candidate of every head. It chooses the greatest saving with
+    Σ errors ≤ threshold, and passes the output of the chosen cell on. No projection runs twice.
 
     Raises what `arrowhead.search` raises.
     """
-    calibration = CalibrationRun(find(pipe), inputs)
+    calibration = CalibrationRun(driver, find(driver.pipe))
     rows: list[list[Cell]] = []
-    for step in calibration.steps():
-        chooser = Chooser(settings, 0.0 if step.first else threshold, share_of(inputs))
+
+    def choose(step: Step) -> None:
+        chooser = Chooser(settings, 0.0 if step.first else threshold, driver.share)
         step.finish_by(chooser.at_site)
         rows.append([chooser.chosen[site][0] for site in step.sites])
         for site, (cell, error) in chooser.chosen.items():
-            yield Choice(step.index, calibration.step_count, site.path, cell, error)
+            on_choice(Choice(step.index, calibration.step_count, site.path, cell, error))
+
+    calibration.run(choose)
     return calibration.found(rows)
 
 
 class Chooser:
-    """The choices of one step: site by site, as the transformer comes to them."""
+    """The choices of one step, made at each site when it is called; `chosen` are the cells with their sums of errors."""
 
     def __init__(self, settings: Headwise, threshold: float, share: Share = ALONE) -> None:
         self.chosen: dict[Site, tuple[Attend, float]] = {}
         self._settings, self._threshold, self._share = settings, threshold, share
 
     def at_site(self, call: SiteCall, state: Generation) -> Output:
-        """Run the site's module with the heads chosen; remember what they gave."""
-        passage = SitePass.full(call, state)
-        passage.record_pass()
-        out = call.run(lambda attention: self._attention(attention, passage))
-        passage.record_projections()
+        """Run the site's module with the methods chosen for its heads; write what later steps may read to the cache."""
+        site_pass = SitePass.full(call, state)
+        site_pass.record_pass()
+        out = call.run(lambda attention: self._attention(attention, site_pass))
+        site_pass.record_projections()
         return out
 
-    def _attention(self, attention: AttentionCall, passage: SitePass) -> Tensor:
-        call = passage.call
+    def _attention(self, attention: AttentionCall, site_pass: SitePass) -> Tensor:
         full = attention.native()  # (B, H, N, D)
-        require_finite(full, call, passage.generation)
-        passage.record_attention(len(full))
-        site = _AtSite(self._settings, attention, passage, full, self._share)
-        cell, error = site.choose(self._threshold) if self._threshold > 0 else (FULL, 0.0)
-        self.chosen[call.site] = cell, error
-        out = full if cell == FULL else site.output(cell)
-        site.remember(cell, out)
+        require_finite(full, site_pass.call, site_pass.generation)
+        site_pass.record_attention(len(full))
+        candidates = _Candidates(self._settings, attention, site_pass, full, self._share)
+        cell, error = candidates.choose(self._threshold) if self._threshold > 0 else (FULL, 0.0)
+        self.chosen[site_pass.call.site] = cell, error
+        out = full if cell == FULL else candidates.output(cell)
+        candidates.store(cell, out)
         return out
 
 
 @dataclass(frozen=True)
-class _AtSite:
-    """One site in one step: candidates, their errors, and the output of a cell made of them."""
+class _Candidates:
+    """The candidates of one site in one step: their errors, the choice among them, and the output of a cell made of them."""
 
     settings: Headwise
     attention: AttentionCall
-    passage: SitePass
+    site_pass: SitePass
     full: Tensor  # (B, H, N, D)
     share: Share
 
     @property
     def methods(self) -> tuple[Method, ...]:
-        return self.settings.methods(self.passage.tokens)
+        return self.settings.methods(self.site_pass.tokens)
 
     @property
     def conditional(self) -> slice:
-        return self.passage.generation.branches.conditional(self.full.shape[0])
+        return self.site_pass.generation.branches.conditional(self.full.shape[0])
 
     def choose(self, threshold: float) -> tuple[Attend, float]:
-        """The cell that saves most, and the sum of its errors."""
-        site, heads = self.passage.call.site, self.passage.call.site.heads
-        shares = (False, True) if self.settings.share_cfg and self.passage.generation.branches.guided else (False,)
+        """The cell that saves most with errors of at most `threshold` in sum, and that sum."""
+        site, heads = self.site_pass.call.site, self.site_pass.call.site.heads
+        shares = (False, True) if self.settings.share_cfg and self.site_pass.generation.branches.guided else (False,)
         errors = self._errors(shares)
         if self.settings.prefilter is not None:
             errors[errors >= self.settings.prefilter * threshold / heads] = torch.inf
         errors[shares.index(False), :, 0] = 0.0  # full attention is always open
         best: tuple[int, Attend, float] | None = None
         for share, of_share in zip(shares, errors, strict=True):
-            gains, constant = _savings(self.settings, site, self.passage.generation.tokens, self.methods, share)
-            if (found := solve_multiple_choice(of_share.tolist(), gains, threshold)) is None:
+            savings, constant = _savings(self.settings, site, self.site_pass.generation.tokens, self.methods, share)
+            if (found := solve_multiple_choice(of_share.tolist(), savings, threshold)) is None:
                 continue
             options, saved = found
             if best is None or saved + constant > best[0]:
@@ -171,8 +177,8 @@ class _AtSite:
         return best[1], best[2]
 
     def _errors(self, shares: Sequence[bool]) -> Tensor:
-        """(shares, H, methods), on the CPU."""
-        heads = self.passage.call.site.heads
+        """The error of every candidate, (shares, H, methods), on the CPU: relative squared errors of a head's output."""
+        heads = self.site_pass.call.site.heads
         found = torch.zeros(3, len(shares), heads, len(self.methods))
         for m, method in enumerate(self.methods):
             for some in _runs(heads, HEADS_AT_ONCE):
@@ -180,11 +186,11 @@ class _AtSite:
                 for s, share in enumerate(shares):
                     other = both_branches(candidate[self.conditional]) if share else candidate
                     assert isinstance(other, Tensor)
-                    found[:, s, some[0] : some[-1] + 1, m] = moments(self.full[:, some], other).cpu()
-        return self.share.agreed(of_moments(self.share.pooled(found)))
+                    found[:, s, some[0] : some[-1] + 1, m] = error_moments(self.full[:, some], other).cpu()
+        return self.share.agreed(error_from_moments(self.share.pooled(found)))
 
     def output(self, cell: Attend) -> Tensor:
-        """What the heads give under a cell, for both branches: (B, H, N, D)."""
+        """The heads' outputs under a cell, for both branches: (B, H, N, D)."""
         rows = self.conditional if cell.share_cfg else slice(None)
         out = self.full[rows].clone()
         for method, heads in grouped(cell.methods(out.shape[1])):
@@ -193,28 +199,29 @@ class _AtSite:
         return torch.cat([out, out]) if cell.share_cfg else out
 
     def _heads(self, method: Method, heads: Sequence[int], rows: slice) -> Tensor:
-        """These heads under one method: (b, h, N, D)."""
+        """The outputs of these heads under one method: (b, h, N, D)."""
         if isinstance(method, Full):
             return self.full[rows][:, heads]
         if isinstance(method, Cached):
-            return self._kept(Key(self.passage.call.site.path, "heads"), heads, rows)
-        key = Key(self.passage.call.site.path, "residual", method.radius)
-        residual = self._kept(key, heads, rows) if method.residual else None
-        return attend_heads(self.attention, heads, [method] * len(heads), rows, self.passage, residual)
+            return self._read(Key(self.site_pass.call.site.path, "heads"), heads, rows)
+        key = Key(self.site_pass.call.site.path, "residual", method.radius)
+        residual = self._read(key, heads, rows) if method.residual else None
+        return attend_heads(self.attention, heads, [method] * len(heads), rows, self.site_pass, residual)
 
-    def _kept(self, key: Key, heads: Sequence[int], rows: slice) -> Tensor:
-        state = self.passage.generation
-        return state.cache.read_heads(key, heads, self.passage.call.site.heads, state.step)[rows]
+    def _read(self, key: Key, heads: Sequence[int], rows: slice) -> Tensor:
+        """A cache entry for these heads and rows: (b, h, N, D) or (b, h, V, D)."""
+        state = self.site_pass.generation
+        return state.cache.read_heads(key, heads, self.site_pass.call.site.heads, state.step)[rows]
 
-    def remember(self, cell: Attend, out: Tensor) -> None:
-        """Keep what later steps may read: every head's output, and the residuals of the heads that were full."""
-        state, site = self.passage.generation, self.passage.call.site
+    def store(self, cell: Attend, out: Tensor) -> None:
+        """Write what later steps may read: every head's output (B, H, N, D), and the residuals of the heads that were full."""
+        state, site = self.site_pass.generation, self.site_pass.call.site
         if self.settings.caching:
             state.cache.write(Key(site.path, "heads"), Entry(encode_output(out, site.head_dim), False, FOREVER))
         full = tuple(head for head, method in enumerate(cell.methods(site.heads)) if isinstance(method, Full))
         if not self.settings.residual or not full:
             return
-        visual, rows = self.passage.tokens.visual_slice, self.conditional if cell.share_cfg else slice(None)
+        visual, rows = self.site_pass.tokens.visual_slice, self.conditional if cell.share_cfg else slice(None)
         for method in self.methods:
             if isinstance(method, Arrow):
                 band = self._heads(Arrow(method.radius), full, rows)[:, :, visual]
@@ -225,6 +232,7 @@ class _AtSite:
 
 
 def _runs(heads: int, length: int) -> Iterator[list[int]]:
+    """All heads in groups of at most `length`."""
     for start in range(0, heads, length):
         yield list(range(start, min(start + length, heads)))
 
@@ -235,10 +243,10 @@ def _radius(arrow: Arrow) -> int:
 
 
 def _savings(settings: Headwise, site: Site, tokens: Tokens, methods: Sequence[Method], share: bool) -> tuple[list[int], int]:
-    """What each method saves per head, and what the site saves besides, as whole numbers.
+    """The savings of each method per head, and those of the site besides, as whole numbers.
 
-    By default FLOPs of one image under guidance. The paper's weights, in billionths: 1 for a cached head, ½ for sharing,
-    ((V − w) / (V + T))² for a band of w tokens on each side.
+    By default they are FLOPs of one image under guidance. With the paper's weights they are billionths of a full head: 1 for a
+    cached head, ½ for sharing, ((V − w) / (V + T))² for a band of w tokens on each side.
     """
     if settings.savings == "paper":
         visual, total = site.tokens(tokens).visual, site.tokens(tokens).total

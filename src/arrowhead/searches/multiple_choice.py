@@ -1,4 +1,4 @@
-"""The choice among methods for the heads of one site: the most saved with a bounded sum of errors, solved exactly."""
+"""The multiple-choice knapsack of one site: an option for each head, with the greatest savings within a bound of errors."""
 
 from collections.abc import Sequence
 
@@ -8,19 +8,19 @@ import numpy as np
 def solve_multiple_choice(
     errors: Sequence[Sequence[float]], savings: Sequence[int], bound: float
 ) -> tuple[tuple[int, ...], int] | None:
-    """One option for each of H heads: the greatest sum of savings whose sum of errors is at most `bound`.
+    """Choose one option for each of H heads, with the greatest sum of savings among sums of errors of at most `bound`.
 
-    `errors[h][m]` is head h's with option m, infinite or NaN where the option is not open; `savings[m]` is alike for all
-    heads. Gives the option of each head, and the sum of savings; among equal savings the one of least error. None when no
-    choice stays within the bound.
+    `errors[h][m]` is the error of head h with option m, infinite or NaN where the option is not allowed; `savings[m]` is the
+    same for all heads. Gives the option of each head, and the sum of savings; among equal savings the options with the least
+    error. None if no choice stays within the bound.
 
-    Exact: heads are added one by one, and of all partial choices those stay that no other one beats in both sums (the Pareto
-    front). Savings are whole numbers, so that equal sums meet; with few distinct savings the front stays short.
+    The solution is exact. Heads are added one by one, and of all partial choices those are kept that no other one beats in both
+    sums (the Pareto front). Savings are whole numbers, so that equal sums are recognised; with few distinct savings the front
+    stays short.
     """
-    saved, spent = np.zeros(1, dtype=np.int64), np.zeros(1)  # the front: rising errors, rising savings
-    trail: list[
-        tuple[np.ndarray, np.ndarray]
-    ] = []  # for each head: where on the last front a point comes from, by which option
+    saved, spent = np.zeros(1, dtype=np.int64), np.zeros(1)  # the front: both sums rise along it
+    # of each head: the points of the front before it that those of its front come from, and the options that they take
+    trail: list[tuple[np.ndarray, np.ndarray]] = []
     gain = np.asarray(savings, dtype=np.int64)
     for of_options in errors:
         total = spent[:, None] + np.asarray(of_options, dtype=np.float64)  # (front, options)

@@ -1,4 +1,4 @@
-"""Radii that a search may choose from: in tokens of the sequence, or boxes in the grid."""
+"""The radii that a search may choose from: in tokens of the sequence, or boxes in the grid."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,10 +10,10 @@ from arrowhead.plans.layout import Site, Tokens
 
 
 def require_radii(radii: Any) -> None:
-    """Check a setting of radii.
+    """Check a setting of radii: None, or a tuple of numbers of tokens and of boxes.
 
     Raises:
-        InputsInvalid: it is not None, nor a tuple of numbers of tokens and of boxes.
+        InputsInvalid: the setting is something else.
     """
     if not isinstance(radii, tuple | list | None):
         raise InputsInvalid(f"got radii={radii!r}, wanted a tuple of numbers of tokens or of boxes, or None")
@@ -24,16 +24,16 @@ def require_radii(radii: Any) -> None:
 
 
 def fewest(sites: Iterable[Site], tokens: Tokens) -> Tokens:
-    """What a sequence has at that self-attention which has the fewest: radii for all sites have to make sense there."""
+    """The tokens of the self-attention with the shortest sequence: radii for all sites have to make sense there."""
     of_sites = [site.tokens(tokens) for site in sites if site.kind == "self_attention"]
     return min(of_sites, key=lambda own: own.visual, default=tokens)
 
 
 def narrower(radii: Iterable[Radius], tokens: Tokens) -> tuple[Radius, ...]:
-    """Each once, widest first; bands that would cover everything are left out.
+    """The radii, each once, widest first, without bands that would cover everything.
 
     Raises:
-        InputsInvalid: there are boxes, and nobody knows the tokens' grid.
+        InputsInvalid: there are boxes, and the tokens' grid is not known.
     """
     wanted = set(radii)
     if tokens.grid is None and (boxes := [str(radius) for radius in wanted if isinstance(radius, Box)]):

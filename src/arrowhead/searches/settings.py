@@ -1,4 +1,4 @@
-"""What settings of searches have to be."""
+"""Checks of searches' settings."""
 
 from typing import Any
 
@@ -6,18 +6,26 @@ from arrowhead.errors import InputsInvalid
 
 
 def require_flags(settings: Any, *names: str) -> None:
-    """Raises InputsInvalid for a field of settings that is neither True nor False: words would pass for True."""
+    """Check that these fields of settings are True or False: other values would count as True.
+
+    Raises:
+        InputsInvalid: a field is something else.
+    """
     for name in names:
         if not isinstance(value := getattr(settings, name), bool):
             raise InputsInvalid(f"got {name}={value!r}, wanted True or False")
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is an int or a float, and no flag."""
+    """Whether the value is an int or a float, and no bool."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def require_a(kind: type, value: Any, name: str) -> None:
-    """Raises InputsInvalid for an argument that is something else."""
+    """Check that the argument `name` is of a kind.
+
+    Raises:
+        InputsInvalid: the argument is something else.
+    """
     if not isinstance(value, kind):
         raise InputsInvalid(f"got {name} of type {type(value).__name__}, wanted an arrowhead.{kind.__name__}")

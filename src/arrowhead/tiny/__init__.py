@@ -1,4 +1,4 @@
-"""Small trained pipelines inside the package, so that everything can be tried offline."""
+"""Three small trained pipelines, bundled so that everything can be tried offline."""
 
 from importlib import import_module
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from arrowhead.errors import InputsInvalid
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-"""What the classes of the bundled `dit` are called."""
+"""The names of the classes of the bundled `dit`, in order."""
 PIPELINES = {
     "dit": ("pipeline", "TinyDiTPipeline"),
     "mmdit": ("text_to_image", "TinyMMDiTPipeline"),
@@ -18,19 +18,25 @@ PIPELINES = {
 
 
 def load(name: str = "dit", *, dtype: torch.dtype = torch.float32) -> Any:
-    """A bundled pipeline; each has its model card beside its weights.
+    """Load a bundled pipeline. A model card lies beside the weights of each.
 
-    `dit` draws 32 × 32 pictures of the ten classes of CIFAR-10, `mmdit` 64 × 64 emoji after a prompt such as "a twemoji of a
-    hatching chick"; `mmdit32` is the same model as it was at 32 × 32, six times as fast.
+    Args:
+        name: `dit` generates 32 × 32 pictures of the ten classes of CIFAR-10. `mmdit` generates 64 × 64 emoji from a prompt,
+            such as "a twemoji of a hatching chick". `mmdit32` is the same model, trained at 32 × 32 only, six times as fast.
+        dtype: dtype of the weights.
 
     Raises:
         InputsInvalid: there is no bundled pipeline of this name.
+
+    Example:
+        >>> pipe = ah.tiny.load("dit")
+        >>> image = pipe(class_labels=[7], num_inference_steps=20).images[0]
     """
     if not isinstance(name, str) or name not in PIPELINES:
         raise InputsInvalid(f"got {name!r}, wanted the name of a bundled pipeline: {', '.join(map(repr, PIPELINES))}")
-    room, cls = PIPELINES[name]
-    pipeline = getattr(import_module(f"arrowhead.tiny.{room}"), cls)  # now: diffusers takes seconds to import
+    module, cls = PIPELINES[name]
+    pipeline = getattr(import_module(f"arrowhead.tiny.{module}"), cls)  # imported here: diffusers takes seconds
     pipe = pipeline.from_pretrained(Path(__file__).parent / name, dtype=dtype)
-    pipe.register_to_config(_name_or_path=f"tiny:{name}")  # rather than where the package happens to be installed
+    pipe.register_to_config(_name_or_path=f"tiny:{name}")  # instead of the path of the installed package
     pipe.set_progress_bar_config(disable=True)
     return pipe

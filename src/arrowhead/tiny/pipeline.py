@@ -12,7 +12,7 @@ from arrowhead.upstream import execution_device
 
 
 class TinyDiTPipeline(DiffusionPipeline):
-    """Images of a `DiTTransformer2DModel` that was trained on pixels; the CFG batch is [cond, uncond]."""
+    """Generates images with a `DiTTransformer2DModel` that was trained on pixels; the CFG batch is [cond, uncond]."""
 
     model_cpu_offload_seq = "transformer"
 
@@ -38,10 +38,10 @@ class TinyDiTPipeline(DiffusionPipeline):
             generator: source of the initial noise, or one for each image.
             num_inference_steps: denoising steps.
             output_type: `pil`, `np` (B, H, W, 3) in [0, 1], or `pt` (B, 3, H, W) in [0, 1].
-            return_dict: give an `ImagePipelineOutput` rather than a tuple.
+            return_dict: return an `ImagePipelineOutput` instead of a tuple.
 
         Raises:
-            ValueError: a label that the model has no class for, or an unknown output type.
+            ValueError: there is no label, a label is no class of the model, or the output type is unknown.
         """
         config, device = self.transformer.config, execution_device(self)
         null = config.num_embeds_ada_norm
@@ -64,5 +64,5 @@ class TinyDiTPipeline(DiffusionPipeline):
                 velocity = unconditional + guidance_scale * (conditional - unconditional)
             latents = self.scheduler.step(velocity, t, latents).prev_sample
         self.maybe_free_model_hooks()
-        made = from_latents(latents, output_type)
-        return ImagePipelineOutput(images=made) if return_dict else (made,)
+        pictures = from_latents(latents, output_type)
+        return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)

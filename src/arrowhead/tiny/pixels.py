@@ -1,4 +1,4 @@
-"""From what a model trained on pixels gives to images, as diffusers' pipelines give them."""
+"""Converts the output of a model trained on pixels to images, in the formats of diffusers' pipelines."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ OUTPUT_TYPES = ("pil", "np", "pt")
 
 
 def from_latents(latents: Tensor, output_type: str) -> Any:
-    """Pixels (B, 3, H, W) in [−1, 1] as `pt` (B, 3, H, W), `np` (B, H, W, 3), both clipped to [0, 1], or as `pil`."""
+    """Convert pixels (B, 3, H, W) in [−1, 1] to `pt` (B, 3, H, W) or `np` (B, H, W, 3), clipped to [0, 1], or to `pil`."""
     pixels = (latents / 2 + 0.5).clamp(0, 1)
     if output_type == "pt":
         return pixels

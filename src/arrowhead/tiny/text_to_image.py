@@ -14,7 +14,7 @@ from arrowhead.upstream import execution_device
 
 
 class TinyMMDiTPipeline(DiffusionPipeline):
-    """Images of an `SD3Transformer2DModel` that was trained on pixels; the CFG batch is [uncond, cond]."""
+    """Generates images with an `SD3Transformer2DModel` that was trained on pixels; the CFG batch is [uncond, cond]."""
 
     model_cpu_offload_seq = "text_encoder->transformer"
 
@@ -29,7 +29,7 @@ class TinyMMDiTPipeline(DiffusionPipeline):
         self.register_modules(transformer=transformer, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer)
 
     def encode_prompt(self, prompts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Text tokens (B, L, C) and one vector (B, C) for each of B prompts; all are padded to the tokenizer's length L."""
+        """Encode B prompts, padded to the tokenizer's length L, to text tokens (B, L, C) and pooled vectors (B, C)."""
         ids = self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt").input_ids
         text = self.text_encoder(ids.to(device))
         return text.last_hidden_state, text.text_embeds
@@ -50,19 +50,19 @@ class TinyMMDiTPipeline(DiffusionPipeline):
         """Generate one image for each prompt.
 
         Args:
-            prompt: what to draw, B times.
-            negative_prompt: what to steer away from: one for all, or one for each prompt; nothing when it is None.
+            prompt: B prompts, or one.
+            negative_prompt: one negative prompt for all, or one for each prompt; empty if None.
             guidance_scale: strength of classifier-free guidance; 1 or less turns it off.
             generator: source of the initial noise, or one for each image.
             num_inference_steps: denoising steps.
-            height: in pixels; what the model was trained at when it is None.
-            width: in pixels; likewise.
+            height: in pixels; the side of the training pictures if None.
+            width: in pixels; the side of the training pictures if None.
             output_type: `pil`, `np` (B, H, W, 3) in [0, 1], or `pt` (B, 3, H, W) in [0, 1].
-            return_dict: give an `ImagePipelineOutput` rather than a tuple.
+            return_dict: return an `ImagePipelineOutput` instead of a tuple.
 
         Raises:
-            ValueError: no prompt, another number of negative prompts, a size that the model cannot draw, or an unknown
-                output type.
+            ValueError: there is no prompt, the number of negative prompts differs, the model cannot draw the size, or the
+                output type is unknown.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         negative = negative_prompt or ""
@@ -82,12 +82,12 @@ class TinyMMDiTPipeline(DiffusionPipeline):
                 velocity = unconditional + guidance_scale * (conditional - unconditional)
             latents = self.scheduler.step(velocity, t, latents).prev_sample
         self.maybe_free_model_hooks()
-        made = from_latents(latents, output_type)
-        return ImagePipelineOutput(images=made) if return_dict else (made,)
+        pictures = from_latents(latents, output_type)
+        return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
 
     @property
     def side(self) -> int:
-        """Pixels on a side of the pictures that the model was trained on, and the most that it can draw."""
+        """The side in pixels of the training pictures, which is also the largest side that the model can draw."""
         config = self.transformer.config
         return int(config.patch_size * config.pos_embed_max_size)
 

@@ -1,48 +1,60 @@
-"""What a budget search is asked for: `Budget` says what may be spent, `Extent` how far to look."""
+"""What a budget search is asked for: `Budget` says what a plan may cost, `Extent` what the calibration run records."""
 
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from arrowhead.errors import InputsInvalid
 from arrowhead.plans.cells import Precision, Radius
-from arrowhead.plans.layout import ALL_KINDS, Kind, Site, Tokens
-from arrowhead.searches.budget.sensitivity.table import Table
-from arrowhead.searches.budget.solver.costs import FlopCosts, Measure, SecondCosts
-from arrowhead.searches.budget.solver.problem import Granularity, InStep, Problem
-from arrowhead.searches.budget.solver.states import SLOPES, Choices
-from arrowhead.searches.radii import fewest, narrower, require_radii
+from arrowhead.plans.layout import ALL_KINDS, Kind
+from arrowhead.searches.radii import require_radii
 from arrowhead.searches.settings import is_number, require_flags
 
+Granularity = Literal["step", "site", "head"] | int
+"""What does the same in a step: all sites, all heads of a site, each head alone, or groups of that many heads."""
+SLOPES = (0.5, 0.75, 1.0)
+"""Parts of the slope that an output may be extrapolated by. Less than 1 is better where outputs are noisy, as in a run's first
+steps."""
 PRESETS = {"light": 0.03, "balanced": 0.07, "strong": 0.15}
 """Relative errors of the final latents."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a generation may cost, or how far it may stray: one of the first five.
+    """What a generation may cost, or how far its result may be from the uncompressed one. One of the first five is given.
 
     Args:
-        attention_flops: what may remain of the FLOPs of attention's two matmuls, in (0, 1]; feed-forwards are left alone.
-        module_flops: of the attention modules' FLOPs, with the Q, K, V and output projections, in (0, 1]; likewise.
-        transformer_flops: of all FLOPs of the transformer, in (0, 1].
-        speedup: of the transformer, above 1, by the seconds that cells take on this device for the calibration's inputs.
-        error: norm of the change of the final latents over their norm, on the calibration's inputs; the fewest FLOPs of the
-            transformer are sought that keep to it.
-        cache_bytes: what the caches may hold at most, for as many images as the calibration has at once; beside one of the
-            five, but for an error.
-        granularity: what does the same in a step: `step` for all sites, `site` for all heads of a site, `head`, or groups of so
-            many heads. None: `step` and `head`, for a speedup `step` and `site`, whatever errs less in a real generation; for a
-            table alone the former.
-        share_cfg: whether a site may compute the conditional branch alone.
-        residual: whether arrows may add a residual.
-        reuse: whether outputs may be repeated.
-        precision: whether heads may multiply with less precision, of those that the table has (`Extent(precisions=…)`).
-        extrapolate: whether whole sites' outputs may be continued along a line.
-        slopes: what of a line's slope may be taken, above 0 and at most 1; less than all is better where outputs are noisy.
-        corrections: beside FLOPs or a speedup, how many more plans may be tried on the calibration's inputs, 2 at most, of
-            which the one that errs least in detail is kept. They take the model's answer to an error, an estimate, for another.
+        attention_flops: fraction of the FLOPs of attention's two matmuls that may remain, in (0, 1]. Feed-forwards stay as they
+            are.
+        module_flops: fraction of the attention modules' FLOPs that may remain, in (0, 1]: attention_flops, and the Q, K, V and
+            output projections. Feed-forwards stay as they are.
+        transformer_flops: fraction of all FLOPs of the transformer that may remain, in (0, 1].
+        speedup: how much faster the transformer has to be, above 1. It is predicted from the seconds that cells take on this
+            device with the calibration's inputs.
+        error: norm of the change of the final latents over their norm, above 0, on the calibration's inputs. The search looks
+            for the plan with the fewest transformer FLOPs that keeps to it.
+        cache_bytes: bytes that the caches may hold at most, for as many images as the calibration has at once. It goes with
+            FLOPs or a speedup, not with an error.
+        granularity: what does the same in a step: all sites (`step`), all heads of a site (`site`), each head alone (`head`),
+            or groups of that many heads. None tries `step` and `head` (for a speedup `step` and `site`), and takes the one with
+            the smaller error in a real generation; `arrowhead.solve`, which generates nothing, takes `step`.
+        share_cfg: whether a site may compute the conditional branch alone (ASC).
+        residual: whether arrows may add a residual (WA-RS).
+        reuse: whether outputs may be repeated (AST).
+        extrapolate: whether whole sites' outputs may be extrapolated from the two that were computed last.
+        precision: whether heads may multiply with less precision, if the table has any (`Extent(precisions=…)`).
+        corrections: how many more plans may be tried in real generations on the calibration's inputs, 0 to 2, with FLOPs or a
+            speedup. They differ in the slopes, and in the power of the model's feedback, which is an estimate. The plan with
+            the smallest error in detail is kept.
+        slopes: parts of the slope that an output may be extrapolated by, above 0 and at most 1. Less than 1 is better where
+            outputs are noisy.
+
+    Raises:
+        InputsInvalid: not one of the first five is given, or a value is out of range; the message says what is wanted.
+
+    Examples:
+        >>> ah.search(pipe, inputs, ah.Budget(module_flops=0.4))
+        >>> ah.search(pipe, inputs, ah.Budget(error=0.07, granularity="step"))
     """
 
     attention_flops: float | None = None
@@ -61,29 +73,12 @@ class Budget:
     corrections: int = 2
 
     def __post_init__(self) -> None:
-        asked = {name: value for name in ASKED if (value := getattr(self, name)) is not None}
-        if len(asked) != 1:
-            raise InputsInvalid(
-                f"got a budget of {asked or 'nothing'}, wanted one of {', '.join(ASKED)}, such as module_flops=0.4"
-            )
-        ((name, value),) = asked.items()
-        above, highest = RANGES.get(name, (0, 1))
-        if not is_number(value) or not above < value <= highest:
-            raise InputsInvalid(f"got {name}={value!r}, wanted a number above {above}, at most {highest:g}")
+        _require_one_asked(self)
         require_flags(self, "share_cfg", "residual", "reuse", "extrapolate", "precision")
-        of_groups = type(self.granularity) is int and self.granularity > 0
-        named = self.granularity is None or (isinstance(self.granularity, str) and self.granularity in ("step", "site", "head"))
-        if not named and not of_groups:
-            raise InputsInvalid(
-                f"got granularity={self.granularity!r}, wanted 'step', 'site', 'head', or a number of heads, 1 or more"
-            )
-        if self.cache_bytes is not None and (type(self.cache_bytes) is not int or self.cache_bytes < 0 or name == "error"):
-            raise InputsInvalid(
-                f"got cache_bytes={self.cache_bytes!r} with a budget of {name}, wanted a whole number of 0 or more, beside "
-                "FLOPs or a speedup; leave it out, or ask for one of these"
-            )
+        _require_granularity(self.granularity)
+        _require_cache_bytes(self)
         if not isinstance(self.slopes, tuple) or not all(is_number(slope) and 0 < slope <= 1 for slope in self.slopes):
-            raise InputsInvalid(f"got slopes={self.slopes!r}, wanted a tuple of numbers above 0 and at most 1; () for no lines")
+            raise InputsInvalid(f"got slopes={self.slopes!r}, wanted a tuple of numbers above 0 and at most 1; () for none")
         if type(self.corrections) is not int or not 0 <= self.corrections < 3:
             raise InputsInvalid(f"got corrections={self.corrections!r}, wanted 0, 1 or 2")
         if self.speedup is not None and self.granularity not in (None, "step", "site"):
@@ -94,64 +89,85 @@ class Budget:
 
     @property
     def asked(self) -> tuple[str, float]:
-        """Which of the five, and its value."""
-        return next((name, value) for name in ASKED if (value := getattr(self, name)) is not None)
+        """The name of the one of the first five that was given, and its value."""
+        ((name, value),) = _given(self).items()
+        return name, value
 
     @property
     def fraction(self) -> float:
-        """What may remain of the cost."""
+        """The fraction of the cost that may remain."""
         name, value = self.asked
         return 1 / value if name == "speedup" else value
 
-    def choices(self, table: Table) -> Choices:
-        """What a table and this budget leave open."""
-        share_cfg, precisions = self.share_cfg and table.branches.guided, table.precisions if self.precision else ()
-        slopes = self.slopes if self.extrapolate else ()
-        return Choices(table.radii, table.ages, share_cfg, self.residual, self.reuse, slopes, precisions)
-
     @property
     def granularities(self) -> tuple[Granularity, ...]:
-        """Those that come into question, where the pipeline can show which is better."""
+        """The granularities to try, where a real generation can show which is better."""
         finest: Granularity = "head" if self.speedup is None else "site"  # seconds of heads do not add up
         return ("step", finest) if self.granularity is None else (self.granularity,)
-
-    def problem(self, table: Table, seconds: SecondCosts | None = None) -> Problem:
-        """What has to be solved with a table, and, for a speedup, with what was timed."""
-        granularity = self.granularities[0]
-        kind = InStep if granularity == "step" else Problem
-        if seconds is not None:
-            return kind(table, self.choices(table), seconds, granularity)
-        measure: Measure = "transformer"
-        if self.attention_flops is not None or self.module_flops is not None:
-            table, measure = table.attention_alone(), "module" if self.attention_flops is None else "attention"
-        samples = table.branches.samples * table.branches.calls
-        costs = FlopCosts(measure, table.tokens, samples, table.other_flops)
-        return kind(table, self.choices(table), costs, granularity)
 
 
 ASKED = tuple(field.name for field in fields(Budget)[:5])
 RANGES = {"speedup": (1, sys.float_info.max), "error": (0, sys.float_info.max)}
-EXTENT_RANGES = {"ages": (1, 2**12), "vectors": (1, 2**12), "regions": (1, 2**26), "seed": (0, 2**64 - 1)}
-"""Steps and tokens are no more than that (`files`), vectors are as many passes; the seed is a generator's."""
+
+
+def _given(budget: Budget) -> dict[str, float]:
+    """Those of the first five that are not None."""
+    return {name: value for name in ASKED if (value := getattr(budget, name)) is not None}
+
+
+def _require_one_asked(budget: Budget) -> None:
+    asked = _given(budget)
+    if len(asked) != 1:
+        raise InputsInvalid(f"got a budget of {asked or 'nothing'}, wanted one of {', '.join(ASKED)}, such as module_flops=0.4")
+    ((name, value),) = asked.items()
+    above, highest = RANGES.get(name, (0, 1))
+    if not is_number(value) or not above < value <= highest:
+        raise InputsInvalid(f"got {name}={value!r}, wanted a number above {above}, at most {highest:g}")
+
+
+def _require_granularity(value: Any) -> None:
+    named = value is None or (isinstance(value, str) and value in ("step", "site", "head"))
+    of_groups = type(value) is int and value > 0
+    if not named and not of_groups:
+        raise InputsInvalid(f"got granularity={value!r}, wanted 'step', 'site', 'head', or a number of heads, 1 or more")
+
+
+def _require_cache_bytes(budget: Budget) -> None:
+    value = budget.cache_bytes
+    if value is not None and (type(value) is not int or value < 0 or budget.error is not None):
+        raise InputsInvalid(
+            f"got cache_bytes={value!r} with a budget of {budget.asked[0]}, wanted a whole number of 0 or more, beside "
+            "FLOPs or a speedup; leave it out, or ask for one of these"
+        )
 
 
 @dataclass(frozen=True)
 class Extent:
-    """How far a calibration looks: arrows of which radii, outputs and residuals of how many steps ago, by how many vectors.
+    """What a calibration run records: which arrows, how old outputs and residuals, and by how many random vectors.
 
-    `radii` are in tokens, or boxes in the grid; None: an eighth and a 32nd of the visual tokens (of a frame's, where a site
-    sees one frame). `kinds` of sites, None: all, but of blocks only those that compute what no other site does, as FLUX's
-    single-stream blocks. `checkpoint`: blocks run again on the way back rather than keep what they need for it (diffusers'
-    gradient checkpointing): half as long again, in a fraction of the memory. `feedback`: from 0, where an error counts for
-    what the sampler makes of it, to 1, where it counts for what the model makes of that in the steps that follow, too (the
-    estimate's power). `regions`: parts of the sequence of tokens that are looked at on their own, None: as many as make 64
-    products of each kind. The vectors follow from `seed`.
+    Args:
+        radii: of the arrows, in tokens, or `Box`es in the grid. None: an eighth and a 32nd of the visual tokens (of a frame's,
+            where a site sees one frame).
+        ages: how many steps old what a step builds on may be. The run holds the tensors of that many steps.
+        precisions: other precisions than native that heads may have. Each takes one more attention per site and step, and
+            memory for its difference to native attention.
+        kinds: the kinds of sites. None: all; but of blocks only those that compute what no other site does, as FLUX's
+            single-stream blocks.
+        checkpoint: whether blocks run again on the way back instead of keeping their activations (diffusers' gradient
+            checkpointing). The run takes half as long again, and a fraction of the memory.
+        gradients: False where a model or its memory does not allow gradients. What a change of a site does to the output is
+            then one number for each step and site, measured in passes in which each image has one site changed.
+        vectors: random vectors that are sent back through the transformer in each step.
+        feedback: the power of the model's feedback, from 0 to 1. With 0 the predicted error is what the sampler alone makes of
+            a step's error. With 1, what the model makes of that in the steps that follow counts in full.
+        regions: parts of the sequence of tokens that are recorded apart. None: as many as give 64 products of each kind.
+        seed: of the random vectors.
 
-    `gradients`: False for none, where a model or its memory does not allow them. What a change of a site does to the output is
-    then one number for each step and site, from passes in which each image has a site changed, see `weights`.
+    Raises:
+        InputsInvalid: a value is out of range; the message says what is wanted.
 
-    `precisions`: other ones than native that heads may have, none unless asked for; each takes one more attention per site and
-    step, and memory for its difference to native attention.
+    Examples:
+        >>> table = ah.calibrate(pipe, inputs, extent=ah.Extent(ages=4, precisions=("int8",)))
     """
 
     radii: tuple[Radius, ...] | None = None
@@ -168,38 +184,30 @@ class Extent:
     def __post_init__(self) -> None:
         require_radii(self.radii)
         require_flags(self, "checkpoint", "gradients")
-        if self.kinds is not None and (not _words(self.kinds) or not set() < set(self.kinds) <= ALL_KINDS):
+        if self.kinds is not None and (not _are_words(self.kinds) or not set() < set(self.kinds) <= ALL_KINDS):
             raise InputsInvalid(f"got kinds={self.kinds!r}, wanted a tuple of some of {', '.join(sorted(ALL_KINDS))}, or None")
         others = [precision for precision in get_args(Precision) if precision != "native"]
-        if not _words(self.precisions) or sorted(self.precisions) != sorted(set(self.precisions) & {*others}):
+        if not _are_words(self.precisions) or sorted(self.precisions) != sorted(set(self.precisions) & {*others}):
             raise InputsInvalid(f"got precisions={self.precisions!r}, wanted a tuple of some of {', '.join(others)}, each once")
         if not is_number(self.feedback) or not 0 <= self.feedback <= 1:
             raise InputsInvalid(f"got feedback={self.feedback!r}, wanted a number from 0 to 1")
         if self.checkpoint and not self.gradients:
             raise InputsInvalid("got checkpoint=True without gradients, wanted one of the two: nothing is kept for a way back")
-        for name, (least, most) in EXTENT_RANGES.items():
-            value = getattr(self, name)
-            if value is None and name == "regions":
-                continue
-            if type(value) is not int or not least <= value <= most:
-                raise InputsInvalid(f"got {name}={value!r}, wanted a whole number of {least} or more, {most} at most")
-
-    def held(self, sites: Iterable[Site], tokens: Tokens) -> int:
-        """Elements of one sample that are held at most from step to step: of the last steps outputs, residuals, roundings."""
-        found, sites = 0, tuple(sites)
-        bands = len(self.bands(sites, tokens))
-        for site in sites:
-            own, attends = site.tokens(tokens), site.kind == "self_attention"
-            of_attention = own.visual * bands + own.total * len(self.precisions)
-            found += site.heads * site.head_dim * (own.total + of_attention * attends) * site.sequences(tokens)
-        return found * (self.ages + 1)
-
-    def bands(self, sites: Iterable[Site], tokens: Tokens) -> tuple[Radius, ...]:
-        """The radii, widest first; bands that would cover everything that some site attends over are left out."""
-        least = fewest(sites, tokens)
-        wanted = (least.visual // 8, least.visual // 32) if self.radii is None else self.radii
-        return narrower(wanted, least)
+        _require_whole_numbers(self)
 
 
-def _words(value: Any) -> bool:
+WHOLE_NUMBERS = {"ages": (1, 2**12), "vectors": (1, 2**12), "regions": (1, 2**26), "seed": (0, 2**64 - 1)}
+"""The least and the most: there are no more steps and tokens (`limits`), each vector is a pass, the seed is a generator's."""
+
+
+def _require_whole_numbers(extent: Extent) -> None:
+    for name, (least, most) in WHOLE_NUMBERS.items():
+        value = getattr(extent, name)
+        if value is None and name == "regions":
+            continue
+        if type(value) is not int or not least <= value <= most:
+            raise InputsInvalid(f"got {name}={value!r}, wanted a whole number of {least} or more, {most} at most")
+
+
+def _are_words(value: Any) -> bool:
     return isinstance(value, tuple | list) and all(isinstance(word, str) for word in value)

@@ -1,4 +1,4 @@
-"""How the CFG branches of what a transformer gives make the output that a sampler goes by."""
+"""Classifier-free guidance: how the branches of a transformer's output make the guided output that a sampler steps with."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ from arrowhead.plans.layout import Branches
 
 @dataclass(frozen=True)
 class Guidance:
-    """Guided output u + scale · (c − u) of a batch that holds the branches c and u as `branches` says.
+    """The guided output u + scale · (c − u) of a batch that holds the branches c and u as `branches` says; c without guidance.
 
-    Without guidance the output is c. Of (B, C, …) only the first `channels` count, where they are given: what a transformer
-    gives beyond them, such as a variance, is no direction to go.
+    Of an output (B, C, …) only the first `channels` count, where they are given: the others, such as a variance, are no part of
+    the sampler's direction.
     """
 
     branches: Branches
@@ -22,7 +22,7 @@ class Guidance:
     channels: int | None
 
     def halves(self, batch: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The conditional branch's rows of any batch, and the other's where there is one."""
+        """The conditional branch's rows of a batch (B, …), and those of the unconditional branch, where there is one."""
         rows = self.branches.conditional(len(batch))
         if not self.branches.batched:
             return batch[rows], None
@@ -30,12 +30,12 @@ class Guidance:
         return batch[rows], batch[half:] if rows.start == 0 else batch[:half]
 
     def guided(self, outputs: Sequence[Tensor]) -> Tensor:
-        """Of what each of a step's calls gave."""
+        """The guided output (images, C, …) of the outputs (B, C, …) of a step's calls."""
         conditional, other = self.halves(self._latent(torch.cat(tuple(outputs))))
         return conditional if other is None else other + self.scale * (conditional - other)
 
     def cotangents(self, outputs: Sequence[Tensor], vector: Tensor) -> list[Tensor]:
-        """The gradient of vector·guided(outputs) with respect to each of the outputs."""
+        """The gradients of vector·guided(outputs) with respect to each of the outputs (B, C, …)."""
         whole = torch.zeros_like(torch.cat(tuple(outputs)))
         conditional, other = self.halves(self._latent(whole))
         conditional += vector if other is None else self.scale * vector

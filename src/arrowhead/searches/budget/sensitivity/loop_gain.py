@@ -1,64 +1,65 @@
-"""What becomes of an error in one step of a loop of one's own: the loop runs again on the outputs that it had, one changed."""
+"""How much an error in one step of a custom model's loop changes the final latents: the loop runs again, on noted outputs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from arrowhead.calibration.isolation import preserved_rng
+from arrowhead.calibration.driver import Driver, latents_of_loop
 from arrowhead.calibration.outputs import output_with, sample_of
-from arrowhead.engine.compile_boundary import force_eager
+from arrowhead.calibration.run import CalibrationRun
+from arrowhead.calibration.step import Step
 from arrowhead.engine.forward_hooks import forward_replaced
-from arrowhead.errors import InputsInvalid, NotIntercepted
+from arrowhead.errors import InputsInvalid
 from arrowhead.models.model import Model
 from arrowhead.searches.budget.sensitivity.cfg import Guidance
-from arrowhead.searches.budget.sensitivity.sampler_gain import NUDGE, answered, ratio
+from arrowhead.searches.budget.sensitivity.sampler_gain import NUDGE, gaussian_flow_gain, norm_ratio
 
-STRAYED = 1e-3
-"""By so much the final latents may be others when a loop runs again on the outputs that it had."""
+SAME = 1e-3
+"""The largest relative difference of the final latents when a loop runs again on the same outputs."""
 
 
-@dataclass
-class LoopRun:
-    """One run of `generate`: what the model was given and gave in every call, and the final latents."""
+def run_loop(
+    driver: Driver, model: Model, guidance: Guidance, calibration: CalibrationRun, on_step: Callable[[Step], None]
+) -> "LoopReplay":
+    """Run a loop's calibration, and note the model's latents and outputs in every call; gives the loop's replay."""
+    latents: list[Tensor] = []
+    outputs: list[Any] = []
 
+    def noted(step: Step) -> None:
+        latents.extend(each.clone() for each in step.latents)
+        on_step(step)
+        outputs.extend(step.outputs)
+
+    final = latents_of_loop(calibration.run(noted))
+    return LoopReplay(driver, model, guidance, latents, outputs, final)
+
+
+@dataclass(frozen=True)
+class LoopReplay:
+    """A custom model's loop, run again on the outputs that the model gave in one run, or on others, without the model.
+
+    `given` are the latents (B, C, …) that each call of the model got, `outputs` what it gave, `final` the final latents.
+    """
+
+    driver: Driver
     model: Model
-    generate: Callable[[], Any]
-    guidance: Guidance | None = None  # known once the run's branches are
-    given: list[Tensor] = field(default_factory=list)
-    outputs: list[Any] = field(default_factory=list)
-    final: Tensor | None = None
-
-    def __call__(self) -> Any:
-        """Generate, and note it."""
-        own = self.model.transformer.forward
-
-        def noted(*args: Any, **kwargs: Any) -> Any:
-            self.given.append(self._given(args, kwargs).clone())
-            self.outputs.append(own(*args, **kwargs))
-            return self.outputs[-1]
-
-        with forward_replaced(self.model.transformer, noted):
-            self.final = final_of(self.generate())
-        return self.final
+    guidance: Guidance
+    given: list[Tensor]
+    outputs: list[Any]
+    final: Tensor
 
     def latents(self) -> Tensor:
-        """The run's final latents, float32.
-
-        Raises:
-            NotIntercepted: the run did not end.
-        """
-        if self.final is None:
-            raise NotIntercepted("the generation did not end; wanted a callable that returns the final latents")
+        """The run's final latents, float32."""
         return self.final
 
-    def gains(self, steps: int, images: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """As those of a pipeline's `Sampling`: what the sampler, and what the model afterwards, makes of an error.
+    def gains_and_feedback(self, steps: int, images: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """The sampler gain and the model feedback in each step, (S,) each, as `SchedulerReplay` has them.
 
-        An error is given to both branches of a step's output; what it does to the latents is seen in what the model is given
-        next. So the whole loop runs once for each step, without the model.
+        An error is added to both branches of a step's output. The change of the latents that the model is given next shows what
+        it does to the latents. So the whole loop runs once for each step.
 
         Raises:
             InputsInvalid: the loop does not give the same latents again.
@@ -67,33 +68,35 @@ class LoopRun:
         starts = [given[:images].float() for given in self.given[::calls]]
         guided = [self._guided(self.outputs[step * calls : (step + 1) * calls]) for step in range(steps)]
         before, reference = self._replayed({})
-        strayed = ratio(reference - self.latents(), self.latents())
-        if strayed > STRAYED:
+        strayed = norm_ratio(reference - self.final, self.final)
+        if strayed > SAME:
             raise InputsInvalid(
                 f"got final latents that are others by {strayed:.2g} when the loop runs again on the same outputs of the "
                 "model; wanted the same ones; draw noise from a generator that the callable makes, or from torch's own, and do "
                 "not change the model's output in place"
             )
         generator = torch.Generator().manual_seed(0x51DE)
-        alone, answers = [], []
+        gains: list[float] = []
+        feedback: list[float] = []
         for step, output in enumerate(guided):
             error = NUDGE * output.square().mean().sqrt() * torch.randn(output.shape, generator=generator).to(output.device)
             given, final = self._replayed({step * calls + call: error for call in range(calls)})
-            alone.append(ratio(final - reference, error))
+            gains.append(norm_ratio(final - reference, error))
             if step + 1 < steps:
                 moved = (given[(step + 1) * calls] - before[(step + 1) * calls])[:images].float()
-                fixed = ratio(final - reference, moved)
-                own = self._answered(starts[0], starts[step + 1], output - guided[step + 1], images)
-                answers.append(own / fixed if own > 0 and fixed > 0 else 1.0)
-        return tuple(alone), (*answers, 1.0)
+                fixed = norm_ratio(final - reference, moved)
+                by_flow = self._flow_gain(starts[0], starts[step + 1], output - guided[step + 1], images)
+                feedback.append(by_flow / fixed if by_flow > 0 and fixed > 0 else 1.0)
+        return tuple(gains), (*feedback, 1.0)
 
-    def _answered(self, begun: Tensor, sample: Tensor, change: Tensor, images: int) -> float:
-        """The model's answer; 1 where what it is given are no latents, by their shape."""
-        final = self.latents()[:images]
-        return answered(begun, sample, final, change, images) if begun.shape == final.shape == change.shape else 1.0
+    def _flow_gain(self, initial: Tensor, sample: Tensor, change: Tensor, images: int) -> float:
+        """As `SchedulerReplay` has it; 1 where the shapes show that what the model is given are no latents."""
+        final = self.final[:images]
+        same = initial.shape == final.shape == change.shape
+        return gaussian_flow_gain(initial, sample, final, change, images) if same else 1.0
 
     def _replayed(self, errors: dict[int, Tensor]) -> tuple[list[Tensor], Tensor]:
-        """What the model is given in each call, and the final latents, where these calls' outputs have errors."""
+        """The latents that the model is given in each call, and the final latents, with errors in these calls' outputs."""
         given: list[Tensor] = []
 
         def replay(*args: Any, **kwargs: Any) -> Any:
@@ -102,7 +105,7 @@ class LoopRun:
                 raise InputsInvalid(
                     f"got more than {call} calls of the model when the loop runs again; wanted as many; see arrowhead.search"
                 )
-            given.append(self._given(args, kwargs).clone())
+            given.append(self.model.latents(self.model.transformer_arguments(args, kwargs)).clone())
             output = self.outputs[call]
             sample = sample_of(output).clone()
             if call in errors:
@@ -110,32 +113,9 @@ class LoopRun:
                 direction += errors[call].repeat(len(sample) // len(errors[call]), *[1] * (sample.ndim - 1)).to(sample.dtype)
             return output_with(output, sample)
 
-        with (
-            preserved_rng(self.model.pipe, None),
-            forward_replaced(self.model.transformer, replay),
-            torch.no_grad(),
-            force_eager(),
-        ):
-            final = final_of(self.generate())
+        with self.driver.running() as generate, forward_replaced(self.model.transformer, replay), torch.no_grad():
+            final = latents_of_loop(generate())
         return given, final
 
-    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        return self.model.latents(self.model.transformer_arguments(args, kwargs))
-
     def _guided(self, outputs: list[Any]) -> Tensor:
-        assert self.guidance is not None
         return self.guidance.guided([sample_of(output) for output in outputs]).float()
-
-
-def final_of(result: Any) -> Tensor:
-    """What a callable that generates gave, float32.
-
-    Raises:
-        InputsInvalid: it is no tensor.
-    """
-    if not isinstance(result, Tensor):
-        raise InputsInvalid(
-            f"got a {type(result).__name__} from the callable that generates, wanted the final latents, a tensor (B, C, …): a "
-            "budget goes by them"
-        )
-    return result.detach().float()

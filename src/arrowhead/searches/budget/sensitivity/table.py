@@ -1,57 +1,84 @@
-"""A calibration's table: what every kept tensor does to the guided output, per step, site and head; damages follow from it."""
+"""The sensitivity table of a calibration run, and the errors of plans that are predicted from it."""
 
-import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pydantic
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from arrowhead.errors import InputsInvalid
-from arrowhead.plans import flops, limits
+from arrowhead.plans import flops
 from arrowhead.plans.cells import Cell, Precision, Radius
 from arrowhead.plans.layout import Branches, Site, Tokens, outermost, relevant_tokens
 from arrowhead.plans.lifetimes import of_head
 from arrowhead.plans.target import Target
-from arrowhead.searches.budget.solver.states import SiteOutput, site_outputs_of
+from arrowhead.searches.budget.sensitivity.site_outputs import (
+    ComputedOutput,
+    ExtrapolatedOutput,
+    SiteOutput,
+    site_outputs_of,
+)
+from arrowhead.searches.budget.sensitivity.table_file import read_table, write_table
 
-FORMAT = 6
-READABLE = (4, 5, FORMAT)
-"""Format 5 is without grids and a second transformer, format 4 without precisions besides; else they mean the same."""
-SAME, CROSSED = slice(0, 2), slice(0, 3, 2)
-"""Of a guided table's three pairs (gradient's branch, source's branch): (c, c) and (u, u); (c, c) and (u, c)."""
+OWN_BRANCHES, SHARED_BRANCH = slice(0, 2), slice(0, 3, 2)
+"""Of a guided table's three pairs of branches: (c, c) and (u, u), where each branch has an output; (c, c) and (u, c), where the
+conditional branch's output serves both."""
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Products of gradients with kept tensors, from one run of a pipeline with full attention.
+    """A sensitivity table: what any change of a head's output would do to the guided output, from one calibration run.
 
-    In step t, with g the gradient of r·(guided output) with respect to a head's output O_t, for a random r, one for all steps:
+    `arrowhead.calibrate` makes it, and `arrowhead.solve`, `sweep` and `search` find plans with it. It can be saved, loaded, and
+    solved for other budgets without the model. S steps, H heads of all sites, one site after another.
 
-    * `outputs` (S, H, ages + 1, pairs, M): ⟨g, O_{t−k} − O_t⟩ for each age k;
-    * `residuals` (S, H, radii, ages + 1, pairs, M): ⟨g, R_{t−k}⟩ with R = O − W, the arrow of that radius subtracted.
+    In step t let g be the gradient of r·(guided output) with respect to a head's output O_t, for a random vector r that is the
+    same in all steps. All that a plan can do to the head is a sum of tensors that the run computed, so that the table holds the
+    scalar products of g with these tensors. All are float32, and 0 for what is older than the run:
 
-    * `roundings` (S, H, precisions, ages + 1, pairs, M), of `precisions` other than native, None without any: ⟨g, E_{t−k}⟩ with
-      E = O_p − O, full attention of that precision less native. What it changes of an arrow is taken to be the same.
+    * `outputs` (S, H, ages + 1, pairs, M): ⟨g, O_{t−k} − O_t⟩ for each age k.
+    * `residuals` (S, H, radii, ages + 1, pairs, M): ⟨g, R_{t−k}⟩ with R = O − W, where W is the arrow of that radius.
+    * `quantisation_errors` (S, H, precisions, ages + 1, pairs, M), or None without `precisions`: ⟨g, E_{t−k}⟩ with E = O_p − O,
+      full attention of the precision p less native full attention. An arrow of that precision is taken to have the same E.
 
-    H counts the heads of all sites, one site after another. The pairs are those of branches that g and what it is multiplied
-    with belong to: (c, c), (u, u), (u, c) under guidance, else one. M counts random vectors × images × `regions`, parts of the
-    sequence of tokens with a product each. What is older than the run is 0. All float32.
+    Under guidance there are three pairs of CFG branches that g and the other tensor belong to, (c, c), (u, u) and (u, c), else
+    one. M counts random vectors × images × `regions`, parts of the sequence of tokens that have a product each.
 
-    `gains` are the sampler's, times the model's `answers` to the power `feedback`, see `Sampling.gains`; `final` is the mean
-    square of an element of the final latents, of which an image has `elements`. `other_flops` are what the transformer
-    multiplies outside of all sites, per image and step. `images` were generated at once, in a dtype of `itemsize` bytes;
-    `about` says how. `blocks` lie around sites that are all that they compute: a plan may speak of them instead. From the step
-    `switch` on there is a second transformer, and older is what the first one gave.
+    The *predicted error* of a plan is the expected squared change of the final latents over their square. It adds up over
+    steps and over what is taken as independent: sites, heads that do not do the same, runs of reused steps, and regions. Plans
+    report its square root, which is the norm of the change over the norm of the final latents.
+
+    Attributes:
+        target: the model that the table was made on.
+        tokens: the tokens of a call of the transformer.
+        branches: how its CFG branches come.
+        radii: of the arrows, widest first.
+        ages: how many steps old an output or a residual may be.
+        outputs, residuals, quantisation_errors: the products, see above.
+        sampler_gains: (S,), the norm of the change of the final latents over that of an error in a step's guided output: what
+            the sampler makes of the error, times `model_feedback` to the power `feedback`.
+        final: mean square of an element of the final latents.
+        elements: how many elements an image's final latents have.
+        other_flops: FLOPs of the transformer outside of all sites, per image and step.
+        images: how many images were generated at once.
+        regions: see above.
+        itemsize: bytes of an element of a site's output.
+        model_feedback: (S,), what the model makes of a step's error in the steps that follow; () means 1 everywhere.
+        feedback: the power of it in `sampler_gains`, from 0 to 1.
+        blocks: blocks that compute nothing but recorded sites: a plan may speak of them in place of those sites.
+        about: the provenance: how the table was made.
+        switch: the step from which on a second transformer computes; None for one transformer. Nothing older is of use to it.
+        precisions: those other than native that the table has.
+
+    Examples:
+        >>> table = ah.calibrate(pipe, inputs)
+        >>> table.save("table.safetensors")
+        >>> plan = ah.solve(ah.Table.load("table.safetensors"), ah.Budget(module_flops=0.4))
     """
 
     target: Target
@@ -61,37 +88,37 @@ class Table:
     ages: int
     outputs: Tensor
     residuals: Tensor
-    gains: tuple[float, ...]
+    sampler_gains: tuple[float, ...]
     final: float
     elements: int
     other_flops: float = 0.0
     images: int = 1
     regions: int = 1
     itemsize: int = 4
-    answers: tuple[float, ...] = ()
+    model_feedback: tuple[float, ...] = ()
     feedback: float = 1.0
     blocks: tuple[Site, ...] = ()
     about: Mapping[str, Any] = field(default_factory=dict, compare=False)
     switch: int | None = None
     precisions: tuple[Precision, ...] = ()
-    roundings: Tensor | None = None
+    quantisation_errors: Tensor | None = None
 
     @property
     def steps(self) -> int:
         """Denoising steps."""
-        return len(self.gains)
+        return len(self.sampler_gains)
 
-    def answering(self, feedback: float) -> "Table":
-        """The same with another power of the model's answers."""
-        answers = self.answers or (1.0,) * self.steps
-        gains = (gain * answer ** (feedback - self.feedback) for gain, answer in zip(self.gains, answers, strict=True))
-        return replace(self, gains=tuple(gains), feedback=feedback)
+    def with_feedback(self, power: float) -> "Table":
+        """The table with another power of the model's feedback in its gains."""
+        factors = self.model_feedback or (1.0,) * self.steps
+        gains = (gain * factor ** (power - self.feedback) for gain, factor in zip(self.sampler_gains, factors, strict=True))
+        return replace(self, sampler_gains=tuple(gains), feedback=power)
 
     def attention_alone(self) -> "Table":
-        """The same without sites of other kinds: what they multiply counts among what is outside of all sites.
+        """The table of its self-attention sites alone. The FLOPs of the other sites count among `other_flops`.
 
         Raises:
-            InputsInvalid: there are no others.
+            InputsInvalid: it has no self-attention sites.
         """
         kept = [i for i, site in enumerate(self.target.sites) if site.kind == "self_attention"]
         if not kept:
@@ -107,7 +134,7 @@ class Table:
             tokens=relevant_tokens(self.tokens, sites),
             outputs=self.outputs[:, heads],
             residuals=self.residuals[:, heads],
-            roundings=None if self.roundings is None else self.roundings[:, heads],
+            quantisation_errors=None if self.quantisation_errors is None else self.quantisation_errors[:, heads],
             other_flops=self.other_flops + self._module_flops(outermost(self.target.sites)) - self._module_flops(sites),
             blocks=(),
         )
@@ -117,49 +144,51 @@ class Table:
         return flops.full_flops(sites, self.tokens, samples).module
 
     def heads(self, site: int) -> range:
-        """Where a site's heads stand among those of all."""
+        """The numbers of a site's heads among the heads of all sites."""
         first = sum(s.heads for s in self.target.sites[:site])
         return range(first, first + self.target.sites[site].heads)
 
     @property
     def in_blocks(self) -> tuple[Site, ...]:
-        """The sites in the order they run, with the `blocks` in the places of those within them."""
+        """The sites in the order they run, with each of the `blocks` in place of the sites within it."""
 
         def outer(site: Site) -> Site:
             return next((block for block in self.blocks if block.contains(site)), site)
 
         return outermost(dict.fromkeys(map(outer, self.target.sites)))
 
-    def damages(self, columns: Sequence[Sequence[int]], givens: Sequence[SiteOutput]) -> Floats:
-        """Expected squared change of the final latents, relative to their square: (S, givens, C).
+    def predicted_errors(self, columns: Sequence[Sequence[int]], outputs: Sequence[SiteOutput]) -> Floats:
+        """The predicted error of each output in each step: (S, outputs, C), see the class.
 
         A column is some heads of one site that do the same. Errors of different columns, runs and regions are taken as
-        independent. In a run, steps that repeat or continue an output, changes are added before they are squared: a step's
-        damage is what it adds to the square, at least 0. A run is taken to be all repeats or all lines.
+        independent. In a run of steps that repeat or extrapolate an output, the changes of all its steps are added before they
+        are squared. The error of a step is what it adds to the square, at least 0. A run is taken to be of one kind: all of its
+        steps repeat, or all extrapolate.
 
         Raises:
-            InputsInvalid: the table does not hold what is given: a radius, a precision, or something as old.
+            InputsInvalid: the table has no such radius, precision or age.
         """
-        self._require(givens)
+        self._require(outputs)
         member = torch.zeros(len(columns), self.outputs.shape[1])
         for c, heads in enumerate(columns):
             member[c, list(heads)] = 1
-        columns_of = _Products(
+        of_columns = _Products(
             torch.einsum("ch,shkpm->sckpm", member, self.outputs),
             torch.einsum("ch,shrkpm->scrkpm", member, self.residuals),
-            None if self.roundings is None else torch.einsum("ch,shrkpm->scrkpm", member, self.roundings),
+            None if self.quantisation_errors is None else torch.einsum("ch,shrkpm->scrkpm", member, self.quantisation_errors),
         )
-        wanted = dict.fromkeys(givens)
-        found = {given: harm for given, harm in self._along_runs(columns_of, wanted) if given in wanted}
-        return np.stack([found[given] for given in givens], 1)
+        wanted = dict.fromkeys(outputs)
+        found = {output: error for output, error in self._along_runs(of_columns, wanted) if output in wanted}
+        return np.stack([found[output] for output in outputs], 1)
 
-    def damage(self, columns: Sequence[Sequence[Cell] | None]) -> Floats:
-        """What a plan's columns, one for each site, do in each step: (S,). Heads that always do the same err together.
+    def predicted_error(self, columns: Sequence[Sequence[Cell] | None]) -> Floats:
+        """The predicted error of a plan in each step: (S,), see the class. Its columns are one for each site.
 
-        None for a site that a plan does not speak of, as it speaks of the block around it, or of the sites within.
+        Heads of a site that always do the same are one column of `predicted_errors`. A column is None where the plan does not
+        speak of the site, but of the block around it or of the sites within it.
 
         Raises:
-            InputsInvalid: the columns are not of as many steps and sites, or the table does not hold what they give.
+            InputsInvalid: the columns are not of as many steps and sites, or the table does not have what they need.
         """
         lengths, sites = {len(column) for column in columns if column is not None}, len(self.target.sites)
         if len(columns) != sites or lengths != {self.steps}:
@@ -174,15 +203,15 @@ class Table:
             for place, head in enumerate(self.heads(site)):
                 alike.setdefault(of_head(column, place), []).append(head)
             for cells, heads in alike.items():
-                givens = site_outputs_of(cells)
-                harm = self.damages([heads], givens)[:, :, 0]
-                found += harm[range(self.steps), range(self.steps)]
+                errors = self.predicted_errors([heads], site_outputs_of(cells))[:, :, 0]  # (S, S)
+                found += errors.diagonal()
         return found
 
-    def _require(self, givens: Sequence[SiteOutput]) -> None:
-        oldest = max((given.oldest for given in givens), default=0)
-        radii = {given.radius for given in givens} - {None, *self.radii}
-        precisions = {given.precision for given in givens} - {"native", *self.precisions}
+    def _require(self, outputs: Sequence[SiteOutput]) -> None:
+        sources = {source for output in outputs for source in _sources(output)}
+        oldest = max((output.oldest for output in outputs), default=0)
+        radii = {source.radius for source in sources} - {None, *self.radii}
+        precisions = {source.precision for source in sources} - {"native", *self.precisions}
         if oldest > self.ages or radii or precisions:
             raise InputsInvalid(
                 f"got ages of up to {oldest}, arrows of radii {sorted(map(str, radii)) or self.radii} and precisions "
@@ -190,81 +219,61 @@ class Table:
                 f"precisions among {self.precisions}, as the table has; calibrate with a larger extent"
             )
 
-    def _along_runs(self, columns: "_Products", givens: Iterable[SiteOutput]) -> Iterator[tuple[SiteOutput, Floats]]:
-        """Each given with its damages (S, C): what it adds to the square of the sum of a run's changes, at least 0."""
+    def _along_runs(self, columns: "_Products", outputs: Iterable[SiteOutput]) -> Iterator[tuple[SiteOutput, Floats]]:
+        """Each output, and those that its run gave before it, with its errors (S, C).
+
+        Runs that begin alike form a tree. The sum of a run's changes is passed on from an output to those that follow it.
+        """
         following: dict[SiteOutput | None, list[SiteOutput]] = {}
-        pending, seen = list(givens), set(givens)
+        pending, seen = list(outputs), set(outputs)
         while pending:
-            given = pending.pop()
-            before = given.before()
-            following.setdefault(before, []).append(given)
+            output = pending.pop()
+            before = output.before()
+            following.setdefault(before, []).append(output)
             if before is not None and before not in seen:
                 seen.add(before)
                 pending.append(before)
-        gains = torch.tensor(self.gains, dtype=torch.float64)[:, None, None]
+        gains = torch.tensor(self.sampler_gains, dtype=torch.float64)[:, None, None]
         scale = self.regions / (self.final * self.elements)
 
-        def follow(given: SiteOutput, summed: Tensor, square: Tensor) -> Iterator[tuple[SiteOutput, Floats]]:
-            summed = gains * self._change(columns, given) + _a_step_later(summed)  # (S, C, M)
+        def follow(output: SiteOutput, summed: Tensor, square: Tensor) -> Iterator[tuple[SiteOutput, Floats]]:
+            summed = gains * self._change(columns, output) + _a_step_later(summed)  # (S, C, M)
             whole = scale * summed.square().mean(2)
-            yield given, (whole - _a_step_later(square)).clamp_min(0).numpy()
-            for later in following.get(given, ()):
+            yield output, (whole - _a_step_later(square)).clamp_min(0).numpy()
+            for later in following.get(output, ()):
                 yield from follow(later, summed, whole)
 
         nothing = torch.zeros(self.steps, columns.outputs.shape[1], columns.outputs.shape[-1], dtype=torch.float64)
-        for given in following.get(None, ()):
-            yield from follow(given, nothing, nothing[:, :, 0])
+        for output in following.get(None, ()):
+            yield from follow(output, nothing, nothing[:, :, 0])
 
-    def _change(self, columns: "_Products", given: SiteOutput) -> Tensor:
-        """Change of r·(guided output), if columns give this instead of full attention's output: (S, C, M)."""
-        if given.earlier is not None:  # the line through both, at this step
-            weight = given.slope * given.since / given.gap
-            later = self._change(columns, given.as_it_was())
-            return (1 + weight) * later - weight * self._change(columns, given.earlier)
-        pairs = self._pairs(given.share)
-        found = columns.outputs[:, :, given.lag, pairs].sum(2)
-        if given.precision != "native":
-            assert columns.roundings is not None
-            found = found + columns.roundings[:, :, self.precisions.index(given.precision), given.lag, pairs].sum(2)
-        if given.radius is not None:
-            radius = self.radii.index(given.radius)
-            found = found - columns.residuals[:, :, radius, given.lag, pairs].sum(2)
-            if given.residual_lag is not None:
-                pairs = self._pairs(given.share or given.residual_shared)
-                found = found + columns.residuals[:, :, radius, given.residual_lag, pairs].sum(2)
+    def _change(self, columns: "_Products", output: SiteOutput) -> Tensor:
+        """The change of r·(guided output) if columns give this in place of full attention's output: (S, C, M)."""
+        if isinstance(output, ExtrapolatedOutput):
+            weight = output.slope * output.since / output.gap
+            return (1 + weight) * self._change(columns, output.later) - weight * self._change(columns, output.earlier)
+        made, lag, pairs = output.source, output.lag, self._pairs(output.share)
+        found = columns.outputs[:, :, lag, pairs].sum(2)
+        if made.precision != "native":
+            assert columns.quantisation_errors is not None
+            found = found + columns.quantisation_errors[:, :, self.precisions.index(made.precision), lag, pairs].sum(2)
+        if made.radius is not None:
+            radius = self.radii.index(made.radius)
+            found = found - columns.residuals[:, :, radius, lag, pairs].sum(2)
+            if made.residual is not None:
+                pairs = self._pairs(made.share or made.residual.shared)
+                found = found + columns.residuals[:, :, radius, lag + made.residual.age, pairs].sum(2)
         return found
 
     def _pairs(self, shared: bool) -> slice:
+        """The pairs of branches to add up."""
         if not self.branches.guided:
             return slice(0, 1)
-        return CROSSED if shared else SAME
+        return SHARED_BRANCH if shared else OWN_BRANCHES
 
     def save(self, path: str | Path) -> None:
-        """Write the table as safetensors, with everything else as JSON in the file's header."""
-        header = _Header(
-            format=FORMAT,
-            target=self.target,
-            tokens=self.tokens,
-            branches=self.branches,
-            radii=self.radii,
-            ages=self.ages,
-            gains=self.gains,
-            final=self.final,
-            elements=self.elements,
-            other_flops=self.other_flops,
-            images=self.images,
-            regions=self.regions,
-            itemsize=self.itemsize,
-            answers=self.answers,
-            feedback=self.feedback,
-            blocks=self.blocks,
-            switch=self.switch,
-            precisions=self.precisions,
-            about=dict(self.about),
-        )
-        tensors = {name: getattr(self, name).contiguous() for name in _tensors_of(self.precisions)}
-        content = json.dumps(header.model_dump(mode="json", by_alias=True), default=str, allow_nan=False)
-        save_file(tensors, path, metadata={"arrowhead": content})
+        """Write the table to a file: safetensors, with everything but the tensors as JSON in its header."""
+        write_table(path, {each.name: getattr(self, each.name) for each in fields(self)} | {"about": dict(self.about)})
 
     @classmethod
     def load(cls, path: str | Path) -> "Table":
@@ -273,108 +282,24 @@ class Table:
         Raises:
             InputsInvalid: the file is no such table, or contradicts itself.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                content = (file.metadata() or {}).get("arrowhead", "{}")
-                limits.require_length(content)
-                limits.parse_json(content)
-                header = _Header.model_validate_json(content, strict=True)
-                tensors = {name: file.get_tensor(name) for name in _tensors_of(header.precisions)}
-        except (OSError, SafetensorError, ValueError) as error:  # a ValidationError is a ValueError
-            raise InputsInvalid(
-                f"{path} is no sound table; wanted a file that Table.save wrote. {limits.shortened(error)}"
-            ) from error
-        try:
-            found = header.faults(tensors)
-            limits.require_sizes(len(header.gains), header.tokens, (*header.target.sites, *header.blocks))
-        except ValueError as error:
-            found = str(error)
-        if found:
-            raise InputsInvalid(f"{path} is no sound table; wanted a file that Table.save wrote. {found}")
-        fields = {name: getattr(header, name) for name in type(header).model_fields if name != "format"}
-        return cls(**fields, **tensors)
+        return cls(**read_table(path))
 
 
 @dataclass(frozen=True)
 class _Products:
-    """A table's tensors, of columns in place of heads."""
+    """A table's tensors, summed over the heads of each column."""
 
     outputs: Tensor
     residuals: Tensor
-    roundings: Tensor | None
+    quantisation_errors: Tensor | None
 
 
-def _tensors_of(precisions: Sequence[Precision]) -> tuple[str, ...]:
-    return ("outputs", "residuals", "roundings") if precisions else ("outputs", "residuals")
+def _sources(output: SiteOutput) -> tuple[ComputedOutput, ...]:
+    """The computed outputs that an output is made of."""
+    stored = (output.later, output.earlier) if isinstance(output, ExtrapolatedOutput) else (output,)
+    return tuple(each.source for each in stored)
 
 
 def _a_step_later(of_steps: Tensor) -> Tensor:
-    """(S, …), moved on by one step."""
+    """Values of steps (S, …), each moved to the step after it; 0 in the first step."""
     return torch.cat([torch.zeros_like(of_steps[:1]), of_steps[:-1]])
-
-
-class _Header(pydantic.BaseModel, extra="forbid"):
-    """All of a table but its tensors."""
-
-    format: int
-    target: Target
-    tokens: Tokens
-    branches: Branches
-    radii: tuple[Radius, ...]
-    ages: int
-    gains: tuple[float, ...]
-    final: float
-    elements: int
-    other_flops: float
-    images: int
-    regions: int
-    itemsize: int
-    answers: tuple[float, ...]
-    feedback: float
-    blocks: tuple[Site, ...]
-    switch: int | None = None
-    precisions: tuple[Precision, ...] = ()
-    about: dict[str, Any]
-
-    def faults(self, tensors: Mapping[str, Tensor]) -> str | None:
-        """What does not fit together."""
-        if self.format not in READABLE:
-            return f"got format {self.format}, wanted {' or '.join(map(str, READABLE))}"
-        sizes = {"steps": len(self.gains), "ages": self.ages, "elements": self.elements, "images": self.images}
-        sizes |= {"regions": self.regions, "itemsize": self.itemsize, "sites": len(self.target.sites)}
-        sizes |= {} if self.switch is None else {"switch + 1": self.switch + 1, "steps - switch": len(self.gains) - self.switch}
-        if small := [f"{name} {value}" for name, value in sizes.items() if value < 1]:
-            return f"got {', '.join(small)}, wanted at least 1"
-        of_tokens = [radius for radius in self.radii if isinstance(radius, int)]
-        values, above = (*self.gains, self.other_flops, *of_tokens), (*self.answers, self.final)
-        if not all(0 <= value < math.inf for value in values) or not all(0 < value < math.inf for value in above):
-            return "got gains, answers, FLOPs, radii or a final square below 0 or not finite"
-        if len(self.answers) not in (0, len(self.gains)) or not 0 <= self.feedback <= 1:
-            return f"got {len(self.answers)} answers to the power {self.feedback}, wanted one a step, and a power of 0 to 1"
-        if strange := [block.path for block in self.blocks if not block.made_of(self.target.sites)]:
-            return f"got blocks {', '.join(strange)}, wanted such as compute sites of the table"
-        return self._faults_of(tensors)
-
-    def _faults_of(self, tensors: Mapping[str, Tensor]) -> str | None:
-        """Where the tensors do not fit the rest, or radii the tokens."""
-        if self.tokens.grid is None and not all(isinstance(radius, int) for radius in self.radii):
-            return "got boxes for tokens of no grid"
-        if not all(t.dtype == torch.float32 and t.isfinite().all() for t in tensors.values()):
-            return "got tensors that are not float32, or not finite"
-        if "native" in self.precisions or len(set(self.precisions)) < len(self.precisions):
-            return f"got precisions {self.precisions}, wanted others than native, each once"
-        heads, pairs = sum(site.heads for site in self.target.sites), 3 if self.branches.guided else 1
-        ages, products = self.ages + 1, tensors["outputs"].shape[-1] if tensors["outputs"].ndim == 5 else 0
-        if products < 1 or products % self.regions:
-            return f"got {products} products of each kind, wanted a multiple of {self.regions} regions"
-        shapes = {
-            "outputs": (len(self.gains), heads, ages, pairs, products),
-            "residuals": (len(self.gains), heads, len(self.radii), ages, pairs, products),
-            "roundings": (len(self.gains), heads, len(self.precisions), ages, pairs, products),
-        }
-        wrong = [
-            f"{name} of shape {tuple(tensors[name].shape)}, wanted {shape}"
-            for name, shape in shapes.items()
-            if name in tensors and tuple(tensors[name].shape) != shape
-        ]
-        return "; ".join(wrong) or None

@@ -1,4 +1,4 @@
-"""The dynamic programme: for every column of a plan the cells of least damage plus multiplier × cost, over all steps."""
+"""The dynamic program: for every column of a plan the cells of least error plus multiplier × cost, over all steps."""
 
 from dataclasses import dataclass
 
@@ -7,99 +7,107 @@ from numpy.typing import NDArray
 
 from arrowhead.plans.cells import Attend, Cell, Reuse
 from arrowhead.plans.lifetimes import Writes
+from arrowhead.searches.budget.sensitivity.site_outputs import SiteOutput
 from arrowhead.searches.budget.sensitivity.table import Floats
-from arrowhead.searches.budget.solver.states import START, Choices, SiteOutput, State, Transition
+from arrowhead.searches.budget.solver.states import START, Choices, State, Transition
 
-Spending = tuple[Cell, Writes]
-"""What a move's cost follows from."""
-Moves = NDArray[np.int64]
+Numbers = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Solution:
-    """For each of C columns its cells over S steps, as numbers of moves (S, C), with their damage and cost (C,)."""
+    """For each of C columns its transitions over S steps, as their numbers (S, C), with the column's error and cost (C,)."""
 
-    moves: Moves
-    damage: Floats
+    transitions: Numbers
+    error: Floats
     cost: Floats
 
 
 class DynamicProgram:
-    """All memories that a site can have, and the moves between them; at the step `switch` all is forgotten."""
+    """All states that a site can be in, and the transitions between them.
+
+    At the step `switch` a second transformer takes over: every column is in the state START again.
+
+    `transitions` are numbered, those first that are open in every state. `outputs` are the distinct site outputs that they
+    give, and `writings` the distinct pairs of a cell and what it writes, which a transition's cost follows from.
+    """
 
     def __init__(self, choices: Choices, switch: int | None = None) -> None:
-        self.choices, self._switch = choices, switch
-        refreshing = tuple(choices.refreshing())
-        number: dict[State, int] = {START: 0}
-        others: list[tuple[int, Transition]] = []
-        pending = [START]
+        self._switch = switch
+        common = tuple(choices.from_any_state())
+        own: dict[State, tuple[Transition, ...]] = {}  # START is the first state
+        pending = [*(transition.after for transition in common), START]
         while pending:
-            memory = pending.pop()
-            open_moves = tuple(choices.moves(memory))
-            for move in (*refreshing, *open_moves):
-                if move.after not in number:
-                    number[move.after] = len(number)
-                    pending.append(move.after)
-            others += [(number[memory], move) for move in open_moves]
-        others.sort(key=lambda pair: pair[0])  # each memory's lie together
-        self.moves = (*refreshing, *(move for _, move in others))
-        self.givens: tuple[SiteOutput, ...] = tuple(dict.fromkeys(move.given for move in self.moves))
-        self.spendings: tuple[Spending, ...] = tuple(dict.fromkeys((move.cell, move.writes) for move in self.moves))
-        given_of = {given: i for i, given in enumerate(self.givens)}
-        spending_of = {spending: i for i, spending in enumerate(self.spendings)}
-        self._to = np.array([number[move.after] for move in self.moves])
-        self._given = np.array([given_of[move.given] for move in self.moves])
-        self._spending = np.array([spending_of[move.cell, move.writes] for move in self.moves])
-        self._always = len(refreshing)
-        self.reuses = np.array([isinstance(move.cell, Reuse) for move in self.moves])
-        self.shares = np.array([isinstance(move.cell, Attend) and move.cell.share_cfg for move in self.moves])
-        start = np.array([start for start, _ in others], dtype=np.int64)
-        self._first = self._always + np.searchsorted(start, np.arange(len(number) + 1))
-        self._begun = 0 if 0 in start else 1  # from nothing at all, memory 0, there may be no others
+            state = pending.pop()
+            if state not in own:
+                own[state] = tuple(choices.from_state(state)) or common[:1]  # never empty: a second copy is never chosen
+                pending += [transition.after for transition in own[state]]
+        self.transitions = (*common, *(transition for of_state in own.values() for transition in of_state))
+        self.outputs: tuple[SiteOutput, ...] = tuple(dict.fromkeys(t.output for t in self.transitions))
+        self.writings: tuple[tuple[Cell, Writes], ...] = tuple(dict.fromkeys((t.cell, t.writes) for t in self.transitions))
+        states = {state: i for i, state in enumerate(own)}
+        outputs = {output: i for i, output in enumerate(self.outputs)}
+        writings = {writing: i for i, writing in enumerate(self.writings)}
+        self.output_of = np.array([outputs[t.output] for t in self.transitions])
+        self._writing_of = np.array([writings[t.cell, t.writes] for t in self.transitions])
+        self._after = np.array([states[t.after] for t in self.transitions])
+        self.reuses = np.array([isinstance(t.cell, Reuse) for t in self.transitions])
+        self.shares = np.array([isinstance(t.cell, Attend) and t.cell.share_cfg for t in self.transitions])
+        counts = np.array([len(of_state) for of_state in own.values()])
+        self._common = len(common)
+        self._first = self._common + np.cumsum(counts) - counts  # of each state's own transitions
+        self._open = _padded(self._common, self._first, counts)
 
-    def solve(self, damage: Floats, cost: Floats, multiplier: float, held: Floats | None = None) -> Solution:
-        """Exact for this multiplier: the least Σ damage + multiplier · Σ cost of each column.
+    def solve(self, error: Floats, cost: Floats, multiplier: float, held: Floats | None = None) -> Solution:
+        """The least Σ error + multiplier · Σ cost of each column, exact for this multiplier.
 
         Args:
-            damage: (S, givens, C), infinite where something is not open.
-            cost: (spendings, C), of one step.
-            multiplier: damage that a unit of cost is worth, 0 or more.
-            held: (givens, C), the price of what has to be held for a step to give that; no part of the damage.
+            error: (S, outputs, C), infinite where an output is not open.
+            cost: (writings, C), of one step.
+            multiplier: the error that a unit of cost is worth, 0 or more.
+            held: (outputs, C), a price for what the caches have to hold for a step to give the output. It is minimised, too,
+                but is no part of the error that the solution states.
         """
-        real, damage = damage, damage if held is None else damage + held
-        steps, _, columns = damage.shape
-        price, always = multiplier * cost, self._always
-        memories, each = len(self._first) - 1, np.arange(columns)
-        ahead = np.zeros((steps + 1, memories, columns))  # the least that the steps to come add
-        for step in range(steps - 1, -1, -1):
-            total = damage[step, self._given] + price[self._spending] + ahead[step + 1, self._to]  # (moves, C)
-            ahead[step] = total[:always].min(0)
-            if len(total) > always:
-                others = np.minimum.reduceat(total[always:], self._first[self._begun : -1] - always, axis=0)
-                np.minimum(ahead[step, self._begun :], others, out=ahead[step, self._begun :])
-            if step == self._switch:
-                ahead[step] = ahead[step, 0]  # START's
-        chosen = np.zeros((steps, columns), dtype=np.int64)
-        harmed, spent, memory = np.zeros(columns), np.zeros(columns), np.zeros(columns, dtype=np.int64)
-        most = int(np.diff(self._first).max(initial=0))
+        priced, price = error if held is None else error + held, multiplier * cost
+        to_come = self._least_to_come(priced, price)
+        steps, _, columns = error.shape
+        each, state = np.arange(columns), np.zeros(columns, dtype=np.int64)
+        chosen, errors, spent = np.zeros((steps, columns), dtype=np.int64), np.zeros(columns), np.zeros(columns)
         for step in range(steps):
             if step == self._switch:
-                memory = np.zeros_like(memory)
-            others = self._first[memory] + np.arange(most)[:, None]
-            others = np.where(others < self._first[memory + 1], others, 0)
-            moves = np.concatenate([np.broadcast_to(np.arange(always)[:, None], (always, columns)), others])  # (moves, C)
-            total = damage[step, self._given[moves], each] + price[self._spending[moves], each]
-            total += ahead[step + 1, self._to[moves], each]
-            best = moves[total.argmin(0), each]
-            chosen[step], memory = best, self._to[best]
-            harmed += real[step, self._given[best], each]
-            spent += cost[self._spending[best], each]
-        return Solution(chosen, harmed, spent)
+                state = np.zeros_like(state)
+            options = self._open[state].T  # (options, C)
+            total = priced[step, self.output_of[options], each] + price[self._writing_of[options], each]
+            total += to_come[step + 1, self._after[options], each]
+            best = options[total.argmin(0), each]
+            chosen[step], state = best, self._after[best]
+            errors += error[step, self.output_of[best], each]
+            spent += cost[self._writing_of[best], each]
+        return Solution(chosen, errors, spent)
 
-    def givens_of(self, moves: Moves) -> tuple[SiteOutput, ...]:
-        """What the cells of one column give (S,)."""
-        return tuple(self.moves[move].given for move in moves)
+    def _least_to_come(self, error: Floats, price: Floats) -> Floats:
+        """The least that a step and those after it add, from each state: (S + 1, states, C), 0 after the last step."""
+        steps, _, columns = error.shape
+        found = np.zeros((steps + 1, len(self._first), columns))
+        for step in range(steps - 1, -1, -1):
+            total = error[step, self.output_of] + price[self._writing_of] + found[step + 1, self._after]  # (transitions, C)
+            common, own = total[: self._common], total[self._common :]
+            found[step] = np.minimum(common.min(0), np.minimum.reduceat(own, self._first - self._common, axis=0))
+            if step == self._switch:
+                found[step] = found[step, 0]  # START's
+        return found
 
-    def cells(self, moves: Moves) -> tuple[Cell, ...]:
-        """The cells of one column (S,)."""
-        return tuple(self.moves[move].cell for move in moves)
+    def outputs_of(self, numbers: Numbers) -> tuple[SiteOutput, ...]:
+        """What a column of transitions (S,) gives in each step."""
+        return tuple(self.transitions[number].output for number in numbers)
+
+    def cells(self, numbers: Numbers) -> tuple[Cell, ...]:
+        """The cells of a column of transitions (S,)."""
+        return tuple(self.transitions[number].cell for number in numbers)
+
+
+def _padded(common: int, first: Numbers, counts: Numbers) -> Numbers:
+    """The numbers of the transitions that are open in each state: (states, most), padded with 0, which is open in all."""
+    places = np.arange(counts.max())
+    own = np.where(places < counts[:, None], first[:, None] + places, 0)
+    return np.concatenate([np.broadcast_to(np.arange(common), (len(counts), common)), own], 1)

@@ -1,4 +1,4 @@
-"""A table and a budget solved: the plan, and what it says of itself."""
+"""Plans from a sensitivity table and a budget, without the model."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -11,16 +11,23 @@ from arrowhead.searches.budget.config import ASKED, Budget
 from arrowhead.searches.budget.sensitivity.table import Table
 from arrowhead.searches.budget.solver.allocation import Allocation, within_cost, within_memory
 from arrowhead.searches.budget.solver.costs import FlopCosts
-from arrowhead.searches.budget.solver.problem import Problem
+from arrowhead.searches.budget.solver.problem import Problem, problem_of
 from arrowhead.searches.settings import require_a
 
 
 def solve(table: Table, budget: Budget) -> Plan:
-    """The plan for a budget of FLOPs, from a table alone; nothing is run.
+    """Find the plan for a budget of FLOPs from a table alone. The model is not run.
+
+    Args:
+        table: from `arrowhead.calibrate`, or loaded with `Table.load`.
+        budget: of attention, module or transformer FLOPs.
 
     Raises:
-        InputsInvalid: these are no table and budget, the budget is an error or a speedup, which the pipeline has to show, or
-            nothing is as cheap.
+        InputsInvalid: these are no table and budget, nothing is as cheap, or the budget is an error or a speedup, which only
+            the pipeline can show.
+
+    Examples:
+        >>> plan = ah.solve(table, ah.Budget(module_flops=0.4))
     """
     require_a(Table, table, "table")
     require_a(Budget, budget, "budget")
@@ -29,19 +36,23 @@ def solve(table: Table, budget: Budget) -> Plan:
         raise InputsInvalid(
             f"got a budget of {name}={value}, wanted FLOPs: a table alone knows no other; call arrowhead.search"
         )
-    problem = budget.problem(table)
+    problem = problem_of(budget, table)
     return plan_of(problem, budget, within(problem, budget))
 
 
 def sweep(table: Table, budgets: Sequence[Budget]) -> list[Plan]:
-    """A plan for each budget of FLOPs, from one table. Raises what `solve` raises."""
+    """Find a plan for each budget of FLOPs from one table. Raises what `solve` raises.
+
+    Examples:
+        >>> plans = ah.sweep(table, [ah.Budget(module_flops=left) for left in (0.6, 0.4, 0.2)])
+    """
     if not isinstance(budgets, Sequence):
         raise InputsInvalid(f"got budgets of type {type(budgets).__name__}, wanted a list of them; solve takes a single one")
     return [solve(table, budget) for budget in budgets]
 
 
 def within(problem: Problem, budget: Budget) -> Allocation:
-    """What is found within the cost, and within the bytes if they are bounded."""
+    """The allocation of least error found within the budget's cost, and within its bytes if they are bounded."""
     if budget.cache_bytes is None:
         return within_cost(problem, budget.fraction)
     table = problem.table
@@ -51,7 +62,7 @@ def within(problem: Problem, budget: Budget) -> Allocation:
         return max(plan.cache_bytes(table.images, table.itemsize))
 
     found, refused = [], None
-    for each in (problem, problem.without_lines()) if problem.choices.slopes else (problem,):
+    for each in (problem, problem.without_extrapolation()) if problem.choices.slopes else (problem,):
         try:
             found.append(within_memory(each, budget.fraction, peak, budget.cache_bytes))
         except InputsInvalid as error:
@@ -59,18 +70,18 @@ def within(problem: Problem, budget: Budget) -> Allocation:
     if not found:
         assert refused is not None
         raise refused
-    return min(found, key=lambda allocation: allocation.damage)
+    return min(found, key=lambda allocation: allocation.error)
 
 
 def plan_of(problem: Problem, budget: Budget, found: Allocation) -> Plan:
-    """What was found, as a plan for what the table was made on."""
+    """The plan of an allocation, for the model that the table was made on."""
     table, (name, value) = problem.table, budget.asked
     settings = {key: setting for key, setting in asdict(budget).items() if key not in ASKED}
     settings["granularity"] = problem.granularity
     search = {"strategy": "budget", "asked": f"{name} = {value}", **settings, **dict(table.about.get("search", {}))}
     if isinstance(problem.costs, FlopCosts):
         search[f"{problem.costs.measure}_flops"] = short(found.cost + problem.fixed)
-    search["predicted_error"] = short(found.damage**0.5)
+    search["predicted_error"] = short(found.error**0.5)
     columns = {site: column for site, column in zip(problem.sites, found.columns, strict=True) if column is not None}
     rows = tuple(zip(*columns.values(), strict=True))
     about = {**table.about, "search": search}
@@ -79,10 +90,10 @@ def plan_of(problem: Problem, budget: Budget, found: Allocation) -> Plan:
 
 
 def with_provenance(plan: Plan, **facts: Any) -> Plan:
-    """The plan, saying more of how it was found."""
+    """The plan with more facts in its provenance."""
     return replace(plan, about={**plan.about, "search": {**plan.about["search"], **facts}})
 
 
 def short(value: float) -> float:
-    """Three digits."""
+    """The value to three digits."""
     return float(f"{value:.3g}")

@@ -1,4 +1,4 @@
-"""The most memory that something took: what torch allocated on a GPU, or on Linux what the process had resident."""
+"""Peak memory of a block of code: torch's allocations on a GPU, or on Linux the resident memory of the process."""
 
 import ctypes
 from contextlib import suppress
@@ -6,29 +6,34 @@ from pathlib import Path
 
 import torch
 
-SAID = {
+DESCRIPTIONS = {
     "cuda": "the most that torch had allocated on the GPU, weights included",
     "cpu": "the most that the process had resident, weights and libraries included",
 }
+"""What the number means, by type of device."""
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
-class Peak:
-    """From when this is made. On a CPU what is free is given back to the system first, so that no earlier peak is seen."""
+class PeakMemory:
+    """Measures the peak since it was constructed.
+
+    On a CPU, free memory is returned to the system and the kernel's high-water mark is reset first, so that an earlier peak
+    does not count.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._begun = device, device.type == "cuda"
-        if self._begun:
+        self._device, self._known = device, device.type == "cuda"
+        if self._known:
             torch.cuda.reset_peak_memory_stats(device)
         elif device.type == "cpu":
             with suppress(OSError, AttributeError):  # another system, or another C library
                 ctypes.CDLL(None).malloc_trim(0)
                 _CLEAR.write_text("5")  # resets the high-water mark, see proc(5)
-                self._begun = True
+                self._known = True
 
     def bytes(self) -> int | None:
-        """So far; None where the system does not say."""
-        if not self._begun:
+        """The peak so far, in bytes; None if the system does not report it."""
+        if not self._known:
             return None
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)

@@ -1,21 +1,23 @@
-"""What an evaluation found, as a value: a row for the untouched pipeline and for each plan."""
+"""The results of an evaluation: one row for the untouched pipeline and one for each plan."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from arrowhead.evaluation.figures import Figure, as_dict
-from arrowhead.evaluation.work_folder import WorkFolder
+from arrowhead.evaluation.estimates import Estimate, as_dict
+from arrowhead.evaluation.work_folder import SettingFolder
 from arrowhead.plans.plan import Plan
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What generating took. `flops` are what is left of attention's matmuls and of modules; bytes are of a batch.
+    """What generation cost with one setting.
 
-    `time_ratio` is the median over batches of the time by the untouched pipeline's beside it, `pairs` how many there were;
-    without any it is None, as are bytes that the system does not tell.
+    `attention_flops` and `module_flops` are fractions of the untouched pipeline's. Bytes are those of one batch; memory is None
+    where the system does not report it. `time_ratio` is the median, over the `pairs` batches that were generated in one session
+    with the untouched pipeline's, of the time divided by the untouched pipeline's time. It is None if there is no such batch.
+    `summary` is the summary of the first batch.
     """
 
     attention_flops: float
@@ -28,11 +30,11 @@ class Cost:
     summary: Mapping[str, Any]
 
     @classmethod
-    def of(cls, kept: WorkFolder, raw: WorkFolder, batches: Sequence[range]) -> "Cost":
-        """From the records of all batches."""
-        own, untouched = ([setting.record(images) for images in batches] for setting in (kept, raw))
+    def of(cls, setting: SettingFolder, raw: SettingFolder, batches: Sequence[range]) -> "Cost":
+        """Compute a setting's cost from the records of its batches, with the untouched pipeline's for the time ratio."""
+        own, untouched = ([folder.record(images) for images in batches] for folder in (setting, raw))
         peaks = [record["peak_memory_bytes"] for record in own]
-        beside = [
+        ratios = [
             mine["seconds"] / theirs["seconds"]
             for mine, theirs in zip(own, untouched, strict=True)
             if mine["session"] == theirs["session"]
@@ -44,33 +46,37 @@ class Cost:
             max((record["summary"] or summary)["peak_cache_bytes"] for record in own),
             None if None in peaks else max(peaks),
             median(record["seconds"] / len(images) for record, images in zip(own, batches, strict=True)),
-            median(beside) if beside else None,
-            len(beside),
+            median(ratios) if ratios else None,
+            len(ratios),
             summary,
         )
 
 
 @dataclass(frozen=True)
 class Row:
-    """One setting: its plan, None for the untouched pipeline, its cost and its figures by name."""
+    """One setting: its plan (None for the untouched pipeline), its cost, and its estimates by the names of their measures."""
 
     name: str
     plan: Plan | None
     cost: Cost
-    figures: Mapping[str, Figure]
+    estimates: Mapping[str, Estimate]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The row, for JSON."""
         cost = {
             name: value for name, value in vars(self.cost).items() if name not in ("summary", "attention_flops", "module_flops")
         }
         search = {} if self.plan is None else {"search": self.plan.about.get("search")}
-        return {**search, **self.cost.summary, **cost, **as_dict(self.figures)}
+        return {**search, **self.cost.summary, **cost, **as_dict(self.estimates)}
 
 
 @dataclass(frozen=True)
-class Measured:
-    """The table: the untouched pipeline's row, one for each plan, how it was measured, and what was not, and why."""
+class Results:
+    """The table of an evaluation.
+
+    `raw` is the untouched pipeline's row, `rows` are the plans'. `setting` says how all was measured, and `not_measured` gives
+    the reason for each measure that is missing.
+    """
 
     raw: Row
     rows: tuple[Row, ...]
@@ -79,7 +85,7 @@ class Measured:
     not_measured: Mapping[str, str]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The table, for JSON."""
         plans = {row.name: row.as_dict() for row in self.rows}
         about = {**self.setting, "images": self.images, "not_measured": dict(self.not_measured)}
         return {**about, "raw": self.raw.as_dict(), "plans": plans}

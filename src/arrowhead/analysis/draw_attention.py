@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from arrowhead.analysis.arrays import REUSED, Analysis, Floats
-from arrowhead.analysis.palette import COLOURS
+from arrowhead.analysis.palette import COLOURS, figure_text
 from arrowhead.plans import masks
 from arrowhead.plans.layout import Tokens
 
@@ -55,7 +55,7 @@ def attention_map(analysis: Analysis) -> Figure:
     figure.legend(handles=edges, loc="outside lower left", frameon=False, fontsize=9)
     branch = ", conditional branch" if analysis.guided else ""
     where = f"site {at.site} ({analysis.sites[at.site]}), step {at.step} of 0 to {analysis.steps - 1}{branch}"
-    figure.suptitle(f"Where heads look: {where}", fontsize=11)
+    figure.suptitle(figure_text(f"Where heads look: {where}"), fontsize=11)
     return figure
 
 

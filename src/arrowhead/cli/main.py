@@ -20,6 +20,7 @@ from arrowhead.errors import InputsInvalid
 from arrowhead.models.find import find
 from arrowhead.plans.cells import paper_name
 from arrowhead.plans.file_format import SYMBOLS
+from arrowhead.plans.foreign_text import visible
 from arrowhead.plans.plan import Plan
 from arrowhead.searches.api import THRESHOLDS
 from arrowhead.searches.budget.config import ASKED
@@ -292,11 +293,12 @@ def show_plan(plan: Plan) -> None:
         provenance = ", ".join(
             f"{key} {', '.join(map(str, value)) if isinstance(value, list) else value}" for key, value in searched.items()
         )
-        console.print(provenance.replace("_", " "))
+        console.print(visible(provenance.replace("_", " ")))
     for change in plan.about.get("derived", ()):
-        console.print(f"derived: {', '.join(f'{name} {what}' for name, what in change.items())}")
+        console.print(visible(f"derived: {', '.join(f'{name} {what}' for name, what in change.items())}"))
     console.print(
-        f"{plan.target.transformer}, {plan.steps} steps × {len(plan.target.sites)} sites, {plan.tokens.visual} visual tokens"
+        f"{visible(plan.target.transformer)}, {plan.steps} steps × {len(plan.target.sites)} sites, "
+        f"{plan.tokens.visual} visual tokens"
         f"{'' if plan.switch is None else f', a second transformer from step {plan.switch} on'}\n"
         f"FLOPs left: {left.attention:.1%} of attention's matmuls, {left.module:.1%} with projections; caches of at most "
         f"{peak / 2**20:.1f} MiB an image in 16 bits",

@@ -13,6 +13,8 @@ from budget import synthetic
 from pages import PLANS, TARGET, Page, evaluation
 from pipelines import dit
 from replay import plan as plan_for
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import arrowhead as ah
 from arrowhead.analysis.draw import image_grid, plan_map
@@ -114,7 +116,11 @@ def test_provenance_of_another_type_is_refused(about, tmp_path):
     path.write_text(json.dumps(json.loads(plan.text()) | {"about": about}))
     with pytest.raises(PlanInvalid, match=next(iter(about))):
         Plan.load(path)
-    replace(synthetic(0), about=about).save(tmp_path / "table.safetensors")
+    synthetic(0).save(tmp_path / "table.safetensors")
+    with safe_open(tmp_path / "table.safetensors", "pt") as file:
+        header = {"arrowhead": json.dumps(json.loads(file.metadata()["arrowhead"]) | {"about": about})}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    save_file(tensors, tmp_path / "table.safetensors", metadata=header)
     with pytest.raises(InputsInvalid, match=next(iter(about))):
         ah.Table.load(tmp_path / "table.safetensors")
     ah.Analysis(("a",), (1,), 1, Tokens(4), guided=False, radius=1, about=about).save(tmp_path / "a.npz")

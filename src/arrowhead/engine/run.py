@@ -23,6 +23,7 @@ from arrowhead.errors import (
     ArrowheadError,
     BandCoversAll,
     GenerationUnfinished,
+    GuidanceNotPlanned,
     PlanDerived,
     PlanMismatch,
     ProcessorReplaced,
@@ -35,6 +36,7 @@ from arrowhead.models.head_separation import can_project_heads_separately
 from arrowhead.models.model import Model, target_of, transformers_of
 from arrowhead.plans import masks
 from arrowhead.plans.cells import Arrow, Attend, Cached, radius_sort_key
+from arrowhead.plans.foreign_text import visible
 from arrowhead.plans.layout import Branches, Tokens
 from arrowhead.plans.lifetimes import lifetimes
 from arrowhead.plans.plan import Plan
@@ -160,6 +162,12 @@ class Run:
                 "guidance is off, so there is one CFG branch and nothing to share",
                 "search again without guidance for a plan of its own",
                 ShareCfgIgnored,
+            )
+        if branches.guided and not self.plan.guided:
+            self._note(
+                "guidance is on, and the plan was made without guidance, which multiplies the plan's errors",
+                "search again with guidance for a plan that fits",
+                GuidanceNotPlanned,
             )
 
     def _account_for_every_site(self) -> None:
@@ -297,8 +305,8 @@ def _warn_of_derived(plan: Plan) -> None:
     if changes := plan.about.get("derived"):
         said = "; then ".join(", ".join(f"{name} {what}" for name, what in change.items()) for change in changes)
         warnings.warn(
-            f"the plan was not found for these circumstances, but derived: {said}; search again for one of its own, or look at "
-            "what it does",
+            f"the plan was not found for these circumstances, but derived: {visible(said)}; search again for one of its own, "
+            "or look at what it does",
             PlanDerived,
             stacklevel=4,
         )

@@ -16,6 +16,7 @@ from test_windows import LargestStorage
 from arrowhead.errors import KernelUnavailable
 from arrowhead.kernels import dispatch
 from arrowhead.kernels.call import Call, Policy
+from arrowhead.kernels.cpu import boxes as cpu_boxes
 from arrowhead.plans import masks
 from arrowhead.plans.cells import Arrow, Box
 from arrowhead.plans.layout import Grid, Tokens
@@ -139,7 +140,7 @@ def test_no_masked_pair_is_computed(monkeypatch):
 def test_memory_is_a_small_part_of_all_pairs():
     tokens = Tokens.of_grid(4, 32, 32)
     q, k, v = random_qkv(tokens, batch=1, heads=2)
-    boxes.blocks.cache_clear()
+    cpu_boxes.blocks.cache_clear()
     with LargestStorage() as largest:
         dispatch.arrow(q, k, v, tokens, Box(1, 4, 4), kernel="chunked")
     assert q.nbytes <= largest.bytes < 4 * 4096**2 / 10

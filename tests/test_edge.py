@@ -191,13 +191,13 @@ def test_evaluation_refuses_what_it_cannot_pair(wrong):
 
 
 def test_demo_writes_what_it_promises(tmp_path, monkeypatch):
-    dit, mmdit = demo.SHOWS
+    dit, mmdit = demo.DEMOS
     small = (
         replace(dit, common={**dit.common, "num_inference_steps": 6}, calibration=(3,), seeds=(0, 1)),
         replace(mmdit, model="mmdit32", common={**mmdit.common, "num_inference_steps": 5}, calibration=mmdit.calibration[:1]),
     )
     small = tuple(replace(show, drawn=show.drawn[:3], titles=show.titles[:3]) for show in small)
-    monkeypatch.setattr(demo, "SHOWS", small)
+    monkeypatch.setattr(demo, "DEMOS", small)
     said = invoke("demo", "--out", tmp_path)
     assert said.startswith("You are looking at")
     assert {p.name for p in tmp_path.iterdir()} == {"dit", "mmdit32"}

@@ -30,6 +30,7 @@ CLOSED_FORMS = (
     "computed_heads",
     "pairs",
 )
+PREPARING = "prepare", "_head_group", "_pass_count", "_attention_work", "_head_flops", "_projection_flops", "_whole_flops"
 MIXED = Attend((Full(), Arrow(3, residual=True), Cached()))
 TURNED = Attend((Cached(), Full(), Arrow(3)), share_cfg=True)
 PLANS = {
@@ -66,7 +67,7 @@ def counted(monkeypatch, run):
 
     modules = [module for name, module in sys.modules.items() if name.startswith("arrowhead.")]
     functions = [(dataclasses, "replace"), (inspect, "signature"), *((flops, name) for name in CLOSED_FORMS)]
-    functions += [(head_separation, "can_project_heads_separately"), (site_plan, "prepare")]
+    functions += [(head_separation, "can_project_heads_separately"), *((site_plan, name) for name in PREPARING)]
     with monkeypatch.context() as context:
         for owner, name in functions:
             original = getattr(owner, name)
@@ -136,7 +137,7 @@ def test_the_count_sees_what_it_looks_for(monkeypatch):
     with ah.applied(bench.pipe, planned(bench, PLANS["head by head"])) as run, counted(monkeypatch, run) as calls:
         run._prepared = type("Forgetful", (dict,), {"__contains__": lambda *_: False})()
         bench.pipe(**bench.inputs())
-    assert {name for name, step in calls if step > 0} >= {"prepare", "head_flops", "projection_flops"}
+    assert {name for name, step in calls if step > 0} >= {"prepare", "_head_group", "_whole_flops"}
 
 
 def test_generations_alike_share_what_was_prepared(monkeypatch):

@@ -292,10 +292,27 @@ class TestMismatch:
         assert "blocks.9.attn1" in message
         assert "blocks.0.attn1" not in message
 
-    def test_all_differences_at_once(self):
+    def test_the_first_difference_is_said_and_how_many_more_there_are(self):
         other = {"num_train_timesteps": 77, "beta_schedule": "cosine"}
         message = self.differences(transformer="Other", scheduler_config=other, sites=SITES[:1])
-        assert all(word in message for word in ["Other", "num_train_timesteps", "77", "cosine", "number of sites"])
+        assert message.endswith(f"transformer: plan {TARGET.transformer}, pipeline Other; and 3 more differences")
+        all_of_them = TARGET.differences(replace(TARGET, transformer="Other", scheduler_config=other, sites=SITES[:1]))
+        assert len(all_of_them) == 4
+        assert all(word in str(all_of_them) for word in ["Other", "num_train_timesteps", "77", "cosine", "number of sites"])
+
+    def test_the_message_for_another_model_is_short(self):
+        """All sites of a large model differ, in more than one size."""
+        inner = [(Site(f"blocks.{i}.attn.inner", 1, 8, 8),) * 9 for i in range(50)]
+        mine = tuple(Site(f"blocks.{i}.attn", 4, 8, 32, within=inner[i]) for i in range(50))
+        theirs = tuple(replace(site, heads=8, channels=64) for site in mine)
+        with pytest.raises(PlanMismatch) as error:
+            replace(PLAN, cells=((FULL,) * 50,), target=replace(TARGET, sites=mine)).require(replace(TARGET, sites=theirs))
+        assert str(error.value).endswith(". heads of site blocks.0.attn: plan 4, pipeline 8; and 49 more differences")
+        assert len(str(error.value)) < 200
+        config = {"betas": [0.1] * 1000, "name": "\x1b[31m"}
+        (betas, name) = replace(TARGET, scheduler_config=config).differences(replace(TARGET, scheduler_config={}))
+        assert len(betas) < 300
+        assert name == r"scheduler's name: plan \x1b[31m, pipeline not set"
 
     @pytest.mark.parametrize(
         ("steps", "tokens", "calls", "words"),

@@ -30,6 +30,7 @@ from arrowhead.errors import (
     AlreadyApplied,
     ArrowheadError,
     BandCoversAll,
+    GuidanceNotPlanned,
     InputsInvalid,
     KernelUnavailable,
     NotIntercepted,
@@ -97,7 +98,10 @@ def test_a_plan_that_shares_branches_where_there_is_one(either, images):
 
 def test_a_plan_made_without_guidance_used_with_it(either):
     the_plan = plan(either, ["FFF", "WXW", "RRR", "wWR", "FWR"], guided=False)
-    got = compressed(either, the_plan, either.inputs())
+    with ah.applied(either.pipe, the_plan) as run:
+        with pytest.warns(GuidanceNotPlanned, match=r"guidance is on.*without guidance.*search again with guidance"):
+            got = trace(either, either.inputs())
+        assert any("guidance is on" in note for note in run.summary().notes)
     assert_same(got, replay(either, ["FFF", "WXW", "RRR", "wWR", "FWR"], either.inputs()))
 
 
@@ -158,8 +162,11 @@ def foreign_plans():
     return {
         "transformer": (plan(pixart_sigma(), grid), "DiTTransformer2DModel.*|.*PixArtTransformer2DModel"),
         "layers": (plan(dit(num_layers=4), [row + "F" for row in grid]), "number of sites: plan 4, pipeline 3"),
-        "heads": (plan(dit(num_attention_heads=6, attention_head_dim=4), grid), "heads=6.*heads=3"),
-        "width": (plan(dit(attention_head_dim=16), grid), "head_dim=16.*head_dim=8"),
+        "heads": (
+            plan(dit(num_attention_heads=6, attention_head_dim=4), grid),
+            "heads of site transformer_blocks.0.*: plan 6, pipeline 3",
+        ),
+        "width": (plan(dit(attention_head_dim=16), grid), "head_dim of site transformer_blocks.0.*: plan 16, pipeline 8"),
         "scheduler": (plan(other_scheduler, grid), "scheduler: plan DDIMScheduler, pipeline DPMSolverMultistepScheduler"),
         "setting": (plan(other_setting, grid), "solver_order: plan 3, pipeline 2"),
     } | {"same": (plan(here, grid), None)}

@@ -115,5 +115,5 @@ def test_what_differs_is_named_by_path(benches):
     plan = ah.search(here.pipe, here.inputs(steps=STEPS), threshold=0.5, progress=False)
     sites = plan.target.sites
     other = replace(plan.target, sites=(replace(sites[1], heads=99), *sites[2:], sites[0]))
-    assert plan.target.differences(other) == [f"site: plan {sites[1]}, pipeline {replace(sites[1], heads=99)}"]
+    assert plan.target.differences(other) == [f"heads of site {sites[1].path}: plan {sites[1].heads}, pipeline 99"]
     assert plan.target.differences(replace(plan.target, sites=sites[::-1])) == []

@@ -18,7 +18,7 @@ class PlanInvalid(ArrowheadError, ValueError):
 class PlanMismatch(ArrowheadError, ValueError):
     """A sound plan meets a pipeline, or a call of it, that the plan was not made for.
 
-    Raised by `apply`, and when a generation begins. The message names every difference. Search again on this pipeline with
+    Raised by `apply`, and when a generation begins. The message names what differs. Search again on this pipeline with
     these arguments; for other steps or tokens, `Plan.resample` may be enough.
     """
 
@@ -80,6 +80,13 @@ class ShareCfgIgnored(ArrowheadWarning):
     """The plan shares attention between the CFG branches, but a generation has one branch, and nothing to share.
 
     Given when a generation begins without guidance. Search again without guidance for a plan that fits it.
+    """
+
+
+class GuidanceNotPlanned(ArrowheadWarning):
+    """The plan was made without guidance, but a generation has guidance.
+
+    Given when a generation begins. Guidance multiplies the errors of the plan. Search again with guidance for a plan that fits.
     """
 
 

@@ -110,6 +110,11 @@ def diffusers_hooks(module: nn.Module) -> Mapping[str, Any]:
     return getattr(vars(module).get("_diffusers_hook"), "hooks", {})
 
 
+def brings_weights(module: nn.Module) -> bool:
+    """Whether accelerate's hooks are on a module or within it. Without it offloaded weights would be taken for missing ones."""
+    return any("_hf_hook" in vars(inner) for inner in module.modules())
+
+
 def parallel_config(transformer: nn.Module) -> Any:
     """How diffusers shares the transformer's work among processes, or None. Without it a part would be taken for the whole."""
     return getattr(transformer, "_parallel_config", None)

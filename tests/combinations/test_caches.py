@@ -105,7 +105,7 @@ def test_everything_goes_there_and_comes_back(mechanism, outcome, monkeypatch):
         sent.append(tensor)
         return tensor.clone()
 
-    monkeypatch.setattr(cache_encoding, "moved", moved)
+    monkeypatch.setattr(cache_encoding, "to_device", moved)
     with here.applied(plan, cache_device="cpu") as run:
         assert torch.equal(here.generate(1), wanted)
         assert run.cache_bytes == 0

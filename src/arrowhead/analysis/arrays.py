@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from arrowhead.errors import InputsInvalid
 from arrowhead.plans import atomic_write, limits
+from arrowhead.plans.about import About
 from arrowhead.plans.layout import Tokens
 
 Floats = NDArray[np.float32]
@@ -231,7 +232,7 @@ class _Meta(pydantic.BaseModel, extra="forbid"):
     tokens: Tokens
     guided: bool
     radius: int
-    about: dict[str, Any]
+    about: About
     map: _Map | None = None
     reuse_errors: None = None
     step_similarity: None = None

@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from arrowhead.analysis.palette import COLOURS, MEANINGS, opacity
+from arrowhead.analysis.palette import COLOURS, MEANINGS, figure_text, opacity
 from arrowhead.errors import InputsInvalid
 from arrowhead.plans import atomic_write
 from arrowhead.plans.cells import Arrow, Attend, Cell, Radius, method_name, paper_name, radius_sort_key
@@ -54,11 +54,12 @@ def plan_map(plans: Mapping[str, Plan], path: str | Path, title: str = "") -> No
         left = plan.flops()
         kinds = {site.kind for site in plan.target.sites}
         counted = "projections" if kinds == {"self_attention"} else "all sites"
-        axis.set_title(f"{name}: {left.attention:.0%} of attention FLOPs left, {left.module:.0%} with {counted}", loc="left")
+        shares = f"{left.attention:.0%} of attention FLOPs left, {left.module:.0%} with {counted}"
+        axis.set_title(f"{figure_text(name)}: {shares}", loc="left")
         axis.set_xlabel("step")
         axis.set_ylabel("site")
     if title:
-        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+        figure.suptitle(figure_text(title), x=0.01, ha="left", fontsize=11)
     handles = [Patch(color=COLOURS[name], label=f"{name}: {MEANINGS[name]}") for name in names]
     figure.legend(handles=handles, loc="outside lower left", ncols=2, frameon=False, fontsize=9)
     save_figure(figure, path, dpi=140)
@@ -81,7 +82,7 @@ def head_map(plan: Plan, site: int, path: str | Path) -> None:
     for ticks in (axis.xaxis, axis.yaxis):
         ticks.set_major_locator(MaxNLocator(integer=True))
     axis.set(xlabel="step", ylabel="head")
-    axis.set_title(at.path, loc="left")
+    axis.set_title(figure_text(at.path), loc="left")
     handles = [Patch(color=_shade(kind, kinds), label=_label(kind)) for kind in kinds]
     figure.legend(handles=handles, loc="outside lower left", ncols=5, frameon=False, fontsize=9)
     save_figure(figure, path, dpi=140)
@@ -134,10 +135,10 @@ def image_grid(rows: Mapping[str, Tensor], columns: list[str], path: str | Path,
             axis.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")  # (H, W, C)
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+        line[0].set_ylabel(figure_text(name), rotation=0, ha="right", va="center", fontsize=9)
     for axis, column in zip(axes[0], columns, strict=True):
-        axis.set_title(column, fontsize=8)
+        axis.set_title(figure_text(column), fontsize=8)
     if title:
-        figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+        figure.suptitle(figure_text(title), x=0.01, ha="left", fontsize=10)
     save_figure(figure, path, dpi=140)
     plt.close(figure)

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from arrowhead.analysis.arrays import REUSED, Analysis, Floats
 from arrowhead.analysis.draw import save_figure
-from arrowhead.analysis.palette import COLOURS
+from arrowhead.analysis.palette import COLOURS, figure_text
 from arrowhead.plans import atomic_write, masks
 from arrowhead.plans.layout import Tokens
 
@@ -56,7 +56,7 @@ def attention_map(analysis: Analysis) -> Figure:
     figure.legend(handles=edges, loc="outside lower left", frameon=False, fontsize=9)
     branch = ", conditional branch" if analysis.guided else ""
     where = f"site {at.site} ({analysis.sites[at.site]}), step {at.step} of 0 to {analysis.steps - 1}{branch}"
-    figure.suptitle(f"Where heads look: {where}", fontsize=11)
+    figure.suptitle(figure_text(f"Where heads look: {where}"), fontsize=11)
     return figure
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Collection
 
 from arrowhead.plans.cells import Radius, radius_sort_key
+from arrowhead.plans.foreign_text import visible
 
 COLOURS = {
     "full": "#1f3a5f",
@@ -62,6 +63,11 @@ MEANINGS = {
     "extrapolate": "extrapolated from two earlier steps",
 }
 """What each kind of cell means, for legends."""
+
+
+def figure_text(text: str) -> str:
+    r"""Text for matplotlib that is drawn as it is: dollars enclose no formula, control characters are escapes."""
+    return visible(text).replace("$", r"\$")
 
 
 def opacity(radius: Radius | None, among: Collection[Radius]) -> float:

@@ -27,6 +27,7 @@ from arrowhead.engine.site_calls import SiteCall
 from arrowhead.engine.stats import Stats
 from arrowhead.engine.wrappers import intercepted
 from arrowhead.errors import ArrowheadError, InputsInvalid, NotIntercepted
+from arrowhead.models.conflicts import require_weights
 from arrowhead.models.model import Model, target_of
 from arrowhead.plans.cells import Cell
 from arrowhead.plans.flops import full_flops
@@ -84,6 +85,7 @@ class CalibrationRun:
 
     def __init__(self, driver: Driver, model: Model) -> None:
         self._driver, self._model = driver, model
+        require_weights(model.transformers)
         self._arguments = driver.call_arguments(model)
         self._target_before = target_of(model)
         self.branches = model.branches(self._arguments)

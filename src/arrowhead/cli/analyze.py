@@ -7,15 +7,14 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from rich.console import Console
 
 import arrowhead as ah
 from arrowhead.analysis.measure import PARTS
+from arrowhead.cli.console import console
 from arrowhead.cli.inputs import INPUT, Device, Dtype, Seed, load, parse
 from arrowhead.errors import InputsInvalid
 from arrowhead.plans.atomic_write import require_writable, write
 
-console = Console()
 Source = Annotated[str, typer.Argument(help="a model as for other commands; or an npz that analyze wrote, to draw it again")]
 Only = Annotated[list[str] | None, typer.Option(help=f"part of the analysis: {', '.join(PARTS)}; repeat; default: all parts")]
 SiteOfMap = Annotated[str | None, typer.Option(help="site of the attention map, by path or number; default: the middle one")]
@@ -68,9 +67,9 @@ def analyze(
         files.append(out / f"plans.{ending}")
         plan_map(plans, files[-1])
     for line in findings(found):
-        console.print(line, highlight=False)
+        console.print(line)
     names = ", ".join(sorted({f"{file.stem}.png, .svg" for file in files}))
-    console.print(f"arrays in analysis.npz, their medians in analysis.json; {names} written to {out}/", highlight=False)
+    console.print(f"arrays in analysis.npz, their medians in analysis.json; {names} written to {out}/")
 
 
 def findings(found: ah.Analysis) -> list[str]:

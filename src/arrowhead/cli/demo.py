@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from arrowhead import tiny
 from arrowhead.analysis import draw
@@ -76,8 +77,11 @@ DEMOS = (
 def run(out: Path, console: Console) -> None:
     """Run both demos. Each writes plan.json, plan.png, images.png and results.json to its folder in `out`."""
     console.print(
-        "[bold]You are looking at two small diffusion transformers that are bundled with arrowhead, drawing the same pictures "
-        "in full and with two plans that skip, repeat or extrapolate part of their work, on this machine.[/]"
+        Text(
+            "You are looking at two small diffusion transformers that are bundled with arrowhead, drawing the same pictures in "
+            "full and with two plans that skip, repeat or extrapolate part of their work, on this machine.",
+            style="bold",
+        )
     )
     for demo in DEMOS:
         run_one(demo, out / demo.model, console)
@@ -89,7 +93,7 @@ def run(out: Path, console: Console) -> None:
 
 def run_one(demo: Demo, out: Path, console: Console) -> None:
     """Run the demo of one model and print its table."""
-    console.print(f"\n[bold]{demo.model}[/], {demo.about}")
+    console.print(Text.assemble("\n", (demo.model, "bold"), f", {demo.about}"))
     require_writable(out / "results.json")
     pipe = tiny.load(demo.model)
     table = calibrate(pipe, {**demo.inputs(demo.calibration), "generator": torch.Generator().manual_seed(1234)})

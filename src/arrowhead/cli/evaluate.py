@@ -10,9 +10,9 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from arrowhead.cli.console import console
 from arrowhead.cli.inputs import Device, Dtype, Inputs, ModelName, Seed, Seeds, by_name, load, parse
 from arrowhead.errors import InputsInvalid
 from arrowhead.plans.atomic_write import require_writable, write
@@ -21,7 +21,6 @@ if TYPE_CHECKING:  # torchmetrics
     from arrowhead.evaluation.estimates import Estimate
     from arrowhead.evaluation.results import Results, Row
 
-console = Console()
 Plans = Annotated[
     list[Path] | None,
     typer.Option("--plan", exists=True, dir_okay=False, help="a plan that search wrote; repeat, or leave out"),
@@ -175,7 +174,7 @@ def show(found: "Results") -> None:
         table.add_row(LABELS.get(name, name), *(_estimate(row.estimates.get(name), SCALES.get(name, 1)) for row in settings))
     console.print(table)
     for line in notes(found):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
 
 def notes(found: "Results") -> list[str]:
@@ -205,7 +204,7 @@ def _estimate(estimate: "Estimate | None", scale: float) -> str:
         text += f" ± {_number(estimate.deviation * scale)}"
     for mark, bounds in (("", estimate.interval), ("Δ ", estimate.change)):
         if bounds is not None:
-            text += f"\n{mark}\\[{_number(bounds[0] * scale)}, {_number(bounds[1] * scale)}]"
+            text += f"\n{mark}[{_number(bounds[0] * scale)}, {_number(bounds[1] * scale)}]"
     return text
 
 

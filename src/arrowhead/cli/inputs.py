@@ -17,7 +17,7 @@ INPUT = typer.Option(
 )
 Inputs = Annotated[list[str], INPUT]
 Seeds = Annotated[int, typer.Option(help="how many seeds to generate the inputs with, from 0 on", min=1)]
-Seed = Annotated[int, typer.Option(help="seed of the initial noise")]
+Seed = Annotated[int, typer.Option(help="seed of the initial noise", min=-(2**63), max=2**64 - 1)]
 Device = Annotated[str, typer.Option(help="torch device")]
 Dtype = Annotated[str, typer.Option(help="torch dtype of the weights")]
 
@@ -55,6 +55,10 @@ def parse(inputs: list[str]) -> dict[str, Any]:
             parsed[name] = json.loads(value)
         except json.JSONDecodeError:
             parsed[name] = value
+        except (ValueError, RecursionError) as error:  # more digits than Python reads, and values nested too deep
+            raise InputsInvalid(
+                f"got --input {pair[:50]!r} … of {len(pair)} characters, which cannot be read ({error}); wanted a shorter value"
+            ) from error
     return parsed
 
 

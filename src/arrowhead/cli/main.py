@@ -7,20 +7,21 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 import arrowhead as ah
 from arrowhead.analysis.palette import COLOURS, MEANINGS, ink
 from arrowhead.cli.analyze import analyze
+from arrowhead.cli.console import TRACEBACK, console, run
 from arrowhead.cli.evaluate import evaluate
 from arrowhead.cli.inputs import Device, Dtype, Inputs, ModelName, Seed, Seeds, by_name, load, parse
-from arrowhead.errors import ArrowheadError, InputsInvalid
+from arrowhead.errors import InputsInvalid
 from arrowhead.models.find import find
 from arrowhead.plans.atomic_write import replacing, require_writable, write
 from arrowhead.plans.cells import paper_name
 from arrowhead.plans.file_format import SYMBOLS
+from arrowhead.plans.foreign_text import visible
 from arrowhead.plans.plan import Plan
 from arrowhead.searches.api import THRESHOLDS
 from arrowhead.searches.budget.config import ASKED
@@ -28,16 +29,24 @@ from arrowhead.searches.budget.config import ASKED
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Diffusion transformers that generate faster.")
 app.command()(analyze)
 app.command()(evaluate)
-console = Console()
 Plans = Annotated[list[Path], typer.Option("--plan", exists=True, dir_okay=False, help="a plan that search wrote; repeat")]
+
+
+@app.callback()
+def options(
+    traceback: Annotated[
+        bool, typer.Option(TRACEBACK, help="with an error, show where it was raised, rather than one line")
+    ] = False,
+) -> None:
+    """Diffusion transformers that generate faster."""
 
 
 @app.command()
 def demo(out: Annotated[Path, typer.Option(help="folder for plans, figures and results")] = Path("demo")) -> None:
     """Compress the bundled models, offline, and show what is saved and what it costs in quality."""
-    from arrowhead.cli.demo import run  # noqa: PLC0415  # other commands do not need matplotlib and torchmetrics
+    from arrowhead.cli.demo import run as run_demo  # noqa: PLC0415  # other commands need no matplotlib and torchmetrics
 
-    run(out, console)
+    run_demo(out, console)
 
 
 @app.command()
@@ -132,7 +141,7 @@ def sweep(
     require_writable(out / "sweep.png")
     if table is not None:
         found = ah.Table.load(table)
-        console.print(f"{table} was made on {found.about['model']}")
+        console.print(f"{table} was made on {found.about.get('model', 'a model without a name')}")
     else:
         pipe = load(model, device, dtype)
         found = ah.calibrate(pipe, parse(inputs) | {"generator": torch.Generator().manual_seed(seed)})
@@ -170,7 +179,7 @@ def generate(
         caches: Any = {"cache_dtype": cache_dtype, "cache_device": cache_device}  # apply checks them
         with ah.applied(pipe, Plan.load(plan), kernel=kernel, **caches) as run:
             images = pipe(**call).images
-        console.print(str(run.summary()), highlight=False)
+        console.print(str(run.summary()))
     for i, image in enumerate(images):
         with replacing(out / f"{i:03}.png") as file:
             image.save(file, "png")
@@ -279,17 +288,18 @@ def show_plan(plan: Plan) -> None:
     if any("head-wise" in name for name in count):
         heads = plan.count_heads()
         shares = ", ".join(f"{name} {n / heads.total():.0%}" for name, n in heads.most_common())
-        console.print(f"heads: {shares}", highlight=False)
+        console.print(f"heads: {shares}")
     left, peak = plan.flops(), max(plan.cache_bytes())
     if searched := plan.about.get("search"):
         provenance = ", ".join(
             f"{key} {', '.join(map(str, value)) if isinstance(value, list) else value}" for key, value in searched.items()
         )
-        console.print(provenance.replace("_", " "), highlight=False)
+        console.print(visible(provenance.replace("_", " ")))
     for change in plan.about.get("derived", ()):
-        console.print(f"derived: {', '.join(f'{name} {what}' for name, what in change.items())}", highlight=False)
+        console.print(visible(f"derived: {', '.join(f'{name} {what}' for name, what in change.items())}"))
     console.print(
-        f"{plan.target.transformer}, {plan.steps} steps × {len(plan.target.sites)} sites, {plan.tokens.visual} visual tokens"
+        f"{visible(plan.target.transformer)}, {plan.steps} steps × {len(plan.target.sites)} sites, "
+        f"{plan.tokens.visual} visual tokens"
         f"{'' if plan.switch is None else f', a second transformer from step {plan.switch} on'}\n"
         f"FLOPs left: {left.attention:.1%} of attention's matmuls, {left.module:.1%} with projections; caches of at most "
         f"{peak / 2**20:.1f} MiB an image in 16 bits",
@@ -303,9 +313,5 @@ def _style(name: str) -> str:
 
 
 def main() -> None:
-    """Run the command line. An error of arrowhead is printed as one line, without a traceback."""
-    try:
-        app()
-    except ArrowheadError as error:
-        Console(stderr=True).print(f"[red]{type(error).__name__}[/]: {error}", highlight=False)
-        sys.exit(2)
+    """Run the command line. An error is printed as one line, see `run`."""
+    run(app)

@@ -1,4 +1,4 @@
-"""What one generation remembers between steps. A run owns a cache, and drops it when the generation ends."""
+"""What one generation stores between steps. A generation owns its caches, and ends with them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,15 +16,15 @@ from arrowhead.plans.layout import Branches
 from arrowhead.plans.lifetimes import EntryKind
 
 Output = Tensor | tuple[Tensor | None, ...]
-"""What a site's module gives: (B, N, C), or such a tensor for the image and one for the text, None where it gives no text."""
+"""The output of a site's module: (B, N, C), or a pair of such tensors for image and text, None in place of no text."""
 EncodedOutput = EncodedTensor | tuple[EncodedTensor | None, ...]
-"""The same as it is kept."""
+"""An output as it is stored."""
 
 
 class Key(NamedTuple):
-    """What an entry is: a site's module output, its change per step, its heads' outputs, or their residuals of one radius.
+    """What an entry holds of a site: its module's output, the output's change per step, outputs of heads, or their residuals.
 
-    What is `handed over` is a module output that the second call of the transformer in a step takes from the first.
+    A residual belongs to one radius. An output that is `handed over` is read by the second call of the transformer in a step.
     """
 
     site: str
@@ -48,13 +48,13 @@ class Entry:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """What takes memory."""
+        """The tensors that are stored."""
         parts = self.value if isinstance(self.value, tuple) else (self.value,)
         return tuple(tensor for part in parts if part is not None for tensor in part.tensors)
 
     @cached_property
     def nbytes(self) -> int:
-        """Size of the value."""
+        """Bytes of the tensors."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
     def without(self, heads: Sequence[int]) -> "Entry | None":
@@ -87,18 +87,19 @@ class Cache:
             NotIntercepted: nothing was stored.
         """
         (entry,) = self._stored(key, step)
-        self._free(key, step)
+        if entry.last_reader <= step:
+            self.drop(key)
         return self._branch(entry, conditional=conditional)
 
     def age(self, key: Key, step: int) -> int:
-        """How many steps ago a module's output was stored. Raises what `read` raises."""
+        """The number of steps since a module's output was stored. Raises what `read` raises."""
         (entry,) = self._stored(key, step)
         return step - entry.made
 
     def read_heads(self, key: Key, heads: Sequence[int], count: int, step: int, *, conditional: bool = False) -> Tensor:
-        """Stored tensors of these heads, (B, len(heads), ·, D), of a site with `count` heads; freed like others.
+        """Stored tensors of these heads, (B, len(heads), ·, D), of a site with `count` heads; freed as `read` does.
 
-        What is given may be the stored tensor itself.
+        The result may share memory with the cache.
 
         Raises:
             NotIntercepted: nothing was stored for one of them.
@@ -113,7 +114,7 @@ class Cache:
         return select_heads(whole, places)
 
     def write(self, key: Key, entry: Entry) -> None:
-        """Store until step `last_reader` has read it, or until it is overwritten; for some heads beside others' values."""
+        """Store an entry until step `last_reader` has read it, or until it is overwritten; other heads' entries stay."""
         if entry.heads is None:
             self.drop(key)
         else:
@@ -123,11 +124,11 @@ class Cache:
         self.held_bytes += entry.nbytes
 
     def drop(self, key: Key) -> None:
-        """Forget what is stored under a key, if anything is."""
+        """Remove all entries of a key."""
         self._replace(key, [])
 
     def expire(self, site: str, step: int) -> None:
-        """Forget what of a site no step after `step` reads."""
+        """Remove the entries of a site that no step after `step` reads."""
         for key in [key for key in self.entries if key.site == site]:
             self._free(key, step)
 
@@ -179,7 +180,7 @@ def _places_in_entries(
 
 
 def held_bytes(caches: Sequence[Cache]) -> int:
-    """Bytes of all that the caches hold; a tensor that two of them hold counts once."""
+    """The bytes that the caches hold; a tensor that both hold counts once."""
     if len(caches) == 1:
         return caches[0].held_bytes
     entries = (entry for own in caches for stored in own.entries.values() for entry in stored)
@@ -187,42 +188,42 @@ def held_bytes(caches: Sequence[Cache]) -> int:
 
 
 def encode_output(value: Output, head_dim: int, encoding: CacheEncoding = NATIVE) -> EncodedOutput:
-    """A value of a site whose heads are so wide, as it is to be kept."""
+    """A value as it is stored, for a site whose heads have `head_dim` channels."""
     if isinstance(value, tuple):
         return tuple(None if tensor is None else encoding.stored(tensor, head_dim) for tensor in value)
     return encoding.stored(value, head_dim)
 
 
 def decode_output(value: EncodedOutput, half: Branches | None = None) -> Output:
-    """What was kept; of the conditional branch alone, where branches are given."""
-    if isinstance(value, tuple):
-        return tuple(None if part is None else _decode(part, half) for part in value)
+    """The value that was stored; with `half`, the rows of its conditional branch."""
+    if isinstance(value, tuple):  # lists are made quicker than generators run
+        return tuple([None if part is None else _decode(part, half) for part in value])
     return _decode(value, half)
 
 
 def _decode(part: EncodedTensor, half: Branches | None) -> Tensor:
-    return (part if half is None else part.rows(half.conditional(part.values.shape[0]))).read()
+    return part.read() if half is None else part.rows(half.conditional(part.values.shape[0])).read()
 
 
 def map_output(value: Output, change: Callable[[Tensor], Tensor]) -> Output:
-    """An output with every tensor of it changed."""
+    """An output with `change` applied to each tensor."""
     return tuple(t if t is None else change(t) for t in value) if isinstance(value, tuple) else change(value)
 
 
 def add_scaled(value: Output, other: Output, weight: float) -> Output:
-    """`value` + weight · `other`, of outputs of one form."""
+    """`value` + weight · `other`, for outputs of the same form."""
     if isinstance(value, tuple):
         pairs = zip(value, other, strict=True)
-        return tuple(None if a is None or b is None else torch.add(a, b, alpha=weight) for a, b in pairs)
+        return tuple([None if a is None or b is None else torch.add(a, b, alpha=weight) for a, b in pairs])
     assert isinstance(other, Tensor)
     return torch.add(value, other, alpha=weight)
 
 
 def compact_output(value: Output) -> Output:
-    """The same values, keeping no more memory alive than their own: a part of a larger tensor is copied."""
+    """An output that keeps no larger tensor alive: parts of larger tensors are copied."""
     return map_output(value, own_storage)
 
 
 def both_branches(half: Output) -> Output:
-    """One branch's rows, serving both: (B/2, …) -> (B, …). Alike for both orders of the branches."""
+    """One branch's rows for both branches: (B/2, …) -> (B, …). The order of the branches does not matter."""
     return map_output(half, lambda tensor: torch.cat([tensor, tensor]))

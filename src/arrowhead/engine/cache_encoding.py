@@ -1,6 +1,6 @@
-"""How a tensor is kept until it is read again: as it is or in 8 bits, where the model is or on another device."""
+"""How a tensor is stored until it is read: unchanged or in 8 bits, on the model's device or on another one."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,14 +10,14 @@ from arrowhead.kernels.head_index import head_index
 from arrowhead.plans.memory import CacheDtype, groups, require_cache_dtype
 
 EIGHT_BITS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
-"""What values are kept in, and the largest of them."""
+"""The dtype of the stored values, and the largest value that is used."""
 
 
 @dataclass(frozen=True)
 class EncodedTensor:
-    """A tensor (..., C) as it is kept: `values`, with `scales` (..., groups) in float32 where these are in 8 bits.
+    """A tensor (..., C) as it is stored: `values` (..., C), and `scales` (..., groups) in float32 where the values have 8 bits.
 
-    `dtype` and `device` are those of the tensor that was written, and of the one that is read.
+    `dtype` and `device` are those of the tensor that was encoded, and of the one that `read` gives.
     """
 
     values: Tensor
@@ -27,11 +27,11 @@ class EncodedTensor:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """What takes memory."""
+        """The tensors that are stored."""
         return (self.values,) if self.scales is None else (self.values, self.scales)
 
     def read(self) -> Tensor:
-        """The tensor again: itself, if it was kept as it was and where it was."""
+        """Decode the tensor (..., C). Stored unchanged on its device, it is the stored tensor itself."""
         values = to_device(self.values, self.device)
         if self.scales is None:
             return values
@@ -40,26 +40,28 @@ class EncodedTensor:
         return (_grouped(values.to(wide), scales.shape[-1]) * scales[..., None]).flatten(-2).to(self.dtype)
 
     def rows(self, rows: slice) -> "EncodedTensor":
-        """These rows of the batch; nothing is copied."""
-        return replace(self, values=self.values[rows], scales=None if self.scales is None else self.scales[rows])
+        """Some rows of the batch, as a view."""
+        scales = None if self.scales is None else self.scales[rows]
+        return EncodedTensor(self.values[rows], scales, self.dtype, self.device)
 
     def heads(self, heads: tuple[int, ...]) -> "EncodedTensor":
-        """These places in the second dimension, keeping no other's memory alive.
+        """Some heads of a tensor (B, H, …), in memory that holds no others.
 
-        They are picked where the tensor is read, since what is on its way to the CPU may not have arrived there.
+        Heads are selected on the device where the tensor is read: a copy to the CPU may still be under way.
         """
         where = head_index(heads, self.device)
         picked = [own_storage(to_device(tensor, self.device)[:, where]) for tensor in self.tensors]
         values, *scales = (to_device(tensor, self.values.device) for tensor in picked)
-        return replace(self, values=values, scales=scales[0] if scales else None)
+        return EncodedTensor(values, scales[0] if scales else None, self.dtype, self.device)
 
 
 @dataclass(frozen=True)
 class CacheEncoding:
-    """In what tensors are kept, and on which device; None: on their own.
+    """The dtype and the device that tensors are stored in; device None: the tensor's.
 
-    In 8 bits the largest of a token's numbers in a head, or in as many channels of a module's output, is the largest value of
-    the dtype. A scale of 0, as of padding, gives zeros; numbers that are not finite make all that share their scale so.
+    In 8 bits, each token has a scale for each head, or for each `head_dim` channels of a module's output: the largest number
+    there becomes the largest value of the dtype. A scale of 0, as of padding, decodes to zeros. Where a number is not finite,
+    all numbers that share its scale are not.
     """
 
     dtype: CacheDtype = "native"
@@ -67,7 +69,7 @@ class CacheEncoding:
 
     @classmethod
     def of(cls, cache_dtype: CacheDtype, cache_device: str | torch.device | None) -> "CacheEncoding":
-        """What was asked for by name.
+        """The encoding for the arguments of `apply`.
 
         Raises:
             InputsInvalid: there is no such dtype, or device.
@@ -86,8 +88,13 @@ class CacheEncoding:
             raise InputsInvalid(wanted)
         return cls(dtype, device)
 
+    @property
+    def exact(self) -> "CacheEncoding":
+        """The same device, without rounding."""
+        return CacheEncoding(device=self.device)
+
     def stored(self, tensor: Tensor, head_dim: int) -> EncodedTensor:
-        """A tensor (..., C) as it is to be kept; the tensor itself where nothing is asked for."""
+        """Encode a tensor (..., C). A native one on its device is stored as it is."""
         device = self.device or tensor.device
         if self.dtype == "native":
             return EncodedTensor(to_device(tensor, device), None, tensor.dtype, tensor.device)
@@ -103,10 +110,10 @@ NATIVE = CacheEncoding()
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device; itself if it is there.
+    """The tensor on a device; the same tensor if it is there.
 
-    Between a GPU and the CPU by pinned memory, without waiting: the ways there and back are work of one stream, one after the
-    other. The CPU must not look at what was sent to it.
+    Copies between a GPU and the CPU use pinned memory and do not wait: both directions are work of one stream. So the CPU must
+    not read what was sent to it.
     """
     if tensor.device == device:
         return tensor
@@ -120,5 +127,5 @@ def _grouped(tensor: Tensor, count: int) -> Tensor:
 
 
 def own_storage(tensor: Tensor) -> Tensor:
-    """The same values, keeping no more memory alive than their own."""
+    """The tensor, copied if it is a part of a larger one, which it would keep in memory."""
     return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor

@@ -1,7 +1,7 @@
 """One pass through a site: it is computed under its plan, or repeated; what later calls read is stored."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -142,7 +142,7 @@ def _store(out: Output, site_pass: SitePass) -> Output:
         _write(plan.slope, _encoded(_slope(out, site_pass), site_pass), writes.slope_until, site_pass)
     exact = None
     if plan.hands_over:  # the second call goes on with the output itself, as both branches of one batch do
-        exact = encode_output(out, plan.site.head_dim, replace(generation.encoding, dtype="native"))
+        exact = encode_output(out, plan.site.head_dim, generation.encoding.exact)
     if writes.output_until is not None:
         as_kept = exact if exact is not None and generation.encoding.dtype == "native" else _encoded(out, site_pass)
         _write(plan.output, as_kept, writes.output_until, site_pass)
@@ -265,7 +265,7 @@ def attend_heads(
 
 
 def _attend(call: AttentionCall, group: HeadGroup, rows: slice, site_pass: SitePass, residual: Tensor | None = None) -> Tensor:
-    """`attend_heads`, prepared."""
+    """`attend_heads` for a group that is prepared."""
     require_token_sizes(call, site_pass)
     if call.causal:
         raise PlanMismatch(
@@ -291,7 +291,7 @@ def _attend(call: AttentionCall, group: HeadGroup, rows: slice, site_pass: SiteP
 
 
 def require_token_sizes(call: AttentionCall, site_pass: SitePass) -> None:
-    """Check that tokens are where masks take them to be: an adapter may say otherwise, and no kernel would notice.
+    """Check that Q and K have the heads and tokens of the site: an adapter may describe others, and no kernel would notice.
 
     Raises:
         PlanMismatch: Q and K have other sizes than the site.

@@ -15,10 +15,10 @@ from arrowhead.plans.lifetimes import Writes
 
 @dataclass
 class Generation:
-    """What one generation carries from call to call of the transformer, and forgets at its end.
+    """The state of one generation: its step, its caches, its counters.
 
-    `call` is which of the step's calls is running; each has its cache, whose entries are kept in `encoding`. `kernel` may be
-    `auto`. `rows` are those of every call, known from the first site on.
+    `call` is the number of the running call within its step; each call has a cache, whose entries are stored in `encoding`.
+    `kernel` may be `auto`. `rows` is the batch of every call, known from the first site pass on.
     """
 
     branches: Branches
@@ -36,21 +36,21 @@ class Generation:
     def begin(
         cls, branches: Branches, tokens: Tokens, kernel: str, stats: Stats, encoding: CacheEncoding = NATIVE
     ) -> "Generation":
-        """Before the first call of the transformer."""
+        """The state before the first call of the transformer, with empty caches."""
         return cls(branches, tokens, kernel, tuple(Cache(branches) for _ in range(branches.calls)), stats, encoding)
 
     def prepared(self, site: Site, cell: Cell, writes: Writes) -> SitePlan:
-        """The plan of one pass, prepared when it is first asked for: for searches, which choose cells as they go."""
+        """The plan of a site pass, prepared at the first use: for searches, which do not know their cells beforehand."""
         key = site, cell, writes
         if key not in self._plans:
             self._plans[key] = prepare(site, cell, writes, self.tokens, self.branches)
         return self._plans[key]
 
     def advance(self, tokens: Tokens) -> None:
-        """On to the next call of the transformer.
+        """Advance to the next call of the transformer.
 
         Raises:
-            PlanMismatch: it has other tokens.
+            PlanMismatch: the call has other tokens.
         """
         if tokens != self.tokens:
             raise PlanMismatch(
@@ -61,12 +61,12 @@ class Generation:
         self.step += self.call == 0
 
     def require_rows(self, call: SiteCall, sequences: int) -> None:
-        """Check that a site is called with as many rows as all before, and with both CFG branches where there are two.
+        """Check that a site's batch is that of all calls before, and has both CFG branches where there are two.
 
-        Of a sample the site has so many `sequences`.
+        A sample has `sequences` rows at the site.
 
         Raises:
-            PlanMismatch: it is not; what is stored would be of other rows.
+            PlanMismatch: it is another batch, for which stored tensors have the wrong rows.
         """
         rows = call.batch // sequences
         if rows == self.rows:
@@ -82,10 +82,10 @@ class Generation:
 
     @property
     def cache(self) -> Cache:
-        """The running call's."""
+        """The cache of the running call."""
         return self.caches[self.call]
 
     @property
     def held_bytes(self) -> int:
-        """What the caches hold now."""
+        """Bytes that the caches hold now."""
         return held_bytes(self.caches)

@@ -11,6 +11,7 @@ from arrowhead.engine.cache_encoding import CacheEncoding
 from arrowhead.engine.custom_run import CustomRun
 from arrowhead.engine.run import Run
 from arrowhead.errors import AlreadyApplied, ArrowheadError, InputsInvalid
+from arrowhead.models.conflicts import require_weights
 from arrowhead.models.custom import Adapter, CustomModel, with_adapter
 from arrowhead.models.find import find
 from arrowhead.plans.memory import CacheDtype
@@ -54,8 +55,8 @@ def apply(
 
     Raises:
         InputsInvalid: `plan` is no plan, or there is no such dtype or device.
-        UnsupportedPipeline: no attention sites are known for this pipeline.
-        PlanMismatch: the plan was made for something else; the message names every difference.
+        UnsupportedPipeline: no attention sites are known for this pipeline, or its transformer has no weights.
+        PlanMismatch: the plan was made for something else; the message names the first difference, and counts the others.
         AlreadyApplied: the pipeline carries a plan.
         NotIntercepted: a module's attention processor cannot be wrapped.
         KernelUnavailable: there is no such kernel here.
@@ -67,6 +68,7 @@ def apply(
         raise InputsInvalid(f"got a {type(plan).__name__} for a plan, wanted what search gives, or Plan.load(path)")
     pipe, sites = with_adapter(pipe, adapter), plan.target.sites
     model = find(pipe, {site.kind for site in sites}).without_overlap(sites)
+    require_weights(model.transformers)
     return (CustomRun if isinstance(pipe, CustomModel) else Run)(model, plan, kernel, encoding)
 
 

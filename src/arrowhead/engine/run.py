@@ -1,4 +1,4 @@
-"""A plan on a pipeline: kept in step with the denoising loop, reset around every generation, taken off."""
+"""A plan on a pipeline: its step follows the denoising loop, its caches are emptied around every generation."""
 
 import functools
 import warnings
@@ -23,6 +23,7 @@ from arrowhead.errors import (
     ArrowheadError,
     BandCoversAll,
     GenerationUnfinished,
+    GuidanceNotPlanned,
     PlanDerived,
     PlanMismatch,
     ProcessorReplaced,
@@ -35,6 +36,7 @@ from arrowhead.models.head_separation import can_project_heads_separately
 from arrowhead.models.model import Model, target_of, transformers_of
 from arrowhead.plans import masks
 from arrowhead.plans.cells import Arrow, Attend, Cached, radius_sort_key
+from arrowhead.plans.foreign_text import visible
 from arrowhead.plans.layout import Branches, Tokens
 from arrowhead.plans.lifetimes import lifetimes
 from arrowhead.plans.plan import Plan
@@ -66,7 +68,7 @@ class Run:
         model.pipe.__class__ = _applied_class(self._pipeline_class, self)
 
     def step(self, index: int) -> None:
-        """Announce that a step begins; for loops of custom models alone, see `CustomRun`.
+        """Announce that a step of a custom model's loop begins, see `CustomRun`.
 
         Raises:
             ArrowheadError: it is a pipeline's run.
@@ -115,15 +117,15 @@ class Run:
         self._interception.remove()
 
     def __reduce_ex__(self, _: Any) -> Any:
-        """Whatever carries a plan refers to its run: a copy would be compressed by the original's, if at all."""
+        """Refuse to copy what carries a plan: the copy would refer to the original's run."""
         raise uncopied(f"{type(self._model.transformer).__name__} or its pipeline")
 
     @contextmanager
     def generating(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-        """Around one call of the pipeline: caches are empty when it starts and when it ends, however it ends.
+        """Surround one call of the pipeline: caches are empty when it starts and when it ends, also after an error.
 
         Raises:
-            AlreadyGenerating: one is going on, in another thread, or around this one; it is left alone.
+            AlreadyGenerating: a call is going on, in another thread or around this one; that call goes on.
         """
         if self._branches is not None:
             raise AlreadyGenerating(
@@ -161,9 +163,15 @@ class Run:
                 "search again without guidance for a plan of its own",
                 ShareCfgIgnored,
             )
+        if branches.guided and not self.plan.guided:
+            self._note(
+                "guidance is on, and the plan was made without guidance, which multiplies the plan's errors",
+                "search again with guidance for a plan that fits",
+                GuidanceNotPlanned,
+            )
 
     def _account_for_every_site(self) -> None:
-        """At the end of a generation: which sites ran without arrowhead, or not at all, and which steps never came."""
+        """Warn, at the end of a generation, of sites that did not run under the plan, and of steps that are missing."""
         if self._stats is not None and 0 < self._stats.steps < self.plan.steps:
             remedy = "let it run to its end, uninterrupted and with the plan on"
             self._note(self._unfinished(self._stats.steps), remedy, GenerationUnfinished)
@@ -186,7 +194,7 @@ class Run:
         return f"a generation ended after {steps} of the plan's {self.plan.steps} steps"
 
     def _note(self, what: str, remedy: str, category: type[Warning]) -> None:
-        """Say it now, as a warning, and once more in the summary."""
+        """Warn, and keep the text for the summary."""
         if self._stats is not None:
             self._stats.notes.append(what)
         warnings.warn(f"{what}; {remedy}", category, stacklevel=6)
@@ -195,7 +203,7 @@ class Run:
         self._branches = self._generation = self._step_clock = None
 
     def _tick(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before each call of the transformer: the step clock. Calls from outside the pipeline run uncompressed."""
+        """Advance the generation by one call of the transformer. Calls from outside the pipeline run uncompressed."""
         if self._branches is None or self._stats is None or self._step_clock is None:
             return
         self._step_clock.require_same_thread(type(transformer).__name__)
@@ -221,9 +229,9 @@ class Run:
             )
 
     def _prepare(self, tokens: Tokens, branches: Branches) -> tuple[dict[str, SitePlan], ...]:
-        """The passes of every step by the site's path; prepared anew only where a generation differs from those before.
+        """The site plans of every step, by the site's path. Generations that are alike share them.
 
-        Whether heads can be projected separately is asked of the modules once in each generation: a LoRA may have been loaded.
+        The modules are asked once in a generation whether heads can be projected separately, as a LoRA may have been loaded.
         """
         switch, inseparable = self._model.switch, self._inseparable()
         key = tokens, branches, switch, inseparable
@@ -245,7 +253,7 @@ class Run:
         return self._prepared[key]
 
     def _inseparable(self) -> frozenset[tuple[bool, str]]:
-        """Sites with cached heads whose heads have to be projected together, in the first transformer or (True) the second."""
+        """The paths of sites with cached heads that have to project all heads, with True for the second transformer."""
         caching = [
             site
             for site, column in zip(self.plan.target.sites, self.plan.columns, strict=True)
@@ -266,7 +274,7 @@ class Run:
 
 
 def _applied_class(base: type, run: Run) -> type:
-    """A subclass whose call tells the run of every generation; Python looks `__call__` up on the class alone."""
+    """A subclass whose call begins and ends a generation of the run; Python looks `__call__` up on the class alone."""
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         with run.generating(args, kwargs):
@@ -297,8 +305,8 @@ def _warn_of_derived(plan: Plan) -> None:
     if changes := plan.about.get("derived"):
         said = "; then ".join(", ".join(f"{name} {what}" for name, what in change.items()) for change in changes)
         warnings.warn(
-            f"the plan was not found for these circumstances, but derived: {said}; search again for one of its own, or look at "
-            "what it does",
+            f"the plan was not found for these circumstances, but derived: {visible(said)}; search again for one of its own, "
+            "or look at what it does",
             PlanDerived,
             stacklevel=4,
         )

@@ -1,4 +1,4 @@
-"""One call of a site's module: run, on some of its rows or with some of its heads alone, or answered from what was kept."""
+"""One call of a site's module: how to run it, also for some rows or some heads only, and what of its output can be stored."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -37,16 +37,16 @@ class SiteCall(ABC):
         """Run the module on `rows` of its input: (rows, N, C)."""
 
     def native(self, rows: slice | None = None) -> Output:
-        """What the module gives by itself."""
+        """The module's output without any change."""
         return self.run(_native, rows)
 
     def storable(self, out: Output, rows: slice | None = None) -> Output:  # noqa: ARG002
-        """What of an output, run on `rows`, serves other steps, or the other branch: all of it, where it is no block's."""
+        """The part of an output for `rows` that other steps, or the other branch, can use: all of it, except of a block."""
         return out
 
-    def restore(self, kept: Output) -> Output:
-        """The output, from what `kept` gave in another step, or of one branch, for both."""
-        return kept
+    def restore(self, stored: Output) -> Output:
+        """The output of this call, from what `storable` gave in another step, or for one branch."""
+        return stored
 
     @property
     def _hidden_states(self) -> Tensor:
@@ -71,27 +71,27 @@ def _native(attention: AttentionCall) -> Tensor:
 
 
 def _part(value: Any, rows: slice, batch: int) -> Any:
-    """These rows of an argument that has all of the batch; so too in tuples, as of rotary embeddings, (B, N, C) each."""
-    if isinstance(value, tuple):  # those of (N, C) are for all samples, and those of (N, H, C)
+    """These rows of a tensor that has the batch's; of a tuple, the same of its tensors, such as rotary embeddings (B, N, C)."""
+    if isinstance(value, tuple):  # tensors of (N, C) or (N, H, C) are for all samples
         return tuple(_part(item, rows, batch) if isinstance(item, Tensor) and item.ndim > 2 else item for item in value)
     return value[rows] if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch else value
 
 
 @dataclass(slots=True)
 class ModuleCall(SiteCall):
-    """One call of a module that is computed or not; `original` is its forward."""
+    """One call of a module without attention; `original` is its forward."""
 
     def run(self, answer: AttentionHandler, rows: slice | None = None, heads: Sequence[int] | None = None) -> Output:  # noqa: ARG002
-        """There is no attention to answer, and there are no heads to choose from."""
+        """Run the module on `rows` of its input. No attention is asked for, and there are no heads to choose."""
         args, kwargs = self._of_rows(rows)
         return self.original(*args, **kwargs)
 
 
 @dataclass(slots=True)
 class BlockCall(ModuleCall):
-    """One call of a whole block, (text, image) or the image alone: what it adds to its input is what serves elsewhere.
+    """One call of a block, which gives (text, image) or the image alone. What is stored is what it adds to its input.
 
-    `parameters` are the names of its forward's, the first of which is the image's tokens.
+    `parameters` are the names of the forward's parameters, the first of which takes the image's tokens.
     """
 
     parameters: Sequence[str]
@@ -100,9 +100,9 @@ class BlockCall(ModuleCall):
         """What the block added to its input."""
         return add_scaled(out, self._input(out, rows), -1)
 
-    def restore(self, kept: Output) -> Output:
+    def restore(self, stored: Output) -> Output:
         """The block's input, with this added."""
-        return add_scaled(self._input(kept, None), kept, 1)
+        return add_scaled(self._input(stored, None), stored, 1)
 
     def _input(self, like: Output, rows: slice | None) -> Output:
         """The image's tokens, and the text's where `like` has them."""
@@ -118,7 +118,7 @@ class BlockCall(ModuleCall):
 
 @dataclass(slots=True)
 class AttentionSiteCall(SiteCall):
-    """One call of an attention module's processor, whose first argument the module is."""
+    """One call of an attention processor; the module is its first argument."""
 
     _first: ClassVar[int] = 1
     _wanted: ClassVar[str] = "a processor that does, such as diffusers' AttnProcessor2_0"
@@ -126,8 +126,8 @@ class AttentionSiteCall(SiteCall):
     def run(self, answer: AttentionHandler, rows: slice | None = None, heads: Sequence[int] | None = None) -> Output:
         """Run the module on `rows` of its input, its attention computed by `answer`: (rows, N, C).
 
-        With `heads`, Q, K and V of these alone are projected; `answer` gives the output of all heads just the same. It is asked
-        once for all rows, padded and masked, where the module calls attention for each sample by itself.
+        With `heads`, Q, K and V of these heads alone are projected; `answer` gives the output of all heads nevertheless. Where
+        the module calls attention for each sample, `answer` is asked once, for all samples, padded and masked.
 
         Raises:
             NotIntercepted: the processor computed attention in a way that is not hooked.
@@ -151,7 +151,7 @@ class AttentionSiteCall(SiteCall):
         return self.original(*args, **kwargs)
 
     def native(self, rows: slice | None = None) -> Output:
-        """Bit for bit, in however many calls of attention."""
+        """The module's output bit for bit; it may call attention more than once."""
         if not self.site.by_sample:
             return AttentionSiteCall.run(self, _native, rows)
         args, kwargs = self._of_rows(rows)
@@ -159,7 +159,11 @@ class AttentionSiteCall(SiteCall):
             return self.original(*args, **kwargs)
 
     def _by_sample(self, answer: AttentionHandler, rows: range) -> Output:
-        """Each row in a greenlet of its own, until all have asked: `answer` has them as one batch, padded to one length."""
+        """Run each row in a greenlet until it asks for attention; `answer` gets all rows as one batch, padded to one length.
+
+        Rows one after another would not do: a search chooses one cell from the errors of the whole batch, and the caches hold
+        entries of whole batches.
+        """
 
         def lane(row: int) -> Output:
             args, kwargs = self._of_rows(slice(row, row + 1))
@@ -191,7 +195,7 @@ class AttentionSiteCall(SiteCall):
 
 
 class _AttentionOnce:
-    """Answers one call of attention; from there on a processor sees the whole module."""
+    """An attention handler for one call of attention, after which the processor sees the whole module again."""
 
     __slots__ = ("_answer", "_call", "_module", "reached")
 

@@ -6,6 +6,7 @@ A run prepares the site plans of all its steps when a generation begins; a searc
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from arrowhead.engine.cache import Key
 from arrowhead.engine.stats import PassCount, Work
@@ -167,7 +168,7 @@ def prepare(site: Site, cell: Cell, writes: Writes, tokens: Tokens, branches: Br
         stores_output=hands_over or writes.output_until is not None or writes.slope_until is not None,
         samples=1 if cell.share_cfg else branches.samples,
         attention=_attention_work(site, tokens, methods),
-        projections=Work(Flops(0, projection_flops(site, tokens, len(heads)))),
+        projections=Work(Flops(0, _projection_flops(site, tokens, len(heads)))),
         residual_writes=tuple(residual_writes),
         output_writes=tuple(_head_write(head_outputs, write, cell, branches) for write in writes.head_outputs),
         output=output,
@@ -177,6 +178,21 @@ def prepare(site: Site, cell: Cell, writes: Writes, tokens: Tokens, branches: Br
     )
 
 
+@lru_cache(maxsize=2**12)  # the steps of a site differ in few numbers
+def _whole_flops(site: Site, tokens: Tokens, samples: int) -> Flops:
+    return site_flops(site, tokens, FULL, Writes(), samples)
+
+
+@lru_cache(maxsize=2**12)
+def _head_flops(site: Site, tokens: Tokens, method: Method) -> float:
+    return head_flops(site, tokens, method)
+
+
+@lru_cache(maxsize=2**12)
+def _projection_flops(site: Site, tokens: Tokens, heads: int) -> float:
+    return projection_flops(site, tokens, heads)
+
+
 def _pass_count(site: Site, cell: Cell, tokens: Tokens, branches: Branches) -> PassCount:
     names: Counter[str] = Counter()
     if site.kind == "self_attention":  # other kinds have no heads
@@ -184,12 +200,12 @@ def _pass_count(site: Site, cell: Cell, tokens: Tokens, branches: Branches) -> P
             names.update(map(method_name, cell.methods(site.heads)))
         else:
             names[paper_name(cell)] = site.heads
-    return PassCount(site.path, paper_name(cell), names, site_flops(site, tokens, FULL, Writes(), branches.samples))
+    return PassCount(site.path, paper_name(cell), names, _whole_flops(site, tokens, branches.samples))
 
 
 def _attention_work(site: Site, tokens: Tokens, methods: Sequence[Method]) -> Work:
     """The two matmuls of heads with these methods."""
-    flops = sum(head_flops(site, tokens, method) * count for method, count in Counter(methods).items())
+    flops = sum(_head_flops(site, tokens, method) * count for method, count in Counter(methods).items())
     return Work(Flops(flops, flops))
 
 

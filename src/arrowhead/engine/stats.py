@@ -100,11 +100,17 @@ class Stats:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a generation really computed, reused and skipped; print it for a table.
+    """What a generation computed, reused and skipped, counted where it was done. `print(run.summary())` gives a table.
 
-    `cells` counts site passes by the papers' names, `heads` what single heads did in them, `kernels` passes over queries and
-    keys by the kernel that ran them (`native` is the pipeline's own attention), `flops` are the fractions of the
-    uncompressed run's that were spent.
+    `steps` ran, of `planned_steps` in the plan. `cells` counts site passes by the papers' names (full, ASC, WA-RS, AST, ...),
+    `heads` the methods of single heads in them, `residuals` the residuals that were made, `kernels` the passes over queries and
+    keys by the kernel that ran (`native`: the pipeline's own attention). `flops` are fractions of the uncompressed run's FLOPs.
+    `peak_cache_bytes` is the most that the caches held after a site pass. `notes` repeat the warnings of the generation.
+
+        >>> run = ah.apply(pipe, plan)
+        >>> image = pipe(**inputs).images[0]
+        >>> run.summary().flops.attention
+        0.41
     """
 
     steps: int

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from arrowhead.errors import InputsInvalid, InputsRepeated
+from arrowhead.models.model import did_you_mean
 from arrowhead.plans import limits
 from arrowhead.plans.target import to_json_value
 
@@ -63,6 +64,8 @@ class Request:
         """
         if images < 1 or batch < 1 or seed < 0:
             raise InputsInvalid(f"got {images} images in batches of {batch} from seed {seed}, wanted 1, 1 and 0 at least")
+        if seed + images > 2**64:
+            raise InputsInvalid(f"got seed {seed} for {images} images, wanted seeds below 2**64; take a smaller one")
         if wrong := [name for name in RESERVED if name in inputs]:
             raise InputsInvalid(f"got {', '.join(wrong)} among the inputs; image i has seed {seed} + i; leave them out")
         for name in ("num_images_per_prompt", "num_videos_per_prompt"):
@@ -78,8 +81,8 @@ class Request:
         lengths = {name: len(value) for name, value in lists.items()}
         if not varied or len({*lengths.values()}) > 1 or 0 in lengths.values():
             raise InputsInvalid(
-                f"got lists {lengths or 'none'} among the inputs {sorted(inputs)}; wanted prompt or class_labels, and all "
-                "lists of one length"
+                f"got lists {lengths or 'none'} among the inputs {sorted(inputs)}; wanted prompt or class_labels"
+                f"{did_you_mean(inputs, PER_IMAGE)}, and all lists of one length"
             )
         count = next(iter(lengths.values()), 1)
         rows = {name: lists.get(name, [value] * count) for name, value in varied.items()}

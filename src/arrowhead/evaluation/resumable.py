@@ -11,10 +11,9 @@ from arrowhead.evaluation.metric_networks import Networks
 from arrowhead.evaluation.real_images import RealImages, read_real_images
 from arrowhead.evaluation.request import Request, Shard
 from arrowhead.evaluation.results import Results
-from arrowhead.evaluation.side_by_side import require_fit
+from arrowhead.evaluation.side_by_side import require_fit, require_short_names
 from arrowhead.evaluation.work_folder import open_work
 from arrowhead.models.find import find
-from arrowhead.models.model import transformers_of
 from arrowhead.plans.plan import Plan
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
@@ -68,13 +67,14 @@ def measure(
     """
     request = Request.of(inputs, images, seed=seed, batch=batch)
     _require_names(plans)
-    transformer, *_ = transformers_of(pipe)
+    require_short_names(plans)
+    model = find(pipe)
     first = request.batches[0]
     call = {name: value for name, value in request.call(first).items() if name != "generator"}
-    find(pipe).call_arguments((), call)
+    model.call_arguments((), call)
     for plan in plans.values():
         require_fit(pipe, plan, call, seed)
-    measured = networks.measures(transformer.device, request)
+    measured = networks.measures(pipe.transformer.device, request)
     reference = None if real is None else read_real_images(real)
     if isinstance(reference, RealImages) and real_images is not None:
         reference = reference.first(real_images)

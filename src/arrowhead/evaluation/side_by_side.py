@@ -29,6 +29,8 @@ Metric = Callable[[Tensor, Tensor], float]
 """A function of images and of the raw images with the same seeds, both (n, C, H, W) in [0, 1]."""
 METRICS: Mapping[str, Metric] = {"psnr": psnr, "ssim": ssim}
 """The metrics that need no network."""
+MAX_NAME = 200
+"""Bytes of a plan's name. File systems take 255; folders get 13 more."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ def evaluate(
             f"got {len(seeds)} seeds, plans {sorted(plans)} and inputs {sorted(inputs)}; wanted at least one seed, one plan, "
             "none of them named raw, and no generator among the inputs"
         )
+    require_short_names(plans)
     for each in plans.values():
         require_fit(pipe, each, inputs, seeds[0])
     settings: dict[str, Plan | None] = {"raw": None, **plans}
@@ -157,6 +160,19 @@ def _check_types(plans: Any, inputs: Any, seeds: Any, metrics: Any) -> None:
         raise InputsInvalid(f"got seeds {seeds!r:.200}, wanted a list of whole numbers from 0 to 2**64 - 1")
     if not isinstance(metrics, Mapping) or not all(map(callable, metrics.values())):
         raise InputsInvalid(f"got metrics {metrics!r:.200}, wanted a mapping of names to functions of two batches of images")
+
+
+def require_short_names(plans: Mapping[str, Plan]) -> None:
+    """Check that names of plans can be names of folders and files, with some letters added.
+
+    Raises:
+        InputsInvalid: a name is longer.
+    """
+    for name in plans:
+        if (size := len(name.encode("utf-8", "surrogatepass"))) > MAX_NAME:
+            raise InputsInvalid(
+                f"got a plan's name of {size} bytes, {name[:30]!r} …, wanted {MAX_NAME} at most; rename it, or its file"
+            )
 
 
 class _TransformerReached(Exception):

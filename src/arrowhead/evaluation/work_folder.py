@@ -13,6 +13,7 @@ file is made again. A file that was broken later is refused by its name.
 import io
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,9 +77,11 @@ def open_work(folder: Path, about: Mapping[str, Any]) -> None:
     """Start an evaluation's folder, or resume one of the same evaluation; `about` says what decides the images.
 
     Raises:
-        InputsInvalid: the folder holds another evaluation (the message names every difference), or other files.
+        InputsInvalid: the folder holds another evaluation (the message names every difference), other files, or a link to
+            another folder.
     """
     path = folder / MANIFEST
+    _require_no_links(folder)
     if not path.exists():
         others = [each for each in folder.glob("[!.]*") if each.name != MANIFEST]
         if others and not path.exists():  # checked again: another process may have started the folder
@@ -98,6 +101,20 @@ def open_work(folder: Path, about: Mapping[str, Any]) -> None:
             f"{folder} keeps an evaluation of another setting: {apart[: limits.MAX_MESSAGE]}; go on as it was begun, or "
             "take another folder"
         )
+
+
+def _require_no_links(folder: Path) -> None:
+    """Check that no folder within a work folder is a link: files would be written, or read, elsewhere.
+
+    Raises:
+        InputsInvalid: one is; the work folder itself may be a link.
+    """
+    for where, folders, _ in os.walk(folder):
+        if linked := [path for name in folders if (path := Path(where, name)).is_symlink()]:
+            raise InputsInvalid(
+                f"got {linked[0]}, a link to {linked[0].readlink()}, in a work folder; wanted folders of its own; move what it "
+                "links to in its place, or take another folder"
+            )
 
 
 def differences(stored: Any, now: Any, name: str = "") -> list[str]:

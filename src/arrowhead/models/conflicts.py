@@ -1,4 +1,4 @@
-"""Checks that a transformer carries nothing that no plan goes with: diffusers' caches, IP-Adapters, parallelism."""
+"""Checks that a transformer has its weights, and nothing that no plan goes with: caches, IP-Adapters, parallelism."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 from arrowhead.errors import UnsupportedPipeline
-from arrowhead.upstream import diffusers_hooks, parallel_config
+from arrowhead.upstream import brings_weights, diffusers_hooks, parallel_config
 
 CACHES = {
     "faster_cache": "FasterCache",
@@ -43,6 +43,21 @@ def require_no_conflicts(transformers: Iterable[nn.Module]) -> None:
             raise UnsupportedPipeline(
                 f"got a {name} {shared}; wanted all heads and tokens in one process; generate with whole transformers, "
                 "different prompts in each process, or remove the plan"
+            )
+
+
+def require_weights(transformers: Iterable[nn.Module]) -> None:
+    """Check that each transformer has weights, or hooks that bring them.
+
+    Raises:
+        UnsupportedPipeline: its weights are on the meta device, where tensors have shapes and no values.
+    """
+    for transformer in transformers:
+        path = next((path for path, weight in transformer.named_parameters() if weight.device.type == "meta"), None)
+        if path is not None and not brings_weights(transformer):
+            raise UnsupportedPipeline(
+                f"got a {type(transformer).__name__} on the meta device, such as {path}, which computes nothing there; wanted "
+                "weights; load them with from_pretrained, or make them with to_empty and load_state_dict"
             )
 
 

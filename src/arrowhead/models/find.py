@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from functools import partial
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -50,6 +51,10 @@ def find(pipe: "DiffusionPipeline | CustomModel", kinds: Collection[Kind] = ATTE
 def _family_of(pipe: "DiffusionPipeline", transformers: Sequence[Any]) -> Family:
     """The family in the table that the first transformer's class, or a class that it inherits from, belongs to."""
     name, supported = type(pipe).__name__, ", ".join(p for family in FAMILIES for p in family.branch_order)
+    if isinstance(pipe, str | PathLike):
+        raise UnsupportedPipeline(
+            f"got a {name}, {str(pipe)!r:.200}, wanted a pipeline; load it with diffusers.DiffusionPipeline.from_pretrained"
+        )
     if not transformers:
         raise UnsupportedPipeline(f"got {name}, which has no transformer; wanted one of {supported}")
     transformer = transformers[0]

@@ -8,7 +8,7 @@ def latte(*, guidance_scale: float = 7.5) -> Adapter:
     """Returns the adapter of diffusers' `LatteTransformer3DModel`: self-attention within frames, and along time.
 
     The transformer is called with latents (B, 4, F, H, W), unconditional rows first, and returns (B, 8, F, H, W): the latter 4
-    channels are a variance. In the sites of a plan, those within frames come first.
+    channels are a variance. A search's plan has the sites in the order in which they run.
 
     Args:
         guidance_scale: that of the pipeline's calls. Up to 1 there is no guidance.

@@ -1,8 +1,9 @@
 """A model that plans are put on: a pipeline, or a custom model, with its transformers, its family and its sites."""
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -155,6 +156,17 @@ class Model:
         return Branches(self.branch_order, guided)
 
 
+def did_you_mean(given: Iterable[str], known: Collection[str]) -> str:
+    """A hint at the known names that are most like the unknown ones among those given; empty where none is.
+
+    >>> did_you_mean(["class_label", "seed"], ["class_labels", "guidance_scale"])
+    ' (did you mean class_labels for class_label?)'
+    """
+    close = {name: get_close_matches(name, known, n=1) for name in given if name not in known}
+    meant = [f"{match[0]} for {name}" for name, match in close.items() if match]
+    return f" (did you mean {', '.join(meant)}?)" if meant else ""
+
+
 def transformers_of(pipe: "DiffusionPipeline") -> tuple[Any, ...]:
     """A pipeline's transformers in the order they are called, without the wrappers of torch.compile."""
     return tuple(map(uncompiled, called_transformers(pipe)))
@@ -204,6 +216,7 @@ def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mappin
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
-        raise InputsInvalid(f"{callee} cannot be called so: {error}; wanted {signature}") from error
+        meant = did_you_mean(kwargs, signature.parameters)
+        raise InputsInvalid(f"{callee} cannot be called so: {error}{meant}; wanted {signature}") from error
     bound.apply_defaults()
     return dict(bound.arguments)

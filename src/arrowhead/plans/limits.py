@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from arrowhead.plans.foreign_text import visible
 from arrowhead.plans.layout import Site, Tokens
 
 MAX_BYTES = 2**24
@@ -142,6 +143,6 @@ def _with_inner_sites(sites: Iterable[Site]) -> Iterator[Site]:
 
 
 def shortened(error: Exception) -> str:
-    """The message of an error, or the beginning of a very long one."""
-    message = str(error)
+    """The message of an error, or the beginning of a very long one. Control characters, which a file may hold, are escaped."""
+    message = "\n".join(map(visible, str(error).split("\n")))
     return message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]} …"

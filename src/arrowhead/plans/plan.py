@@ -10,11 +10,12 @@ from torch import dtype
 
 from arrowhead.errors import PlanInvalid, PlanMismatch
 from arrowhead.plans import atomic_write, file_format, flops, limits, memory, resample
+from arrowhead.plans.about import require_about
 from arrowhead.plans.cells import Attend, Cell, Full, Reuse, method_name, paper_name, uses_box
 from arrowhead.plans.layout import Site, Tokens, outermost
 from arrowhead.plans.lifetimes import first_fault
 from arrowhead.plans.memory import CacheDtype
-from arrowhead.plans.target import Target
+from arrowhead.plans.target import Target, first_of
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Plan:
             same sites, and reads nothing that the first one computed.
 
     Raises:
-        PlanInvalid: rows of different length, a cell that its site cannot have, or a cell that reads something that no earlier
-            step of the same transformer computed.
+        PlanInvalid: rows of different length, a cell that its site cannot have, a cell that reads something that no earlier
+            step of the same transformer computed, or a known entry of `about` of another type.
 
     >>> from arrowhead.plans.cells import AST, FULL, wa_rs
     >>> from arrowhead.plans.layout import Site
@@ -71,6 +72,12 @@ class Plan:
         if wrong := [name for name, kind in kinds.items() if not isinstance(getattr(self, name), kind)]:
             found = {name: type(getattr(self, name)).__name__ for name in wrong}
             raise PlanInvalid(f"got {found}, wanted {', '.join(f'{name}: {kinds[name]}' for name in wrong)}")
+        try:
+            require_about(self.about)
+        except ValueError as error:
+            raise PlanInvalid(
+                f"got an `about` that is none ({limits.shortened(error)}); wanted what a search writes there"
+            ) from error
 
     def _settle_grid(self) -> None:
         """Drop the grid of a plan without boxes; refuse boxes without a grid."""
@@ -206,10 +213,10 @@ class Plan:
         """Check that the plan was made for `target`.
 
         Raises:
-            PlanMismatch: the plan was made for another target; the message names every difference.
+            PlanMismatch: the plan was made for another target; the message names the first difference, and counts the others.
         """
         if found := self.target.differences(target):
-            raise PlanMismatch("plan does not fit this pipeline; search again on it. " + "; ".join(found))
+            raise PlanMismatch(f"plan does not fit this pipeline; search again on it. {first_of(found)}")
 
     def require_call(self, steps: int | None, tokens: Tokens, calls: int = 1, switch: int | None = None) -> None:
         """Check that a generation has the plan's steps, tokens, calls of the transformer in a step, and switch.

@@ -1,12 +1,13 @@
 """What a plan is bound to: the transformer class, the scheduler with its settings, and the sites."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pydantic
 
+from arrowhead.plans.foreign_text import visible
 from arrowhead.plans.layout import Site
 
 NO_SCHEDULER = "a loop of one's own"
@@ -42,7 +43,7 @@ class Target:
     def differences(self, other: "Target") -> list[str]:
         """The differences of `other`, each as "what: plan <value>, pipeline <value>"."""
         found = [
-            f"{name}: plan {mine}, pipeline {theirs}"
+            _difference(name, mine, theirs)
             for name, mine, theirs in (
                 ("transformer", self.transformer, other.transformer),
                 ("scheduler", self.scheduler, other.scheduler),
@@ -54,15 +55,36 @@ class Target:
             for key, mine in sorted(self.scheduler_config.items()):
                 theirs = other.scheduler_config.get(key, "not set")
                 if mine != theirs:
-                    found.append(f"scheduler's {key}: plan {mine}, pipeline {theirs}")
+                    found.append(_difference(f"scheduler's {key}", mine, theirs))
         if len(self.sites) == len(other.sites):
             place = {site.path: i for i, site in enumerate(self.sites)}  # the order of modules is no part of a target
             unlike = [{*self.sites} - {*other.sites}, {*other.sites} - {*self.sites}]
             by_path = [sorted(sites, key=lambda site: place.get(site.path, len(place))) for sites in unlike]
-            wrong = list(zip(*by_path, strict=True))
-            found += [f"site: plan {mine}, pipeline {theirs}" for mine, theirs in wrong[:3]]
-            found += [f"and {len(wrong) - 3} more sites"] if len(wrong) > 3 else []
+            found += [_site_difference(mine, theirs) for mine, theirs in zip(*by_path, strict=True)]
         return found
+
+
+def first_of(differences: Sequence[str]) -> str:
+    """The first of some differences, and the number of the others."""
+    first, *others = differences
+    return f"{first}; and {len(others)} more difference{'s' * (len(others) > 1)}" if others else first
+
+
+def _difference(name: str, mine: Any, theirs: Any) -> str:
+    return visible(f"{name:.200}: plan {_short(mine)}, pipeline {_short(theirs)}")
+
+
+def _site_difference(mine: Site, theirs: Site) -> str:
+    """The first size, or the path, in which two sites differ."""
+    names = (field.name for field in fields(Site) if field.compare)
+    name = next(name for name in names if getattr(mine, name) != getattr(theirs, name))
+    where = "site" if name == "path" else f"{name} of site {mine.path}"
+    return _difference(where, getattr(mine, name), getattr(theirs, name))
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 200 else f"{text[:200]} …"
 
 
 def to_json_value(value: Any) -> Any:

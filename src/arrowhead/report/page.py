@@ -14,6 +14,7 @@ from markupsafe import Markup
 from arrowhead.analysis.palette import COLOURS, MEANINGS, ink
 from arrowhead.evaluation.side_by_side import Evaluation, Score
 from arrowhead.plans.file_format import SYMBOLS
+from arrowhead.plans.foreign_text import visible
 from arrowhead.report.chart import Chart, chart
 from arrowhead.report.maps import CELL, head_maps, site_map
 from arrowhead.report.pictures import pictures
@@ -75,7 +76,12 @@ def compare(evaluation: Evaluation, *, title: str, command: str | None = None, r
 @cache
 def _environment() -> Environment:
     environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_printed,
     )
     environment.filters |= {"percent": _percent, "figure": _figure, "data_uri": _data_uri, "as_text": _as_text, "ink": ink}
     return environment
@@ -105,6 +111,11 @@ def _module_flops(score: Score) -> float:
 
 def _attention_flops(score: Score) -> float:
     return score.summary.flops.attention
+
+
+def _printed(value: object) -> object:
+    """What an expression of the template prints: control characters of a text as escapes. Markup is the page's own."""
+    return value if isinstance(value, Markup) or not isinstance(value, str) else visible(value)
 
 
 def _percent(share: float) -> str:

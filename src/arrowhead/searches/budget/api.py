@@ -14,6 +14,7 @@ from arrowhead.models.custom import Adapter
 from arrowhead.models.find import find
 from arrowhead.models.model import target_of
 from arrowhead.plans.plan import Plan
+from arrowhead.plans.target import first_of
 from arrowhead.searches.budget.config import PRESETS, Budget, Extent
 from arrowhead.searches.budget.sensitivity.recording import Recording, record, sites_of
 from arrowhead.searches.budget.sensitivity.site_history import held_elements
@@ -128,7 +129,7 @@ def _require_fit(table: Table, driver: Driver) -> None:
     """Check that a table was made on such a pipeline, with as many branches.
 
     Raises:
-        PlanMismatch: it was not; the message names every difference.
+        PlanMismatch: it was not; the message names the first difference, and counts the others.
     """
     sites = table.target.sites
     model = find(driver.pipe, {site.kind for site in sites}).filtered(lambda site: site.path in {own.path for own in sites})
@@ -137,7 +138,7 @@ def _require_fit(table: Table, driver: Driver) -> None:
     if branches != table.branches:
         found.append(f"branches: table {table.branches}, inputs {branches}")
     if found:
-        raise PlanMismatch("table does not fit this pipeline and inputs; calibrate again on them. " + "; ".join(found))
+        raise PlanMismatch(f"table does not fit this pipeline and inputs; calibrate again on them. {first_of(found)}")
 
 
 def _recorded(driver: Driver, extent: Extent, progress: bool) -> Recording:

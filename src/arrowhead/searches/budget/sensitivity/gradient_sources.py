@@ -58,6 +58,7 @@ class Backpropagation:
         with ExitStack() as graph:
             with self._history.flops.counted():
                 outputs = graph.enter_context(step.traced(partial(self._at_site, added)))
+            self._history.sites = step.sites  # in the order in which they run, which is known from the first step on
             guided = _guided(guidance, [output.detach() for output in outputs])
             self.images = len(guided)
             for i in range(self._vectors):
@@ -107,6 +108,7 @@ class Trials:
         """See `GradientSource`."""
         with self._history.flops.counted():
             outputs = step.finish_by(self._history.record)
+        self._history.sites = step.sites  # in the order in which they run, which is known from the first step on
         guided = _guided(guidance, outputs).float()
         self.images = len(guided)
         for _ in range(0 if step.first else math.ceil(LEAST / self.images)):  # a first step has none before it

@@ -47,8 +47,6 @@ class Recorder:
         self._generator.manual_seed(SEED_OFFSET + self._extent.seed)  # the same vectors in every step: what steps do adds up
         found: list[Products] = []
         for gradients in self._source.gradients(step, guidance, self._generator):
-            if not self._products:
-                self.history.sites = step.sites  # in the order in which they run, which is known now
             found.append(GradientProducts(self.history, guidance, self._regions).of_all_sites(gradients))
         outputs, residuals, quantisation_errors = (torch.cat(each, -1) for each in zip(*found, strict=True))
         self._products.append((outputs, residuals, quantisation_errors))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from arrowhead.errors import InputsInvalid
 from arrowhead.plans import atomic_write, limits
+from arrowhead.plans.about import About
 from arrowhead.plans.cells import Precision, Radius
 from arrowhead.plans.layout import Branches, Site, Tokens
 from arrowhead.plans.target import Target
@@ -46,7 +47,7 @@ class _Header(pydantic.BaseModel, extra="forbid"):
     blocks: tuple[Site, ...]
     switch: int | None = None
     precisions: tuple[Precision, ...] = ()
-    about: dict[str, Any]
+    about: About
 
 
 def write_table(path: str | Path, fields: Mapping[str, Any]) -> None:

@@ -599,7 +599,7 @@ class TestWorkFolders:
             assert "take another folder" in str(error)
             assert len(str(error)) < 2 * limits.MAX_MESSAGE
         else:
-            assert json.loads((tmp_path / "evaluation.json").read_bytes().decode("utf-8-sig")) == about
+            assert json.loads((tmp_path / "evaluation.json").read_bytes()) == about
 
 
 COCO = {

@@ -121,8 +121,8 @@ import arrowhead as ah
 from arrowhead.errors import FileUnwritable
 from arrowhead.plans import atomic_write
 plan = ah.Plan.load("plan.json")
-if os.geteuid() == 0:
-    os.seteuid(65534)  # root may write everywhere
+if os.getuid() == 0:
+    os.setuid(65534)  # root may write everywhere
 for path in ("folder/plan.json", "folder/new.json", "protected.json"):
     for write in (plan.save, atomic_write.require_writable):
         try:

@@ -24,13 +24,13 @@ LAYERS = [  # lowest first: a package imports from those below it, and from itse
     {"cli"},
     {"__main__"},
 ]
-LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 ASIDE = {"metrics", "tiny"}  # they know of nothing but errors, and of private names
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
 
 
-def room_of(path):
+def unit_of(path):
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
@@ -48,7 +48,7 @@ def imports(path):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def rooms_imported(path):
+def units_imported(path):
     """First component under arrowhead of each import of it; the package itself counts as __init__."""
     for name in imports(path):
         package, *parts = name.split(".")
@@ -60,32 +60,32 @@ def packages_imported(path):
     return {name.split(".")[0] for name in imports(path)}
 
 
-def allowed(room, other):
-    if room == other:
+def allowed(unit, other):
+    if unit == other:
         return True
-    if room in ASIDE:
+    if unit in ASIDE:
         return other in ("errors", "upstream")
     if other in ASIDE:
-        return LEVEL[room] >= LEVEL["calibration"]
-    return LEVEL[other] < LEVEL[room]
+        return LEVEL[unit] >= LEVEL["calibration"]
+    return LEVEL[other] < LEVEL[unit]
 
 
-def test_every_room_has_a_place():
-    assert {room_of(path) for path in FILES} <= {*LEVEL, *ASIDE}
+def test_every_unit_has_a_place():
+    assert {unit_of(path) for path in FILES} <= {*LEVEL, *ASIDE}
 
 
 @every_file
 def test_imports_go_down(path):
-    room = room_of(path)
-    assert [f"{room} imports {other}" for other in rooms_imported(path) if not allowed(room, other)] == []
+    unit = unit_of(path)
+    assert [f"{unit} imports {other}" for other in units_imported(path) if not allowed(unit, other)] == []
 
 
 @every_file
-def test_outside_packages_stay_in_their_rooms(path):
-    room, packages = room_of(path), packages_imported(path)
-    assert "matplotlib" not in packages or (room == "analysis" and path.stem.startswith("draw"))
-    assert not packages & {"typer", "rich"} or room == "cli"
-    assert "diffusers" not in packages or room != "kernels"
+def test_outside_packages_stay_in_their_units(path):
+    unit, packages = unit_of(path), packages_imported(path)
+    assert "matplotlib" not in packages or (unit == "analysis" and path.stem.startswith("draw"))
+    assert not packages & {"typer", "rich"} or unit == "cli"
+    assert "diffusers" not in packages or unit != "kernels"
 
 
 @every_file
@@ -93,11 +93,11 @@ def test_only_the_command_line_prints(path):
     prints = [
         n.lineno for n in nodes(path) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "print"
     ]
-    assert not prints or room_of(path) == "cli"
+    assert not prints or unit_of(path) == "cli"
 
 
 @pytest.mark.parametrize(
-    ("room", "other"),
+    ("unit", "other"),
     [
         ("kernels", "models"),
         ("models", "kernels"),
@@ -108,8 +108,8 @@ def test_only_the_command_line_prints(path):
         ("plans", "metrics"),
     ],
 )
-def test_the_law_forbids(room, other):
-    assert not allowed(room, other)
+def test_the_law_forbids(unit, other):
+    assert not allowed(unit, other)
 
 
 def test_the_law_is_read_from_imports_of_every_form(tmp_path):
@@ -118,7 +118,7 @@ def test_the_law_is_read_from_imports_of_every_form(tmp_path):
         "import arrowhead as ah\nimport matplotlib.pyplot as plt\nfrom arrowhead import plans, Plan\n"
         "def late():\n    from arrowhead.kernels import flex\n    import arrowhead.searches.greedy\n"
     )
-    assert sorted(rooms_imported(path)) == ["__init__", "__init__", "kernels", "plans", "searches"]
+    assert sorted(units_imported(path)) == ["__init__", "__init__", "kernels", "plans", "searches"]
     assert packages_imported(path) == {"arrowhead", "matplotlib"}
 
 

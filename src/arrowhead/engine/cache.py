@@ -80,6 +80,9 @@ class Cache:
     entries: dict[Key, list[Entry]] = field(default_factory=dict)
     held_bytes: int = 0
 
+    def __post_init__(self) -> None:
+        self._batched = self.branches.batched  # asked for in every pass
+
     def read(self, key: Key, step: int, *, conditional: bool = False) -> Output:
         """A module's output, for both branches or for the conditional one; freed if no later step reads it.
 
@@ -157,7 +160,7 @@ class Cache:
         return value
 
     def _branch(self, entry: Entry, *, conditional: bool) -> Output:
-        if not self.branches.batched or conditional == entry.conditional_only:
+        if not self._batched or conditional == entry.conditional_only:
             return decode_output(entry.value)
         if not conditional:
             return both_branches(decode_output(entry.value))
@@ -213,10 +216,13 @@ def map_output(value: Output, change: Callable[[Tensor], Tensor]) -> Output:
 def add_scaled(value: Output, other: Output, weight: float) -> Output:
     """`value` + weight · `other`, for outputs of the same form."""
     if isinstance(value, tuple):
-        pairs = zip(value, other, strict=True)
-        return tuple([None if a is None or b is None else torch.add(a, b, alpha=weight) for a, b in pairs])
+        return tuple([None if a is None or b is None else _add(a, b, weight) for a, b in zip(value, other, strict=True)])
     assert isinstance(other, Tensor)
-    return torch.add(value, other, alpha=weight)
+    return _add(value, other, weight)
+
+
+def _add(a: Tensor, b: Tensor, weight: float) -> Tensor:
+    return a + b if weight == 1 else torch.add(a, b, alpha=weight)
 
 
 def compact_output(value: Output) -> Output:

@@ -32,9 +32,9 @@ class EncodedTensor:
 
     def read(self) -> Tensor:
         """Decode the tensor (..., C). Stored unchanged on its device, it is the stored tensor itself."""
-        values = to_device(self.values, self.device)
         if self.scales is None:
-            return values
+            return self.values if self.values.device == self.device else to_device(self.values, self.device)
+        values = to_device(self.values, self.device)
         wide = torch.promote_types(self.dtype, torch.float32)
         scales = to_device(self.scales, self.device).to(wide)
         return (_grouped(values.to(wide), scales.shape[-1]) * scales[..., None]).flatten(-2).to(self.dtype)

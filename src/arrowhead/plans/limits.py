@@ -6,6 +6,7 @@ Each limit is far above what real models need.
 import io
 import json
 import math
+import tokenize
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -85,7 +86,7 @@ def parse_npy(content: bytes, name: str) -> NDArray[Any]:
         raise ValueError(f"got {name} in another version of npy, wanted 1.0")
     try:
         shape, columns_first, dtype = np.lib.format.read_array_header_1_0(stream)
-    except (RecursionError, MemoryError, SyntaxError, TypeError, UnicodeError) as error:
+    except (RecursionError, MemoryError, SyntaxError, tokenize.TokenError, TypeError, UnicodeError) as error:
         raise ValueError(f"got an invalid header of {name} ({type(error).__name__})") from error
     values = stream.read()
     if dtype.hasobject or not dtype.itemsize or min(shape, default=0) < 0 or dtype.itemsize * math.prod(shape) != len(values):

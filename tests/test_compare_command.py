@@ -84,7 +84,7 @@ def test_refusals_come_before_the_work(plans, tmp_path, monkeypatch, capsys, no_
     for wrong, said in (
         ([*good, "--plan", again], "files of different names"),
         ([*good, "--plan", plans["long"]], "plan is for 4 steps, pipeline runs 3"),
-        ([*good, "--out", tmp_path / "file" / "page.html"], "wanted a file in a folder that can be written"),
+        ([*good, "--out", tmp_path / "file" / "page.html"], "wanted a path that can be written"),
         ([*good, "--out", other], "is a directory"),
         ([*good, "-i", "prompt=a cat"], "cannot be called so"),
     ):

@@ -684,7 +684,7 @@ def test_reading_opens_one_file_and_runs_nothing(kind, tmp_path):
     """By the interpreter's own audit events; words in the file that name files and code stay words."""
     path, words = (
         tmp_path / "file",
-        {"model": "/etc/hostname", "search": "__import__('os').system('id')", "url": "http://localhost"},
+        {"model": "/etc/hostname", "search": {"strategy": "__import__('os').system('id')"}, "url": "http://localhost"},
     )
     made = {"plan": sound(), "table": synthetic(0, steps=3), "analysis": analysis()}[kind]
     replace(made, about=words).save(path)

@@ -83,7 +83,7 @@ def _shared_out(transformer: nn.Module) -> str | None:
         if getattr(context, "ring_degree", 1) not in (None, 1):
             return "with ring context parallelism, which gives a process some of the tokens"
         return "with Ulysses context parallelism, which gives a process some of the heads"
-    tensors = sys.modules.get("torch.distributed.tensor")  # where nobody imported it there are none
+    tensors = sys.modules.get("torch.distributed.tensor")  # without that module there are none
     sharded = tensors is not None and any(isinstance(weight, tensors.DTensor) for weight in transformer.parameters())
     if sharded or getattr(config, "tensor_parallel_config", None) is not None:
         return "whose weights are DTensors, shared out by tensor parallelism or FSDP: a process has some of the heads, or rows"

@@ -100,7 +100,7 @@ def _permissions(path: Path) -> int | None:
     """The permissions of an existing file, which must be one that may be written; None if there is no such file."""
     if not path.exists():
         return None
-    if not os.access(path, os.W_OK):  # a rename would not ask
+    if not os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids):  # a rename would not ask
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     return stat.S_IMODE(path.stat().st_mode)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import resource
 import signal
 import stat
@@ -215,46 +216,39 @@ def test_of_many_that_write_a_file_first_one_succeeds(tmp_path, monkeypatch):
 
 
 SAVES = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from test_files_written import saved
-print("ready", flush=True)
-while True:
-    for i in (0, 1):
-        for name, thing in saved(i).items():
-            thing.save(sys.argv[2] + "/" + name)
+import os, random, signal, sys, time
+from dataclasses import replace
+from pathlib import Path
+folder, tests = Path(sys.argv[1]), sys.argv[2]
+sys.path.insert(0, tests)
+from test_corrupted import ah, analysis, sound, synthetic
+
+notes = [f"{i}" * 300_000 for i in (0, 1)]
+things = {"plan": sound(), "table": synthetic(0, steps=3), "analysis": analysis()}
+loads = {"plan": ah.Plan.load, "table": ah.Table.load, "analysis": ah.Analysis.load}
+versions = [{name: replace(thing, about={"note": note}) for name, thing in things.items()} for note in notes]
+for name, thing in versions[0].items():
+    thing.save(folder / name)
+for seed in range(10):
+    pid = os.fork()
+    while not pid:
+        for version in versions:
+            for name, thing in version.items():
+                thing.save(folder / name)
+    time.sleep(random.Random(seed).random() / 10)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    print([loads[name](folder / name).about["note"] in notes for name in loads], flush=True)
 """
 
 
-def saved(i):
-    """Two versions of each kind of file, with much in them."""
-    words = {"note": f"{i}" * 300_000}
-    return {
-        "plan": replace(sound(), about=words),
-        "table": replace(synthetic(i, steps=3), about=words),
-        "analysis": replace(analysis(), about=words),
-    }
-
-
 def test_killed_in_the_middle_of_save(tmp_path):
-    """The old file or the new one is there, whole, after each of many kills."""
+    """After each of many kills, each file is the old one or the new one, whole; some kills came while a file was written."""
     tests = str(Path(__file__).parent)
-    load = {"plan": ah.Plan.load, "table": ah.Table.load, "analysis": ah.Analysis.load}
-    notes = [saved(i)["plan"].about["note"] for i in (0, 1)]
-    for name, thing in saved(0).items():
-        thing.save(tmp_path / name)
-    pauses = iter([0.02, 0.05, 0.11])
-    for pause in pauses:
-        running = subprocess.Popen([sys.executable, "-c", SAVES, tests, str(tmp_path)], stdout=subprocess.PIPE)
-        running.stdout.readline()
-        until = time.monotonic() + pause
-        while time.monotonic() < until or not [*tmp_path.glob(".*.tmp")]:  # in the middle of a file
-            assert running.poll() is None
-        running.send_signal(signal.SIGKILL)
-        assert running.wait() == -signal.SIGKILL
-        running.stdout.close()
-        for name in load:
-            assert load[name](tmp_path / name).about["note"] in notes
+    script = [sys.executable, "-c", SAVES, str(tmp_path), tests]
+    done = subprocess.run(script, capture_output=True, text=True, check=True, timeout=600)
+    assert done.stdout.splitlines() == ["[True, True, True]"] * 10
+    assert [*tmp_path.glob(".*.tmp")]
 
 
 def command(*arguments):
@@ -315,22 +309,47 @@ def test_a_figure_is_written_under_the_name_that_was_given(tmp_path):
     assert len([*tmp_path.iterdir()]) == 2
 
 
+WRITES = """
+import pickle, sys
+from pathlib import Path
+work, out, tests = sys.argv[1:]
+sys.path.insert(0, tests)
+from test_evaluate_runs import Subject, figures
+from arrowhead.evaluation import resumable
+
+generate_missing = resumable.generate_missing
+def wait_and_generate(*arguments, **more):
+    print("ready", flush=True)
+    sys.stdin.readline()
+    generate_missing(*arguments, **more)
+
+resumable.generate_missing = wait_and_generate
+Path(out).write_bytes(pickle.dumps(figures(Subject().measure(work, images=5))))
+"""
+
+
+@pytest.mark.slow
 def test_two_writers_in_one_work_folder(tmp_path):
-    """Both make every batch, at the same time."""
-    found, start = [], threading.Barrier(2)
-
-    def run(subject):
-        start.wait()
-        found.append(subject.measure(tmp_path / "work", images=5))
-
-    threads = [threading.Thread(target=run, args=(subject,)) for subject in (Subject(), Subject())]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    whole = Subject().measure(tmp_path / "whole", images=5)
-    assert [figures(one) for one in found] == [figures(whole)] * 2
-    assert figures(Subject().measure(tmp_path / "work", images=5)) == figures(whole)
+    """Two processes, each of which finds nothing there, and makes everything."""
+    tests, running = str(Path(__file__).parent), []
+    for i in range(2):
+        script = [sys.executable, "-W", "ignore", "-c", WRITES, str(tmp_path / "work"), str(tmp_path / f"{i}"), tests]
+        running.append(subprocess.Popen(script, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+    for process in running:
+        assert process.stdout.readline() == b"ready\n"
+    for process in running:
+        process.stdin.write(b"go\n")
+        process.stdin.flush()
+    assert [process.wait(600) for process in running] == [0, 0]
+    for process in running:
+        process.stdin.close()
+        process.stdout.close()
+    whole = figures(Subject().measure(tmp_path / "whole", images=5))
+    made = [pickle.loads((tmp_path / f"{i}").read_bytes()) for i in range(2)]
+    assert made == [whole] * 2
+    again = Subject()
+    assert figures(again.measure(tmp_path / "work", images=5)) == whole
+    assert again.calls == 0
     assert not [*(tmp_path / "work").rglob(".*")]
 
 

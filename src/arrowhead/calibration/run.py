@@ -205,8 +205,8 @@ class CalibrationRun:
         Raises:
             NotIntercepted: not every site was passed once.
         """
-        passes = self._begun.stats.passes
-        before, self.passes = passes.total(), self.passes + 1
+        counts = self._begun.stats.counts
+        before, self.passes = counts.total(), self.passes + 1
         try:
             with torch.set_grad_enabled(grad), force_eager():
                 if len(runs) == 1:
@@ -217,9 +217,9 @@ class CalibrationRun:
                     outputs = run_paired(runs, lambda call: self._pair_called(call, at_site))
         finally:
             self._at_site = None
-        if passes.total() - before != len(self._model.sites):
+        if counts.total() - before != len(self._model.sites):
             raise NotIntercepted(
-                f"one call of the transformer passed {passes.total() - before} sites, wanted "
+                f"one call of the transformer passed {counts.total() - before} sites, wanted "
                 f"{len(self._model.sites)}; nothing can be learnt about the others, so the search ends here"
             )
         return outputs

@@ -63,6 +63,19 @@ AttentionHandler = Callable[[AttentionCall], Tensor]  # gives (B, H, N, D)
 _handler: ContextVar[AttentionHandler | None] = ContextVar("arrowhead_attention_handler", default=None)
 
 
+class NativeAttention:
+    """A handler that lets the model compute its attention, and counts how often it does."""
+
+    __slots__ = ("calls",)
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, attention: AttentionCall) -> Tensor:
+        self.calls += 1
+        return attention.native()
+
+
 class attention_handler:  # noqa: N801 - used as a function, in a with statement
     """Within the block, hooked attention is computed by `handler`."""
 
@@ -100,6 +113,9 @@ def hooked_attention(
     # a graph of torch.compile holds torch's attention: handlers change from step to step
     if compiling() or (handler := _handler.get()) is None:
         return native()
+    if type(handler) is NativeAttention:  # the call's description would cost more than it is worth
+        handler.calls += 1
+        return native()
     return handler(AttentionCall(query, key, value, scale, attn_mask, is_causal or dropout_p > 0, native))
 
 
@@ -122,6 +138,9 @@ def _hooked_dispatch(dispatch: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return dispatch(query, key, value, attn_mask, dropout_p, is_causal, scale, *args, **kwargs)
 
         if compiling() or (handler := _handler.get()) is None:
+            return own()
+        if type(handler) is NativeAttention:
+            handler.calls += 1
             return own()
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, N, H, D) -> (B, H, N, D)
         native = lambda: own().transpose(1, 2)  # noqa: E731

@@ -57,6 +57,14 @@ class Entry:
         """Bytes of the tensors."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
+    @cached_property
+    def unchanged(self) -> Output | None:
+        """The value itself, where every tensor is stored unchanged on its device; else None."""
+        parts = self.value if isinstance(self.value, tuple) else (self.value,)
+        if not all(part is None or part.unchanged for part in parts):
+            return None
+        return decode_output(self.value)
+
     def without(self, heads: Sequence[int]) -> "Entry | None":
         """The entry for the other heads; None when there are none."""
         assert isinstance(self.value, EncodedTensor)
@@ -161,7 +169,7 @@ class Cache:
 
     def _branch(self, entry: Entry, *, conditional: bool) -> Output:
         if not self._batched or conditional == entry.conditional_only:
-            return decode_output(entry.value)
+            return decode_output(entry.value) if (value := entry.unchanged) is None else value
         if not conditional:
             return both_branches(decode_output(entry.value))
         return decode_output(entry.value, self.branches)
@@ -199,8 +207,8 @@ def encode_output(value: Output, head_dim: int, encoding: CacheEncoding = NATIVE
 
 def decode_output(value: EncodedOutput, half: Branches | None = None) -> Output:
     """The value that was stored; with `half`, the rows of its conditional branch."""
-    if isinstance(value, tuple):  # lists are made quicker than generators run
-        return tuple([None if part is None else _decode(part, half) for part in value])
+    if isinstance(value, tuple):
+        return tuple(None if part is None else _decode(part, half) for part in value)
     return _decode(value, half)
 
 
@@ -216,13 +224,11 @@ def map_output(value: Output, change: Callable[[Tensor], Tensor]) -> Output:
 def add_scaled(value: Output, other: Output, weight: float) -> Output:
     """`value` + weight · `other`, for outputs of the same form."""
     if isinstance(value, tuple):
-        return tuple([None if a is None or b is None else _add(a, b, weight) for a, b in zip(value, other, strict=True)])
+        return tuple(
+            [None if a is None or b is None else torch.add(a, b, alpha=weight) for a, b in zip(value, other, strict=True)]
+        )
     assert isinstance(other, Tensor)
-    return _add(value, other, weight)
-
-
-def _add(a: Tensor, b: Tensor, weight: float) -> Tensor:
-    return a + b if weight == 1 else torch.add(a, b, alpha=weight)
+    return torch.add(value, other, alpha=weight)
 
 
 def compact_output(value: Output) -> Output:

@@ -30,6 +30,11 @@ class EncodedTensor:
         """The tensors that are stored."""
         return (self.values,) if self.scales is None else (self.values, self.scales)
 
+    @property
+    def unchanged(self) -> bool:
+        """Whether the stored tensor is the one that was encoded, on its device."""
+        return self.scales is None and self.values.device == self.device
+
     def read(self) -> Tensor:
         """Decode the tensor (..., C). Stored unchanged on its device, it is the stored tensor itself."""
         if self.scales is None:

@@ -182,7 +182,7 @@ class Run:
             self._note("the pipeline never called its transformer: nothing was compressed", remedy, SiteNotReached)
             return
         stats, tokens = self._generation.stats, self._generation.tokens
-        missed = {site.path: n for site in self.plan.target.sites if (n := stats.count_missed_as_full(site, tokens))}
+        missed = stats.count_missed_as_full(self.plan.target.sites, tokens)
         if missed:
             self._note(
                 "not reached, so counted as full: " + ", ".join(f"{path} in {n} steps" for path, n in missed.items()),

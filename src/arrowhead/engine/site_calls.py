@@ -10,7 +10,7 @@ import greenlet
 import torch
 from torch import Tensor
 
-from arrowhead.engine.attention_hook import AttentionCall, AttentionHandler, attention_handler, batch_calls
+from arrowhead.engine.attention_hook import AttentionCall, AttentionHandler, NativeAttention, attention_handler, batch_calls
 from arrowhead.engine.cache import Output, add_scaled
 from arrowhead.engine.head_projection import ProjectedHeads
 from arrowhead.errors import NotIntercepted
@@ -38,7 +38,8 @@ class SiteCall(ABC):
 
     def native(self, rows: slice | None = None) -> Output:
         """The module's output without any change."""
-        return self.run(_native, rows)
+        args, kwargs = self._of_rows(rows)
+        return self.original(*args, **kwargs)
 
     def storable(self, out: Output, rows: slice | None = None) -> Output:  # noqa: ARG002
         """The part of an output for `rows` that other steps, or the other branch, can use: all of it, except of a block."""
@@ -64,10 +65,6 @@ class SiteCall(ABC):
         batch = self.batch
         args = tuple(_part(value, rows, batch) for value in self.args)
         return args, {name: _part(value, rows, batch) for name, value in self.kwargs.items()}
-
-
-def _native(attention: AttentionCall) -> Tensor:
-    return attention.native()
 
 
 def _part(value: Any, rows: slice, batch: int) -> Any:
@@ -102,7 +99,12 @@ class BlockCall(ModuleCall):
 
     def restore(self, stored: Output) -> Output:
         """The block's input, with this added."""
-        return add_scaled(self._input(stored, None), stored, 1)
+        visual = self._argument(self.parameters[0], None)
+        if isinstance(stored, Tensor):
+            return visual + stored
+        text, image = stored
+        assert image is not None
+        return None if text is None else self._argument("encoder_hidden_states", None) + text, visual + image
 
     def _input(self, like: Output, rows: slice | None) -> Output:
         """The image's tokens, and the text's where `like` has them."""
@@ -141,22 +143,36 @@ class AttentionSiteCall(SiteCall):
         with attention_handler(handler):
             out = self._attend(args, kwargs)
         if not handler.reached:
-            raise NotIntercepted(
-                f"{self.site.path}: {self._processor} did not call F.scaled_dot_product_attention or "
-                f"dispatch_attention_fn; wanted {self._wanted}"
-            )
+            raise self._never_attends()
         return out
+
+    def _never_attends(self) -> NotIntercepted:
+        return NotIntercepted(
+            f"{self.site.path}: {self._processor} did not call F.scaled_dot_product_attention or dispatch_attention_fn; wanted "
+            f"{self._wanted}"
+        )
+
+    def attends_twice(self) -> NotIntercepted:
+        """The error of a processor that calls attention more than once."""
+        return NotIntercepted(
+            f"{self.site.path}: {self._processor} computes attention twice, as for an IP-Adapter; wanted a processor that does "
+            "once; unload the adapter, or remove the plan"
+        )
 
     def _attend(self, args: Any, kwargs: Any) -> Output:
         return self.original(*args, **kwargs)
 
     def native(self, rows: slice | None = None) -> Output:
-        """The module's output bit for bit; it may call attention more than once."""
-        if not self.site.by_sample:
-            return AttentionSiteCall.run(self, _native, rows)
+        """The module's output bit for bit. Raises what `run` raises, though a call of attention for each sample is no error."""
         args, kwargs = self._of_rows(rows)
-        with attention_handler(_native):
-            return self.original(*args, **kwargs)
+        handler = NativeAttention()
+        with attention_handler(handler):
+            out = self.original(*args, **kwargs)
+        if handler.calls == 0:
+            raise self._never_attends()
+        if handler.calls > 1 and not self.site.by_sample:
+            raise self.attends_twice()
+        return out
 
     def _by_sample(self, answer: AttentionHandler, rows: range) -> Output:
         """Run each row in a greenlet until it asks for attention; `answer` gets all rows as one batch, padded to one length.
@@ -205,10 +221,7 @@ class _AttentionOnce:
 
     def __call__(self, attention: AttentionCall) -> Tensor:
         if self.reached:
-            raise NotIntercepted(
-                f"{self._call.site.path}: {self._call._processor} computes attention twice, as for an "
-                "IP-Adapter; wanted a processor that does once; unload the adapter, or remove the plan"
-            )
+            raise self._call.attends_twice()
         self.reached = True
         attended = self._answer(attention)
         if self._module is not None:
@@ -227,8 +240,7 @@ class ForwardSiteCall(AttentionSiteCall):
 
     def native(self, rows: slice | None = None) -> Output:
         """Bit for bit, though `hooked` may multiply in another order."""
-        args, kwargs = self._of_rows(rows)
-        return self.original(*args, **kwargs)
+        return SiteCall.native(self, rows)
 
     def _attend(self, args: Any, kwargs: Any) -> Output:
         return self.hooked(*args, **kwargs)

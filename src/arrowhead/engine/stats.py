@@ -5,7 +5,7 @@ what it cost is summed up when somebody asks.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from arrowhead.plans.cells import FULL
@@ -44,7 +44,6 @@ class Stats:
     samples: int
     calls: int = 1
     steps: int = 0
-    passes: Counter[str] = field(default_factory=Counter)  # by the site's path
     counts: Counter[PassCount] = field(default_factory=Counter)
     done: defaultdict[Work, float] = field(default_factory=lambda: defaultdict(float))
     kernels: Counter[str] = field(default_factory=Counter)
@@ -56,7 +55,6 @@ class Stats:
 
     def record_pass(self, count: PassCount) -> None:
         """Count that a site was passed."""
-        self.passes[count.path] += 1
         self.counts[count] += 1
 
     def record_work(self, work: Work, samples: float) -> None:
@@ -78,12 +76,16 @@ class Stats:
         """FLOPs that full attention would have spent."""
         return sum((count.whole * times for count, times in self.counts.items()), self.missed)
 
-    def count_missed_as_full(self, site: Site, tokens: Tokens) -> int:
-        """Count the calls in which a site was not passed as full attention, whatever ran there; gives their number."""
-        missing = self.steps * self.calls - self.passes[site.path]
-        if missing > 0:
-            self.missed += site_flops(site, tokens, FULL, Writes(), self.samples) * missing
-        return missing
+    def count_missed_as_full(self, sites: Iterable[Site], tokens: Tokens) -> dict[str, int]:
+        """Count the calls in which a site was not passed as full attention, whatever ran there; gives their number by path."""
+        passes, missed = Counter[str](), {}
+        for count, times in self.counts.items():
+            passes[count.path] += times
+        for site in sites:
+            if (missing := self.steps * self.calls - passes[site.path]) > 0:
+                missed[site.path] = missing
+                self.missed += site_flops(site, tokens, FULL, Writes(), self.samples) * missing
+        return missed
 
     def summary(self, planned_steps: int) -> "Summary":
         """The counters so far, as a value."""

@@ -4,9 +4,9 @@
 
 FLUX's transformer with 19 double and 38 single blocks, 24 heads of 8, 16 visual and 8 text tokens, random weights: so small
 that a call's time is Python's and the dispatcher's. The kernels that compute bands are replaced by one that gives an empty
-tensor; projections, caches and copies are real. In every round each setting runs a generation step by step, in turn with the
-others and with the untouched model. A time is the minimum over steps and rounds, of the whole forward or of each site, since
-other processes only add to it. The first step of a generation, which is full in every plan, does not count.
+tensor; projections, caches and copies are real. In every round one model runs a generation untouched and one under each plan,
+which is applied before it and removed after it. A time is the minimum over steps and rounds, of the whole forward or of each
+site, since other processes only add to it. The first step of a generation, which is full in every plan, does not count.
 """
 
 import json
@@ -120,52 +120,57 @@ def stubbed() -> Iterator[None]:
         yield
 
 
-class Setting:
-    """A pipeline, under a plan or untouched, whose transformer is run step by step; `sites_alone`: of it the sites only."""
+class Bench:
+    """A pipeline whose transformer is run step by step, untouched or under a plan; `sites_alone`: of it the sites only."""
 
-    def __init__(self, plan: str | None, sites_alone: bool) -> None:
-        self.pipe = pipeline()
+    def __init__(self, sites_alone: bool) -> None:
+        self._pipe = pipeline()
         self._sites_alone = sites_alone
-        transformer: Any = self.pipe.transformer
+        transformer: Any = self._pipe.transformer
         self._sites = [block.attn for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks)]
         self._calls = self._recorded()
-        self._best = [float("inf")] * (len(self._calls) if sites_alone else 1)
+        self._plans: dict[str | None, ah.Plan | None] = {None: None, **plans(self._pipe)}
         if sites_alone:
+            del self._plans["blocks repeated"]  # no site runs
             transformer.forward = self._run_sites
-        self._run = None if plan is None else ah.apply(self.pipe, plans(self.pipe)[plan])
+        self._best: dict[str | None, list[float]] = {}
 
     def _recorded(self) -> list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]:
         """The arguments that each site is called with."""
         calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
         hooks = [site.register_forward_pre_hook(lambda *call: calls.append(call), with_kwargs=True) for site in self._sites]
-        self.pipe.transformer(**inputs())
+        self._pipe.transformer(**inputs())
         for hook in hooks:
             hook.remove()
         return calls
 
     @property
-    def seconds(self) -> float:
-        """The best time of the transformer's forward, or the mean of the sites' best times."""
-        return sum(self._best) / len(self._best)
+    def seconds(self) -> dict[str | None, float]:
+        """The best time of the transformer's forward, or the mean of the sites' best times, by plan."""
+        return {name: sum(best) / len(best) for name, best in self._best.items()}
 
     def _run_sites(self, **_: Any) -> None:
         self._last = [_timed(partial(site, *args, **kwargs)) for site, args, kwargs in self._calls]
 
     def _run_transformer(self, given: dict[str, Any]) -> list[float]:
-        whole = _timed(partial(self.pipe.transformer, **given))
+        whole = _timed(partial(self._pipe.transformer, **given))
         return self._last if self._sites_alone else [whole]
 
-    def generation(self) -> Iterator[None]:
-        """One generation, a step each time the iterator is asked."""
-        scheduler, given = self.pipe.scheduler, inputs()
+    def round(self) -> None:
+        """A generation with each plan, and one without."""
+        for name, plan in self._plans.items():
+            with nullcontext() if plan is None else ah.applied(self._pipe, plan) as run:
+                self._generation(name, run)
+
+    def _generation(self, name: str | None, run: Any) -> None:
+        scheduler, given = self._pipe.scheduler, inputs()
         scheduler.set_timesteps(STEPS)
-        with nullcontext() if self._run is None else self._run.generating((), {}):
+        with nullcontext() if run is None else run.generating((), {}):
             for step, moment in enumerate(scheduler.timesteps):
                 seconds = self._run_transformer(given)
                 if step:
-                    self._best = [*map(min, self._best, seconds)]
+                    self._best[name] = [*map(min, self._best.get(name, seconds), seconds)]
                 scheduler.step(torch.zeros_like(given["hidden_states"]), moment, given["hidden_states"])
-                yield
 
 
 def _timed(function: Callable[[], Any]) -> float:
@@ -177,23 +182,18 @@ def _timed(function: Callable[[], Any]) -> float:
 @torch.inference_mode()
 def measure(rounds: int) -> dict[str, Any]:
     """Seconds of the untouched model, and the ratio to them under each plan."""
-    names = [None, *plans(pipeline())]
-    settings = {(name, alone): Setting(name, alone) for name in names for alone in (False, True)}
-    del settings["blocks repeated", True]  # no site runs
+    benches = {"forward": Bench(sites_alone=False), "site": Bench(sites_alone=True)}
     with stubbed():
         for _ in tqdm(range(rounds)):
-            generations = [setting.generation() for setting in settings.values()]
-            for _ in range(STEPS):
-                for generation in generations:
-                    next(generation)
-            for generation in generations:
-                next(generation, None)
-    raw = {alone: settings[None, alone].seconds for alone in (False, True)}
+            for bench in benches.values():
+                bench.round()
+    seconds = {kind: bench.seconds for kind, bench in benches.items()}
     found: dict[str, dict[str, float]] = {}
-    for (name, alone), setting in settings.items():
-        if name is not None:
-            found.setdefault(name, {})["site" if alone else "forward"] = setting.seconds / raw[alone]
-    return {"raw_seconds": {"forward": raw[False], "site": raw[True]}, "settings": found}
+    for kind, by_plan in seconds.items():
+        for name, best in by_plan.items():
+            if name is not None:
+                found.setdefault(name, {})[kind] = best / by_plan[None]
+    return {"raw_seconds": {kind: by_plan[None] for kind, by_plan in seconds.items()}, "settings": found}
 
 
 def missed(settings: Mapping[str, Mapping[str, float]]) -> list[str]:

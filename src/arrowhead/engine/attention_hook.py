@@ -72,6 +72,7 @@ class NativeAttention:
         self.calls = 0
 
     def __call__(self, attention: AttentionCall) -> Tensor:
+        """What the model computes, (B, H, N, D)."""
         self.calls += 1
         return attention.native()
 

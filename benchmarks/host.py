@@ -129,7 +129,8 @@ class Bench:
         transformer: Any = self._pipe.transformer
         self._sites = [block.attn for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks)]
         self._calls = self._recorded()
-        self._plans: dict[str | None, ah.Plan | None] = {None: None, **plans(self._pipe)}
+        self._plans: dict[str | None, ah.Plan | None] = {None: None}
+        self._plans.update(plans(self._pipe))
         if sites_alone:
             del self._plans["blocks repeated"]  # no site runs
             transformer.forward = self._run_sites

@@ -97,6 +97,15 @@ class PlanDerived(ArrowheadWarning):
     """
 
 
+class PlanAdapted(ArrowheadWarning):
+    """A generation runs under other circumstances than the plan was made for, and the plan was carried over to them.
+
+    Given in a generation, once for each new circumstance: other noise levels (steps, strength, schedule), other sizes, another
+    scheduler, guidance that ends or begins on the way. Search again there for a plan that fits, or refuse such generations by
+    `apply(..., changes="refuse")`.
+    """
+
+
 class BandCoversAll(ArrowheadWarning):
     """A band reaches over the whole sequence: it computes full attention. Use smaller radii to save work."""
 

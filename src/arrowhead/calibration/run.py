@@ -168,7 +168,7 @@ class CalibrationRun:
     def target(self) -> Target:
         """What was run, its sites in the order in which they run; without settings that the scheduler changes as it runs."""
         in_order = replace(self._model, modules={site: self._model.modules[site] for site in self.sites})
-        return target_of(in_order).common(self._target_before)
+        return replace(target_of(in_order).common(self._target_before), levels=self._model.levels)
 
     @property
     def cost(self) -> float:

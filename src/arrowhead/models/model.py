@@ -81,6 +81,16 @@ class Model:
         return None if scheduler is None else len(scheduler.timesteps) - (getattr(scheduler, "begin_index", None) or 0)
 
     @property
+    def levels(self) -> tuple[float, ...] | None:
+        """The noise levels of the steps of the latest call (see `Target.levels`); None where there is no scheduler."""
+        scheduler = self.pipe.scheduler
+        timesteps = getattr(scheduler, "timesteps", None)
+        if timesteps is None:
+            return None
+        whole = scheduler.config.get("num_train_timesteps", 1000)
+        return tuple(float(step) / whole for step in timesteps[getattr(scheduler, "begin_index", None) or 0 :])
+
+    @property
     def scheduler_step(self) -> int | None:
         """The scheduler's count of its steps in the running call; None where there is no scheduler, or no count."""
         return getattr(self.pipe.scheduler, "step_index", None)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import pydantic
@@ -23,12 +23,24 @@ class Target:
         scheduler: the name of the scheduler's class, or `NO_SCHEDULER`.
         scheduler_config: the scheduler's settings, as JSON values (see `to_json_value`).
         sites: the sites that the plan has cells for, in the order in which they run.
+        levels: the noise levels of the run that the plan was made in, one for each step: the scheduler's timesteps as parts of
+            those of training, from at most 1 down to 0. None in files of older formats, and for a custom model's loop.
+
+    Targets that differ in nothing but the levels are equal: a plan is carried over to other levels.
+
+    Raises:
+        ValueError: levels that are not finite, or below 0.
     """
 
     transformer: str
     scheduler: str
     scheduler_config: Mapping[str, Any]
     sites: tuple[Site, ...]
+    levels: tuple[float, ...] | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if not all(math.isfinite(level) and level >= 0 for level in self.levels or ()):
+            raise ValueError(f"got levels={self.levels}, wanted finite ones of at least 0")
 
     def as_json(self) -> dict[str, Any]:
         """The target as plan and table files spell it."""
@@ -76,7 +88,7 @@ def _difference(name: str, mine: Any, theirs: Any) -> str:
 
 def _site_difference(mine: Site, theirs: Site) -> str:
     """The first size, or the path, in which two sites differ."""
-    names = (field.name for field in fields(Site) if field.compare)
+    names = (each.name for each in fields(Site) if each.compare)
     name = next(name for name in names if getattr(mine, name) != getattr(theirs, name))
     where = "site" if name == "path" else f"{name} of site {mine.path}"
     return _difference(where, getattr(mine, name), getattr(theirs, name))

@@ -133,7 +133,7 @@ def progress_bar_config(pipe: Any) -> dict[str, Any] | None:
 def restore_progress_bar_config(pipe: Any, config: dict[str, Any] | None) -> None:
     """Undo `set_progress_bar_config`: the attribute is as `progress_bar_config` gave it."""
     if config is None:
-        del pipe._progress_bar_config
+        vars(pipe).pop("_progress_bar_config", None)
     else:
         pipe._progress_bar_config = config
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 import torch
@@ -277,7 +278,9 @@ def test_full_plans_stay_bit_for_bit():
         assert torch.equal(bench.pipe(**bench.inputs(steps=7)).images, untouched)
 
 
-levels_of = st.lists(st.floats(0.001, 1), min_size=1, max_size=30, unique=True).map(lambda found: tuple(sorted(found, reverse=True)))
+levels_of = st.lists(st.floats(0.001, 1), min_size=1, max_size=30, unique=True).map(
+    lambda found: tuple(sorted(found, reverse=True))
+)
 
 
 def levelled(rows, levels, **more):
@@ -293,7 +296,7 @@ def test_spans_of_steps_lie_one_after_another_from_the_first_level_to_none(level
     spans = resample.spans(repeated)
     assert spans[0][0] == -Fraction(levels[0])
     assert spans[-1][1] == 0
-    assert all(end == begin for (_, end), (begin, _) in zip(spans, spans[1:], strict=False))
+    assert all(end == begin for (_, end), (begin, _) in pairwise(spans))
     for level, count in zip(levels, counts, strict=True):
         own = [end - begin for (begin, end), at in zip(spans, repeated, strict=True) if at == level]
         assert len(set(own)) == 1
@@ -356,7 +359,7 @@ def test_a_plan_that_begins_on_the_way_reads_nothing_older(plan, begin):
 
 
 @pytest.mark.parametrize("wrong", [
-    {"levels": []}, {"levels": [1.0, 0.5], "steps": 3}, {"levels": [float("nan")]}, {"levels": [-1.0]}, {"levels": [float("inf")]},
+    {"levels": []}, {"levels": [1.0, 0.5], "steps": 3}, *({"levels": [float(level)]} for level in ("nan", "inf", "-1")),
 ])  # fmt: skip
 def test_levels_that_are_none(wrong):
     with pytest.raises((InputsInvalid, ValueError), match="wanted"):

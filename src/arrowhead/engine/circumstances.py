@@ -1,15 +1,29 @@
 """Carries a plan over to what a generation really runs: its noise levels, its tokens, its scheduler and its guidance."""
 
 from dataclasses import replace
+from typing import Any, Literal
 
 from arrowhead.errors import InputsInvalid, PlanMismatch
 from arrowhead.models.model import Model
+from arrowhead.plans.cells import Attend
 from arrowhead.plans.layout import Site, Tokens
 from arrowhead.plans.plan import Plan
-from arrowhead.plans.resample import Conditions
+from arrowhead.plans.resample import Conditions, same_levels
 
-TOLERANCE = 1e-4
-"""Noise levels that differ by less are the same: devices and dtypes round them differently."""
+Adaptation = Literal["adapt", "refuse"]
+"""What is done where a generation's circumstances are other ones than the plan's: the plan is carried over, or refused."""
+
+
+def require_adaptation(changes: Any) -> Adaptation:
+    """Returns a known one.
+
+    Raises:
+        InputsInvalid: it is not.
+    """
+    if changes not in ("adapt", "refuse"):
+        raise InputsInvalid(f"got changes={changes!r}, wanted 'adapt' or 'refuse'")
+    found: Adaptation = changes
+    return found
 
 
 def conditions_of(plan: Plan, model: Model, tokens: Tokens) -> Conditions:
@@ -24,14 +38,9 @@ def conditions_of(plan: Plan, model: Model, tokens: Tokens) -> Conditions:
     levels = model.levels
     if levels is None:  # a custom model's loop, whose length is known at its end
         return replace(old, tokens=tokens)
-    if old.levels is None or _same(levels, old.levels):
+    if old.levels is None or same_levels(levels, old.levels):
         levels = old.levels
     return Conditions(model.steps or old.steps, tokens, model.switch, levels)
-
-
-def _same(levels: tuple[float, ...], others: tuple[float, ...]) -> bool:
-    pairs = zip(levels, others, strict=False)
-    return len(levels) == len(others) and all(abs(level - other) < TOLERANCE for level, other in pairs)
 
 
 def carried_over(plan: Plan, conditions: Conditions) -> Plan:
@@ -53,7 +62,7 @@ def without_shared_text(plan: Plan) -> Plan:
     """
     rows = tuple(
         tuple(
-            replace(cell, share_cfg=False) if getattr(cell, "share_cfg", False) and _works_on_text(site) else cell
+            replace(cell, share_cfg=False) if isinstance(cell, Attend) and _works_on_text(site) else cell
             for site, cell in zip(plan.target.sites, row, strict=True)
         )
         for row in plan.cells

@@ -11,11 +11,18 @@ from torch import nn
 from arrowhead.engine.cache import Output
 from arrowhead.engine.cache_encoding import NATIVE, CacheEncoding
 from arrowhead.engine.changes import Changes
+from arrowhead.engine.circumstances import (
+    Adaptation,
+    carried_over,
+    conditions_of,
+    require_adaptation,
+    without_shared_text,
+)
 from arrowhead.engine.compile_boundary import CallWrapper
 from arrowhead.engine.execute_site import execute_site
 from arrowhead.engine.generation import Generation
+from arrowhead.engine.prepared import Inseparable, PreparedPlans, SitePlans
 from arrowhead.engine.site_calls import SiteCall
-from arrowhead.engine.site_plan import SitePlan, prepare
 from arrowhead.engine.stats import Stats, Summary
 from arrowhead.engine.step_clock import StepClock
 from arrowhead.engine.wrappers import Interception, uncopied
@@ -26,6 +33,7 @@ from arrowhead.errors import (
     BandCoversAll,
     GenerationUnfinished,
     GuidanceNotPlanned,
+    PlanAdapted,
     PlanDerived,
     PlanMismatch,
     ProcessorReplaced,
@@ -35,33 +43,38 @@ from arrowhead.errors import (
 from arrowhead.kernels import dispatch
 from arrowhead.models.conflicts import require_no_conflicts
 from arrowhead.models.custom import CustomModel
-from arrowhead.models.head_separation import can_project_heads_separately
 from arrowhead.models.model import Model, target_of, transformers_of
 from arrowhead.plans import masks
-from arrowhead.plans.cells import Arrow, Attend, Cached, radius_sort_key
+from arrowhead.plans.cells import Arrow, Attend, radius_sort_key
 from arrowhead.plans.foreign_text import visible
 from arrowhead.plans.layout import Branches, Tokens
-from arrowhead.plans.lifetimes import lifetimes
 from arrowhead.plans.plan import Plan
+from arrowhead.plans.resample import Conditions
 from arrowhead.upstream import uncompiled
 
 
 class Run:
     """A plan on a pipeline, from `apply` to `remove`. Owns the caches and counters of the generation that is going on."""
 
-    def __init__(self, model: Model, plan: Plan, kernel: str, encoding: CacheEncoding = NATIVE) -> None:
+    def __init__(
+        self, model: Model, plan: Plan, kernel: str, encoding: CacheEncoding = NATIVE, changes: Adaptation = "adapt"
+    ) -> None:
         self.plan = plan
+        self.changes = require_adaptation(changes)
         self.kernel = dispatch.require_kernel(kernel)
         self.encoding = encoding
         self._model = model
         self._pipeline_class = type(model.pipe)
-        plan.require(target_of(model))
-        self._writes = tuple(map(lifetimes, plan.columns))
-        self._prepared: dict[Any, tuple[dict[str, SitePlan], ...]] = {}  # by step and path, for each kind of generation
+        self._require_target()
+        self._followed = plan  # what the running, or the latest, generation does: the plan, carried over to it
+        self._carried: dict[Conditions, Plan] = {}
+        self._warned: set[str] = set()  # the circumstances that a warning was given of
+        self._prepared = PreparedPlans(model)
+        self._inseparable: Inseparable = frozenset()  # set as the generation is
         self._turn: dict[str, StepClock] = {}  # the clock of the call that generates: of several, one puts it there
         self._branches: Branches | None = None  # set while the pipeline's call runs
         self._generation: Generation | None = None  # set from the first call of the transformer on
-        self._site_plans: tuple[dict[str, SitePlan], ...] = ()  # set as the generation is
+        self._site_plans: SitePlans = ()  # of the running call
         self._stats: Stats | None = None  # of the latest generation
         self._interception = Interception(model, self._around)
         self._call_wrappers: list[CallWrapper] = []
@@ -90,6 +103,10 @@ class Run:
         applied = _applied_class(self._pipeline_class, self)
         changes.record(_restore_class, pipe, applied, self._pipeline_class)
         pipe.__class__ = applied
+
+    def _require_target(self) -> None:
+        """Check that the plan is for this model, and, unless it adapts, for this scheduler."""
+        self.plan.require(target_of(self._model), scheduler=self.changes == "refuse")
 
     @property
     def on(self) -> bool:
@@ -139,7 +156,7 @@ class Run:
         """
         if self._stats is None:
             raise ArrowheadError("nothing has been generated with this plan yet; call the pipeline first")
-        return self._stats.summary(self.plan.steps)
+        return self._stats.summary(self._followed.steps)
 
     def close(self) -> None:
         """Take the plan off; the pipeline is as it was before `apply`. After an interruption this can be called again."""
@@ -190,9 +207,9 @@ class Run:
                 "and apply it again"
             )
         require_no_conflicts(self._model.transformers)
-        self.plan.require(target_of(self._model))
+        self._require_target()
         self._renew()
-        self._stats, self._branches = Stats(branches.samples, branches.calls), branches
+        self._stats, self._branches = Stats(branches.samples), branches
         if replaced := self._interception.replaced():
             self._note(
                 f"processors or forwards were replaced after the plan was applied, and may be full: {', '.join(replaced)}",
@@ -214,7 +231,7 @@ class Run:
 
     def _account_for_every_site(self) -> None:
         """Warn, at the end of a generation, of sites that did not run under the plan, and of steps that are missing."""
-        if self._stats is not None and 0 < self._stats.steps < self.plan.steps:
+        if self._stats is not None and 0 < self._stats.steps < self._followed.steps:
             remedy = "let it run to its end, uninterrupted and with the plan on"
             self._note(self._unfinished(self._stats.steps), remedy, GenerationUnfinished)
         if self._generation is None:
@@ -233,12 +250,16 @@ class Run:
             )
 
     def _unfinished(self, steps: int) -> str:
-        return f"a generation ended after {steps} of the plan's {self.plan.steps} steps"
+        return f"a generation ended after {steps} of the plan's {self._followed.steps} steps"
+
+    def _say(self, what: str) -> None:
+        """Keep a text for the summary."""
+        if self._stats is not None:
+            self._stats.notes.append(what)
 
     def _note(self, what: str, remedy: str, category: type[Warning]) -> None:
         """Warn, and keep the text for the summary."""
-        if self._stats is not None:
-            self._stats.notes.append(what)
+        self._say(what)
         warnings.warn(f"{what}; {remedy}", category, stacklevel=6)
 
     def _end(self) -> None:
@@ -251,20 +272,20 @@ class Run:
         if branches is None or stats is None or clock is None:
             return
         clock.require_same_thread(type(transformer).__name__)
-        tokens = self._model.tokens(self._model.transformer_arguments(args, kwargs))
+        arguments = self._model.transformer_arguments(args, kwargs)
+        tokens, latents = self._model.tokens(arguments), len(self._model.latents(arguments))
         generation = self._generation
         if generation is None:
-            self.plan.require_call(self._model.steps, tokens, branches.calls, self._model.switch)
-            generation = Generation.begin(branches, tokens, self.kernel, stats, self.encoding)
-            self._site_plans = self._prepare(tokens, branches)
-            self._generation = generation
+            generation = self._generation_of(tokens, branches, stats)
         else:
-            generation.advance(tokens)
+            self._advance(generation, tokens, latents, branches, clock)
+        generation.latents = latents
+        stats.calls += 1
         stats.steps += generation.call == 0
         clock.check(generation.step, generation.call, self._model.scheduler_step)
-        if generation.step >= self.plan.steps:
+        if generation.step >= self._followed.steps:
             raise PlanMismatch(
-                f"plan is for {self.plan.steps} calls of the transformer, the pipeline makes more; search again with the "
+                f"plan is for {self._followed.steps} calls of the transformer, the pipeline makes more; search again with the "
                 "same arguments"
             )
         if transformer is not self._model.transformer_at(generation.step):
@@ -272,44 +293,68 @@ class Run:
                 f"got step {generation.step} with another transformer than the scheduler's timesteps and the pipeline's "
                 "boundary_ratio say; wanted diffusers' own loop; remove the plan"
             )
+        self._site_plans = self._prepared.of(self._followed, tokens, generation.branches, self._inseparable)
+        self._generation = generation
 
-    def _prepare(self, tokens: Tokens, branches: Branches) -> tuple[dict[str, SitePlan], ...]:
-        """The site plans of every step, by the site's path. Generations that are alike share them.
+    def _generation_of(self, tokens: Tokens, branches: Branches, stats: Stats) -> Generation:
+        """The generation that begins with a call of the transformer with these tokens, and what it follows."""
+        self._followed, model = self.plan, self._model
+        if self.changes == "refuse":
+            self.plan.require_call(model.steps, tokens, branches.calls, model.switch, model.levels)
+        else:
+            self._carry_over(tokens)
+        self._inseparable = self._prepared.inseparable(self._followed)
+        generation = Generation.begin(branches, tokens, self.kernel, stats, self.encoding)
+        generation.strict = self.changes == "refuse"
+        return generation
 
-        The modules are asked once in a generation whether heads can be projected separately, as a LoRA may have been loaded.
-        """
-        switch, inseparable = self._model.switch, self._inseparable()
-        key = tokens, branches, switch, inseparable
-        if key not in self._prepared:
-            self._prepared[key] = tuple(
-                {
-                    site.path: prepare(
-                        site,
-                        cell,
-                        writes[step],
-                        tokens,
-                        branches,
-                        separable=(switch is not None and step >= switch, site.path) not in inseparable,
-                    )
-                    for site, cell, writes in zip(self.plan.target.sites, cells, self._writes, strict=True)
-                }
-                for step, cells in enumerate(self.plan.cells)
-            )
-        return self._prepared[key]
+    def _carry_over(self, tokens: Tokens) -> None:
+        """Follow the plan carried over to the generation's noise levels and tokens, and say what is other there."""
+        old, new = self.plan.conditions, conditions_of(self.plan, self._model, tokens)
+        if new not in self._carried:
+            self._carried[new] = self.plan if new == old else carried_over(self.plan, new)
+        self._followed = self._carried[new]
+        found = [f"{name} {change}" for name, change in old.changes(self._followed.conditions).items()]
+        found += self.plan.target.scheduler_differences(target_of(self._model))
+        if found:
+            left, before = (f"{plan.flops().module:.0%}" for plan in (self._followed, self.plan))
+            self._adapted(f"{'; '.join(found)}; it leaves {left} of the modules' FLOPs, where the plan leaves {before}")
 
-    def _inseparable(self) -> frozenset[tuple[bool, str]]:
-        """The paths of sites with cached heads that have to project all heads, with True for the second transformer."""
-        caching = [
-            site
-            for site, column in zip(self.plan.target.sites, self.plan.columns, strict=True)
-            if any(isinstance(cell, Attend) and Cached() in cell.methods(site.heads) for cell in column)
-        ]
-        return frozenset(
-            (later > 0, site.path)
-            for later, transformer in enumerate(self._model.transformers)
-            for site in caching
-            if not can_project_heads_separately(uncompiled(transformer.get_submodule(site.path)))
-        )
+    def _adapted(self, what: str) -> None:
+        """Say that the plan was carried over: in the summary always, by a warning once."""
+        what = f"the plan was carried over: {visible(what)}"
+        if what in self._warned:
+            self._say(what)
+            return
+        self._warned.add(what)
+        self._note(what, "search again there for a plan that fits, or refuse such calls by changes='refuse'", PlanAdapted)
+
+    def _advance(self, generation: Generation, tokens: Tokens, latents: int, branches: Branches, clock: StepClock) -> None:
+        """On to the next call of the transformer; `branches` are those that the generation began with."""
+        if self.changes == "adapt":
+            self._follow_guidance(generation, latents, branches, clock)
+        generation.advance(tokens)
+        if generation.call == 1 and generation.other_texts:
+            shared = self._followed
+            self._followed = without_shared_text(shared)
+            if self._followed is not shared:
+                generation.forget(1)  # what the first call handed over
+                self._adapted("prompt and negative prompt have other lengths, so attention that sees the text is not shared")
+
+    def _follow_guidance(self, generation: Generation, latents: int, whole: Branches, clock: StepClock) -> None:
+        """Follow guidance that ends or begins with the call that comes: `latents` are in its batch."""
+        now, counted, before = generation.branches, self._model.scheduler_step, generation.latents
+        a_step_on = counted is not None and counted == (clock.counted or 0) + 1
+        one_call = now.calls == 2 and generation.call == 0 and a_step_on
+        two_calls = whole.calls == 2 and now.calls == 1 and counted is not None and counted == clock.counted
+        if one_call or (now.batched and before == 2 * latents):
+            self._adapted(f"guidance ends before step {generation.step + 1}; the conditional branch goes on")
+            generation.end_guidance()
+        elif two_calls or (whole.batched and not now.batched and 2 * (before or 0) == latents):
+            begun = generation.step + 1
+            self._adapted(f"guidance begins {'in' if two_calls else 'with'} step {begun - two_calls}; what it misses is full")
+            self._followed = self._followed.begun_at(begun)
+            generation.begin_guidance(whole)
 
     def _around(self, call: SiteCall) -> Output:
         generation = self._generation

@@ -37,12 +37,12 @@ class Work:
 class Stats:
     """What has been computed and reused so far in one generation. FLOPs are per image.
 
-    `samples` are those of an image in one call of the transformer, of which a step has `calls`. `done` has the samples of an
+    `samples` are those of an image in one call of the transformer, and `calls` counts these calls. `done` has the samples of an
     image that each piece of work was done for.
     """
 
     samples: int
-    calls: int = 1
+    calls: int = 0
     steps: int = 0
     counts: Counter[PassCount] = field(default_factory=Counter)
     done: defaultdict[Work, float] = field(default_factory=lambda: defaultdict(float))
@@ -82,7 +82,7 @@ class Stats:
         for count, times in self.counts.items():
             passes[count.path] += times
         for site in sites:
-            if (missing := self.steps * self.calls - passes[site.path]) > 0:
+            if (missing := self.calls - passes[site.path]) > 0:
                 missed[site.path] = missing
                 self.missed += site_flops(site, tokens, FULL, Writes(), self.samples) * missing
         return missed

@@ -43,7 +43,7 @@ if TYPE_CHECKING:  # plan.py imports this file
 
 FORMAT = 5
 READABLE = (2, 3, 4, FORMAT)
-"""Format 4 has no noise levels; format 3 has no slopes, no grids and no second transformer; format 2 has no precisions either. All else is the same."""
+"""Format 4 has no noise levels, format 3 no slopes, grids or second transformer, format 2 no precisions either."""
 SYMBOLS = {  # by the papers' names
     "full": "F",
     "ASC": "C",

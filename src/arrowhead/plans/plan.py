@@ -223,8 +223,8 @@ class Plan:
             steps = len(levels)
         if wrong or (steps is None and tokens is None):
             raise InputsInvalid(
-                f"got steps={steps!r}, tokens={tokens} and {'no' if levels is None else len(levels)} levels, wanted a number of "
-                "steps of at least 1, or a level for each step, or tokens"
+                f"got steps={steps!r}, tokens={tokens} and {'no' if levels is None else len(levels)} levels, wanted a number "
+                "of steps of at least 1, or a level for each step, or tokens"
             )
         steps = old.steps if steps is None else steps
         known = old.levels if levels is None and steps == old.steps else None if levels is None else tuple(levels)
@@ -254,19 +254,26 @@ class Plan:
         later = resample.that_can_run(self.cells[step:], None if self.switch is None else self.switch - step)
         return replace(self, cells=full + later)
 
-    def require(self, target: Target) -> None:
-        """Check that the plan was made for `target`.
+    def require(self, target: Target, *, scheduler: bool = True) -> None:
+        """Check that the plan was made for `target`; with `scheduler=False`, for any scheduler of it.
 
         Raises:
             PlanMismatch: the plan was made for another target; the message names the first difference, and counts the others.
         """
-        if found := self.target.differences(target):
+        if found := self.target.differences(target) if scheduler else self.target.model_differences(target):
             raise PlanMismatch(f"plan does not fit this pipeline; search again on it. {first_of(found)}")
 
-    def require_call(self, steps: int | None, tokens: Tokens, calls: int = 1, switch: int | None = None) -> None:
-        """Check that a generation has the plan's steps, tokens, calls of the transformer in a step, and switch.
+    def require_call(
+        self,
+        steps: int | None,
+        tokens: Tokens,
+        calls: int = 1,
+        switch: int | None = None,
+        levels: tuple[float, ...] | None = None,
+    ) -> None:
+        """Check that a generation has the plan's steps, noise levels, tokens, calls of the transformer in a step, and switch.
 
-        `steps` is None where the number of steps is not known yet.
+        `steps` and `levels` are None where they are not known yet.
 
         Raises:
             PlanMismatch: one of them differs; the message names every difference.
@@ -275,6 +282,10 @@ class Plan:
         if steps not in (None, self.steps):
             remedy = f"search again with {steps} steps, or with this strength where it starts from an image"
             found.append(f"plan is for {self.steps} steps, pipeline runs {steps}; {remedy}")
+        elif not resample.same_levels(levels, self.target.levels):
+            found.append(
+                "plan is for other noise levels than the pipeline runs at; search again with these sigmas or timesteps"
+            )
         if (tokens if self.tokens.grid else tokens.flat) != self.tokens:
             found.append(f"plan is for {self.tokens}, pipeline runs {tokens}; search again at this resolution")
         if switch != self.switch:

@@ -50,6 +50,18 @@ class Conditions:
         return found
 
 
+TOLERANCE = 1e-4
+"""Noise levels that differ by less are the same: devices and dtypes round them differently."""
+
+
+def same_levels(levels: Sequence[float] | None, others: Sequence[float] | None) -> bool:
+    """Whether noise levels are the same, or one of them is not known."""
+    if levels is None or others is None:
+        return True
+    pairs = zip(levels, others, strict=False)
+    return len(levels) == len(others) and all(abs(level - other) < TOLERANCE for level, other in pairs)
+
+
 def _range(levels: tuple[float, ...] | None) -> str:
     return "not known" if levels is None else f"{levels[0]:.4g} to {levels[-1]:.4g}"
 
@@ -158,8 +170,8 @@ def rows_taken(spent: Sequence[int], before: Sequence[Span], after: Sequence[Spa
         if not shared:
             nearest = min(range(len(before)), key=lambda old: abs(middles[old] - begin - end))
             shared = {nearest: Fraction(1)}
-        whole = sum(shared.values())
-        due += sum(part * spent[old] for old, part in shared.items()) / whole
+        whole = sum(shared.values(), Fraction(0))
+        due += sum((part * spent[old] for old, part in shared.items()), Fraction(0)) / whole
         missing = due - sum(spent[old] for old in taken)
         distance = {old: (abs(spent[old] - missing), abs(middles[old] - begin - end)) for old in shared}
         taken.append(min(distance, key=distance.__getitem__) if taken else min(shared))

@@ -54,20 +54,25 @@ class Target:
 
     def differences(self, other: "Target") -> list[str]:
         """The differences of `other`, each as "what: plan <value>, pipeline <value>"."""
+        return self.model_differences(other) + self.scheduler_differences(other)
+
+    def scheduler_differences(self, other: "Target") -> list[str]:
+        """Those of the scheduler."""
+        if self.scheduler != other.scheduler:
+            return [_difference("scheduler", self.scheduler, other.scheduler)]
+        pairs = ((key, mine, other.scheduler_config.get(key, "not set")) for key, mine in sorted(self.scheduler_config.items()))
+        return [_difference(f"scheduler's {key}", mine, theirs) for key, mine, theirs in pairs if mine != theirs]
+
+    def model_differences(self, other: "Target") -> list[str]:
+        """Those of the transformer and its sites."""
         found = [
             _difference(name, mine, theirs)
             for name, mine, theirs in (
                 ("transformer", self.transformer, other.transformer),
-                ("scheduler", self.scheduler, other.scheduler),
                 ("number of sites", len(self.sites), len(other.sites)),
             )
             if mine != theirs
         ]
-        if self.scheduler == other.scheduler:
-            for key, mine in sorted(self.scheduler_config.items()):
-                theirs = other.scheduler_config.get(key, "not set")
-                if mine != theirs:
-                    found.append(_difference(f"scheduler's {key}", mine, theirs))
         if len(self.sites) == len(other.sites):
             place = {site.path: i for i, site in enumerate(self.sites)}  # the order of modules is no part of a target
             unlike = [{*self.sites} - {*other.sites}, {*other.sites} - {*self.sites}]

@@ -246,7 +246,7 @@ def test_a_derived_plan_is_warned_of_once_and_runs():
     found = plan.resample(steps=8)
     with left_as_it_was(bench, steps=8):
         with pytest.warns(PlanDerived, match=r"steps 8, was 5, module_flops 0\.\d+, was 0\.\d+; search again") as warned:
-            run = ah.apply(bench.pipe, found)
+            run = ah.apply(bench.pipe, found, changes="refuse")
         bench.pipe(**bench.inputs(steps=8))
         bench.pipe(**bench.inputs(1, steps=8))
         assert run.summary().flops.module == pytest.approx(found.flops().module)

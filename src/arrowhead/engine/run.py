@@ -183,7 +183,8 @@ class Run:
                     "it would change; wanted one at a time; let that end first, or give each a pipeline of its own"
                 )
             if begun := self.on:  # another thread may have taken the plan off meanwhile
-                self._begin(self._model.branches(self._model.call_arguments(args, kwargs)))
+                call = self._model.call_arguments(args, kwargs)
+                self._begin(self._model.branches(call, follows=self.changes == "adapt"))
             yield
             if begun:
                 self._account_for_every_site()
@@ -240,7 +241,10 @@ class Run:
             remedy = "call the pipeline so that it denoises, or remove the plan"
             self._note("the pipeline never called its transformer: nothing was compressed", remedy, SiteNotReached)
             return
-        stats, tokens = self._generation.stats, self._generation.tokens
+        generation = self._generation
+        if self.changes == "adapt" and generation.branches.calls == 2 and generation.call == 0:
+            self._guidance_ends(generation.step)
+        stats, tokens = generation.stats, generation.tokens
         missed = stats.count_missed_as_full(self.plan.target.sites, tokens)
         if missed:
             self._note(
@@ -341,6 +345,9 @@ class Run:
                 generation.forget(1)  # what the first call handed over
                 self._adapted("prompt and negative prompt have other lengths, so attention that sees the text is not shared")
 
+    def _guidance_ends(self, step: int) -> None:
+        self._adapted(f"guidance ends before step {step}, and the conditional branch goes on")
+
     def _follow_guidance(self, generation: Generation, latents: int, whole: Branches, clock: StepClock) -> None:
         """Follow guidance that ends or begins with the call that comes: `latents` are in its batch."""
         now, counted, before = generation.branches, self._model.scheduler_step, generation.latents
@@ -348,7 +355,7 @@ class Run:
         one_call = now.calls == 2 and generation.call == 0 and a_step_on
         two_calls = whole.calls == 2 and now.calls == 1 and counted is not None and counted == clock.counted
         if one_call or (now.batched and before == 2 * latents):
-            self._adapted(f"guidance ends before step {generation.step + 1}; the conditional branch goes on")
+            self._guidance_ends(generation.step + (not one_call))
             generation.end_guidance()
         elif two_calls or (whole.batched and not now.batched and 2 * (before or 0) == latents):
             begun = generation.step + 1

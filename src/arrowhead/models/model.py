@@ -149,13 +149,15 @@ class Model:
         scale = self.family.guidance_scale if second is None or self.transformer_at(step) is self.transformer else second
         return scale(call)
 
-    def branches(self, call: Mapping[str, Any]) -> Branches:
-        """The CFG branches of a pipeline call with these arguments.
+    def branches(self, call: Mapping[str, Any], *, follows: bool = False) -> Branches:
+        """The CFG branches of a pipeline call with these arguments, at its beginning.
+
+        `follows`: guidance that ends or begins on the way can be followed.
 
         Raises:
             InputsInvalid: the call has an option that no plan goes with, or a guidance scale that is no number.
         """
-        if unsupported := self.family.unsupported_call(call):
+        if unsupported := self.family.unsupported_call(call) or (None if follows else self.family.guidance_changes(call)):
             raise InputsInvalid(f"got {unsupported}; wanted a call without it; leave it out, or remove the plan")
         try:
             guided = self.family.guided(dict(getattr(self.pipe, "config", {})) | dict(call))

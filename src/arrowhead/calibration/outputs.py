@@ -1,4 +1,4 @@
-"""The output of a transformer's call, in its three forms: a tensor, a tuple, or a diffusers output."""
+"""What a transformer's call takes and gives: latents and outputs, as a tensor, a list, a tuple, or a diffusers output."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arrowhead.errors import NotIntercepted
+from arrowhead.errors import InputsInvalid, NotIntercepted
+
+
+def stacked(latents: Any) -> Tensor:
+    """Latents (B, C, …), which some models take and give as a list with one for each image.
+
+    Raises:
+        InputsInvalid: they are no tensor, and no list of tensors of one shape.
+    """
+    if isinstance(latents, Tensor):
+        return latents
+    if isinstance(latents, list) and latents and all(isinstance(each, Tensor) for each in latents):
+        if len({each.shape for each in latents}) == 1:
+            return torch.stack(latents)
+        shapes = ", ".join(str(tuple(each.shape)) for each in latents[:4])
+        raise InputsInvalid(f"got latents of several shapes, {shapes}, in one batch; wanted one; generate them one by one")
+    raise InputsInvalid(
+        f"got a {type(latents).__name__} for latents, wanted a tensor (B, C, …), or a list with a tensor (C, …) for each image"
+    )
 
 
 def samples_of(outputs: Sequence[Any]) -> list[Tensor]:
@@ -17,20 +35,32 @@ def samples_of(outputs: Sequence[Any]) -> list[Tensor]:
     """
     samples = [sample_of(output) for output in outputs]
     if not all(isinstance(sample, Tensor) for sample in samples):
-        raise NotIntercepted(f"the transformer gave a {type(samples[0]).__name__}; wanted a tensor as its first output")
+        raise NotIntercepted(
+            f"the transformer gave a {type(outputs[0]).__name__}; wanted a tensor, a list with one for each image, or a tuple "
+            "that begins with either"
+        )
     return samples
 
 
 def sample_of(output: Any) -> Any:
-    """The sample of an output: its first entry. A list of latents, one for each image, is stacked: (B, C, …)."""
-    first = output if isinstance(output, Tensor) else output[0]
-    return torch.stack(first) if isinstance(first, list) else first
+    """The sample of an output: a list, one entry for each image, is stacked, (B, C, …); of other outputs the first entry."""
+    if isinstance(output, Tensor | list):
+        first = output
+    else:
+        try:
+            first = output[0]
+        except (TypeError, LookupError):  # a plain dict, or an object
+            return output
+    alike = isinstance(first, list) and all(isinstance(each, Tensor) and each.shape == first[0].shape for each in first)
+    return torch.stack(first) if alike and first else first
 
 
 def output_with(output: Any, sample: Tensor) -> Any:
     """The same output with another sample (B, C, …), in the same form."""
     if isinstance(output, Tensor):
         return sample
+    if isinstance(output, list):
+        return list(sample)
     whole = list(sample) if isinstance(output[0], list) else sample
     if isinstance(output, tuple):
         return (whole, *output[1:])

@@ -10,29 +10,26 @@ import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cache, partial, wraps
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from arrowhead.engine.adapter_checks import require_described
 from arrowhead.engine.attention_hook import HookedProcessors, hooked_attention, twin, under_mode
 from arrowhead.engine.cache import Output
 from arrowhead.engine.compile_boundary import RegistryEntry, SiteHandle, call_operator, compiling
 from arrowhead.engine.forward_hooks import is_reached, replace_forward, restore_forward
 from arrowhead.engine.site_calls import AttentionSiteCall, BlockCall, ForwardSiteCall, ModuleCall, SiteCall
-from arrowhead.errors import AlreadyApplied, ArrowheadError, NotIntercepted, ProcessorReplaced
+from arrowhead.errors import AlreadyApplied, NotIntercepted, ProcessorReplaced
 from arrowhead.models.custom import Forward
 from arrowhead.plans.layout import Site
-from arrowhead.upstream import COMPILED, no_dispatch_modes, uncompiled
+from arrowhead.upstream import COMPILED, uncompiled
 
 Around = Callable[[SiteCall], Output]
 """What answers a site's calls in place of its module."""
 SLOTS = ("arrowhead_site", "arrowhead_around", "arrowhead_handle", "arrowhead_original")
 """What the wrapper of a processor has of its own. All its other attributes are the processor's."""
-TOLERANCE = 2e-3
-"""Largest relative difference, in float32, between a custom forward's output and the module's own."""
 
 
 class Interception:
@@ -140,7 +137,7 @@ def _wrap_forward(
     module: nn.Module, forward: Callable[..., Output], site: Site, around: Around, custom: Forward | None
 ) -> Callable[..., Output]:
     hooked = under_mode(forward) if custom is None else partial(custom, module, hooked_attention)
-    unchecked = custom is not None
+    unchecked = True
 
     @wraps(forward)
     def wrapped(*args: Any, **kwargs: Any) -> Output:
@@ -153,7 +150,7 @@ def _wrap_forward(
             return around(ModuleCall(site, module, forward, args, kwargs))
         call = ForwardSiteCall(site, module, forward, args, kwargs, hooked)
         if unchecked:
-            _require_alike(call)
+            require_described(call, replaced=custom is not None)
             unchecked = False
         return around(call)
 
@@ -161,46 +158,6 @@ def _wrap_forward(
     handle = SiteHandle.of(site, parameters)
     wrapped.arrowhead_around, wrapped.arrowhead_handle = around, handle  # type: ignore[attr-defined]
     return wrapped
-
-
-@torch.no_grad()
-def _require_alike(call: ForwardSiteCall) -> None:
-    """Check, on one row, that a custom forward gives what the module's own gives.
-
-    Raises:
-        NotIntercepted: it does not.
-    """
-    one = slice(0, 1)
-    call = replace(call, args=tuple(map(_detached, call.args)), kwargs={n: _detached(v) for n, v in call.kwargs.items()})
-    with no_dispatch_modes():  # no counter of FLOPs counts the check
-        wanted = call.native(one)
-        try:
-            got: Any = call.run(lambda attention: attention.native(), one)
-        except ArrowheadError:
-            raise
-        except Exception as error:  # a custom forward may fail in any way
-            got = error
-    if isinstance(wanted, Tensor) and isinstance(got, Tensor) and wanted.shape == got.shape:
-        off = float((got - wanted).float().norm() / wanted.float().norm().clamp_min(1e-12))
-        if off <= max(TOLERANCE, 8 * torch.finfo(wanted.dtype).eps) or not wanted.isfinite().all():
-            return
-        found = f"what is off by {off:.1%}"
-    else:
-        found = f"{_described(got)} where the module gives {_described(wanted)}"
-    raise NotIntercepted(
-        f"{call.site.path}: the forward given for a {type(call.module).__name__} gives {found}; wanted what the module itself "
-        "gives; look at the order of norms and rotary embeddings, at the scale, and at the order of heads in its projection"
-    ) from (got if isinstance(got, Exception) else None)
-
-
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
-
-
-def _described(out: Any) -> str:
-    if isinstance(out, Exception):
-        return f"{type(out).__name__} ({out})"
-    return f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
 
 
 def _wrap_processor(processor: Any, site: Site, around: Around, processors: HookedProcessors) -> Any:

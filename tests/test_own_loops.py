@@ -9,7 +9,7 @@ from own_wan import ADAPTER, Wan, WanModel
 from test_own import fused, plan_of, sites_of
 
 import arrowhead as ah
-from arrowhead.engine.loop_checks import LoopTimes
+from arrowhead.engine.loop_checks import LoopTimes, numbers_of
 from arrowhead.errors import InputsInvalid, PlanMismatch
 from arrowhead.plans.cells import AST, FULL
 
@@ -167,3 +167,25 @@ def test_timesteps_that_start_again_are_refused(values, kept):
 
     with pytest.raises(PlanMismatch, match="another generation has begun"):
         run()
+
+
+def test_the_numbers_of_a_call():
+    """One for all samples, or one for each; not what has more to say, nor switches."""
+    call = {
+        "x": torch.zeros(2, 4, 8, 8),
+        "t": torch.tensor([7, 7]),
+        "column": torch.tensor([[0.5], [0.5]]),
+        "one": torch.tensor(3, dtype=torch.bfloat16),
+        "plain": 4,
+        "pooled": torch.zeros(2, 16),
+        "empty": torch.zeros(0),
+        "flags": torch.tensor([True, True]),
+        "turns": torch.ones(2, dtype=torch.complex64),
+        "switch": True,
+        "name": "x",
+        "args": (1.5, None),
+        "kwargs": {"sigma": torch.tensor([0.25, 0.25])},
+        "elsewhere": torch.zeros(2, device="meta"),
+    }
+    wanted = {"t": 7.0, "column": 0.5, "one": 3.0, "plain": 4.0, "0": 1.5, "sigma": 0.25}
+    assert numbers_of(call) == wanted

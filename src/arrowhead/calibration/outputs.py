@@ -1,6 +1,6 @@
 """What a transformer's call takes and gives: latents and outputs, as a tensor, a list, a tuple, or a diffusers output."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,15 +44,15 @@ def samples_of(outputs: Sequence[Any]) -> list[Tensor]:
 
 def sample_of(output: Any) -> Any:
     """The sample of an output: a list, one entry for each image, is stacked, (B, C, …); of other outputs the first entry."""
-    if isinstance(output, Tensor | list):
-        first = output
-    else:
+    first = output
+    if not isinstance(output, Tensor | list):
         try:
             first = output[0]
         except (TypeError, LookupError):  # a plain dict, or an object
             return output
-    alike = isinstance(first, list) and all(isinstance(each, Tensor) and each.shape == first[0].shape for each in first)
-    return torch.stack(first) if alike and first else first
+    if isinstance(first, list) and len({each.shape if isinstance(each, Tensor) else None for each in first}) == 1:
+        return torch.stack(first) if isinstance(first[0], Tensor) else first
+    return first
 
 
 def output_with(output: Any, sample: Tensor) -> Any:
@@ -66,3 +66,15 @@ def output_with(output: Any, sample: Tensor) -> Any:
         return (whole, *output[1:])
     first, *_ = output
     return type(output)(**{**output, first: whole})
+
+
+def run_forward(forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The output of a call whose arguments the loop may have made in torch.inference_mode, which the search may not be in."""
+
+    def usable(value: Any) -> Any:
+        if isinstance(value, list):  # HunyuanDiT empties the list that a ControlNet gave
+            return [*map(usable, value)]
+        made_there = isinstance(value, Tensor) and value.is_inference() and not torch.is_inference_mode_enabled()
+        return value.clone() if made_there else value
+
+    return forward(*map(usable, args), **{name: usable(value) for name, value in kwargs.items()})

@@ -6,7 +6,7 @@ goes on with. Where a step has two calls, one for each CFG branch, the first cal
 search with both, and fills the placeholder before the pipeline reads it.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass, replace
@@ -15,10 +15,10 @@ from typing import Any
 
 import greenlet
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from arrowhead.calibration.driver import Driver
-from arrowhead.calibration.outputs import samples_of
+from arrowhead.calibration.outputs import run_forward, samples_of
 from arrowhead.calibration.paired_calls import fill_placeholder, placeholder_output, run_paired, wait_for_pair
 from arrowhead.calibration.step import AtSite, Runs, Step
 from arrowhead.engine.attention_seen import attention_seen, listed
@@ -288,7 +288,7 @@ class CalibrationRun:
             transformer,
             model.tokens(arguments),
             model.latents(arguments),
-            partial(_run_forward, forward, args, kwargs),
+            partial(run_forward, forward, args, kwargs),
             bool(scales),
             model.family.output_tokens(arguments),
             model.scheduler_step,
@@ -311,8 +311,9 @@ class CalibrationRun:
         step = Step(self._advance(calls), self, runs, latents, calls[0].returned)
         self._searching = True
         try:
-            for number, call in enumerate(calls if self._branch_check else ()):
-                self._branch_check.check(step.index, number, call.latents, call.numbers)
+            if self._branch_check is not None:
+                for number, call in enumerate(calls):
+                    self._branch_check.check(step.index, number, call.latents, call.numbers)
             search(step)
         except Exception as error:
             self._failure = error
@@ -395,15 +396,3 @@ def _call_missing() -> InputsInvalid:
         "got one call of the transformer in a step, wanted one for each CFG branch; where both come in one batch, say so: cfg "
         f"of the adapter; {LEAVE_OUT}"
     )
-
-
-def _run_forward(forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """A call whose arguments the loop may have made in torch.inference_mode, which the search may not be in."""
-
-    def usable(value: Any) -> Any:
-        if isinstance(value, list):  # HunyuanDiT empties the list that a ControlNet gave
-            return [*map(usable, value)]
-        made_there = isinstance(value, Tensor) and value.is_inference() and not torch.is_inference_mode_enabled()
-        return value.clone() if made_there else value
-
-    return forward(*map(usable, args), **{name: usable(value) for name, value in kwargs.items()})

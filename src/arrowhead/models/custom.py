@@ -106,7 +106,7 @@ class FusedQKV(Attention):
 
     The module computes, from its input x (rows, N, C): `qkv(x)` with columns in the order (3, H, D), norms and rotary
     embeddings of Q and K, softmax attention, and the output projection. A forward that calls these parts replaces the module's,
-    and the results of both are compared on the first input. The arguments of `Attention` apply, except `forward`.
+    and the results of both are compared on the first input. The arguments of `Attention` apply, except `forward` and `projections`.
 
     Args:
         qkv: the name of the layer for Q, K and V in the module; the other names likewise.
@@ -124,6 +124,7 @@ class FusedQKV(Attention):
     """
 
     forward: None = field(default=None, init=False)
+    projections: bool = field(default=True, init=False)
     qkv: str = "qkv"
     q_norm: str | None = None
     k_norm: str | None = None
@@ -183,8 +184,9 @@ def _whole_numbers(module: nn.Module) -> str:
 class Adapter:
     r"""The description of a custom model: a diffusion transformer, any `torch.nn.Module`, that no supported pipeline calls.
 
-    The model's forward is called once for each denoising step, or twice where the CFG branches come one after the other. The
-    loop around the model may be any code, and may call `model.forward` directly.
+    The model's forward is called once for each denoising step, or twice where the CFG branches come one after the other. Its
+    first argument are the latents, a tensor (B, …) or a list with one for each image; so is its output, or the output's first
+    entry. The loop around the model may be any code, and may call `model.forward` directly.
 
     Args:
         attention: by regular expressions for whole paths (as in `model.named_modules()`), the self-attention modules, each kind
@@ -192,7 +194,9 @@ class Adapter:
         tokens: `tokens(model, call)`, with the arguments of the model's call by name, gives the tokens of one sample: the
             visual ones, and the text ones where attention is joint. Boxes need their grid, see `Tokens.of_grid`.
         cfg: how the branches of classifier-free guidance come: in one batch, the conditional rows first (`cond_first`) or last
-            (`uncond_first`), or in two calls, the conditional one first (`two_calls`). None: without guidance.
+            (`uncond_first`), or in two calls, the conditional one first (`two_calls`). None: without guidance. Both branches
+            start from the same latents, which are compared in the first two steps, so a wrong number of branches or calls is
+            refused. Which branch comes first cannot be told from latents, and is taken as said.
         feed_forward: a regular expression for the paths of feed-forwards of visual tokens (B, N, C), which a budget may then
             reuse, too. By default there are none.
         guidance_scale: the scale w of uncond + w · (cond - uncond), for the predicted errors of budgets.

@@ -106,7 +106,8 @@ class FusedQKV(Attention):
 
     The module computes, from its input x (rows, N, C): `qkv(x)` with columns in the order (3, H, D), norms and rotary
     embeddings of Q and K, softmax attention, and the output projection. A forward that calls these parts replaces the module's,
-    and the results of both are compared on the first input. The arguments of `Attention` apply, except `forward` and `projections`.
+    and the results of both are compared on the first input. The arguments of `Attention` apply, except `forward` and
+    `projections`.
 
     Args:
         qkv: the name of the layer for Q, K and V in the module; the other names likewise.

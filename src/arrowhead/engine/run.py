@@ -26,6 +26,7 @@ from arrowhead.errors import (
     BandCoversAll,
     GenerationUnfinished,
     GuidanceNotPlanned,
+    NotIntercepted,
     PlanDerived,
     PlanMismatch,
     ProcessorReplaced,
@@ -40,7 +41,7 @@ from arrowhead.models.model import Model, target_of, transformers_of
 from arrowhead.plans import masks
 from arrowhead.plans.cells import Arrow, Attend, Cached, radius_sort_key
 from arrowhead.plans.foreign_text import visible
-from arrowhead.plans.layout import Branches, Tokens
+from arrowhead.plans.layout import Branches, Site, Tokens
 from arrowhead.plans.lifetimes import lifetimes
 from arrowhead.plans.plan import Plan
 from arrowhead.upstream import uncompiled
@@ -59,6 +60,7 @@ class Run:
         self._writes = tuple(map(lifetimes, plan.columns))
         self._prepared: dict[Any, tuple[dict[str, SitePlan], ...]] = {}  # by step and path, for each kind of generation
         self._turn: dict[str, StepClock] = {}  # the clock of the call that generates: of several, one puts it there
+        self._replaced: frozenset[str] = frozenset()  # paths of sites whose wrapper was gone when the generation began
         self._branches: Branches | None = None  # set while the pipeline's call runs
         self._generation: Generation | None = None  # set from the first call of the transformer on
         self._site_plans: tuple[dict[str, SitePlan], ...] = ()  # set as the generation is
@@ -193,9 +195,12 @@ class Run:
         self.plan.require(target_of(self._model))
         self._renew()
         self._stats, self._branches = Stats(branches.samples, branches.calls), branches
-        if replaced := self._interception.replaced():
+        replaced = self._interception.replaced()
+        self._replaced = frozenset(replaced)
+        if replaced:
+            named = ", ".join(f"{path} by a {kind}" for path, kind in replaced.items())
             self._note(
-                f"processors or forwards were replaced after the plan was applied, and may be full: {', '.join(replaced)}",
+                f"processors or forwards were replaced after the plan was applied, and may be full: {named}",
                 "remove the plan, and apply it again after whatever replaces them; an IP-Adapter goes with no plan",
                 ProcessorReplaced,
             )
@@ -213,7 +218,11 @@ class Run:
             )
 
     def _account_for_every_site(self) -> None:
-        """Warn, at the end of a generation, of sites that did not run under the plan, and of steps that are missing."""
+        """Check, at the end of a generation, that every site ran under the plan, and warn of steps that are missing.
+
+        Raises:
+            NotIntercepted: a site was skipped.
+        """
         if self._stats is not None and 0 < self._stats.steps < self.plan.steps:
             remedy = "let it run to its end, uninterrupted and with the plan on"
             self._note(self._unfinished(self._stats.steps), remedy, GenerationUnfinished)
@@ -224,13 +233,34 @@ class Run:
             self._note("the pipeline never called its transformer: nothing was compressed", remedy, SiteNotReached)
             return
         stats, tokens = self._generation.stats, self._generation.tokens
-        missed = stats.count_missed_as_full(self.plan.target.sites, tokens)
+        missed = self._require_passed(stats, stats.steps * stats.calls)
+        stats.count_missed_as_full(missed, tokens)
         if missed:
             self._note(
-                "not reached, so counted as full: " + ", ".join(f"{path} in {n} steps" for path, n in missed.items()),
-                "remove the plan, and apply it again after whatever replaces processors or skips blocks",
+                "not reached, so counted as full: " + ", ".join(f"{site.path} in {n} steps" for site, n in missed.items()),
+                "remove the plan, and apply it again after whatever replaces processors",
                 SiteNotReached,
             )
+
+    def _require_passed(self, stats: Stats, calls: int) -> dict[Site, int]:
+        """Check that every site was passed in each of so many calls, except sites that were replaced, of which a warning told.
+
+        Returns the numbers of calls in which those were missed.
+
+        Raises:
+            NotIntercepted: another site was skipped.
+        """
+        if stats.passes == calls * len(self.plan.target.sites):
+            return {}
+        missed = stats.missed_calls(self.plan.target.sites, calls)
+        if skipped := {site.path: n for site, n in missed.items() if site.path not in self._replaced}:
+            (path, n), more = next(iter(skipped.items())), f" and {len(skipped) - 1} more" if len(skipped) > 1 else ""
+            raise NotIntercepted(
+                f"{path}{more}: got no call of it in {n} of the first {calls} calls of the transformer, wanted one in each; "
+                "something else skips it, so that not the plan's cells were computed; take off what skips blocks or replaces "
+                "forwards, such as another cache, or remove the plan"
+            )
+        return missed
 
     def _unfinished(self, steps: int) -> str:
         return f"a generation ended after {steps} of the plan's {self.plan.steps} steps"
@@ -259,6 +289,7 @@ class Run:
             self._site_plans = self._prepare(tokens, branches)
             self._generation = generation
         else:
+            self._require_passed(stats, generation.step * branches.calls + generation.call + 1)
             generation.advance(tokens)
         stats.steps += generation.call == 0
         clock.check(generation.step, generation.call, self._model.scheduler_step)

@@ -25,6 +25,7 @@ from arrowhead.engine.site_calls import AttentionSiteCall, BlockCall, ForwardSit
 from arrowhead.errors import AlreadyApplied, ArrowheadError, NotIntercepted, ProcessorReplaced
 from arrowhead.models.custom import Forward
 from arrowhead.models.model import Model
+from arrowhead.models.signatures import method_signature, signature_within
 from arrowhead.plans.layout import Site
 from arrowhead.upstream import COMPILED, no_dispatch_modes, uncompiled
 
@@ -50,7 +51,7 @@ class Interception:
         self._originals: dict[nn.Module, Any] = {}  # what the attribute held before
         self._wrapped: dict[nn.Module, Any] = {}
         self._entries: dict[nn.Module, RegistryEntry] = {}
-        self._replaced: list[str] | None = None  # when it was removed
+        self._replaced: dict[str, str] | None = None  # when it was removed
 
     def install(self, changes: Changes) -> None:
         """Wrap every module, until the changes are undone.
@@ -106,13 +107,13 @@ class Interception:
             self._entries[module].close()
             self._wrap_forward(module)
 
-    def replaced(self) -> list[str]:
-        """Sites whose wrapper is no longer there, each with the type of what is there now."""
-        return [
-            f"{self._sites[module].path} by a {type(getattr(module, self._places[module])).__name__}"
+    def replaced(self) -> dict[str, str]:
+        """The paths of sites whose wrapper is no longer there, each with the type of what is there now."""
+        return {
+            self._sites[module].path: type(getattr(module, self._places[module])).__name__
             for module, wrapped in self._wrapped.items()
             if not self._holds(module, wrapped)
-        ]
+        }
 
     def _holds(self, module: nn.Module, wrapped: Any) -> bool:
         place = self._places[module]
@@ -134,14 +135,15 @@ class Interception:
 
     def warn_of_replaced(self) -> None:
         """Warn, when the wrappers are off, of what had replaced some of them."""
-        if self._replaced:
+        if replaced := self._replaced:
+            self._replaced = {}
+            named = ", ".join(f"{path} by a {kind}" for path, kind in replaced.items())
             warnings.warn(
-                f"processors were replaced while a plan was applied: {', '.join(self._replaced)}; they are left in place, and "
-                "their sites were not compressed since",
+                f"processors were replaced while a plan was applied: {named}; they are left in place, and their sites were not "
+                "compressed since",
                 ProcessorReplaced,
                 stacklevel=4,
             )
-            self._replaced = []
 
     def __reduce_ex__(self, _: Any) -> Any:
         """Refuse to copy a model that carries the wrappers."""
@@ -173,7 +175,7 @@ def _wrap_forward(
             unchecked = False
         return around(call)
 
-    parameters = _parameters(uncompiled(module).forward)
+    parameters = _forward_parameters(uncompiled(module), site)
     handle = SiteHandle.of(site, parameters)
     wrapped.arrowhead_around, wrapped.arrowhead_handle = around, handle  # type: ignore[attr-defined]
     return wrapped
@@ -229,14 +231,23 @@ def _wrap_processor(processor: Any, site: Site, around: Around, processors: Hook
             "attributes in __dict__; use one of diffusers' processors, such as AttnProcessor2_0"
         )
     wrapped = twin(processor, _wrapper_class(base))
-    own = site, around, SiteHandle.of(site, _parameters(base.__call__)[2:]), processors.call_of(processor)
+    own = site, around, SiteHandle.of(site, [*inspect.signature(base.__call__).parameters][2:]), processors.call_of(processor)
     for name, value in zip(SLOTS, own, strict=True):
         object.__setattr__(wrapped, name, value)  # a processor that is a torch module would register what is set
     return wrapped
 
 
-def _parameters(function: Callable[..., Any]) -> list[str]:
-    return [*inspect.signature(function).parameters]
+def _forward_parameters(module: nn.Module, site: Site) -> list[str]:
+    """The names of the arguments of a module's forward, which may be wrapped on its class or on the instance.
+
+    Raises:
+        UnsupportedPipeline: a wrapper hides them, and the module is a block, whose input is told by its name.
+    """
+    cls = type(module)
+    found = signature_within(module.forward, cls, "forward") or signature_within(cls.forward, cls, "forward")
+    if found is None:
+        found = method_signature(cls, "forward") if site.kind == "block" else inspect.signature(module.forward)
+    return [name for name in found.parameters if name != "self"]
 
 
 @cache  # one class for every plan: graphs of torch.compile depend on a processor's class

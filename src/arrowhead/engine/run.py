@@ -14,6 +14,7 @@ from arrowhead.engine.changes import Changes
 from arrowhead.engine.compile_boundary import CallWrapper
 from arrowhead.engine.execute_site import execute_site
 from arrowhead.engine.generation import Generation
+from arrowhead.engine.plan_warnings import warn_of_derived, warn_of_wide_bands
 from arrowhead.engine.site_calls import SiteCall
 from arrowhead.engine.site_plan import SitePlan, prepare
 from arrowhead.engine.stats import Stats, Summary
@@ -23,11 +24,9 @@ from arrowhead.errors import (
     AlreadyApplied,
     AlreadyGenerating,
     ArrowheadError,
-    BandCoversAll,
     GenerationUnfinished,
     GuidanceNotPlanned,
     NotIntercepted,
-    PlanDerived,
     PlanMismatch,
     ProcessorReplaced,
     ShareCfgIgnored,
@@ -38,9 +37,7 @@ from arrowhead.models.conflicts import require_no_conflicts
 from arrowhead.models.custom import CustomModel
 from arrowhead.models.head_separation import can_project_heads_separately
 from arrowhead.models.model import Model, target_of, transformers_of
-from arrowhead.plans import masks
-from arrowhead.plans.cells import Arrow, Attend, Cached, radius_sort_key
-from arrowhead.plans.foreign_text import visible
+from arrowhead.plans.cells import Attend, Cached
 from arrowhead.plans.layout import Branches, Site, Tokens
 from arrowhead.plans.lifetimes import lifetimes
 from arrowhead.plans.plan import Plan
@@ -68,8 +65,8 @@ class Run:
         self._interception = Interception(model, self._around)
         self._call_wrappers: list[CallWrapper] = []
         self._changes = Changes()
-        _warn_of_wide_bands(plan)
-        _warn_of_derived(plan)
+        warn_of_wide_bands(plan)
+        warn_of_derived(plan)
         try:
             self._install()
         except BaseException:
@@ -386,29 +383,3 @@ def _applied_class(base: type, run: Run) -> type:
     members = {"__call__": __call__, "__module__": base.__module__, "__doc__": base.__doc__}
     members["__reduce_ex__"] = lambda _, protocol: run.__reduce_ex__(protocol)
     return type(base.__name__, (base,), members)
-
-
-def _warn_of_wide_bands(plan: Plan) -> None:
-    for site, column in zip(plan.target.sites, plan.columns, strict=True):
-        own = site.tokens(plan.tokens)
-        methods = {method for cell in column if isinstance(cell, Attend) for method in cell.methods(1)}
-        radii = sorted({m.radius for m in methods if isinstance(m, Arrow)}, key=radius_sort_key)
-        if wide := [radius for radius in radii if masks.covers(own, radius)]:
-            warnings.warn(
-                f"the plan has a band of radius {wide[0]} over {own.visual} visual tokens; a narrower one would save work, "
-                "this one is full attention",
-                BandCoversAll,
-                stacklevel=4,
-            )
-            return
-
-
-def _warn_of_derived(plan: Plan) -> None:
-    if changes := plan.about.get("derived"):
-        said = "; then ".join(", ".join(f"{name} {what}" for name, what in change.items()) for change in changes)
-        warnings.warn(
-            f"the plan was not found for these circumstances, but derived: {visible(said)}; search again for one of its own, "
-            "or look at what it does",
-            PlanDerived,
-            stacklevel=4,
-        )

@@ -7,7 +7,7 @@ search with both, and fills the placeholder before the pipeline reads it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,13 +23,14 @@ from arrowhead.calibration.paired_calls import fill_placeholder, placeholder_out
 from arrowhead.calibration.step import AtSite, Runs, Step
 from arrowhead.engine.attention_seen import attention_seen, listed
 from arrowhead.engine.cache import Output
+from arrowhead.engine.changes import Changes
 from arrowhead.engine.compile_boundary import force_eager
-from arrowhead.engine.forward_hooks import forward_replaced
+from arrowhead.engine.forward_hooks import replace_forward
 from arrowhead.engine.generation import Generation
 from arrowhead.engine.loop_checks import BranchCheck, Numbers, numbers_of
 from arrowhead.engine.site_calls import SiteCall
 from arrowhead.engine.stats import Stats
-from arrowhead.engine.wrappers import intercepted
+from arrowhead.engine.wrappers import Interception
 from arrowhead.errors import ArrowheadError, InputsInvalid, NotIntercepted
 from arrowhead.models.conflicts import require_weights
 from arrowhead.models.model import Model, target_of
@@ -130,17 +131,16 @@ class CalibrationRun:
                 raise _Stopped
 
         self._caller, result = greenlet.getcurrent(), None
-        with (
-            torch.set_grad_enabled(grad),
-            self._driver.running() as generate,
-            intercepted(self._model.site_modules, self._site_called, self._model.forwards),
-            ExitStack() as replaced,
-        ):
+        interception, changes = Interception(self._model, self._site_called), Changes()
+        with torch.set_grad_enabled(grad), changes, changes:
+            generate = self._driver.prepare(changes)
+            interception.install(changes)
             for transformer in self._model.transformers:
                 called = partial(self._transformer_called, search, transformer, transformer.forward)
-                replaced.enter_context(forward_replaced(transformer, called))
+                replace_forward(transformer, called, changes)
             with suppress(_Stopped):
                 result = generate()
+        interception.warn_of_replaced()
         if self._failure is not None:
             raise self._failure
         if self._waiting is not None:

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from contextlib import ExitStack
 from enum import Enum, auto
 from typing import Any
 
@@ -11,10 +10,11 @@ from torch import nn
 from arrowhead.engine.cache import Output
 from arrowhead.engine.cache_encoding import NATIVE, CacheEncoding
 from arrowhead.engine.compile_boundary import compiling, outside_graph
-from arrowhead.engine.forward_hooks import RunForward, is_reached, replace_forward, restore_forward
+from arrowhead.engine.forward_hooks import RunForward, is_reached, replace_forward
 from arrowhead.engine.loop_checks import BranchCheck, LoopTimes, numbers_of
 from arrowhead.engine.run import Run
 from arrowhead.engine.site_calls import SiteCall
+from arrowhead.engine.step_clock import StepClock
 from arrowhead.errors import GenerationUnfinished, PlanMismatch
 from arrowhead.models.model import Model
 from arrowhead.plans.layout import Branches
@@ -44,10 +44,14 @@ class CustomRun(Run):
         self._state = _State.IDLE
         self._announced: int | None = None  # the latest argument of `step`
         self._forward_counted = False  # while a call of the model is counted, and its forward has not begun
+        self._in_call = False
         self._times = LoopTimes()
         self._branch_check: BranchCheck | None = None  # of the generation that is going on
         super().__init__(model, plan, kernel, encoding)
-        self._forward_wrapper = self._wrap_forward()
+
+    def _install(self) -> None:
+        super()._install()
+        self._wrap_forward()
 
     def step(self, index: int) -> None:
         """Announce that the loop begins a step, so that a generation that ended early is noticed. The first step is 0.
@@ -55,6 +59,8 @@ class CustomRun(Run):
         Raises:
             PlanMismatch: it is not the plan's next step.
         """
+        if self._in_call and (clock := self._step_clock) is not None:
+            clock.require_same_thread(self._model.family.name)
         if index == 0:
             self._renew()
             unfinished = self._unfinished_steps
@@ -84,17 +90,16 @@ class CustomRun(Run):
     def close(self) -> None:
         """Take the plan off. The model is as it was before `apply`."""
         unfinished = self._unfinished_steps
-        self._forward_wrapper.close()
         super().close()
         self._warn_of(unfinished)
 
-    def _wrap_forward(self) -> ExitStack:
-        """Count calls of the model's forward that are not part of a call of the model, until the stack is closed."""
+    def _wrap_forward(self) -> None:
+        """Count calls of the model's forward that are not part of a call of the model."""
         transformer = self._model.transformer
         own = transformer.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if self._forward_counted:
+            if self._forward_counted and (compiling() or self._take_turn(StepClock()).is_here):
                 if not compiling():
                     self._forward_counted = False  # another call, within this one, is counted
                 return own(*args, **kwargs)
@@ -104,27 +109,25 @@ class CustomRun(Run):
         self._forward = RunForward(forward)
         functools.update_wrapper(self._forward, own)
         self._forward.arrowhead_run = self
-        before, wrapper = replace_forward(transformer, self._forward), ExitStack()
-        wrapper.callback(restore_forward, transformer, self._forward, before)
-        return wrapper
+        replace_forward(transformer, self._forward, self._changes)
 
     def _counted(self, transformer: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self._step_clock is not None:
-            self._step_clock.require_same_thread(self._model.family.name)
+        self._take_turn(StepClock()).require_same_thread(self._model.family.name)
+        before, self._in_call = self._in_call, True
         try:
             self._tick(transformer, args, kwargs)
             self._forward_counted = True
             out = call(*args, **kwargs)
+            if self._unfinished_steps == self.plan.steps:
+                self._account_for_every_site()
+                self._times.end()
+                self._end()
         except BaseException:
             self._end()
             self._times = LoopTimes()
             raise
         finally:
-            self._forward_counted = False
-        if self._unfinished_steps == self.plan.steps:
-            self._account_for_every_site()
-            self._times.end()
-            self._end()
+            self._forward_counted, self._in_call = False, before
         return out
 
     def _around(self, call: SiteCall) -> Output:
@@ -182,6 +185,5 @@ class CustomRun(Run):
             self._note(self._unfinished(unfinished), remedy, GenerationUnfinished)
 
     def _end(self) -> None:
+        self._state, self._branch_check = _State.IDLE, None
         super()._end()
-        self._branch_check = None
-        self._state = _State.IDLE

@@ -11,7 +11,8 @@ from arrowhead.calibration.driver import Driver, latents_of_loop
 from arrowhead.calibration.outputs import output_with, sample_of, stacked
 from arrowhead.calibration.run import CalibrationRun
 from arrowhead.calibration.step import Step
-from arrowhead.engine.forward_hooks import forward_replaced
+from arrowhead.engine.changes import Changes
+from arrowhead.engine.forward_hooks import replace_forward
 from arrowhead.errors import InputsInvalid
 from arrowhead.models.model import Model
 from arrowhead.searches.budget.sensitivity.cfg import Guidance
@@ -118,7 +119,10 @@ class LoopReplay:
                 direction += errors[call].repeat(len(sample) // len(errors[call]), *[1] * (sample.ndim - 1)).to(sample.dtype)
             return output_with(output, sample)
 
-        with self.driver.running() as generate, forward_replaced(self.model.transformer, replay), torch.no_grad():
+        changes = Changes()
+        with torch.no_grad(), changes, changes:
+            generate = self.driver.prepare(changes)
+            replace_forward(self.model.transformer, replay, changes)
             final = latents_of_loop(generate())
         return given, final
 

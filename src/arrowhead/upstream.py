@@ -1,4 +1,4 @@
-"""Every private name of torch, accelerate and diffusers that arrowhead uses: what for, and what breaks without it.
+"""Every private name of torch, accelerate, diffusers and cache-dit that arrowhead uses: what for, and what breaks without it.
 
 No other file uses such a name (`tests/test_import_law.py`), so that a new version of these packages is checked here.
 """
@@ -108,6 +108,12 @@ def forward_holders(module: nn.Module) -> Iterator[tuple[Any, str]]:
 def diffusers_hooks(module: nn.Module) -> Mapping[str, Any]:
     """The hooks of diffusers on a module, by name. Without it its caches, which leave out sites, would not be noticed."""
     return getattr(vars(module).get("_diffusers_hook"), "hooks", {})
+
+
+def has_cache_dit(transformer: nn.Module) -> bool:
+    """Whether cache-dit has put a cache on a transformer. Without it such a cache, which leaves out blocks, is not named."""
+    own = vars(transformer)
+    return bool(own.get("_is_cached")) or type(own.get("_context_manager")).__module__.startswith("cache_dit")
 
 
 def brings_weights(module: nn.Module) -> bool:

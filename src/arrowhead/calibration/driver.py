@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from arrowhead.calibration.isolation import exclusive_call, hide_progress_bar, preserve_rng
+from arrowhead.calibration.outputs import stacked
 from arrowhead.calibration.scheduler_calls import observe
 from arrowhead.calibration.sharding import ALONE, Share, share_out
 from arrowhead.engine.changes import Changes
@@ -205,17 +206,17 @@ def _unfit(inputs: Any, wanted: str) -> InputsInvalid:
 
 
 def latents_of_loop(result: Any) -> Tensor:
-    """The final latents (B, C, …) that a callable returned, float32.
+    """The final latents (B, C, …) that a callable returned, float32; a list of them, one for each image, is stacked.
 
     Raises:
-        InputsInvalid: the callable returned no tensor.
+        InputsInvalid: the callable returned no tensor, and no list of tensors of one shape.
     """
-    if not isinstance(result, Tensor):
+    if not isinstance(result, Tensor | list):
         raise InputsInvalid(
-            f"got a {type(result).__name__} from the callable that generates, wanted the final latents, a tensor (B, C, …): a "
-            "budget goes by them"
+            f"got a {type(result).__name__} from the callable that generates, wanted the final latents, a tensor (B, C, …) or "
+            "a list: a budget goes by them"
         )
-    return result.detach().float()
+    return stacked(result).detach().float()
 
 
 def _described(value: Any) -> Any:

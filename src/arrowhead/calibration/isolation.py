@@ -38,7 +38,7 @@ def exclusive_call(pipe: Any, changes: Changes) -> Callable[..., Any]:
         )
     changes.record(restore)
     pipe.__class__ = searched
-    return own.__call__.__get__(pipe)  # type: ignore[no-any-return]
+    return own.__call__.__get__(pipe)
 
 
 def preserve_rng(generator: torch.Generator | Sequence[torch.Generator] | None, device: torch.device, changes: Changes) -> None:

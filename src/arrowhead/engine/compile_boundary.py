@@ -85,7 +85,7 @@ def _output_spec(site: Site, parameters: Sequence[str]) -> OutputSpec:
     if site.kind != "self_attention":
         return OutputSpec(site.channels, 0, False, position)
     width = site.heads * site.head_dim
-    of_text = (site.text_channels or site.channels) if site.projects_out == "all" else width
+    of_text = (site.text_channels or site.channels) if site.projects_out in ("all", "outside") else width
     return OutputSpec(width if site.projects_out == "none" else site.channels, of_text if site.joint else 0, False, position)
 
 

@@ -12,6 +12,7 @@ from arrowhead.engine.cache_encoding import NATIVE, CacheEncoding
 from arrowhead.engine.circumstances import Adaptation
 from arrowhead.engine.compile_boundary import compiling, outside_graph
 from arrowhead.engine.forward_hooks import RunForward, is_reached, replace_forward
+from arrowhead.engine.loop_checks import BranchCheck, LoopTimes, numbers_of
 from arrowhead.engine.run import Run
 from arrowhead.engine.site_calls import SiteCall
 from arrowhead.engine.step_clock import StepClock
@@ -36,7 +37,8 @@ class CustomRun(Run):
     """A plan on a custom model, from `apply` to `remove`.
 
     Every call of the model is a step, or half a step where the CFG branches come in two calls. Calls of `model.forward` count
-    too. After the plan's last step the next call begins another generation; `step(0)` begins one at any time.
+    too. After the plan's last step the next call begins another generation; `step(0)` begins one at any time. Unless the loop
+    announces its steps, the timesteps among the calls' arguments say whether one generation is taken for another.
     """
 
     def __init__(
@@ -46,6 +48,8 @@ class CustomRun(Run):
         self._announced: int | None = None  # the latest argument of `step`
         self._forward_counted = False  # while a call of the model is counted, and its forward has not begun
         self._in_call = False
+        self._times = LoopTimes()
+        self._branch_check: BranchCheck | None = None  # of the generation that is going on
         super().__init__(model, plan, kernel, encoding, changes)
 
     def _install(self) -> None:
@@ -64,6 +68,7 @@ class CustomRun(Run):
             self._renew()
             unfinished = self._unfinished_steps
             self._end()
+            self._times = LoopTimes()
             self._warn_of(unfinished)
         elif index != self._steps_done or index >= self.plan.steps:
             raise PlanMismatch(
@@ -118,9 +123,11 @@ class CustomRun(Run):
             out = call(*args, **kwargs)
             if self._unfinished_steps == self.plan.steps:
                 self._account_for_every_site()
+                self._times.end()
                 self._end()
         except BaseException:
             self._end()
+            self._times = LoopTimes()
             raise
         finally:
             self._forward_counted, self._in_call = False, before
@@ -137,14 +144,18 @@ class CustomRun(Run):
     def _begin(self, branches: Branches) -> None:
         super()._begin(branches)
         self._state = _State.IN_CALL
+        self._branch_check = BranchCheck(branches)
 
     def _tick(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._state is _State.IDLE:
             if self._announced:
                 raise PlanMismatch(f"got a call of the model after the last one of step {self._announced}; say step(0) first")
+            if self._announced is None:
+                self._times.require_start(numbers_of(self._model.transformer_arguments(args, kwargs)), self.plan.steps)
             self._begin(self._model.branches({}))
             self._state = _State.IN_LOOP
         super()._tick(module, args, kwargs)
+        self._check_call(args, kwargs)
         generation = self._generation if self._state is _State.IN_LOOP else None
         if generation is not None and self._announced is not None and generation.step != self._announced:
             calls = generation.branches.calls
@@ -152,6 +163,16 @@ class CustomRun(Run):
                 f"got more than {calls} calls of the model in step {self._announced}, wanted {calls} in each step; call "
                 "run.step(i) where a step begins"
             )
+
+    def _check_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Check that a call has the CFG branches that the adapter says, and is of the generation that is going on."""
+        if (generation := self._generation) is None or self._branch_check is None:
+            return
+        arguments = self._model.transformer_arguments(args, kwargs)
+        numbers = numbers_of(arguments)
+        self._branch_check.check(generation.step, generation.call, self._model.latents(arguments), numbers)
+        if self._state is _State.IN_LOOP and self._announced is None and generation.call == 0:
+            self._times.note(numbers, self.plan.steps)
 
     def _account_for_every_site(self) -> None:
         if self._generation is not None and self._steps_done != self.plan.steps:
@@ -167,5 +188,5 @@ class CustomRun(Run):
             self._note(self._unfinished(unfinished), remedy, GenerationUnfinished)
 
     def _end(self) -> None:
-        self._state = _State.IDLE
+        self._state, self._branch_check = _State.IDLE, None
         super()._end()

@@ -21,6 +21,7 @@ from arrowhead.engine.circumstances import (
 from arrowhead.engine.compile_boundary import CallWrapper
 from arrowhead.engine.execute_site import execute_site
 from arrowhead.engine.generation import Generation
+from arrowhead.engine.plan_warnings import warn_of_derived, warn_of_wide_bands
 from arrowhead.engine.prepared import Inseparable, PreparedPlans, SitePlans
 from arrowhead.engine.site_calls import SiteCall
 from arrowhead.engine.stats import Stats, Summary
@@ -30,11 +31,10 @@ from arrowhead.errors import (
     AlreadyApplied,
     AlreadyGenerating,
     ArrowheadError,
-    BandCoversAll,
     GenerationUnfinished,
     GuidanceNotPlanned,
+    NotIntercepted,
     PlanAdapted,
-    PlanDerived,
     PlanMismatch,
     ProcessorReplaced,
     ShareCfgIgnored,
@@ -44,10 +44,8 @@ from arrowhead.kernels import dispatch
 from arrowhead.models.conflicts import require_no_conflicts
 from arrowhead.models.custom import CustomModel
 from arrowhead.models.model import Model, target_of, transformers_of
-from arrowhead.plans import masks
-from arrowhead.plans.cells import Arrow, Attend, radius_sort_key
 from arrowhead.plans.foreign_text import visible
-from arrowhead.plans.layout import Branches, Tokens
+from arrowhead.plans.layout import Branches, Site, Tokens
 from arrowhead.plans.plan import Plan
 from arrowhead.plans.resample import Conditions
 from arrowhead.upstream import uncompiled
@@ -72,6 +70,7 @@ class Run:
         self._prepared = PreparedPlans(model)
         self._inseparable: Inseparable = frozenset()  # set as the generation is
         self._turn: dict[str, StepClock] = {}  # the clock of the call that generates: of several, one puts it there
+        self._replaced: frozenset[str] = frozenset()  # paths of sites whose wrapper was gone when the generation began
         self._branches: Branches | None = None  # set while the pipeline's call runs
         self._generation: Generation | None = None  # set from the first call of the transformer on
         self._site_plans: SitePlans = ()  # of the running call
@@ -79,8 +78,8 @@ class Run:
         self._interception = Interception(model, self._around)
         self._call_wrappers: list[CallWrapper] = []
         self._changes = Changes()
-        _warn_of_wide_bands(plan)
-        _warn_of_derived(plan)
+        warn_of_wide_bands(plan)
+        warn_of_derived(plan)
         try:
             self._install()
         except BaseException:
@@ -211,9 +210,12 @@ class Run:
         self._require_target()
         self._renew()
         self._stats, self._branches = Stats(branches.samples), branches
-        if replaced := self._interception.replaced():
+        replaced = self._interception.replaced()
+        self._replaced = frozenset(replaced)
+        if replaced:
+            named = ", ".join(f"{path} by a {kind}" for path, kind in replaced.items())
             self._note(
-                f"processors or forwards were replaced after the plan was applied, and may be full: {', '.join(replaced)}",
+                f"processors or forwards were replaced after the plan was applied, and may be full: {named}",
                 "remove the plan, and apply it again after whatever replaces them; an IP-Adapter goes with no plan",
                 ProcessorReplaced,
             )
@@ -231,7 +233,11 @@ class Run:
             )
 
     def _account_for_every_site(self) -> None:
-        """Warn, at the end of a generation, of sites that did not run under the plan, and of steps that are missing."""
+        """Check, at the end of a generation, that every site ran under the plan, and warn of steps that are missing.
+
+        Raises:
+            NotIntercepted: a site was skipped.
+        """
         if self._stats is not None and 0 < self._stats.steps < self._followed.steps:
             remedy = "let it run to its end, uninterrupted and with the plan on"
             self._note(self._unfinished(self._stats.steps), remedy, GenerationUnfinished)
@@ -242,16 +248,38 @@ class Run:
             self._note("the pipeline never called its transformer: nothing was compressed", remedy, SiteNotReached)
             return
         generation = self._generation
-        if self.changes == "adapt" and generation.branches.calls == 2 and generation.call == 0:
+        stats, missing = generation.stats, generation.branches.calls == 2 and generation.call == 0
+        if missing and self.changes == "adapt":
             self._guidance_ends(generation.step)
-        stats, tokens = generation.stats, generation.tokens
-        missed = stats.count_missed_as_full(self.plan.target.sites, tokens)
+            missing = False
+        missed = self._require_passed(stats, stats.calls + missing)
+        stats.count_missed_as_full(missed, generation.tokens)
         if missed:
             self._note(
-                "not reached, so counted as full: " + ", ".join(f"{path} in {n} steps" for path, n in missed.items()),
-                "remove the plan, and apply it again after whatever replaces processors or skips blocks",
+                "not reached, so counted as full: " + ", ".join(f"{site.path} in {n} steps" for site, n in missed.items()),
+                "remove the plan, and apply it again after whatever replaces processors",
                 SiteNotReached,
             )
+
+    def _require_passed(self, stats: Stats, calls: int) -> dict[Site, int]:
+        """Check that every site was passed in each of so many calls, except sites that were replaced, of which a warning told.
+
+        Returns the numbers of calls in which those were missed.
+
+        Raises:
+            NotIntercepted: another site was skipped.
+        """
+        if stats.passes == calls * len(self.plan.target.sites):
+            return {}
+        missed = stats.missed_calls(self.plan.target.sites, calls)
+        if skipped := {site.path: n for site, n in missed.items() if site.path not in self._replaced}:
+            (path, n), more = next(iter(skipped.items())), f" and {len(skipped) - 1} more" if len(skipped) > 1 else ""
+            raise NotIntercepted(
+                f"{path}{more}: got no call of it in {n} of the first {calls} calls of the transformer, wanted one in each; "
+                "something else skips it, so that not the plan's cells were computed; take off what skips blocks or replaces "
+                "forwards, such as another cache, or remove the plan"
+            )
+        return missed
 
     def _unfinished(self, steps: int) -> str:
         return f"a generation ended after {steps} of the plan's {self._followed.steps} steps"
@@ -282,6 +310,7 @@ class Run:
         if generation is None:
             generation = self._generation_of(tokens, branches, stats)
         else:
+            self._require_passed(stats, stats.calls)
             self._advance(generation, tokens, latents, branches, clock)
         generation.latents = latents
         stats.calls += 1
@@ -407,29 +436,3 @@ def _applied_class(base: type, run: Run) -> type:
     members = {"__call__": __call__, "__module__": base.__module__, "__doc__": base.__doc__}
     members["__reduce_ex__"] = lambda _, protocol: run.__reduce_ex__(protocol)
     return type(base.__name__, (base,), members)
-
-
-def _warn_of_wide_bands(plan: Plan) -> None:
-    for site, column in zip(plan.target.sites, plan.columns, strict=True):
-        own = site.tokens(plan.tokens)
-        methods = {method for cell in column if isinstance(cell, Attend) for method in cell.methods(1)}
-        radii = sorted({m.radius for m in methods if isinstance(m, Arrow)}, key=radius_sort_key)
-        if wide := [radius for radius in radii if masks.covers(own, radius)]:
-            warnings.warn(
-                f"the plan has a band of radius {wide[0]} over {own.visual} visual tokens; a narrower one would save work, "
-                "this one is full attention",
-                BandCoversAll,
-                stacklevel=4,
-            )
-            return
-
-
-def _warn_of_derived(plan: Plan) -> None:
-    if changes := plan.about.get("derived"):
-        said = "; then ".join(", ".join(f"{name} {what}" for name, what in change.items()) for change in changes)
-        warnings.warn(
-            f"the plan was not found for these circumstances, but derived: {visible(said)}; search again for one of its own, "
-            "or look at what it does",
-            PlanDerived,
-            stacklevel=4,
-        )

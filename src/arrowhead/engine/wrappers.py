@@ -9,31 +9,29 @@ import inspect
 import types
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache, partial, wraps
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from arrowhead.engine.adapter_checks import require_described
 from arrowhead.engine.attention_hook import HookedProcessors, hooked_attention, twin, under_mode
 from arrowhead.engine.cache import Output
 from arrowhead.engine.changes import Changes
 from arrowhead.engine.compile_boundary import RegistryEntry, SiteHandle, call_operator, compiling
 from arrowhead.engine.forward_hooks import is_reached, restore_forward
 from arrowhead.engine.site_calls import AttentionSiteCall, BlockCall, ForwardSiteCall, ModuleCall, SiteCall
-from arrowhead.errors import AlreadyApplied, ArrowheadError, NotIntercepted, ProcessorReplaced
+from arrowhead.errors import AlreadyApplied, NotIntercepted, ProcessorReplaced
 from arrowhead.models.custom import Forward
 from arrowhead.models.model import Model
+from arrowhead.models.signatures import method_signature, signature_within
 from arrowhead.plans.layout import Site
-from arrowhead.upstream import COMPILED, no_dispatch_modes, uncompiled
+from arrowhead.upstream import COMPILED, uncompiled
 
 Around = Callable[[SiteCall], Output]
 """What answers a site's calls in place of its module."""
 SLOTS = ("arrowhead_site", "arrowhead_around", "arrowhead_handle", "arrowhead_original")
 """What the wrapper of a processor has of its own. All its other attributes are the processor's."""
-TOLERANCE = 2e-3
-"""Largest relative difference, in float32, between a custom forward's output and the module's own."""
 
 
 class Interception:
@@ -50,7 +48,7 @@ class Interception:
         self._originals: dict[nn.Module, Any] = {}  # what the attribute held before
         self._wrapped: dict[nn.Module, Any] = {}
         self._entries: dict[nn.Module, RegistryEntry] = {}
-        self._replaced: list[str] | None = None  # when it was removed
+        self._replaced: dict[str, str] | None = None  # when it was removed
 
     def install(self, changes: Changes) -> None:
         """Wrap every module, until the changes are undone.
@@ -106,13 +104,13 @@ class Interception:
             self._entries[module].close()
             self._wrap_forward(module)
 
-    def replaced(self) -> list[str]:
-        """Sites whose wrapper is no longer there, each with the type of what is there now."""
-        return [
-            f"{self._sites[module].path} by a {type(getattr(module, self._places[module])).__name__}"
+    def replaced(self) -> dict[str, str]:
+        """The paths of sites whose wrapper is no longer there, each with the type of what is there now."""
+        return {
+            self._sites[module].path: type(getattr(module, self._places[module])).__name__
             for module, wrapped in self._wrapped.items()
             if not self._holds(module, wrapped)
-        ]
+        }
 
     def _holds(self, module: nn.Module, wrapped: Any) -> bool:
         place = self._places[module]
@@ -134,14 +132,15 @@ class Interception:
 
     def warn_of_replaced(self) -> None:
         """Warn, when the wrappers are off, of what had replaced some of them."""
-        if self._replaced:
+        if replaced := self._replaced:
+            self._replaced = {}
+            named = ", ".join(f"{path} by a {kind}" for path, kind in replaced.items())
             warnings.warn(
-                f"processors were replaced while a plan was applied: {', '.join(self._replaced)}; they are left in place, and "
-                "their sites were not compressed since",
+                f"processors were replaced while a plan was applied: {named}; they are left in place, and their sites were not "
+                "compressed since",
                 ProcessorReplaced,
                 stacklevel=4,
             )
-            self._replaced = []
 
     def __reduce_ex__(self, _: Any) -> Any:
         """Refuse to copy a model that carries the wrappers."""
@@ -156,7 +155,7 @@ def _wrap_forward(
     module: nn.Module, forward: Callable[..., Output], site: Site, around: Around, custom: Forward | None
 ) -> Callable[..., Output]:
     hooked = under_mode(forward) if custom is None else partial(custom, module, hooked_attention)
-    unchecked = custom is not None
+    unchecked = True
 
     @wraps(forward)
     def wrapped(*args: Any, **kwargs: Any) -> Output:
@@ -169,54 +168,14 @@ def _wrap_forward(
             return around(ModuleCall(site, module, forward, args, kwargs))
         call = ForwardSiteCall(site, module, forward, args, kwargs, hooked)
         if unchecked:
-            _require_alike(call)
+            require_described(call, replaced=custom is not None)
             unchecked = False
         return around(call)
 
-    parameters = _parameters(uncompiled(module).forward)
+    parameters = _forward_parameters(uncompiled(module), site)
     handle = SiteHandle.of(site, parameters)
     wrapped.arrowhead_around, wrapped.arrowhead_handle = around, handle  # type: ignore[attr-defined]
     return wrapped
-
-
-@torch.no_grad()
-def _require_alike(call: ForwardSiteCall) -> None:
-    """Check, on one row, that a custom forward gives what the module's own gives.
-
-    Raises:
-        NotIntercepted: it does not.
-    """
-    one = slice(0, 1)
-    call = replace(call, args=tuple(map(_detached, call.args)), kwargs={n: _detached(v) for n, v in call.kwargs.items()})
-    with no_dispatch_modes():  # no counter of FLOPs counts the check
-        wanted = call.native(one)
-        try:
-            got: Any = call.run(lambda attention: attention.native(), one)
-        except ArrowheadError:
-            raise
-        except Exception as error:  # a custom forward may fail in any way
-            got = error
-    if isinstance(wanted, Tensor) and isinstance(got, Tensor) and wanted.shape == got.shape:
-        off = float((got - wanted).float().norm() / wanted.float().norm().clamp_min(1e-12))
-        if off <= max(TOLERANCE, 8 * torch.finfo(wanted.dtype).eps) or not wanted.isfinite().all():
-            return
-        found = f"what is off by {off:.1%}"
-    else:
-        found = f"{_described(got)} where the module gives {_described(wanted)}"
-    raise NotIntercepted(
-        f"{call.site.path}: the forward given for a {type(call.module).__name__} gives {found}; wanted what the module itself "
-        "gives; look at the order of norms and rotary embeddings, at the scale, and at the order of heads in its projection"
-    ) from (got if isinstance(got, Exception) else None)
-
-
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
-
-
-def _described(out: Any) -> str:
-    if isinstance(out, Exception):
-        return f"{type(out).__name__} ({out})"
-    return f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
 
 
 def _wrap_processor(processor: Any, site: Site, around: Around, processors: HookedProcessors) -> Any:
@@ -229,14 +188,23 @@ def _wrap_processor(processor: Any, site: Site, around: Around, processors: Hook
             "attributes in __dict__; use one of diffusers' processors, such as AttnProcessor2_0"
         )
     wrapped = twin(processor, _wrapper_class(base))
-    own = site, around, SiteHandle.of(site, _parameters(base.__call__)[2:]), processors.call_of(processor)
+    own = site, around, SiteHandle.of(site, [*inspect.signature(base.__call__).parameters][2:]), processors.call_of(processor)
     for name, value in zip(SLOTS, own, strict=True):
         object.__setattr__(wrapped, name, value)  # a processor that is a torch module would register what is set
     return wrapped
 
 
-def _parameters(function: Callable[..., Any]) -> list[str]:
-    return [*inspect.signature(function).parameters]
+def _forward_parameters(module: nn.Module, site: Site) -> list[str]:
+    """The names of the arguments of a module's forward, which may be wrapped on its class or on the instance.
+
+    Raises:
+        UnsupportedPipeline: a wrapper hides them, and the module is a block, whose input is told by its name.
+    """
+    cls = type(module)
+    found = signature_within(module.forward, cls, "forward") or signature_within(cls.forward, cls, "forward")
+    if found is None:
+        found = method_signature(cls, "forward") if site.kind == "block" else inspect.signature(module.forward)
+    return [name for name in found.parameters if name != "self"]
 
 
 @cache  # one class for every plan: graphs of torch.compile depend on a processor's class

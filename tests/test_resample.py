@@ -262,7 +262,7 @@ def test_a_larger_picture():
     found = pipeline_plan(bench, [FULL, wa_rs(2), AST, wa_rs(2), FULL]).resample(tokens=Tokens(64, bench.text))
     assert found.cells[1][0] == wa_rs(8)
     with pytest.warns(PlanDerived, match="tokens Tokens"):
-        run = ah.apply(bench.pipe, found)
+        run = ah.apply(bench.pipe, found, changes="refuse")
     bench.pipe(**bench.inputs(height=32, width=32))
     assert run.summary().flops.attention == pytest.approx(found.flops().attention)
     with pytest.raises(PlanMismatch, match="search again at this resolution"):

@@ -39,10 +39,18 @@ class Generation:
 
     @classmethod
     def begin(
-        cls, branches: Branches, tokens: Tokens, kernel: str, stats: Stats, encoding: CacheEncoding = NATIVE
+        cls,
+        branches: Branches,
+        tokens: Tokens,
+        kernel: str,
+        stats: Stats,
+        encoding: CacheEncoding = NATIVE,
+        *,
+        strict: bool = True,
     ) -> "Generation":
-        """The state before the first call of the transformer, with empty caches."""
-        return cls(branches, tokens, kernel, tuple(Cache(branches) for _ in range(branches.calls)), stats, encoding)
+        """The state in the first call of the transformer, with empty caches."""
+        caches = tuple(Cache(branches) for _ in range(branches.calls))
+        return cls(branches, tokens, kernel, caches, stats, encoding, strict=strict, _of_calls={0: tokens})
 
     def prepared(self, site: Site, cell: Cell, writes: Writes) -> SitePlan:
         """The plan of a site pass, prepared at the first use: for searches, which do not know their cells beforehand."""
@@ -51,22 +59,22 @@ class Generation:
             self._plans[key] = prepare(site, cell, writes, self.tokens, self.branches)
         return self._plans[key]
 
-    def advance(self, tokens: Tokens) -> None:
-        """Advance to the next call of the transformer.
+    def advance(self, tokens: Tokens) -> bool:
+        """Advance to the next call of the transformer. Returns whether it is the first such call of a step.
 
         Raises:
             PlanMismatch: the call has other tokens.
         """
-        self._of_calls.setdefault(self.call, self.tokens)
         self.call = (self.call + 1) % self.branches.calls
         self.step += self.call == 0
-        before = self._of_calls.get(self.call, self.tokens)
-        if tokens != before and (self.strict or self.call in self._of_calls or not _same_image(tokens, before)):
+        before, new = self._of_calls.get(self.call, self.tokens), self.call not in self._of_calls
+        if tokens != before and (self.strict or not new or not _same_image(tokens, before)):
             raise PlanMismatch(
                 f"got {tokens} in one call of the transformer and {before} in another; wanted one length in all steps"
                 f"{' and branches' if self.strict else ''}; bring them to the same number of tokens"
             )
-        self.tokens = tokens
+        self.tokens = self._of_calls[self.call] = tokens
+        return new
 
     def end_guidance(self) -> None:
         """Go on with the conditional branch alone, and with what is stored of it."""

@@ -11,15 +11,10 @@ from torch import nn
 from arrowhead.engine.cache import Output
 from arrowhead.engine.cache_encoding import NATIVE, CacheEncoding
 from arrowhead.engine.changes import Changes
-from arrowhead.engine.circumstances import (
-    Adaptation,
-    carried_over,
-    conditions_of,
-    require_adaptation,
-    without_shared_text,
-)
+from arrowhead.engine.circumstances import Adaptation, require_adaptation
 from arrowhead.engine.compile_boundary import CallWrapper
 from arrowhead.engine.execute_site import execute_site
+from arrowhead.engine.following import Following
 from arrowhead.engine.generation import Generation
 from arrowhead.engine.plan_warnings import warn_of_derived, warn_of_wide_bands
 from arrowhead.engine.prepared import Inseparable, PreparedPlans, SitePlans
@@ -44,10 +39,8 @@ from arrowhead.kernels import dispatch
 from arrowhead.models.conflicts import require_no_conflicts
 from arrowhead.models.custom import CustomModel
 from arrowhead.models.model import Model, target_of, transformers_of
-from arrowhead.plans.foreign_text import visible
-from arrowhead.plans.layout import Branches, Site, Tokens
+from arrowhead.plans.layout import Branches, Site
 from arrowhead.plans.plan import Plan
-from arrowhead.plans.resample import Conditions
 from arrowhead.upstream import uncompiled
 
 
@@ -64,9 +57,7 @@ class Run:
         self._model = model
         self._pipeline_class = type(model.pipe)
         self._require_target()
-        self._followed = plan  # what the running, or the latest, generation does: the plan, carried over to it
-        self._carried: dict[Conditions, Plan] = {}
-        self._warned: set[str] = set()  # the circumstances that a warning was given of
+        self._following = Following(plan, model, self.changes, self._adapted)
         self._prepared = PreparedPlans(model)
         self._inseparable: Inseparable = frozenset()  # set as the generation is
         self._turn: dict[str, StepClock] = {}  # the clock of the call that generates: of several, one puts it there
@@ -155,7 +146,7 @@ class Run:
         """
         if self._stats is None:
             raise ArrowheadError("nothing has been generated with this plan yet; call the pipeline first")
-        return self._stats.summary(self._followed.steps)
+        return self._stats.summary(self._following.plan.steps)
 
     def close(self) -> None:
         """Take the plan off; the pipeline is as it was before `apply`. After an interruption this can be called again."""
@@ -238,7 +229,7 @@ class Run:
         Raises:
             NotIntercepted: a site was skipped.
         """
-        if self._stats is not None and 0 < self._stats.steps < self._followed.steps:
+        if self._stats is not None and 0 < self._stats.steps < self._following.plan.steps:
             remedy = "let it run to its end, uninterrupted and with the plan on"
             self._note(self._unfinished(self._stats.steps), remedy, GenerationUnfinished)
         if self._generation is None:
@@ -250,7 +241,7 @@ class Run:
         generation = self._generation
         stats, missing = generation.stats, generation.branches.calls == 2 and generation.call == 0
         if missing and self.changes == "adapt":
-            self._guidance_ends(generation.step)
+            self._following.guidance_ends(generation.step)
             missing = False
         missed = self._require_passed(stats, stats.calls + missing)
         stats.count_missed_as_full(missed, generation.tokens)
@@ -282,7 +273,7 @@ class Run:
         return missed
 
     def _unfinished(self, steps: int) -> str:
-        return f"a generation ended after {steps} of the plan's {self._followed.steps} steps"
+        return f"a generation ended after {steps} of the plan's {self._following.plan.steps} steps"
 
     def _say(self, what: str) -> None:
         """Keep a text for the summary."""
@@ -293,6 +284,13 @@ class Run:
         """Warn, and keep the text for the summary."""
         self._say(what)
         warnings.warn(f"{what}; {remedy}", category, stacklevel=6)
+
+    def _adapted(self, what: str, remedy: str, new: bool) -> None:
+        """Say that the plan was carried over: in the summary always, by a warning where it is new."""
+        if new:
+            self._note(what, remedy, PlanAdapted)
+        else:
+            self._say(what)
 
     def _end(self) -> None:
         self._branches = self._generation = None
@@ -308,89 +306,28 @@ class Run:
         tokens, latents = self._model.tokens(arguments), len(self._model.latents(arguments))
         generation = self._generation
         if generation is None:
-            generation = self._generation_of(tokens, branches, stats)
+            self._following.begin(tokens, branches)
+            self._inseparable = self._prepared.inseparable(self._following.plan)
+            strict = self.changes == "refuse"
+            generation = Generation.begin(branches, tokens, self.kernel, stats, self.encoding, strict=strict)
         else:
             self._require_passed(stats, stats.calls)
-            self._advance(generation, tokens, latents, branches, clock)
+            self._following.advance(generation, tokens, latents, branches, clock.counted)
         generation.latents = latents
         stats.calls += 1
         stats.steps += generation.call == 0
         clock.check(generation.step, generation.call, self._model.scheduler_step)
-        if generation.step >= self._followed.steps:
+        if generation.step >= (steps := self._following.plan.steps):
             raise PlanMismatch(
-                f"plan is for {self._followed.steps} calls of the transformer, the pipeline makes more; search again with the "
-                "same arguments"
+                f"plan is for {steps} calls of the transformer, the pipeline makes more; search again with the same arguments"
             )
         if transformer is not self._model.transformer_at(generation.step):
             raise PlanMismatch(
                 f"got step {generation.step} with another transformer than the scheduler's timesteps and the pipeline's "
                 "boundary_ratio say; wanted diffusers' own loop; remove the plan"
             )
-        self._site_plans = self._prepared.of(self._followed, tokens, generation.branches, self._inseparable)
+        self._site_plans = self._prepared.of(self._following.plan, tokens, generation.branches, self._inseparable)
         self._generation = generation
-
-    def _generation_of(self, tokens: Tokens, branches: Branches, stats: Stats) -> Generation:
-        """The generation that begins with a call of the transformer with these tokens, and what it follows."""
-        self._followed, model = self.plan, self._model
-        if self.changes == "refuse":
-            self.plan.require_call(model.steps, tokens, branches.calls, model.switch, model.levels)
-        else:
-            self._carry_over(tokens)
-        self._inseparable = self._prepared.inseparable(self._followed)
-        generation = Generation.begin(branches, tokens, self.kernel, stats, self.encoding)
-        generation.strict = self.changes == "refuse"
-        return generation
-
-    def _carry_over(self, tokens: Tokens) -> None:
-        """Follow the plan carried over to the generation's noise levels and tokens, and say what is other there."""
-        old, new = self.plan.conditions, conditions_of(self.plan, self._model, tokens)
-        if new not in self._carried:
-            self._carried[new] = self.plan if new == old else carried_over(self.plan, new)
-        self._followed = self._carried[new]
-        found = [f"{name} {change}" for name, change in old.changes(self._followed.conditions).items()]
-        found += self.plan.target.scheduler_differences(target_of(self._model))
-        if found:
-            left, before = (f"{plan.flops().module:.0%}" for plan in (self._followed, self.plan))
-            self._adapted(f"{'; '.join(found)}; it leaves {left} of the modules' FLOPs, where the plan leaves {before}")
-
-    def _adapted(self, what: str) -> None:
-        """Say that the plan was carried over: in the summary always, by a warning once."""
-        what = f"the plan was carried over: {visible(what)}"
-        if what in self._warned:
-            self._say(what)
-            return
-        self._warned.add(what)
-        self._note(what, "search again there for a plan that fits, or refuse such calls by changes='refuse'", PlanAdapted)
-
-    def _advance(self, generation: Generation, tokens: Tokens, latents: int, branches: Branches, clock: StepClock) -> None:
-        """On to the next call of the transformer; `branches` are those that the generation began with."""
-        if self.changes == "adapt":
-            self._follow_guidance(generation, latents, branches, clock)
-        generation.advance(tokens)
-        if generation.call == 1 and generation.other_texts:
-            shared = self._followed
-            self._followed = without_shared_text(shared)
-            if self._followed is not shared:
-                generation.forget(1)  # what the first call handed over
-                self._adapted("prompt and negative prompt have other lengths, so attention that sees the text is not shared")
-
-    def _guidance_ends(self, step: int) -> None:
-        self._adapted(f"guidance ends before step {step}, and the conditional branch goes on")
-
-    def _follow_guidance(self, generation: Generation, latents: int, whole: Branches, clock: StepClock) -> None:
-        """Follow guidance that ends or begins with the call that comes: `latents` are in its batch."""
-        now, counted, before = generation.branches, self._model.scheduler_step, generation.latents
-        a_step_on = counted is not None and counted == (clock.counted or 0) + 1
-        one_call = now.calls == 2 and generation.call == 0 and a_step_on
-        two_calls = whole.calls == 2 and now.calls == 1 and counted is not None and counted == clock.counted
-        if one_call or (now.batched and before == 2 * latents):
-            self._guidance_ends(generation.step + (not one_call))
-            generation.end_guidance()
-        elif two_calls or (whole.batched and not now.batched and 2 * (before or 0) == latents):
-            begun = generation.step + 1
-            self._adapted(f"guidance begins {'in' if two_calls else 'with'} step {begun - two_calls}; what it misses is full")
-            self._followed = self._followed.begun_at(begun)
-            generation.begin_guidance(whole)
 
     def _around(self, call: SiteCall) -> Output:
         generation = self._generation

@@ -20,6 +20,7 @@ from arrowhead.kernels.head_index import head_index
 from arrowhead.plans import masks
 from arrowhead.plans.cells import Box, Radius, grouped
 from arrowhead.plans.layout import Tokens
+from arrowhead.upstream import TORCH_ATTENTION
 
 
 def attend(call: Call) -> Tensor:
@@ -46,12 +47,12 @@ def _one_radius(call: Call, radius: Radius | None) -> Tensor:
     """Attention of native heads that have the same radius, (B, H, N, D)."""
     q, k, v, tokens, scale, mask = call.q, call.k, call.v, call.tokens, call.scale, call.mask
     if radius is None or masks.covers(tokens, radius):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        return TORCH_ATTENTION(q, k, v, attn_mask=mask, scale=scale)
     out = torch.empty_like(q)
     text, visual = tokens.text_slice, tokens.visual_slice
     if tokens.text:
         rows = None if mask is None else masks.part(mask, 2, text)
-        out[:, :, text] = F.scaled_dot_product_attention(q[:, :, text], k, v, attn_mask=rows, scale=scale)
+        out[:, :, text] = TORCH_ATTENTION(q[:, :, text], k, v, attn_mask=rows, scale=scale)
     if isinstance(radius, Box):
         boxes.visual_rows(call, radius, out)
         return out
@@ -72,9 +73,7 @@ def _one_radius(call: Call, radius: Radius | None) -> Tensor:
             first = visual.start
             queries, seen = slice(first + start, first + stop), slice(first + low, first + high)
             bias = bias + _chunk_mask(mask, tokens, queries, seen, q.dtype)
-        out_visual[:, :, start:stop] = F.scaled_dot_product_attention(
-            q_visual[:, :, start:stop], keys, values, attn_mask=bias, scale=scale
-        )
+        out_visual[:, :, start:stop] = TORCH_ATTENTION(q_visual[:, :, start:stop], keys, values, attn_mask=bias, scale=scale)
     return out
 
 

@@ -25,6 +25,8 @@ from arrowhead.upstream import TORCH_ATTENTION
 
 def attend(call: Call) -> Tensor:
     """Arrow attention of a call, (B, H, N, D), in the dtype of `q`."""
+    if call.mask is not None and call.mask.dtype != torch.bool:
+        call = replace(call, mask=call.mask.to(_mask_dtype(call.mask.dtype, call.q.dtype)))
     groups = list(grouped(call.policies))
     if len(groups) == 1:
         return _one_policy(call, call.policies[0])
@@ -32,6 +34,14 @@ def attend(call: Call) -> Tensor:
     for policy, heads in groups:
         out[:, head_index(heads, out.device)] = _one_policy(call.of_heads(heads), policy)
     return out
+
+
+def _mask_dtype(mask: torch.dtype, q: torch.dtype) -> torch.dtype:
+    """The dtype in which torch's attention adds a mask of some dtype in full: that of `q`, or float32.
+
+    The lowest number of float32 is −∞ in half precision: a query that sees nothing else would give 0 instead of a mean.
+    """
+    return torch.float32 if mask != q and q.itemsize == 2 else q
 
 
 def _one_policy(call: Call, policy: Policy) -> Tensor:
@@ -68,11 +78,12 @@ def _one_radius(call: Call, radius: Radius | None) -> Tensor:
         if tokens.text:
             keys = torch.cat([keys, k[:, :, text]], 2)
             values = torch.cat([values, v[:, :, text]], 2)
-        bias = F.pad(windows.chunk_bias(start, stop, low, high, radius, q.dtype, q.device), (0, tokens.text))
+        dtype = q.dtype if mask is None or mask.dtype == torch.bool else mask.dtype
+        bias = F.pad(windows.chunk_bias(start, stop, low, high, radius, dtype, q.device), (0, tokens.text))
         if mask is not None:
             first = visual.start
             queries, seen = slice(first + start, first + stop), slice(first + low, first + high)
-            bias = bias + _chunk_mask(mask, tokens, queries, seen, q.dtype)
+            bias = bias + _chunk_mask(mask, tokens, queries, seen, dtype)
         out_visual[:, :, start:stop] = TORCH_ATTENTION(q_visual[:, :, start:stop], keys, values, attn_mask=bias, scale=scale)
     return out
 
@@ -82,4 +93,4 @@ def _chunk_mask(mask: Tensor, tokens: Tokens, queries: slice, keys: slice, dtype
     rows = masks.part(mask, 2, queries)
     if mask.shape[3] > 1:
         rows = torch.cat([rows[..., keys], rows[..., tokens.text_slice]], -1)
-    return masks.bias(rows, dtype) if rows.dtype == torch.bool else rows.to(dtype)
+    return masks.bias(rows, dtype) if rows.dtype == torch.bool else rows

@@ -1,4 +1,4 @@
-"""What a model's own mask means is the same for every kernel: queries that see no key give 0, and masks of any dtype count in full."""
+"""A model's own mask means the same to every kernel: queries that see no key give 0, and any dtype counts in full."""
 
 import pytest
 import torch

@@ -12,7 +12,9 @@ from arrowhead.plans import masks
 
 
 def attend(call: Call) -> Tensor:
-    """Arrow attention of a call, (B, H, N, D): computed in float32 at least, returned in the dtype of `q`. 0 where a query sees no key.
+    """Arrow attention of a call, (B, H, N, D): computed in float32 at least, returned in the dtype of `q`.
+
+    A query that sees no key gives 0.
 
     For heads in int8, queries and keys are encoded as whole numbers, and their products decoded (see `int8.py`).
     """

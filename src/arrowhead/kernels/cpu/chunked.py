@@ -27,13 +27,18 @@ def attend(call: Call) -> Tensor:
     """Arrow attention of a call, (B, H, N, D), in the dtype of `q`."""
     if call.mask is not None and call.mask.dtype != torch.bool:
         call = replace(call, mask=call.mask.to(_mask_dtype(call.mask.dtype, call.q.dtype)))
-    groups = list(grouped(call.policies))
+    groups, by_windows = list(grouped(call.policies)), uses_windows(call)
     if len(groups) == 1:
-        return _one_policy(call, call.policies[0])
+        return _one_policy(call, call.policies[0], by_windows)
     out = torch.empty_like(call.q)
     for policy, heads in groups:
-        out[:, head_index(heads, out.device)] = _one_policy(call.of_heads(heads), policy)
+        out[:, head_index(heads, out.device)] = _one_policy(call.of_heads(heads), policy, by_windows)
     return out
+
+
+def uses_windows(call: Call) -> bool:
+    """Whether `windows` computes the bands of a call."""
+    return call.mask is None and windows.can_attend(call.q, call.k, call.v)
 
 
 def _mask_dtype(mask: torch.dtype, q: torch.dtype) -> torch.dtype:
@@ -44,16 +49,16 @@ def _mask_dtype(mask: torch.dtype, q: torch.dtype) -> torch.dtype:
     return torch.float32 if mask != q and q.itemsize == 2 else q
 
 
-def _one_policy(call: Call, policy: Policy) -> Tensor:
+def _one_policy(call: Call, policy: Policy, by_windows: bool) -> Tensor:
     """Attention of heads that have the same policy, (B, H, N, D)."""
     if policy.precision == "native":
-        return _one_radius(call, policy.radius)
+        return _one_radius(call, policy.radius, by_windows)
     q, k, v = int8.emulated(call.q, call.k, call.v)
     mask = call.mask if call.mask is None or call.mask.dtype == torch.bool else call.mask.to(q.dtype)
-    return _one_radius(replace(call, q=q, k=k, v=v, mask=mask), policy.radius).to(call.q.dtype)
+    return _one_radius(replace(call, q=q, k=k, v=v, mask=mask), policy.radius, by_windows).to(call.q.dtype)
 
 
-def _one_radius(call: Call, radius: Radius | None) -> Tensor:
+def _one_radius(call: Call, radius: Radius | None, by_windows: bool) -> Tensor:
     """Attention of native heads that have the same radius, (B, H, N, D)."""
     q, k, v, tokens, scale, mask = call.q, call.k, call.v, call.tokens, call.scale, call.mask
     if radius is None or masks.covers(tokens, radius):
@@ -66,7 +71,7 @@ def _one_radius(call: Call, radius: Radius | None) -> Tensor:
     if isinstance(radius, Box):
         boxes.visual_rows(call, radius, out)
         return out
-    if mask is None and windows.can_attend(q, k, v):
+    if by_windows:
         out[:, :, visual] = windows.visual_rows(q, k, v, tokens, radius, scale)
         return out
     q_visual, k_visual, v_visual = q[:, :, visual], k[:, :, visual], v[:, :, visual]  # (B, H, V, D)

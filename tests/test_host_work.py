@@ -24,6 +24,7 @@ from arrowhead.plans.lifetimes import HeadOutput, Residual, Writes
 STEPS = 5
 CLOSED_FORMS = (
     "head_flops",
+    "pair_flops",
     "projection_flops",
     "head_projection_flops",
     "site_flops",

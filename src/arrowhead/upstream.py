@@ -87,6 +87,12 @@ def is_fake(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor)
 
 
+TORCH_ATTENTION: Any = torch._C._nn.scaled_dot_product_attention
+"""Torch's own `scaled_dot_product_attention`, also where a user has put another function into `torch.nn.functional`.
+
+Kernels call it. Without it they would call the user's function, and many of those, such as SageAttention's, ignore masks.
+"""
+
 CPU_ATTENTION: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 """Attention on the CPU: (output, log Σ exp(score)). No public function gives the sums, by which windows and text are merged.
 

@@ -63,7 +63,8 @@ def generate_missing(
 
 def summary_as_dict(summary: Summary) -> dict[str, Any]:
     """A generation's summary, for JSON."""
-    return {**vars(summary), "flops": vars(summary.flops), "notes": list(summary.notes)}
+    counted = {"flops": vars(summary.flops), "computed": vars(summary.computed)}
+    return {**vars(summary), **counted, "notes": list(summary.notes)}
 
 
 def _generate(

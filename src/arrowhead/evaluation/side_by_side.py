@@ -51,7 +51,7 @@ class Score:
     def as_dict(self) -> dict[str, Any]:
         """The score without its images, for JSON. Infinite metrics become None."""
         values = {name: value if math.isfinite(value) else None for name, value in self.metrics.items()}
-        counted = {**vars(self.summary), "flops": vars(self.summary.flops)}
+        counted = {**vars(self.summary), "flops": vars(self.summary.flops), "computed": vars(self.summary.computed)}
         return {"search": self.plan.about.get("search"), **counted, "time_ratio": self.time_ratio, **values}
 
 

@@ -106,6 +106,13 @@ class PlanAdapted(ArrowheadWarning):
     """
 
 
+class OtherWeights(ArrowheadWarning):
+    """The plan was found with other weights of the same shapes, such as those of a fine-tuned model or of a fused LoRA.
+
+    Given when the plan is applied. The plan runs; its error may be another. Search again with these weights.
+    """
+
+
 class BandCoversAll(ArrowheadWarning):
     """A band reaches over the whole sequence: it computes full attention. Use smaller radii to save work."""
 

@@ -16,7 +16,7 @@ from arrowhead.engine.compile_boundary import CallWrapper
 from arrowhead.engine.execute_site import execute_site
 from arrowhead.engine.following import Following
 from arrowhead.engine.generation import Generation
-from arrowhead.engine.plan_warnings import warn_of_derived, warn_of_wide_bands
+from arrowhead.engine.plan_warnings import warn_of_derived, warn_of_other_weights, warn_of_wide_bands
 from arrowhead.engine.prepared import Inseparable, PreparedPlans, SitePlans
 from arrowhead.engine.site_calls import SiteCall
 from arrowhead.engine.stats import Stats, Summary
@@ -71,6 +71,7 @@ class Run:
         self._changes = Changes()
         warn_of_wide_bands(plan)
         warn_of_derived(plan)
+        warn_of_other_weights(plan, model)
         try:
             self._install()
         except BaseException:

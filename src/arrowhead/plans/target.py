@@ -1,9 +1,10 @@
 """What a plan is bound to: the transformer class, the scheduler with its settings, and the sites."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
 
@@ -26,10 +27,13 @@ class Target:
         levels: the noise levels of the run that the plan was made in, one for each step: the scheduler's timesteps as parts of
             those of training, from at most 1 down to 0. None in files of older formats, and for a custom model's loop.
 
-    Targets that differ in nothing but the levels are equal: a plan is carried over to other levels.
+        weights: a fingerprint of the weights that the plan was found with, see `models/weights.py`; None where it is not known.
+
+    Targets that differ in nothing but levels and weights are equal: a plan is carried over to other levels, and applying it to
+    other weights gives a warning.
 
     Raises:
-        ValueError: levels that are not finite, or below 0.
+        ValueError: levels that are not finite, or below 0; weights that are no hexadecimal digits of 2-byte numbers.
     """
 
     transformer: str
@@ -37,8 +41,11 @@ class Target:
     scheduler_config: Mapping[str, Any]
     sites: tuple[Site, ...]
     levels: tuple[float, ...] | None = field(default=None, compare=False)
+    weights: Annotated[str, pydantic.Field(max_length=4096)] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
+        if self.weights is not None and (len(self.weights) % 4 or not re.fullmatch("[0-9a-f]+", self.weights)):
+            raise ValueError(f"got weights={self.weights:.100}, wanted hexadecimal digits, four for each number")
         if not all(math.isfinite(level) and level >= 0 for level in self.levels or ()):
             raise ValueError(f"got levels={self.levels}, wanted finite ones of at least 0")
 

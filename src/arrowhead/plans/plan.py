@@ -271,8 +271,9 @@ class Plan:
         switch: int | None = None,
         levels: tuple[float, ...] | None = None,
     ) -> None:
-        """Check that a generation has the plan's steps, noise levels, tokens, calls of the transformer in a step, and switch.
+        """Check that a generation has the plan's steps, noise levels, visual tokens, calls in a step, and switch.
 
+        Any text fits, because text is attended in full.
         `steps` and `levels` are None where they are not known yet.
 
         Raises:
@@ -286,7 +287,8 @@ class Plan:
             found.append(
                 "plan is for other noise levels than the pipeline runs at; search again with these sigmas or timesteps"
             )
-        if (tokens if self.tokens.grid else tokens.flat) != self.tokens:
+        tokens = tokens if self.tokens.grid else tokens.flat
+        if replace(tokens, text=self.tokens.text) != self.tokens:
             found.append(f"plan is for {self.tokens}, pipeline runs {tokens}; search again at this resolution")
         if switch != self.switch:
             mine, theirs = map(_second_transformer, (self.switch, switch))

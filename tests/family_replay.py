@@ -62,7 +62,7 @@ class Replayed:
     def __init__(self, site: Site, column: Sequence[Cell], bench: FamilyBench, guided: bool, ends: int | None = None) -> None:
         self.ends = len(column) if ends is None else ends
         self.site, self.column = site, column
-        self.radii = {*RADII} if bench.grid is None else {m.radius for m in methods_of(column) if isinstance(m, Arrow)}
+        self.radii = {m.radius for m in methods_of(column) if isinstance(m, Arrow)}
         self.calls = 2 if guided and bench.two_calls else 1
         self.batched = guided and not bench.two_calls
         self.conditional_first = bench.conditional_first

@@ -117,6 +117,7 @@ CHECKS = {
         "over": among("all", "space", "time"),
         "joint": is_flag,
         "forward": or_none(is_callable),
+        "projections": is_flag,
     },
     ah.FusedQKV: {
         "heads": lambda v: isinstance(v, str) or whole(1)(v),
@@ -142,6 +143,7 @@ BASE = {
     ah.Tokens: {"visual": 4},
     Grid: {"frames": 1, "rows": 2, "columns": 2},
     Arrow: {"radius": 1},
+    ah.Attention: {"head_dim": 8},
     ah.Adapter: {"attention": {"a": ah.Attention()}, "tokens": lambda *_: Tokens(4)},
 }
 ASKED = {"attention_flops", "module_flops", "transformer_flops", "speedup", "error"}

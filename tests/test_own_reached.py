@@ -185,6 +185,9 @@ def test_patterns_and_sizes_that_fit_nothing():
     odd = {r"blocks\.\d+\.attn": ah.FusedQKV(heads=5)}
     with pytest.raises(UnsupportedPipeline, match=r"blocks.0.attn: got linear layers .* for 5 heads"):
         ah.search(own.model, own.sample, adapter=replace(own.adapter, attention=odd))
+    wide = {r"blocks\.\d+\.attn": ah.FusedQKV(head_dim=WIDTH, channels=WIDTH)}
+    with pytest.raises(UnsupportedPipeline, match=r"blocks.0.attn: got .* 1024 weights in linear layers, wanted 2048"):
+        ah.search(own.model, own.sample, adapter=replace(own.adapter, attention=wide))
     sized = {r"blocks\.\d+\.attn": ah.FusedQKV(heads=HEADS, head_dim=WIDTH // HEADS, channels=WIDTH)}
     (first, *_) = sites_of(replace(own, adapter=replace(own.adapter, attention=sized)), ATTENTION_KINDS)
     assert (first.heads, first.head_dim, first.channels) == (HEADS, WIDTH // HEADS, WIDTH)
@@ -196,7 +199,7 @@ def test_tokens_that_are_not_those_attended_over_are_refused(wrong):
     own, (pattern, attention) = fused(), next(iter(fused().adapter.attention.items()))
     visual = {"half of them": own.tokens.visual // 2, "twice as many": 2 * own.tokens.visual}.get(wrong, own.tokens.visual)
     tokens = ah.Tokens(visual, frames=1 if wrong == "one sequence" else own.frames)
-    sized = {"head_dim": WIDTH, "channels": WIDTH} if wrong == "head dim" else {}
+    sized = {"head_dim": WIDTH, "projections": False} if wrong == "head dim" else {}  # else the layers contradict it, see below
     adapter = replace(own.adapter, attention={pattern: replace(attention, **sized)}, tokens=lambda *_: tokens)
     own = replace(own, adapter=adapter)
     sites = sites_of(own)

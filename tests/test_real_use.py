@@ -11,7 +11,7 @@ from replay import assert_identical, assert_same, compressed, plan, trace
 from untouched import left_as_it_was
 
 import arrowhead as ah
-from arrowhead.errors import InputsInvalid, NotIntercepted, PlanMismatch, SiteNotReached
+from arrowhead.errors import InputsInvalid, NotIntercepted, PlanMismatch
 
 SEARCH = sys.modules["arrowhead.searches.api"]  # the module: `ah.search` is its function
 MIXED = ["FFF", "WRC", "RVF", "WWR", "RCV"]
@@ -113,13 +113,29 @@ def test_a_block_that_is_skipped_when_it_should_write_is_named(either):
     del block.forward
 
 
-def test_a_block_that_is_always_skipped_is_counted_as_full(either):
-    either.pipe.transformer.transformer_blocks[2].forward = lambda hidden_states, *args, **kwargs: hidden_states
-    with ah.applied(either.pipe, plan(either, ["FFF", "FFR", "FFR", "FFR", "FFR"])) as run:
-        with pytest.warns(SiteNotReached, match=r"transformer_blocks\.2\.attn1 in 5 steps"):
+@pytest.mark.parametrize("step", range(-1, 5))
+def test_a_block_that_is_skipped_is_refused(either, step):
+    """In one step, or in each (-1): the picture would be another cache's, and the figures the plan's."""
+    block, the_plan = either.pipe.transformer.transformer_blocks[2], plan(either, ["FFF", "FFR", "FFR", "FFR", "FFR"])
+    own, calls = block.forward, []
+    fresh = compressed(either, the_plan, either.inputs())
+
+    def sometimes(hidden_states, *args, **kwargs):
+        calls.append(1)
+        return hidden_states if step in (-1, len(calls) - 1) else own(hidden_states, *args, **kwargs)
+
+    with ah.applied(either.pipe, the_plan) as run:
+        block.forward = sometimes
+        if step == 0:  # and what it should have stored is missing
+            said = "transformer_blocks.2.attn1"
+        else:
+            said = rf"transformer_blocks\.2\.attn1: got no call of it in 1 of the first {max(step, 0) + 1} calls"
+        with pytest.raises(NotIntercepted, match=said):
             either.pipe(**either.inputs())
-        assert run.summary().flops.module == pytest.approx(1)
-        assert "transformer_blocks.2.attn1" in str(run.summary())
+        assert len(calls) == max(step, 0) + 1
+        assert run.cache_bytes == 0
+        del block.forward
+        assert_identical(trace(either, either.inputs()), fresh)
 
 
 def test_weights_that_are_not_finite_are_said_to_be(either):

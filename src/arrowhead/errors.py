@@ -109,9 +109,10 @@ class BandCoversAll(ArrowheadWarning):
 
 
 class SiteNotReached(ArrowheadWarning):
-    """In a generation a site of the plan did not run, or ran without arrowhead, so that its cells did nothing.
+    """In a generation a site whose processor was replaced ran without arrowhead, or the pipeline never called its transformer.
 
-    Given when a generation ends. Apply the plan after whatever else replaces processors or skips blocks.
+    Given when a generation ends. Apply the plan after whatever else replaces processors. A site that something else skips is
+    an error, `NotIntercepted`.
     """
 
 

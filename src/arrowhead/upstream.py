@@ -1,4 +1,4 @@
-"""Every private name of torch, accelerate and diffusers that arrowhead uses: what for, and what breaks without it.
+"""Every private name of torch, accelerate, diffusers and cache-dit that arrowhead uses: what for, and what breaks without it.
 
 No other file uses such a name (`tests/test_import_law.py`), so that a new version of these packages is checked here.
 """
@@ -121,6 +121,12 @@ def diffusers_hooks(module: nn.Module) -> Mapping[str, Any]:
     return getattr(vars(module).get("_diffusers_hook"), "hooks", {})
 
 
+def has_cache_dit(transformer: nn.Module) -> bool:
+    """Whether cache-dit has put a cache on a transformer. Without it such a cache, which leaves out blocks, is not named."""
+    own = vars(transformer)
+    return bool(own.get("_is_cached")) or type(own.get("_context_manager")).__module__.startswith("cache_dit")
+
+
 def brings_weights(module: nn.Module) -> bool:
     """Whether accelerate's hooks are on a module or within it. Without it offloaded weights would be taken for missing ones."""
     return any("_hf_hook" in vars(inner) for inner in module.modules())
@@ -144,7 +150,7 @@ def progress_bar_config(pipe: Any) -> dict[str, Any] | None:
 def restore_progress_bar_config(pipe: Any, config: dict[str, Any] | None) -> None:
     """Undo `set_progress_bar_config`: the attribute is as `progress_bar_config` gave it."""
     if config is None:
-        del pipe._progress_bar_config
+        vars(pipe).pop("_progress_bar_config", None)
     else:
         pipe._progress_bar_config = config
 

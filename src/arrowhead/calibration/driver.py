@@ -5,17 +5,18 @@ whether a pipeline or a loop is behind it.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from arrowhead.calibration.isolation import exclusive_call, no_progress_bar, preserved_rng
-from arrowhead.calibration.scheduler_calls import observed
+from arrowhead.calibration.isolation import exclusive_call, hide_progress_bar, preserve_rng
+from arrowhead.calibration.outputs import stacked
+from arrowhead.calibration.scheduler_calls import observe
 from arrowhead.calibration.sharding import ALONE, Share, share_out
-from arrowhead.engine.compile_boundary import force_eager
+from arrowhead.engine.changes import Changes
+from arrowhead.engine.compile_boundary import run_eagerly
 from arrowhead.errors import InputsInvalid
 from arrowhead.models.custom import Adapter, CustomModel, with_adapter
 from arrowhead.models.model import Model, transformers_of
@@ -48,11 +49,11 @@ class Driver(ABC):
         """
 
     @abstractmethod
-    def running(self) -> AbstractContextManager[Callable[[], Any]]:
-        """Give, within the block, a function that generates once, and return what the pipeline's call or the loop gives.
+    def prepare(self, changes: Changes) -> Callable[[], Any]:
+        """Returns a function that generates once, and gives what the pipeline's call or the loop gives.
 
-        After the block the pipeline, the generators among the inputs and torch's random states are as before, but for the
-        scheduler's timesteps, which every call of a pipeline sets. Nothing compiled runs within the block.
+        Until the changes are undone nothing compiled runs. Then the pipeline, the generators among the inputs and torch's
+        random states are as before, but for the scheduler's timesteps, which every call of a pipeline sets.
         """
 
     @abstractmethod
@@ -83,17 +84,14 @@ class PipelineDriver(Driver):
         """As the signature of the pipeline's call names them."""
         return model.call_arguments((), self._inputs)
 
-    @contextmanager
-    def running(self) -> Iterator[Callable[[], Any]]:
+    def prepare(self, changes: Changes) -> Callable[[], Any]:
         """No progress bar is shown, and any other call of the pipeline is refused, with AlreadyGenerating."""
         pipe, generator = self.pipe, self._inputs.get("generator")
-        with (
-            preserved_rng(generator, execution_device(pipe)),
-            no_progress_bar(pipe),
-            exclusive_call(pipe) as call,
-            force_eager(),
-        ):
-            yield lambda: call(**self._inputs)
+        preserve_rng(generator, execution_device(pipe), changes)
+        call = exclusive_call(pipe, changes)
+        hide_progress_bar(pipe, changes)
+        run_eagerly(changes)
+        return lambda: call(**self._inputs)
 
     def final_latents(self) -> Tensor:
         """What the scheduler's last step gives, (B, C, …) or (B, N, C).
@@ -101,8 +99,10 @@ class PipelineDriver(Driver):
         Raises:
             NotIntercepted: the pipeline never called its scheduler.
         """
-        with observed(self.scheduler) as calls, self.running() as generate:
-            generate()
+        changes = Changes()
+        with changes, changes:
+            calls = observe(self.scheduler, changes)
+            self.prepare(changes)()
         return self.share.joined(calls.latents())
 
     def described(self) -> dict[str, Any]:
@@ -136,11 +136,11 @@ class LoopDriver(Driver):
         """There are none."""
         return {}
 
-    @contextmanager
-    def running(self) -> Iterator[Callable[[], Any]]:
+    def prepare(self, changes: Changes) -> Callable[[], Any]:
         """The loop may be called from elsewhere meanwhile, but not the model, see `CalibrationRun`."""
-        with preserved_rng(None, self._weight.device), force_eager():
-            yield lambda: self.pipe(self._generate)
+        preserve_rng(None, self._weight.device, changes)
+        run_eagerly(changes)
+        return lambda: self.pipe(self._generate)
 
     def final_latents(self) -> Tensor:
         """What the callable returns, (B, C, …).
@@ -148,8 +148,9 @@ class LoopDriver(Driver):
         Raises:
             InputsInvalid: the callable returns no tensor.
         """
-        with self.running() as generate:
-            return latents_of_loop(generate())
+        changes = Changes()
+        with changes, changes:
+            return latents_of_loop(self.prepare(changes)())
 
     def described(self) -> dict[str, Any]:
         """With the callable's name."""
@@ -205,17 +206,17 @@ def _unfit(inputs: Any, wanted: str) -> InputsInvalid:
 
 
 def latents_of_loop(result: Any) -> Tensor:
-    """The final latents (B, C, …) that a callable returned, float32.
+    """The final latents (B, C, …) that a callable returned, float32; a list of them, one for each image, is stacked.
 
     Raises:
-        InputsInvalid: the callable returned no tensor.
+        InputsInvalid: the callable returned no tensor, and no list of tensors of one shape.
     """
-    if not isinstance(result, Tensor):
+    if not isinstance(result, Tensor | list):
         raise InputsInvalid(
-            f"got a {type(result).__name__} from the callable that generates, wanted the final latents, a tensor (B, C, …): a "
-            "budget goes by them"
+            f"got a {type(result).__name__} from the callable that generates, wanted the final latents, a tensor (B, C, …) or "
+            "a list: a budget goes by them"
         )
-    return result.detach().float()
+    return stacked(result).detach().float()
 
 
 def _described(value: Any) -> Any:

@@ -1,18 +1,21 @@
-"""Contexts around a generation that a search makes: no other call, no progress bar, and the same random states afterwards."""
+"""Changes around a generation that a search makes: no other call, no progress bar, and the same random states afterwards."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from arrowhead.engine.changes import Changes
 from arrowhead.errors import AlreadyGenerating, InputsInvalid
 from arrowhead.upstream import progress_bar_config, restore_progress_bar_config
 
 
-@contextmanager
-def exclusive_call(pipe: Any) -> Iterator[Callable[..., Any]]:
-    """Give the pipeline's call; within the block every other call of the pipeline is refused, with AlreadyGenerating."""
+def exclusive_call(pipe: Any, changes: Changes) -> Callable[..., Any]:
+    """Returns the pipeline's call; until the changes are undone every other call of the pipeline is refused.
+
+    Raises:
+        AlreadyGenerating: another search runs on the pipeline.
+    """
     own = type(pipe)
 
     def __call__(*_: Any, **__: Any) -> Any:
@@ -22,16 +25,24 @@ def exclusive_call(pipe: Any) -> Iterator[Callable[..., Any]]:
         )
 
     __call__.__wrapped__ = own.__call__  # type: ignore[attr-defined]  # inspect.signature follows it
-    pipe.__class__ = type(own.__name__, (own,), {"__call__": __call__, "__module__": own.__module__, "__doc__": own.__doc__})
-    try:
-        yield own.__call__.__get__(pipe)
-    finally:
-        pipe.__class__ = own
+    members = {"__call__": __call__, "__module__": own.__module__, "__doc__": own.__doc__}
+    searched = type(own.__name__, (own,), members)
+
+    def restore() -> None:
+        if type(pipe) is searched:
+            pipe.__class__ = own
+
+    if not changes.claim(pipe, "_arrowhead_search", changes):
+        raise AlreadyGenerating(
+            f"got a search on a {own.__name__} while another one runs on it; wanted one at a time; let that end first"
+        )
+    changes.record(restore)
+    pipe.__class__ = searched
+    return own.__call__.__get__(pipe)
 
 
-@contextmanager
-def preserved_rng(generator: torch.Generator | Sequence[torch.Generator] | None, device: torch.device) -> Iterator[None]:
-    """Restore, after the block, the states of these generators and of torch's own for the CPU and `device`.
+def preserve_rng(generator: torch.Generator | Sequence[torch.Generator] | None, device: torch.device, changes: Changes) -> None:
+    """Restore the states of these generators and of torch's own for the CPU and `device` when the changes are undone.
 
     Raises:
         InputsInvalid: `generator` is neither a generator, nor a list of them, nor None.
@@ -39,24 +50,17 @@ def preserved_rng(generator: torch.Generator | Sequence[torch.Generator] | None,
     generators = [generator] if isinstance(generator, torch.Generator) else generator or ()
     if not isinstance(generators, Sequence) or not all(isinstance(own, torch.Generator) for own in generators):
         raise InputsInvalid(f"got generator={generator!r:.200}, wanted a torch.Generator, or a list with one for each image")
-    states = [g.get_state() for g in generators]
-    on_mps = torch.mps.get_rng_state() if device.type == "mps" else None
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        try:
-            yield
-        finally:
-            for g, state in zip(generators, states, strict=True):
-                g.set_state(state)
-            if on_mps is not None:
-                torch.mps.set_rng_state(on_mps)
+    for own in generators:
+        changes.record(own.set_state, own.get_state())
+    changes.record(torch.set_rng_state, torch.get_rng_state())
+    if device.type == "cuda":
+        changes.record(torch.cuda.set_rng_state, torch.cuda.get_rng_state(device), device)
+    if device.type == "mps":
+        changes.record(torch.mps.set_rng_state, torch.mps.get_rng_state())
 
 
-@contextmanager
-def no_progress_bar(pipe: Any) -> Iterator[None]:
-    """Hide the pipeline's progress bar within the block; its configuration is then as before."""
+def hide_progress_bar(pipe: Any, changes: Changes) -> None:
+    """Hide the pipeline's progress bar; its configuration is as before when the changes are undone."""
     before = progress_bar_config(pipe)
+    changes.record(restore_progress_bar_config, pipe, before)
     pipe.set_progress_bar_config(**(before or {}) | {"disable": True})
-    try:
-        yield
-    finally:
-        restore_progress_bar_config(pipe, before)

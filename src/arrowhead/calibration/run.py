@@ -6,26 +6,31 @@ goes on with. Where a step has two calls, one for each CFG branch, the first cal
 search with both, and fills the placeholder before the pipeline reads it.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import greenlet
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from arrowhead.calibration.driver import Driver
+from arrowhead.calibration.outputs import run_forward, samples_of
 from arrowhead.calibration.paired_calls import fill_placeholder, placeholder_output, run_paired, wait_for_pair
 from arrowhead.calibration.step import AtSite, Runs, Step
+from arrowhead.engine.attention_seen import attention_seen, listed
 from arrowhead.engine.cache import Output
+from arrowhead.engine.changes import Changes
 from arrowhead.engine.compile_boundary import force_eager
-from arrowhead.engine.forward_hooks import forward_replaced
+from arrowhead.engine.forward_hooks import replace_forward
 from arrowhead.engine.generation import Generation
+from arrowhead.engine.loop_checks import BranchCheck, Numbers, numbers_of
 from arrowhead.engine.site_calls import SiteCall
 from arrowhead.engine.stats import Stats
-from arrowhead.engine.wrappers import intercepted
+from arrowhead.engine.wrappers import Interception
 from arrowhead.errors import ArrowheadError, InputsInvalid, NotIntercepted
 from arrowhead.models.conflicts import require_weights
 from arrowhead.models.model import Model, target_of
@@ -65,6 +70,7 @@ class _Call:
 
     `run` runs it. `latents` are (B, …), or a list with one for each image. `scales` says whether the call scales a LoRA. The
     pipeline goes on with the first `returned` tokens of the output, or with all. `counted` is the scheduler's count of steps.
+    `numbers` are those among the arguments.
     """
 
     transformer: nn.Module
@@ -74,6 +80,7 @@ class _Call:
     scales: bool
     returned: int | None
     counted: int | None
+    numbers: Numbers
 
 
 class CalibrationRun:
@@ -89,6 +96,7 @@ class CalibrationRun:
         self._arguments = driver.call_arguments(model)
         self._target_before = target_of(model)
         self.branches = model.branches(self._arguments)
+        self._branch_check = BranchCheck(self.branches) if driver.scheduler is None else None  # a loop's; pipelines are known
         self.passes = 0
         self.rows = 0
         self._caller = greenlet.getcurrent()  # where the run's own calls come from
@@ -123,17 +131,16 @@ class CalibrationRun:
                 raise _Stopped
 
         self._caller, result = greenlet.getcurrent(), None
-        with (
-            torch.set_grad_enabled(grad),
-            self._driver.running() as generate,
-            intercepted(self._model.site_modules, self._site_called, self._model.forwards),
-            ExitStack() as replaced,
-        ):
+        interception, changes = Interception(self._model, self._site_called), Changes()
+        with torch.set_grad_enabled(grad), changes, changes:
+            generate = self._driver.prepare(changes)
+            interception.install(changes)
             for transformer in self._model.transformers:
                 called = partial(self._transformer_called, search, transformer, transformer.forward)
-                replaced.enter_context(forward_replaced(transformer, called))
+                replace_forward(transformer, called, changes)
             with suppress(_Stopped):
                 result = generate()
+        interception.warn_of_replaced()
         if self._failure is not None:
             raise self._failure
         if self._waiting is not None:
@@ -217,11 +224,8 @@ class CalibrationRun:
                     outputs = run_paired(runs, lambda call: self._pair_called(call, at_site))
         finally:
             self._at_site = None
-        if counts.total() - before != len(self._model.sites):
-            raise NotIntercepted(
-                f"one call of the transformer passed {counts.total() - before} sites, wanted "
-                f"{len(self._model.sites)}; nothing can be learnt about the others, so the search ends here"
-            )
+        if (passed := counts.total() - before) != len(self._model.sites):
+            raise self._sites_missed(runs[0], passed)
         return outputs
 
     @contextmanager
@@ -276,17 +280,19 @@ class CalibrationRun:
     ) -> _Call:
         model = self._model
         if self.branches.calls == 2:  # the pipeline may change what it gave before the first call runs
-            kwargs = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
+            args = tuple(copy(value) if isinstance(value, list) else value for value in args)
+            kwargs = {name: copy(value) if isinstance(value, dict | list) else value for name, value in kwargs.items()}
         arguments = model.transformer_arguments(args, kwargs)
         scales = {value.get("scale") for value in kwargs.values() if isinstance(value, dict)} - {None, 1}
         return _Call(
             transformer,
             model.tokens(arguments),
             model.latents(arguments),
-            partial(_run_forward, forward, args, kwargs),
+            partial(run_forward, forward, args, kwargs),
             bool(scales),
             model.family.output_tokens(arguments),
             model.scheduler_step,
+            numbers_of(arguments) if self._branch_check else {},
         )
 
     def _placeholder(self, call: _Call) -> Any:
@@ -295,6 +301,7 @@ class CalibrationRun:
             self.passes += 1
             with torch.no_grad(), force_eager():
                 self._example = call.run()
+            samples_of([self._example])  # refused before the pipeline gets a copy
         return placeholder_output(self._example)
 
     def _searched(self, search: Callable[[Step], None], calls: Sequence[_Call]) -> list[Any]:
@@ -304,6 +311,9 @@ class CalibrationRun:
         step = Step(self._advance(calls), self, runs, latents, calls[0].returned)
         self._searching = True
         try:
+            if self._branch_check is not None:
+                for number, call in enumerate(calls):
+                    self._branch_check.check(step.index, number, call.latents, call.numbers)
             search(step)
         except Exception as error:
             self._failure = error
@@ -314,6 +324,11 @@ class CalibrationRun:
 
     def _require_alike(self, calls: Sequence[_Call]) -> None:
         """Check that a step's calls can be joined to one batch, and have as many rows as those of the steps before."""
+        if not all(isinstance(latents := call.latents, list) or getattr(latents, "ndim", 0) for call in calls):
+            raise InputsInvalid(
+                f"got a {type(latents).__name__} as the first argument of a {self._model.family.name}, wanted the latents, a "
+                "tensor (B, …) or a list with one for each image; wrap the model, so that its forward takes them first"
+            )
         rows = sum(len(call.latents) for call in calls)
         self._driver.share.of_all(rows // (self.branches.samples * self.branches.calls))
         if len(calls) == 2 and any(call.scales for call in calls):
@@ -347,6 +362,22 @@ class CalibrationRun:
             )
         return step
 
+    def _sites_missed(self, run: Callable[[], Any], passed: int) -> NotIntercepted:
+        """The error of a call of the transformer that did not pass every site once; says where attention is called."""
+        root = self._model.transformer
+        with suppress(Exception), torch.no_grad(), force_eager(), attention_seen(root) as seen:
+            run()  # once more, watched
+        never = [site.path for site in self._model.sites if site not in self._first_calls]
+        said = f"; the forward of {listed(never)} was never called" if never else ""
+        where = [f"{path or 'the forward'} ({type(root.get_submodule(path)).__name__})" for path in seen]
+        if never and not self._model.pipe.scheduler:
+            said += f", and torch's attention was called in {listed(where)}" if where else ", and torch's attention neither"
+            said += "; name modules that are called and compute attention"
+        return NotIntercepted(
+            f"one call of the transformer passed {passed} sites, wanted {len(self._model.sites)}{said}; nothing can be learnt "
+            "about the others, so the search ends here"
+        )
+
     def _site_called(self, call: SiteCall) -> Output:
         self._first_calls.setdefault(call.site)
         return call.native() if self._at_site is None else self._at_site(call)
@@ -365,15 +396,3 @@ def _call_missing() -> InputsInvalid:
         "got one call of the transformer in a step, wanted one for each CFG branch; where both come in one batch, say so: cfg "
         f"of the adapter; {LEAVE_OUT}"
     )
-
-
-def _run_forward(forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """A call whose arguments the loop may have made in torch.inference_mode, which the search may not be in."""
-
-    def usable(value: Any) -> Any:
-        if isinstance(value, list):  # HunyuanDiT empties the list that a ControlNet gave
-            return [*value]
-        made_there = isinstance(value, Tensor) and value.is_inference() and not torch.is_inference_mode_enabled()
-        return value.clone() if made_there else value
-
-    return forward(*map(usable, args), **{name: usable(value) for name, value in kwargs.items()})

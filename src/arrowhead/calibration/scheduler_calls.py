@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from arrowhead.calibration.sharding import Share
+from arrowhead.engine.changes import Changes
 from arrowhead.errors import NotIntercepted
 
 
@@ -59,6 +60,13 @@ class SchedulerCalls:
 @contextmanager
 def observed(scheduler: Any) -> Iterator[SchedulerCalls]:
     """Note every call of a scheduler's `step` within the block; the scheduler is then as before."""
+    changes = Changes()
+    with changes, changes:
+        yield observe(scheduler, changes)
+
+
+def observe(scheduler: Any, changes: Changes) -> SchedulerCalls:
+    """Note every call of a scheduler's `step`, until the changes are undone."""
     calls, own_step = SchedulerCalls(), scheduler.step
     before = vars(scheduler).get("step")
 
@@ -74,11 +82,12 @@ def observed(scheduler: Any) -> Iterator[SchedulerCalls]:
         calls.final = out[0] if isinstance(out, tuple) else out.prev_sample
         return out
 
-    scheduler.step = step
-    try:
-        yield calls
-    finally:
+    def restore() -> None:
         if before is None:
-            del scheduler.step
+            vars(scheduler).pop("step", None)
         else:
             scheduler.step = before
+
+    changes.record(restore)
+    scheduler.step = step
+    return calls

@@ -12,7 +12,7 @@ from arrowhead.engine.cache import Output
 from arrowhead.engine.execute_site import execute_site
 from arrowhead.engine.generation import Generation
 from arrowhead.engine.site_calls import SiteCall
-from arrowhead.errors import InputsInvalid
+from arrowhead.errors import InputsInvalid, NotIntercepted
 from arrowhead.plans.cells import FULL, Attend, Cell, refreshes_residual, residual_radius
 from arrowhead.plans.layout import Site
 from arrowhead.plans.lifetimes import FOREVER, Residual, Writes
@@ -85,6 +85,11 @@ class Step:
             yield self._used(samples)
 
     def _used(self, samples: Sequence[Tensor]) -> list[Tensor]:
+        if (got := [*map(len, samples)]) != (wanted := [*map(len, self.latents)]):
+            raise NotIntercepted(
+                f"the transformer gave samples of {got[0]} images for latents of {wanted[0]}; wanted as many, in a tensor "
+                "(B, …), in a list with one for each image, or in a tuple that begins with either"
+            )
         return [sample[:, : self._returned] for sample in samples]
 
     def _by(self, cells: Sequence[Cell], writes: Callable[[Site, Cell], Writes]) -> AtSite:

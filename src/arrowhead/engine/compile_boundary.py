@@ -17,6 +17,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from arrowhead.engine.changes import Changes
 from arrowhead.errors import InputsInvalid, NotIntercepted
 from arrowhead.plans.layout import Site
 from arrowhead.upstream import COMPILED, compiler_is_loaded, graph_break, uncompiled_call
@@ -84,7 +85,7 @@ def _output_spec(site: Site, parameters: Sequence[str]) -> OutputSpec:
     if site.kind != "self_attention":
         return OutputSpec(site.channels, 0, False, position)
     width = site.heads * site.head_dim
-    of_text = (site.text_channels or site.channels) if site.projects_out == "all" else width
+    of_text = (site.text_channels or site.channels) if site.projects_out in ("all", "outside") else width
     return OutputSpec(width if site.projects_out == "none" else site.channels, of_text if site.joint else 0, False, position)
 
 
@@ -257,7 +258,7 @@ _site.register_autograd(_backward, setup_context=_setup_context)
 
 
 class CallWrapper:
-    """Puts a function around a module's calls until `remove`, outside of the module's graph where the module is compiled."""
+    """Puts a function around a module's calls, outside of the module's graph where the module is compiled."""
 
     def __init__(self, module: nn.Module, around: Callable[..., Any]) -> None:
         """`around(call, *args, **kwargs)` is called in place of `call(*args, **kwargs)`."""
@@ -268,7 +269,10 @@ class CallWrapper:
             return (outside_graph(around) if compiling() else around)(call, *args, **kwargs)
 
         self._wrapped = wrapped
-        setattr(module, COMPILED, wrapped)
+
+    def install(self) -> None:
+        """Put the function there, until `remove`."""
+        setattr(self._module, COMPILED, self._wrapped)
 
     def remove(self) -> None:
         """Put back what was there before. A module that was compiled since stays as it is."""
@@ -295,3 +299,8 @@ def force_eager() -> AbstractContextManager[Any]:
     if not compiler_is_loaded():
         return nullcontext()
     return torch.compiler.set_stance("force_eager")
+
+
+def run_eagerly(changes: Changes) -> None:
+    """As within `force_eager`, until the changes are undone."""
+    changes.record(force_eager().__exit__, None, None, None)

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from contextlib import ExitStack
 from enum import Enum, auto
 from typing import Any
 
@@ -11,9 +10,11 @@ from torch import nn
 from arrowhead.engine.cache import Output
 from arrowhead.engine.cache_encoding import NATIVE, CacheEncoding
 from arrowhead.engine.compile_boundary import compiling, outside_graph
-from arrowhead.engine.forward_hooks import RunForward, is_reached, replace_forward, restore_forward
+from arrowhead.engine.forward_hooks import RunForward, is_reached, replace_forward
+from arrowhead.engine.loop_checks import BranchCheck, LoopTimes, numbers_of
 from arrowhead.engine.run import Run
 from arrowhead.engine.site_calls import SiteCall
+from arrowhead.engine.step_clock import StepClock
 from arrowhead.errors import GenerationUnfinished, PlanMismatch
 from arrowhead.models.model import Model
 from arrowhead.plans.layout import Branches
@@ -35,15 +36,22 @@ class CustomRun(Run):
     """A plan on a custom model, from `apply` to `remove`.
 
     Every call of the model is a step, or half a step where the CFG branches come in two calls. Calls of `model.forward` count
-    too. After the plan's last step the next call begins another generation; `step(0)` begins one at any time.
+    too. After the plan's last step the next call begins another generation; `step(0)` begins one at any time. Unless the loop
+    announces its steps, the timesteps among the calls' arguments say whether one generation is taken for another.
     """
 
     def __init__(self, model: Model, plan: Plan, kernel: str, encoding: CacheEncoding = NATIVE) -> None:
         self._state = _State.IDLE
         self._announced: int | None = None  # the latest argument of `step`
         self._forward_counted = False  # while a call of the model is counted, and its forward has not begun
+        self._in_call = False
+        self._times = LoopTimes()
+        self._branch_check: BranchCheck | None = None  # of the generation that is going on
         super().__init__(model, plan, kernel, encoding)
-        self._forward_wrapper = self._wrap_forward()
+
+    def _install(self) -> None:
+        super()._install()
+        self._wrap_forward()
 
     def step(self, index: int) -> None:
         """Announce that the loop begins a step, so that a generation that ended early is noticed. The first step is 0.
@@ -51,10 +59,13 @@ class CustomRun(Run):
         Raises:
             PlanMismatch: it is not the plan's next step.
         """
+        if self._in_call and (clock := self._step_clock) is not None:
+            clock.require_same_thread(self._model.family.name)
         if index == 0:
             self._renew()
             unfinished = self._unfinished_steps
             self._end()
+            self._times = LoopTimes()
             self._warn_of(unfinished)
         elif index != self._steps_done or index >= self.plan.steps:
             raise PlanMismatch(
@@ -79,17 +90,16 @@ class CustomRun(Run):
     def close(self) -> None:
         """Take the plan off. The model is as it was before `apply`."""
         unfinished = self._unfinished_steps
-        self._forward_wrapper.close()
         super().close()
         self._warn_of(unfinished)
 
-    def _wrap_forward(self) -> ExitStack:
-        """Count calls of the model's forward that are not part of a call of the model, until the stack is closed."""
+    def _wrap_forward(self) -> None:
+        """Count calls of the model's forward that are not part of a call of the model."""
         transformer = self._model.transformer
         own = transformer.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if self._forward_counted:
+            if self._forward_counted and (compiling() or self._take_turn(StepClock()).is_here):
                 if not compiling():
                     self._forward_counted = False  # another call, within this one, is counted
                 return own(*args, **kwargs)
@@ -99,25 +109,25 @@ class CustomRun(Run):
         self._forward = RunForward(forward)
         functools.update_wrapper(self._forward, own)
         self._forward.arrowhead_run = self
-        before, wrapper = replace_forward(transformer, self._forward), ExitStack()
-        wrapper.callback(restore_forward, transformer, self._forward, before)
-        return wrapper
+        replace_forward(transformer, self._forward, self._changes)
 
     def _counted(self, transformer: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self._step_clock is not None:
-            self._step_clock.require_same_thread(self._model.family.name)
+        self._take_turn(StepClock()).require_same_thread(self._model.family.name)
+        before, self._in_call = self._in_call, True
         try:
             self._tick(transformer, args, kwargs)
             self._forward_counted = True
             out = call(*args, **kwargs)
+            if self._unfinished_steps == self.plan.steps:
+                self._account_for_every_site()
+                self._times.end()
+                self._end()
         except BaseException:
             self._end()
+            self._times = LoopTimes()
             raise
         finally:
-            self._forward_counted = False
-        if self._unfinished_steps == self.plan.steps:
-            self._account_for_every_site()
-            self._end()
+            self._forward_counted, self._in_call = False, before
         return out
 
     def _around(self, call: SiteCall) -> Output:
@@ -131,14 +141,18 @@ class CustomRun(Run):
     def _begin(self, branches: Branches) -> None:
         super()._begin(branches)
         self._state = _State.IN_CALL
+        self._branch_check = BranchCheck(branches)
 
     def _tick(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._state is _State.IDLE:
             if self._announced:
                 raise PlanMismatch(f"got a call of the model after the last one of step {self._announced}; say step(0) first")
+            if self._announced is None:
+                self._times.require_start(numbers_of(self._model.transformer_arguments(args, kwargs)), self.plan.steps)
             self._begin(self._model.branches({}))
             self._state = _State.IN_LOOP
         super()._tick(module, args, kwargs)
+        self._check_call(args, kwargs)
         generation = self._generation if self._state is _State.IN_LOOP else None
         if generation is not None and self._announced is not None and generation.step != self._announced:
             calls = generation.branches.calls
@@ -146,6 +160,16 @@ class CustomRun(Run):
                 f"got more than {calls} calls of the model in step {self._announced}, wanted {calls} in each step; call "
                 "run.step(i) where a step begins"
             )
+
+    def _check_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Check that a call has the CFG branches that the adapter says, and is of the generation that is going on."""
+        if (generation := self._generation) is None or self._branch_check is None:
+            return
+        arguments = self._model.transformer_arguments(args, kwargs)
+        numbers = numbers_of(arguments)
+        self._branch_check.check(generation.step, generation.call, self._model.latents(arguments), numbers)
+        if self._state is _State.IN_LOOP and self._announced is None and generation.call == 0:
+            self._times.note(numbers, self.plan.steps)
 
     def _account_for_every_site(self) -> None:
         if self._generation is not None and self._steps_done != self.plan.steps:
@@ -161,5 +185,5 @@ class CustomRun(Run):
             self._note(self._unfinished(unfinished), remedy, GenerationUnfinished)
 
     def _end(self) -> None:
+        self._state, self._branch_check = _State.IDLE, None
         super()._end()
-        self._state = _State.IDLE

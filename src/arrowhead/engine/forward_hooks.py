@@ -2,11 +2,11 @@
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
+from arrowhead.engine.changes import Changes
 from arrowhead.upstream import forward_holders
 
 Forward = Callable[..., Any]
@@ -24,11 +24,10 @@ class RunForward(functools.partial[Any]):
         return self.arrowhead_run.__reduce_ex__(protocol)
 
 
-def replace_forward(module: nn.Module, forward: Forward) -> Forward | None:
-    """Set another forward on the instance. Returns the one that was set there before, or None, for `restore_forward`."""
-    before = vars(module).get("forward")
+def replace_forward(module: nn.Module, forward: Forward, changes: Changes) -> None:
+    """Set another forward on the instance, until the changes are undone."""
+    changes.record(restore_forward, module, forward, vars(module).get("forward"))
     module.forward = forward
-    return before
 
 
 def is_reached(module: nn.Module, forward: Forward) -> bool:
@@ -46,8 +45,6 @@ def restore_forward(module: nn.Module, forward: Forward, before: Forward | None)
         return True
     beneath = before or type(module).forward.__get__(module)
     found = [(holder, name) for holder, name in forward_holders(module) if vars(holder).get(name) is forward]
-    for holder, name in found:
-        setattr(holder, name, beneath)
     for each in _chain(module) if found else ():
         for name in OURS:
             if not hasattr(beneath, name):
@@ -55,17 +52,9 @@ def restore_forward(module: nn.Module, forward: Forward, before: Forward | None)
         if getattr(each, "__wrapped__", None) is forward:
             each.__wrapped__ = beneath  # type: ignore[attr-defined]
             break
+    for holder, name in found:  # last: by these the forward is found again after an interruption
+        setattr(holder, name, beneath)
     return bool(found)
-
-
-@contextmanager
-def forward_replaced(module: nn.Module, forward: Forward) -> Iterator[None]:
-    """Within the block the module has another forward."""
-    before = replace_forward(module, forward)
-    try:
-        yield
-    finally:
-        restore_forward(module, forward, before)
 
 
 def _chain(module: nn.Module) -> Iterator[Forward]:

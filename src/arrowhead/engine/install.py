@@ -2,21 +2,20 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from arrowhead.engine.cache_encoding import CacheEncoding
 from arrowhead.engine.custom_run import CustomRun
-from arrowhead.engine.run import Run
-from arrowhead.errors import AlreadyApplied, ArrowheadError, InputsInvalid
+from arrowhead.engine.run import Run, carries_plan, run_on
+from arrowhead.errors import ArrowheadError, InputsInvalid
 from arrowhead.models.conflicts import require_weights
 from arrowhead.models.custom import Adapter, CustomModel, with_adapter
 from arrowhead.models.find import find
 from arrowhead.plans.memory import CacheDtype
 from arrowhead.plans.plan import Plan
-from arrowhead.upstream import uncompiled
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
     from diffusers import DiffusionPipeline
@@ -62,8 +61,8 @@ def apply(
         KernelUnavailable: there is no such kernel here.
     """
     encoding = CacheEncoding.of(cache_dtype, cache_device)
-    if _run_on(pipe):
-        raise AlreadyApplied("this pipeline carries a plan already; call arrowhead.remove(pipe) first")
+    if run_on(pipe):
+        raise carries_plan()
     if not isinstance(plan, Plan):
         raise InputsInvalid(f"got a {type(plan).__name__} for a plan, wanted what search gives, or Plan.load(path)")
     pipe, sites = with_adapter(pipe, adapter), plan.target.sites
@@ -75,12 +74,13 @@ def apply(
 def remove(pipe: "DiffusionPipeline | nn.Module") -> None:
     """Take the plan off a pipeline, or off a custom model, which is then as it was before `apply`.
 
-    What was set on attention processors since, such as an attention backend, stays.
+    What was set on attention processors since, such as an attention backend, stays. Where Ctrl-C came into `apply` or `remove`,
+    `remove` takes off what is left.
 
     Raises:
         ArrowheadError: there is no plan on it.
     """
-    run = _run_on(pipe)
+    run = run_on(pipe)
     if run is None:
         raise ArrowheadError("this pipeline carries no plan; apply one with arrowhead.apply(pipe, plan)")
     run.close()
@@ -109,10 +109,3 @@ def applied(
     finally:
         if run.on:
             run.close()
-
-
-def _run_on(pipe: Any) -> Run | None:
-    """The run of the plan on a pipeline or a custom model; None where there is no plan."""
-    if isinstance(pipe, nn.Module):
-        return getattr(uncompiled(pipe).forward, "arrowhead_run", None)
-    return getattr(type(pipe), "_arrowhead_run", None)

@@ -3,29 +3,31 @@
 import functools
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from arrowhead.engine.cache import Output
 from arrowhead.engine.cache_encoding import NATIVE, CacheEncoding
+from arrowhead.engine.changes import Changes
 from arrowhead.engine.compile_boundary import CallWrapper
 from arrowhead.engine.execute_site import execute_site
 from arrowhead.engine.generation import Generation
+from arrowhead.engine.plan_warnings import warn_of_derived, warn_of_wide_bands
 from arrowhead.engine.site_calls import SiteCall
 from arrowhead.engine.site_plan import SitePlan, prepare
 from arrowhead.engine.stats import Stats, Summary
 from arrowhead.engine.step_clock import StepClock
 from arrowhead.engine.wrappers import Interception, uncopied
 from arrowhead.errors import (
+    AlreadyApplied,
     AlreadyGenerating,
     ArrowheadError,
-    BandCoversAll,
     GenerationUnfinished,
     GuidanceMissing,
     GuidanceNotPlanned,
-    PlanDerived,
+    NotIntercepted,
     PlanMismatch,
     ProcessorReplaced,
     ShareCfgIgnored,
@@ -33,12 +35,11 @@ from arrowhead.errors import (
 )
 from arrowhead.kernels import dispatch
 from arrowhead.models.conflicts import require_no_conflicts
+from arrowhead.models.custom import CustomModel
 from arrowhead.models.head_separation import can_project_heads_separately
 from arrowhead.models.model import Model, target_of, transformers_of
-from arrowhead.plans import masks
-from arrowhead.plans.cells import Arrow, Attend, Cached, radius_sort_key
-from arrowhead.plans.foreign_text import visible
-from arrowhead.plans.layout import Branches, Tokens
+from arrowhead.plans.cells import Attend, Cached
+from arrowhead.plans.layout import Branches, Site, Tokens
 from arrowhead.plans.lifetimes import lifetimes
 from arrowhead.plans.plan import Plan
 from arrowhead.upstream import uncompiled
@@ -56,17 +57,44 @@ class Run:
         plan.require(target_of(model))
         self._writes = tuple(map(lifetimes, plan.columns))
         self._prepared: dict[Any, tuple[dict[str, SitePlan], ...]] = {}  # by step and path, for each kind of generation
+        self._turn: dict[str, StepClock] = {}  # the clock of the call that generates: of several, one puts it there
+        self._replaced: frozenset[str] = frozenset()  # paths of sites whose wrapper was gone when the generation began
         self._branches: Branches | None = None  # set while the pipeline's call runs
         self._generation: Generation | None = None  # set from the first call of the transformer on
         self._site_plans: tuple[dict[str, SitePlan], ...] = ()  # set as the generation is
-        self._step_clock: StepClock | None = None  # set as the branches are
         self._stats: Stats | None = None  # of the latest generation
-        self.on = True  # until it is closed
-        _warn_of_wide_bands(plan)
-        _warn_of_derived(plan)
-        self._interception = Interception(model.site_modules, self._around, model.forwards)
-        self._call_wrappers = self._wrap_calls()
-        model.pipe.__class__ = _applied_class(self._pipeline_class, self)
+        self._interception = Interception(model, self._around)
+        self._call_wrappers: list[CallWrapper] = []
+        self._changes = Changes()
+        warn_of_wide_bands(plan)
+        warn_of_derived(plan)
+        try:
+            self._install()
+        except BaseException:
+            self._changes.undo()
+            raise
+
+    def _install(self) -> None:
+        """Put everything on the pipeline: first what `run_on` finds the run by, which is also the last to be taken off.
+
+        Raises:
+            AlreadyApplied: it has a plan, or its transformer has one, or a search runs on it.
+            NotIntercepted: a module's processor cannot be wrapped.
+        """
+        pipe, changes = self._model.pipe, self._changes
+        if not changes.claim(_carrier(pipe), _MARK, self):
+            raise carries_plan()
+        self._interception.install(changes)
+        changes.record(self._unwrap_calls)
+        self._wrap_calls()
+        applied = _applied_class(self._pipeline_class, self)
+        changes.record(_restore_class, pipe, applied, self._pipeline_class)
+        pipe.__class__ = applied
+
+    @property
+    def on(self) -> bool:
+        """Whether the plan is on the pipeline."""
+        return run_on(self._model.pipe) is self
 
     def step(self, index: int) -> None:
         """Announce that a step of a custom model's loop begins, see `CustomRun`.
@@ -76,12 +104,16 @@ class Run:
         """
         raise ArrowheadError(f"got step {index} in a pipeline's run, which counts by itself; leave it out")
 
-    def _wrap_calls(self) -> ExitStack:
-        """Count the transformer's calls, until the stack is closed."""
-        wrappers = ExitStack()
+    def _wrap_calls(self) -> None:
+        """Count the transformer's calls."""
         for transformer, called in zip(self._model.transformers, self._model.called_transformers, strict=True):
-            wrappers.callback(CallWrapper(called, functools.partial(self._counted, transformer)).remove)
-        return wrappers
+            self._call_wrappers.append(CallWrapper(called, functools.partial(self._counted, transformer)))
+            self._call_wrappers[-1].install()
+
+    def _unwrap_calls(self) -> None:
+        for wrapper in self._call_wrappers:
+            wrapper.remove()
+        self._call_wrappers.clear()
 
     def _counted(self, transformer: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Count a call of the transformer, outside of what is compiled of it, and run it."""
@@ -91,8 +123,8 @@ class Run:
     def _renew(self) -> None:
         """Stand around what has been compiled since the plan was applied, rather than within its graph."""
         self._interception.renew()
-        self._call_wrappers.close()
-        self._call_wrappers = self._wrap_calls()
+        self._unwrap_calls()
+        self._wrap_calls()
 
     @property
     def cache_bytes(self) -> int:
@@ -110,12 +142,10 @@ class Run:
         return self._stats.summary(self.plan.steps)
 
     def close(self) -> None:
-        """Take the plan off; the pipeline is as it was before `apply`."""
+        """Take the plan off; the pipeline is as it was before `apply`. After an interruption this can be called again."""
         self._end()
-        self.on = False
-        self._call_wrappers.close()
-        self._model.pipe.__class__ = self._pipeline_class
-        self._interception.remove()
+        self._changes.undo()
+        self._interception.warn_of_replaced()
 
     def __reduce_ex__(self, _: Any) -> Any:
         """Refuse to copy what carries a plan: the copy would refer to the original's run."""
@@ -128,20 +158,32 @@ class Run:
         Raises:
             AlreadyGenerating: a call is going on, in another thread or around this one; that call goes on.
         """
-        if self._branches is not None:
-            raise AlreadyGenerating(
-                f"got a call of {self._pipeline_class.__name__} while another one is going on, whose caches and scheduler it "
-                "would change; wanted one at a time; let that end first, or give each a pipeline of its own"
-            )
+        clock = StepClock()
         try:
-            self._begin(self._model.branches(self._model.call_arguments(args, kwargs)))
+            if self._take_turn(clock) is not clock:
+                raise AlreadyGenerating(
+                    f"got a call of {self._pipeline_class.__name__} while another one is going on, whose caches and scheduler "
+                    "it would change; wanted one at a time; let that end first, or give each a pipeline of its own"
+                )
+            if begun := self.on:  # another thread may have taken the plan off meanwhile
+                self._begin(self._model.branches(self._model.call_arguments(args, kwargs)))
             yield
-            self._account_for_every_site()
+            if begun:
+                self._account_for_every_site()
         finally:
-            self._end()
+            if self._step_clock is clock:
+                self._end()
+
+    def _take_turn(self, clock: StepClock) -> StepClock:
+        """Begin a generation with this clock, if none is going on. Returns the clock of the generation that goes on then."""
+        return self._turn.setdefault("clock", clock)  # one operation of a dict: of several threads one succeeds
+
+    @property
+    def _step_clock(self) -> StepClock | None:
+        """The clock of the call that generates."""
+        return self._turn.get("clock")
 
     def _begin(self, branches: Branches) -> None:
-        self._end()
         if transformers_of(self._model.pipe) != self._model.transformers:
             raise PlanMismatch(
                 "the pipeline's transformer was exchanged after the plan was applied; wanted the same one; remove the plan "
@@ -151,10 +193,12 @@ class Run:
         self.plan.require(target_of(self._model))
         self._renew()
         self._stats, self._branches = Stats(branches.samples, branches.calls), branches
-        self._step_clock = StepClock()
-        if replaced := self._interception.replaced():
+        replaced = self._interception.replaced()
+        self._replaced = frozenset(replaced)
+        if replaced:
+            named = ", ".join(f"{path} by a {kind}" for path, kind in replaced.items())
             self._note(
-                f"processors or forwards were replaced after the plan was applied, and may be full: {', '.join(replaced)}",
+                f"processors or forwards were replaced after the plan was applied, and may be full: {named}",
                 "remove the plan, and apply it again after whatever replaces them; an IP-Adapter goes with no plan",
                 ProcessorReplaced,
             )
@@ -178,7 +222,11 @@ class Run:
             )
 
     def _account_for_every_site(self) -> None:
-        """Warn, at the end of a generation, of sites that did not run under the plan, and of steps that are missing."""
+        """Check, at the end of a generation, that every site ran under the plan, and warn of steps that are missing.
+
+        Raises:
+            NotIntercepted: a site was skipped.
+        """
         if self._stats is not None and 0 < self._stats.steps < self.plan.steps:
             remedy = "let it run to its end, uninterrupted and with the plan on"
             self._note(self._unfinished(self._stats.steps), remedy, GenerationUnfinished)
@@ -189,13 +237,34 @@ class Run:
             self._note("the pipeline never called its transformer: nothing was compressed", remedy, SiteNotReached)
             return
         stats, tokens = self._generation.stats, self._generation.tokens
-        missed = stats.count_missed_as_full(self.plan.target.sites, tokens)
+        missed = self._require_passed(stats, stats.steps * stats.calls)
+        stats.count_missed_as_full(missed, tokens)
         if missed:
             self._note(
-                "not reached, so counted as full: " + ", ".join(f"{path} in {n} steps" for path, n in missed.items()),
-                "remove the plan, and apply it again after whatever replaces processors or skips blocks",
+                "not reached, so counted as full: " + ", ".join(f"{site.path} in {n} steps" for site, n in missed.items()),
+                "remove the plan, and apply it again after whatever replaces processors",
                 SiteNotReached,
             )
+
+    def _require_passed(self, stats: Stats, calls: int) -> dict[Site, int]:
+        """Check that every site was passed in each of so many calls, except sites that were replaced, of which a warning told.
+
+        Returns the numbers of calls in which those were missed.
+
+        Raises:
+            NotIntercepted: another site was skipped.
+        """
+        if stats.passes == calls * len(self.plan.target.sites):
+            return {}
+        missed = stats.missed_calls(self.plan.target.sites, calls)
+        if skipped := {site.path: n for site, n in missed.items() if site.path not in self._replaced}:
+            (path, n), more = next(iter(skipped.items())), f" and {len(skipped) - 1} more" if len(skipped) > 1 else ""
+            raise NotIntercepted(
+                f"{path}{more}: got no call of it in {n} of the first {calls} calls of the transformer, wanted one in each; "
+                "something else skips it, so that not the plan's cells were computed; take off what skips blocks or replaces "
+                "forwards, such as another cache, or remove the plan"
+            )
+        return missed
 
     def _unfinished(self, steps: int) -> str:
         return f"a generation ended after {steps} of the plan's {self.plan.steps} steps"
@@ -207,23 +276,27 @@ class Run:
         warnings.warn(f"{what}; {remedy}", category, stacklevel=6)
 
     def _end(self) -> None:
-        self._branches = self._generation = self._step_clock = None
+        self._branches = self._generation = None
+        self._turn.clear()  # last: the next generation may begin
 
     def _tick(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Advance the generation by one call of the transformer. Calls from outside the pipeline run uncompressed."""
-        if self._branches is None or self._stats is None or self._step_clock is None:
+        branches, stats, clock = self._branches, self._stats, self._step_clock
+        if branches is None or stats is None or clock is None:
             return
-        self._step_clock.require_same_thread(type(transformer).__name__)
+        clock.require_same_thread(type(transformer).__name__)
         tokens = self._model.tokens(self._model.transformer_arguments(args, kwargs))
         generation = self._generation
         if generation is None:
-            self.plan.require_call(self._model.steps, tokens, self._branches.calls, self._model.switch)
-            generation = Generation.begin(self._branches, tokens, self.kernel, self._stats, self.encoding)
-            self._generation, self._site_plans = generation, self._prepare(tokens, self._branches)
+            self.plan.require_call(self._model.steps, tokens, branches.calls, self._model.switch)
+            generation = Generation.begin(branches, tokens, self.kernel, stats, self.encoding)
+            self._site_plans = self._prepare(tokens, branches)
+            self._generation = generation
         else:
+            self._require_passed(stats, generation.step * branches.calls + generation.call + 1)
             generation.advance(tokens)
-        self._stats.steps += generation.call == 0
-        self._step_clock.check(generation.step, generation.call, self._model.scheduler_step)
+        stats.steps += generation.call == 0
+        clock.check(generation.step, generation.call, self._model.scheduler_step)
         if generation.step >= self.plan.steps:
             raise PlanMismatch(
                 f"plan is for {self.plan.steps} calls of the transformer, the pipeline makes more; search again with the "
@@ -280,6 +353,32 @@ class Run:
         return execute_site(call, self._site_plans[generation.step][call.site.path], generation)
 
 
+_MARK = "_arrowhead_run"
+"""The attribute by which the run is found. It is on the pipeline, or on the custom model's module."""
+
+
+def _carrier(pipe: Any) -> Any:
+    """What has the mark."""
+    pipe = pipe.transformer if isinstance(pipe, CustomModel) else pipe
+    return uncompiled(pipe) if isinstance(pipe, nn.Module) else pipe
+
+
+def run_on(pipe: Any) -> Run | None:
+    """The run of the plan on a pipeline or a custom model, also where `apply` or `remove` was interrupted; None without."""
+    run: Run | None = getattr(_carrier(pipe), "__dict__", {}).get(_MARK)
+    return run
+
+
+def carries_plan() -> AlreadyApplied:
+    """The error of a pipeline that has a plan."""
+    return AlreadyApplied("this pipeline carries a plan already; call arrowhead.remove(pipe) first")
+
+
+def _restore_class(pipe: Any, applied: type, before: type) -> None:
+    if isinstance(pipe, applied):
+        pipe.__class__ = before
+
+
 def _applied_class(base: type, run: Run) -> type:
     """A subclass whose call begins and ends a generation of the run; Python looks `__call__` up on the class alone."""
 
@@ -288,32 +387,6 @@ def _applied_class(base: type, run: Run) -> type:
             return base.__call__(self, *args, **kwargs)
 
     __call__.__wrapped__ = base.__call__  # type: ignore[attr-defined]  # inspect.signature follows it
-    members = {"__call__": __call__, "__module__": base.__module__, "__doc__": base.__doc__, "_arrowhead_run": run}
+    members = {"__call__": __call__, "__module__": base.__module__, "__doc__": base.__doc__}
     members["__reduce_ex__"] = lambda _, protocol: run.__reduce_ex__(protocol)
     return type(base.__name__, (base,), members)
-
-
-def _warn_of_wide_bands(plan: Plan) -> None:
-    for site, column in zip(plan.target.sites, plan.columns, strict=True):
-        own = site.tokens(plan.tokens)
-        methods = {method for cell in column if isinstance(cell, Attend) for method in cell.methods(1)}
-        radii = sorted({m.radius for m in methods if isinstance(m, Arrow)}, key=radius_sort_key)
-        if wide := [radius for radius in radii if masks.covers(own, radius)]:
-            warnings.warn(
-                f"the plan has a band of radius {wide[0]} over {own.visual} visual tokens; a narrower one would save work, "
-                "this one is full attention",
-                BandCoversAll,
-                stacklevel=4,
-            )
-            return
-
-
-def _warn_of_derived(plan: Plan) -> None:
-    if changes := plan.about.get("derived"):
-        said = "; then ".join(", ".join(f"{name} {what}" for name, what in change.items()) for change in changes)
-        warnings.warn(
-            f"the plan was not found for these circumstances, but derived: {visible(said)}; search again for one of its own, "
-            "or look at what it does",
-            PlanDerived,
-            stacklevel=4,
-        )

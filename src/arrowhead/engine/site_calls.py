@@ -18,6 +18,7 @@ from arrowhead.engine.attention_hook import (
     batch_calls,
     replaced_attention,
 )
+from arrowhead.engine.attention_seen import running_module
 from arrowhead.engine.cache import Output, add_scaled
 from arrowhead.engine.head_projection import ProjectedHeads
 from arrowhead.errors import NotIntercepted
@@ -45,7 +46,7 @@ class SiteCall(ABC):
 
     def native(self, rows: slice | None = None) -> Output:
         """The module's output without any change."""
-        args, kwargs = self._of_rows(rows)
+        args, kwargs = self.of_rows(rows)
         return self.original(*args, **kwargs)
 
     def storable(self, out: Output, rows: slice | None = None) -> Output:  # noqa: ARG002
@@ -56,6 +57,10 @@ class SiteCall(ABC):
         """The output of this call, from what `storable` gave in another step, or for one branch."""
         return stored
 
+    def rows_of_input(self, rows: slice) -> Tensor:
+        """These rows of the module's input, (rows, N, C)."""
+        return self._hidden_states[rows]
+
     @property
     def _hidden_states(self) -> Tensor:
         if "hidden_states" in self.kwargs:
@@ -65,8 +70,8 @@ class SiteCall(ABC):
     _first: ClassVar[int] = 0
     """The place of the input among the arguments."""
 
-    def _of_rows(self, rows: slice | None) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-        """The arguments for these rows."""
+    def of_rows(self, rows: slice | None) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        """The arguments of the call for these rows, positional and by name."""
         if rows is None:
             return self.args, self.kwargs
         batch = self.batch
@@ -87,7 +92,7 @@ class ModuleCall(SiteCall):
 
     def run(self, answer: AttentionHandler, rows: slice | None = None, heads: Sequence[int] | None = None) -> Output:  # noqa: ARG002
         """Run the module on `rows` of its input. No attention is asked for, and there are no heads to choose."""
-        args, kwargs = self._of_rows(rows)
+        args, kwargs = self.of_rows(rows)
         return self.original(*args, **kwargs)
 
 
@@ -143,7 +148,7 @@ class AttentionSiteCall(SiteCall):
         """
         if self.site.by_sample:
             return self._by_sample(answer, range(self.batch)[rows or slice(None)])
-        args, kwargs = self._of_rows(rows)
+        args, kwargs = self.of_rows(rows)
         if heads is not None:
             args = (ProjectedHeads(args[0], heads), *args[1:])
         handler = _AttentionOnce(self, answer, None if heads is None else args[0])
@@ -171,7 +176,7 @@ class AttentionSiteCall(SiteCall):
 
     def native(self, rows: slice | None = None) -> Output:
         """The module's output bit for bit. Raises what `run` raises, though a call of attention for each sample is no error."""
-        args, kwargs = self._of_rows(rows)
+        args, kwargs = self.of_rows(rows)
         handler = NativeAttention()
         with attention_handler(handler):
             out = self.original(*args, **kwargs)
@@ -189,7 +194,7 @@ class AttentionSiteCall(SiteCall):
         """
 
         def lane(row: int) -> Output:
-            args, kwargs = self._of_rows(slice(row, row + 1))
+            args, kwargs = self.of_rows(slice(row, row + 1))
             with attention_handler(greenlet.getcurrent().parent.switch):
                 return self.original(*args, **kwargs)
 
@@ -248,6 +253,15 @@ class ForwardSiteCall(AttentionSiteCall):
     def native(self, rows: slice | None = None) -> Output:
         """Bit for bit, though `hooked` may multiply in another order."""
         return SiteCall.native(self, rows)
+
+    def attends_twice(self) -> NotIntercepted:
+        """The error of a module that calls attention more than once, as a whole block does."""
+        where = running_module(self.module)
+        return NotIntercepted(
+            f"{self.site.path}: a {self._processor} calls attention twice"
+            f"{f', the second time in {self.site.path}.{where}' if where else ''}; wanted a module that calls it once; name "
+            "the attention modules within it, each of them"
+        )
 
     def _attend(self, args: Any, kwargs: Any) -> Output:
         return self.hooked(*args, **kwargs)

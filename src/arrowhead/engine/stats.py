@@ -58,11 +58,13 @@ class Stats:
 
     `samples` are those of an image in one call of the transformer, of which a step has `calls`. `done` has the samples of an
     image that each piece of work was done for; `attended` those of attention by kernels, with the way in which they computed.
+    `passes` are the site passes so far.
     """
 
     samples: int
     calls: int = 1
     steps: int = 0
+    passes: int = 0
     counts: Counter[PassCount] = field(default_factory=Counter)
     done: defaultdict[Work, float] = field(default_factory=lambda: defaultdict(float))
     attended: defaultdict[tuple[AttentionWork, Way], float] = field(default_factory=lambda: defaultdict(float))
@@ -76,6 +78,7 @@ class Stats:
     def record_pass(self, count: PassCount) -> None:
         """Count that a site was passed."""
         self.counts[count] += 1
+        self.passes += 1
 
     def record_work(self, work: Work, samples: float) -> None:
         """Count work that ran for so many samples of an image."""
@@ -103,16 +106,17 @@ class Stats:
         """FLOPs that full attention would have spent."""
         return sum((count.whole * times for count, times in self.counts.items()), self.missed)
 
-    def count_missed_as_full(self, sites: Iterable[Site], tokens: Tokens) -> dict[str, int]:
-        """Count the calls in which a site was not passed as full attention, whatever ran there; gives their number by path."""
-        passes, missed = Counter[str](), {}
+    def missed_calls(self, sites: Iterable[Site], calls: int) -> dict[Site, int]:
+        """The sites that were not passed in each of so many calls of the transformer, with the number of those without."""
+        passes = Counter[str]()
         for count, times in self.counts.items():
             passes[count.path] += times
-        for site in sites:
-            if (missing := self.steps * self.calls - passes[site.path]) > 0:
-                missed[site.path] = missing
-                self.missed += site_flops(site, tokens, FULL, Writes(), self.samples) * missing
-        return missed
+        return {site: calls - passes[site.path] for site in sites if passes[site.path] < calls}
+
+    def count_missed_as_full(self, missed: Mapping[Site, int], tokens: Tokens) -> None:
+        """Count the calls in which a site was not passed as full attention, whatever ran there."""
+        for site, calls in missed.items():
+            self.missed += site_flops(site, tokens, FULL, Writes(), self.samples) * calls
 
     def summary(self, planned_steps: int) -> "Summary":
         """The counters so far, as a value."""

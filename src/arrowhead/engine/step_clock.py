@@ -19,13 +19,18 @@ class StepClock:
     out_of_order: bool = False
     thread: greenlet.greenlet = field(default_factory=greenlet.getcurrent)
 
+    @property
+    def is_here(self) -> bool:
+        """Whether this code runs in the thread, and greenlet, of the generation."""
+        return greenlet.getcurrent() is self.thread
+
     def require_same_thread(self, name: str) -> None:
         """Check that a call of the transformer comes from the thread, and greenlet, of the generation.
 
         Raises:
             AlreadyGenerating: it comes from another one.
         """
-        if greenlet.getcurrent() is not self.thread:
+        if not self.is_here:
             raise AlreadyGenerating(
                 f"{name} was called from elsewhere while a generation with a plan runs on it; wanted that generation's calls "
                 "alone; let it end first, or give each pipeline a transformer of its own"

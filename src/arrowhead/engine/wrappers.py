@@ -8,75 +8,79 @@ instance. How attention within the call is intercepted is in `attention_hook`.
 import inspect
 import types
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable
 from functools import cache, partial, wraps
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from arrowhead.engine.adapter_checks import require_described
 from arrowhead.engine.attention_hook import HookedProcessors, hooked_attention, twin, under_mode
 from arrowhead.engine.cache import Output
+from arrowhead.engine.changes import Changes
 from arrowhead.engine.compile_boundary import RegistryEntry, SiteHandle, call_operator, compiling
-from arrowhead.engine.forward_hooks import is_reached, replace_forward, restore_forward
+from arrowhead.engine.forward_hooks import is_reached, restore_forward
 from arrowhead.engine.site_calls import AttentionSiteCall, BlockCall, ForwardSiteCall, ModuleCall, SiteCall
-from arrowhead.errors import AlreadyApplied, ArrowheadError, NotIntercepted, ProcessorReplaced
+from arrowhead.errors import AlreadyApplied, NotIntercepted, ProcessorReplaced
 from arrowhead.models.custom import Forward
+from arrowhead.models.model import Model
+from arrowhead.models.signatures import method_signature, signature_within
 from arrowhead.plans.layout import Site
-from arrowhead.upstream import COMPILED, no_dispatch_modes, uncompiled
+from arrowhead.upstream import COMPILED, uncompiled
 
 Around = Callable[[SiteCall], Output]
 """What answers a site's calls in place of its module."""
 SLOTS = ("arrowhead_site", "arrowhead_around", "arrowhead_handle", "arrowhead_original")
 """What the wrapper of a processor has of its own. All its other attributes are the processor's."""
-TOLERANCE = 2e-3
-"""Largest relative difference, in float32, between a custom forward's output and the module's own."""
 
 
 class Interception:
-    """The wrappers of one model's modules, from construction until `remove`. A site has a module in every transformer."""
+    """The wrappers of one model's modules, from `install` on. A site has a module in every transformer."""
 
-    def __init__(
-        self, modules: Iterable[tuple[Site, nn.Module]], around: Around, forwards: Mapping[str, Forward] | None = None
-    ) -> None:
-        """Wrap every module; on an error none stays wrapped.
+    def __init__(self, model: Model, around: Around) -> None:
+        """Changes nothing yet. `around` answers the site calls.
 
-        `forwards`, by a site's path, replace the forwards of attention modules that call no attention function of torch's.
-
-        Raises:
-            AlreadyApplied: a module has a wrapper.
-            NotIntercepted: a processor cannot be wrapped.
+        The model's `forwards` replace those of attention modules that call no attention function of torch's.
         """
+        self._model, self._around = model, around
         self._sites: dict[nn.Module, Site] = {}
         self._places: dict[nn.Module, str] = {}  # the attribute of each module that holds its wrapper
         self._originals: dict[nn.Module, Any] = {}  # what the attribute held before
         self._wrapped: dict[nn.Module, Any] = {}
         self._entries: dict[nn.Module, RegistryEntry] = {}
-        self._around = around
+        self._replaced: dict[str, str] | None = None  # when it was removed
+
+    def install(self, changes: Changes) -> None:
+        """Wrap every module, until the changes are undone.
+
+        Raises:
+            AlreadyApplied: a plan or a search has wrapped the model, or a module of it.
+            NotIntercepted: a processor cannot be wrapped.
+        """
+        for transformer in self._model.transformers:
+            if not changes.claim(transformer, "_arrowhead_interception", self):
+                raise _intercepted_already(type(transformer).__name__)
+        changes.record(self._remove)
         processors = HookedProcessors()
-        try:
-            for site, module in modules:
-                custom = (forwards or {}).get(site.path)
-                has_processor = site.kind == "self_attention" and custom is None and hasattr(module, "processor")
-                self._sites[module], self._places[module] = site, "processor" if has_processor else "forward"
-                held = getattr(module, self._places[module]), vars(module).get(COMPILED)
-                if any(hasattr(function, "arrowhead_around") for function in held):
-                    raise AlreadyApplied(f"{site.path} is intercepted already; call arrowhead.remove first")
-                if has_processor:
-                    self._wrap_processor(module, processors)
-                else:
-                    self._wrap_forward(module, custom)
-        except BaseException:
-            self.remove()
-            raise
+        for site, module in self._model.site_modules:
+            custom = self._model.forwards.get(site.path)
+            has_processor = site.kind == "self_attention" and custom is None and hasattr(module, "processor")
+            place = "processor" if has_processor else "forward"
+            held = getattr(module, place), vars(module).get(COMPILED)
+            if any(hasattr(function, "arrowhead_around") for function in held):
+                raise _intercepted_already(site.path)
+            self._sites[module], self._places[module] = site, place
+            if has_processor:
+                self._wrap_processor(module, processors)
+            else:
+                self._wrap_forward(module, custom)
 
     def _wrap_processor(self, module: nn.Module, processors: HookedProcessors) -> None:
         site, processor = self._sites[module], module.processor
         wrapped = _wrap_processor(processor, site, self._around, processors)
-        self._originals[module], self._wrapped[module] = processor, wrapped
+        self._originals[module] = processor
         self._entries[module] = RegistryEntry(wrapped.arrowhead_handle, site, partial(wrapped, module))
+        self._wrapped[module] = wrapped  # last before it is there: what is wrapped has an original and an entry
         module.processor = wrapped
 
     def _wrap_forward(self, module: nn.Module, custom: Forward | None = None) -> None:
@@ -85,12 +89,10 @@ class Interception:
         place = self._places[module] = "forward" if compiled is None or site.kind == "self_attention" else COMPILED
         forward = module.forward if place == "forward" or compiled is None else compiled
         wrapped: Any = _wrap_forward(module, forward, site, self._around, custom)
-        self._wrapped[module], self._entries[module] = wrapped, RegistryEntry(wrapped.arrowhead_handle, site, wrapped)
-        if place == "forward":
-            self._originals[module] = replace_forward(module, wrapped)
-        else:
-            self._originals[module] = compiled
-            setattr(module, COMPILED, wrapped)
+        self._originals[module] = vars(module).get("forward") if place == "forward" else compiled
+        self._entries[module] = RegistryEntry(wrapped.arrowhead_handle, site, wrapped)
+        self._wrapped[module] = wrapped
+        setattr(module, place, wrapped)
 
     def renew(self) -> None:
         """Wrap anew the sites that were compiled on their own since, so that the wrapper is outside of their graphs."""
@@ -102,22 +104,23 @@ class Interception:
             self._entries[module].close()
             self._wrap_forward(module)
 
-    def replaced(self) -> list[str]:
-        """Sites whose wrapper is no longer there, each with the type of what is there now."""
-        return [
-            f"{self._sites[module].path} by a {type(getattr(module, self._places[module])).__name__}"
+    def replaced(self) -> dict[str, str]:
+        """The paths of sites whose wrapper is no longer there, each with the type of what is there now."""
+        return {
+            self._sites[module].path: type(getattr(module, self._places[module])).__name__
             for module, wrapped in self._wrapped.items()
             if not self._holds(module, wrapped)
-        ]
+        }
 
     def _holds(self, module: nn.Module, wrapped: Any) -> bool:
         place = self._places[module]
         return is_reached(module, wrapped) if place == "forward" else getattr(module, place) is wrapped
 
-    def remove(self) -> None:
-        """Put every processor and forward back. What replaced a wrapper stays, with a warning."""
-        self.renew()
-        replaced = self.replaced()
+    def _remove(self) -> None:
+        """Put every processor and forward back. What replaced a wrapper stays, see `warn_of_replaced`."""
+        if self._replaced is None:
+            self.renew()
+            self._replaced = self.replaced()
         for module, wrapped in self._wrapped.items():
             place = self._places[module]
             if place == "forward":
@@ -126,21 +129,33 @@ class Interception:
                 setattr(module, place, self._originals[module])
         for entry in self._entries.values():
             entry.close()
-        self._originals, self._wrapped, self._entries = {}, {}, {}
-        if replaced:
+
+    def warn_of_replaced(self) -> None:
+        """Warn, when the wrappers are off, of what had replaced some of them."""
+        if replaced := self._replaced:
+            self._replaced = {}
+            named = ", ".join(f"{path} by a {kind}" for path, kind in replaced.items())
             warnings.warn(
-                f"processors were replaced while a plan was applied: {', '.join(replaced)}; they are left in place, and their "
-                "sites were not compressed since",
+                f"processors were replaced while a plan was applied: {named}; they are left in place, and their sites were not "
+                "compressed since",
                 ProcessorReplaced,
                 stacklevel=4,
             )
+
+    def __reduce_ex__(self, _: Any) -> Any:
+        """Refuse to copy a model that carries the wrappers."""
+        raise uncopied(type(self._model.transformer).__name__)
+
+
+def _intercepted_already(what: str) -> AlreadyApplied:
+    return AlreadyApplied(f"{what} is intercepted already, by a plan or a search; call arrowhead.remove first")
 
 
 def _wrap_forward(
     module: nn.Module, forward: Callable[..., Output], site: Site, around: Around, custom: Forward | None
 ) -> Callable[..., Output]:
     hooked = under_mode(forward) if custom is None else partial(custom, module, hooked_attention)
-    unchecked = custom is not None
+    unchecked = True
 
     @wraps(forward)
     def wrapped(*args: Any, **kwargs: Any) -> Output:
@@ -153,54 +168,14 @@ def _wrap_forward(
             return around(ModuleCall(site, module, forward, args, kwargs))
         call = ForwardSiteCall(site, module, forward, args, kwargs, hooked)
         if unchecked:
-            _require_alike(call)
+            require_described(call, replaced=custom is not None)
             unchecked = False
         return around(call)
 
-    parameters = _parameters(uncompiled(module).forward)
+    parameters = _forward_parameters(uncompiled(module), site)
     handle = SiteHandle.of(site, parameters)
     wrapped.arrowhead_around, wrapped.arrowhead_handle = around, handle  # type: ignore[attr-defined]
     return wrapped
-
-
-@torch.no_grad()
-def _require_alike(call: ForwardSiteCall) -> None:
-    """Check, on one row, that a custom forward gives what the module's own gives.
-
-    Raises:
-        NotIntercepted: it does not.
-    """
-    one = slice(0, 1)
-    call = replace(call, args=tuple(map(_detached, call.args)), kwargs={n: _detached(v) for n, v in call.kwargs.items()})
-    with no_dispatch_modes():  # no counter of FLOPs counts the check
-        wanted = call.native(one)
-        try:
-            got: Any = call.run(lambda attention: attention.native(), one)
-        except ArrowheadError:
-            raise
-        except Exception as error:  # a custom forward may fail in any way
-            got = error
-    if isinstance(wanted, Tensor) and isinstance(got, Tensor) and wanted.shape == got.shape:
-        off = float((got - wanted).float().norm() / wanted.float().norm().clamp_min(1e-12))
-        if off <= max(TOLERANCE, 8 * torch.finfo(wanted.dtype).eps) or not wanted.isfinite().all():
-            return
-        found = f"what is off by {off:.1%}"
-    else:
-        found = f"{_described(got)} where the module gives {_described(wanted)}"
-    raise NotIntercepted(
-        f"{call.site.path}: the forward given for a {type(call.module).__name__} gives {found}; wanted what the module itself "
-        "gives; look at the order of norms and rotary embeddings, at the scale, and at the order of heads in its projection"
-    ) from (got if isinstance(got, Exception) else None)
-
-
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
-
-
-def _described(out: Any) -> str:
-    if isinstance(out, Exception):
-        return f"{type(out).__name__} ({out})"
-    return f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
 
 
 def _wrap_processor(processor: Any, site: Site, around: Around, processors: HookedProcessors) -> Any:
@@ -213,14 +188,23 @@ def _wrap_processor(processor: Any, site: Site, around: Around, processors: Hook
             "attributes in __dict__; use one of diffusers' processors, such as AttnProcessor2_0"
         )
     wrapped = twin(processor, _wrapper_class(base))
-    own = site, around, SiteHandle.of(site, _parameters(base.__call__)[2:]), processors.call_of(processor)
+    own = site, around, SiteHandle.of(site, [*inspect.signature(base.__call__).parameters][2:]), processors.call_of(processor)
     for name, value in zip(SLOTS, own, strict=True):
         object.__setattr__(wrapped, name, value)  # a processor that is a torch module would register what is set
     return wrapped
 
 
-def _parameters(function: Callable[..., Any]) -> list[str]:
-    return [*inspect.signature(function).parameters]
+def _forward_parameters(module: nn.Module, site: Site) -> list[str]:
+    """The names of the arguments of a module's forward, which may be wrapped on its class or on the instance.
+
+    Raises:
+        UnsupportedPipeline: a wrapper hides them, and the module is a block, whose input is told by its name.
+    """
+    cls = type(module)
+    found = signature_within(module.forward, cls, "forward") or signature_within(cls.forward, cls, "forward")
+    if found is None:
+        found = method_signature(cls, "forward") if site.kind == "block" else inspect.signature(module.forward)
+    return [name for name in found.parameters if name != "self"]
 
 
 @cache  # one class for every plan: graphs of torch.compile depend on a processor's class
@@ -249,15 +233,3 @@ def uncopied(what: str) -> AlreadyApplied:
         f"got a copy, or a pickle, of a {what} while a plan is applied, wanted one of what carries none; call arrowhead.remove "
         "first, and apply the plan to both afterwards"
     )
-
-
-@contextmanager
-def intercepted(
-    modules: Iterable[tuple[Site, nn.Module]], around: Around, forwards: Mapping[str, Forward] | None = None
-) -> Iterator[None]:
-    """Within the block the modules are wrapped, see `Interception`."""
-    interception = Interception(modules, around, forwards)
-    try:
-        yield
-    finally:
-        interception.remove()

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 from arrowhead.errors import UnsupportedPipeline
-from arrowhead.upstream import brings_weights, diffusers_hooks, parallel_config
+from arrowhead.upstream import brings_weights, diffusers_hooks, has_cache_dit, parallel_config
 
 CACHES = {
     "faster_cache": "FasterCache",
@@ -24,15 +24,15 @@ def require_no_conflicts(transformers: Iterable[nn.Module]) -> None:
     """Check that each transformer computes all of its output, in every step, in this process.
 
     Raises:
-        UnsupportedPipeline: it carries one of diffusers' caches, or is shared out among processes.
+        UnsupportedPipeline: it carries a cache of diffusers, of cache-dit, or TeaCache, or is shared out among processes.
     """
     for transformer in transformers:
         name = type(transformer).__name__
-        if cache := next(_caches(transformer), None):
+        if found := next(_caches(transformer), None):
+            cache, remedy = found
             raise UnsupportedPipeline(
-                f"got a {name} with diffusers' {cache}, which leaves out blocks or attention by itself, so that neither of the "
-                "two would know what the other computed; wanted one of them; call disable_cache() on the transformer, or load "
-                "it anew, or remove the plan"
+                f"got a {name} with {cache}, which leaves out blocks or attention by itself, so that neither of the two would "
+                f"know what the other computed; wanted one of them; {remedy}, or load the transformer anew, or remove the plan"
             )
         if path := next(_ip_adapters(transformer), None):
             raise UnsupportedPipeline(
@@ -61,12 +61,17 @@ def require_weights(transformers: Iterable[nn.Module]) -> None:
             )
 
 
-def _caches(transformer: nn.Module) -> Iterator[str]:
-    """The names of diffusers' caches on modules of the transformer."""
+def _caches(transformer: nn.Module) -> Iterator[tuple[str, str]]:
+    """The names of caches on the transformer or on its modules, each with how to take it off."""
     for module in transformer.modules():
         for hook in diffusers_hooks(module).values():
             if (cache := CACHES.get(type(hook).__module__.rpartition(".")[2])) is not None:
-                yield cache
+                yield f"diffusers' {cache}", "call disable_cache() on the transformer"
+    if has_cache_dit(transformer):
+        yield "a cache of cache-dit", "call cache_dit.disable_cache(pipe)"
+    on = getattr(transformer, "enable_teacache", None)  # TeaCache sets it on the class, whose forward it replaces
+    if on or (on is None and "teacache" in getattr(transformer.forward, "__name__", "").lower()):
+        yield "TeaCache", "put the class's own forward back and set its enable_teacache to False"
 
 
 def _ip_adapters(transformer: nn.Module) -> Iterator[str]:

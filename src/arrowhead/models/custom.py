@@ -35,6 +35,8 @@ class Attention:
         over: the axis that the module attends along. A row of its input (rows, N, C) is a sample (`all`), one frame of a sample
             (`space`), or one position of a sample in all frames (`time`); the rows of a sample follow one another.
         joint: whether the module attends over text and visual tokens together.
+        projections: whether the module projects Q, K, V and its output. False: they are projected elsewhere. FLOPs then count
+            the linear layers that there are in the module, if any, and `head_dim` has to be given.
         forward: `forward(module, attend, *args, **kwargs)`, which replaces the module's forward. It computes the same, and
             calls `attend(q, k, v, attn_mask=None, scale=None)` for the softmax attention: q, k, v and the result are
             (rows, H, N, D), of the same dtype. The results of both forwards are compared on the first input.
@@ -60,19 +62,24 @@ class Attention:
     over: Over = "all"
     joint: bool = False
     forward: Forward | None = None
+    projections: bool = True
 
     def __post_init__(self) -> None:
         if not (isinstance(self.heads, str) or _at_least_one(self.heads)):
-            raise InputsInvalid(f"got heads={self.heads!r}, wanted a number of 1 or more, or the attribute that says it")
+            raise InputsInvalid(f"got heads={self.heads!r:.200}, wanted a number of 1 or more, or the attribute that says it")
         for name in ("head_dim", "channels"):
             if (value := getattr(self, name)) is not None and not _at_least_one(value):
-                raise InputsInvalid(f"got {name}={value!r}, wanted a number of 1 or more, or None for what the layers say")
+                raise InputsInvalid(f"got {name}={value!r:.200}, wanted a number of 1 or more, or None for what the layers say")
         if not isinstance(self.over, str) or self.over not in get_args(Over):
-            raise InputsInvalid(f"got over={self.over!r}, wanted one of {', '.join(get_args(Over))}")
+            raise InputsInvalid(f"got over={self.over!r:.200}, wanted one of {', '.join(get_args(Over))}")
         if not isinstance(self.joint, bool):
-            raise InputsInvalid(f"got joint={self.joint!r}, wanted True or False")
+            raise InputsInvalid(f"got joint={self.joint!r:.200}, wanted True or False")
+        if not isinstance(self.projections, bool):
+            raise InputsInvalid(f"got projections={self.projections!r:.200}, wanted True or False")
+        if not self.projections and self.head_dim is None:
+            raise InputsInvalid("got projections=False without head_dim, wanted the channels of a head, which no layers tell")
         if self.forward is not None and not callable(self.forward):
-            raise InputsInvalid(f"got forward={self.forward!r}, wanted forward(module, attend, *args, **kwargs), or None")
+            raise InputsInvalid(f"got forward={self.forward!r:.200}, wanted forward(module, attend, *args, **kwargs), or None")
 
     def head_count(self, module: nn.Module) -> int:
         """The number of the module's heads.
@@ -80,11 +87,11 @@ class Attention:
         Raises:
             UnsupportedPipeline: the module has no such attribute, or the attribute is no number of 1 or more.
         """
-        found = self.heads if isinstance(self.heads, int) else _attribute(module, self.heads)
+        found = self.heads if isinstance(self.heads, int) else _attribute(module, self.heads, _whole_numbers(module))
         if not _at_least_one(found):
             raise UnsupportedPipeline(
                 f"got a {type(module).__name__} whose {self.heads!r} is {found!r:.200}; wanted a number of 1 or more; name the "
-                "attribute that says it, or the number, as arrowhead.Attention(heads=...)"
+                f"attribute that says it, or the number, as arrowhead.Attention(heads=...){_whole_numbers(module)}"
             )
         return int(found)
 
@@ -99,7 +106,8 @@ class FusedQKV(Attention):
 
     The module computes, from its input x (rows, N, C): `qkv(x)` with columns in the order (3, H, D), norms and rotary
     embeddings of Q and K, softmax attention, and the output projection. A forward that calls these parts replaces the module's,
-    and the results of both are compared on the first input. The arguments of `Attention` apply, except `forward`.
+    and the results of both are compared on the first input. The arguments of `Attention` apply, except `forward` and
+    `projections`.
 
     Args:
         qkv: the name of the layer for Q, K and V in the module; the other names likewise.
@@ -117,6 +125,7 @@ class FusedQKV(Attention):
     """
 
     forward: None = field(default=None, init=False)
+    projections: bool = field(default=True, init=False)
     qkv: str = "qkv"
     q_norm: str | None = None
     k_norm: str | None = None
@@ -129,9 +138,11 @@ class FusedQKV(Attention):
         named = {"qkv": self.qkv, "proj": self.proj}
         parts = {name: value for name in ("q_norm", "k_norm", "rotary") if (value := getattr(self, name)) is not None}
         if wrong := {name: value for name, value in (named | parts).items() if not isinstance(value, str)}:
-            raise InputsInvalid(f"got {wrong}, wanted names of a module's parts, or None for norms and rotary that it lacks")
+            raise InputsInvalid(
+                f"got {wrong!r:.200}, wanted names of a module's parts, or None for norms and rotary that it lacks"
+            )
         if not isinstance(self.rotary_first, bool):
-            raise InputsInvalid(f"got rotary_first={self.rotary_first!r}, wanted True or False")
+            raise InputsInvalid(f"got rotary_first={self.rotary_first!r:.200}, wanted True or False")
 
     def replacement_forward(self) -> Forward:
         """The forward that calls the module's parts."""
@@ -152,18 +163,31 @@ def _optional_part(module: nn.Module, name: str | None) -> Callable[[Tensor], Te
     return (lambda tensor: tensor) if part is None else part
 
 
-def _attribute(module: nn.Module, name: str) -> Any:
+def _attribute(module: nn.Module, name: str, there: str | None = None) -> Any:
+    """An attribute that an adapter names; `there` says which ones the module has, by default its parts."""
     if not hasattr(module, name):
-        raise UnsupportedPipeline(f"got a {type(module).__name__} without {name!r}; wanted what arrowhead.Attention names")
+        there = (
+            f"; its parts are {', '.join(part for part, _ in module.named_children()) or 'none'}" if there is None else there
+        )
+        raise UnsupportedPipeline(
+            f"got a {type(module).__name__} without {name!r:.200}; wanted what arrowhead.Attention names{there:.400}"
+        )
     return getattr(module, name)
+
+
+def _whole_numbers(module: nn.Module) -> str:
+    """The whole numbers of 1 or more among a module's attributes, for an error."""
+    found = [f"{name}={value}" for name, value in vars(module).items() if name[0] != "_" and _at_least_one(value)]
+    return f"; its whole numbers are {', '.join(found) or 'none'}"
 
 
 @dataclass(frozen=True)
 class Adapter:
     r"""The description of a custom model: a diffusion transformer, any `torch.nn.Module`, that no supported pipeline calls.
 
-    The model's forward is called once for each denoising step, or twice where the CFG branches come one after the other. The
-    loop around the model may be any code, and may call `model.forward` directly.
+    The model's forward is called once for each denoising step, or twice where the CFG branches come one after the other. Its
+    first argument are the latents, a tensor (B, …) or a list with one for each image; so is its output, or the output's first
+    entry. The loop around the model may be any code, and may call `model.forward` directly.
 
     Args:
         attention: by regular expressions for whole paths (as in `model.named_modules()`), the self-attention modules, each kind
@@ -171,7 +195,9 @@ class Adapter:
         tokens: `tokens(model, call)`, with the arguments of the model's call by name, gives the tokens of one sample: the
             visual ones, and the text ones where attention is joint. Boxes need their grid, see `Tokens.of_grid`.
         cfg: how the branches of classifier-free guidance come: in one batch, the conditional rows first (`cond_first`) or last
-            (`uncond_first`), or in two calls, the conditional one first (`two_calls`). None: without guidance.
+            (`uncond_first`), or in two calls, the conditional one first (`two_calls`). None: without guidance. Both branches
+            start from the same latents, which are compared in the first two steps, so a wrong number of branches or calls is
+            refused. Which branch comes first cannot be told from latents, and is taken as said.
         feed_forward: a regular expression for the paths of feed-forwards of visual tokens (B, N, C), which a budget may then
             reuse, too. By default there are none.
         guidance_scale: the scale w of uncond + w · (cond - uncond), for the predicted errors of budgets.
@@ -216,14 +242,14 @@ class Adapter:
             raise InputsInvalid(f"got tokens={self.tokens!r:.200}, wanted tokens(model, call), which gives arrowhead.Tokens")
         if self.cfg is not None and not (isinstance(self.cfg, str) and self.cfg in get_args(BranchOrder)):
             raise InputsInvalid(
-                f"got cfg={self.cfg!r}, wanted one of {', '.join(get_args(BranchOrder))}, or None without guidance"
+                f"got cfg={self.cfg!r:.200}, wanted one of {', '.join(get_args(BranchOrder))}, or None without guidance"
             )
         scale = self.guidance_scale
         if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= torch.finfo(torch.float32).max:
-            raise InputsInvalid(f"got guidance_scale={scale!r}, wanted a finite number")
+            raise InputsInvalid(f"got guidance_scale={scale!r:.200}, wanted a finite number")
         if self.latent_channels is not None and not _at_least_one(self.latent_channels):
             raise InputsInvalid(
-                f"got latent_channels={self.latent_channels!r}, wanted a number of 1 or more, or None for all channels"
+                f"got latent_channels={self.latent_channels!r:.200}, wanted a number of 1 or more, or None for all channels"
             )
 
 
@@ -249,8 +275,8 @@ def matching_paths(pattern: str, root: nn.Module) -> list[str]:
     """
     if not (found := [path for path, _ in named_modules(root) if re.fullmatch(pattern, path)]):
         raise UnsupportedPipeline(
-            f"got an adapter with {pattern!r}, which no path in a {type(root).__name__} matches; wanted a regular expression "
-            "for whole paths, as model.named_modules() has them"
+            f"got an adapter with {pattern!r:.200}, which no path in a {type(root).__name__} matches; wanted a regular "
+            "expression for whole paths, as model.named_modules() has them"
         )
     return found
 
@@ -288,8 +314,8 @@ def tokens_by_adapter(adapter: Adapter, root: nn.Module, call: Mapping[str, Any]
         found = adapter.tokens(root, call)
     except Exception as error:
         raise InputsInvalid(
-            f"got {type(error).__name__} ({error}) from the adapter's tokens(model, call) with {', '.join(call)}; wanted "
-            "arrowhead.Tokens"
+            f"got {type(error).__name__} ({error!s:.300}) from the adapter's tokens(model, call) with {', '.join(call)}; "
+            "wanted arrowhead.Tokens"
         ) from error
     if not isinstance(found, Tokens):
         raise InputsInvalid(f"got a {type(found).__name__} from the adapter's tokens(model, call), wanted arrowhead.Tokens")

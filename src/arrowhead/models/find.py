@@ -45,7 +45,9 @@ def find(pipe: "DiffusionPipeline | CustomModel", kinds: Collection[Kind] = ATTE
         raise UnsupportedPipeline(
             f"got kinds {', '.join(sorted(kinds))} for a {type(transformer).__name__}, wanted some that it has: {there}"
         )
-    return Model(pipe, transformers, family, order, modules)
+    model = Model(pipe, transformers, family, order, modules)
+    model.require_signatures()
+    return model
 
 
 def _family_of(pipe: "DiffusionPipeline", transformers: Sequence[Any]) -> Family:
@@ -120,7 +122,9 @@ def _find_custom(custom: CustomModel, kinds: Collection[Kind]) -> Model:
         raise UnsupportedPipeline(f"got kinds {', '.join(sorted(kinds))}, of which the adapter of a {family.name} names none")
     order = {path: place for place, (path, _) in enumerate(named_modules(root))}
     in_order = dict(sorted(modules.items(), key=lambda item: order[item[0].path]))
-    return Model(custom, (root,), family, adapter.cfg or "cond_first", in_order, forwards)
+    model = Model(custom, (root,), family, adapter.cfg or "cond_first", in_order, forwards)
+    model.require_signatures()
+    return model
 
 
 def _family_by_adapter(adapter: Adapter, root: nn.Module) -> Family:

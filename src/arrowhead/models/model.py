@@ -12,6 +12,7 @@ from torch import nn
 from arrowhead.errors import InputsInvalid
 from arrowhead.models.custom import CustomModel, Forward
 from arrowhead.models.family import Family
+from arrowhead.models.signatures import method_signature
 from arrowhead.plans.layout import Branches, BranchOrder, Site, Tokens, relevant_tokens
 from arrowhead.plans.target import NO_SCHEDULER, Target, to_json_value
 from arrowhead.upstream import uncompiled
@@ -108,7 +109,8 @@ class Model:
         Raises:
             InputsInvalid: the pipeline's call does not take them.
         """
-        return _by_name(inspect.signature(self.pipe.__call__), args, kwargs, type(self.pipe).__name__)
+        signature, name = method_signature(type(self.pipe), "__call__"), type(self.pipe).__name__
+        return dict([*_by_name(signature, (self.pipe, *args), kwargs, name).items()][1:])  # without the pipeline itself
 
     def transformer_arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the arguments of a call of the transformer by name, defaults included, with the transformer as the first.
@@ -122,7 +124,16 @@ class Model:
     def _forward_parameters(self) -> "_Parameters":
         """The parameters of the family's class: a subclass may take `*args`."""
         known: Any = next(cls for cls in type(self.transformer).__mro__ if cls.__name__ == self.family.transformer)
-        return _Parameters(inspect.signature(known.forward), "the transformer")
+        return _Parameters(method_signature(known, "forward"), "the transformer")
+
+    def require_signatures(self) -> None:
+        """Check that the arguments of a call of the pipeline, and of the transformer, have names.
+
+        Raises:
+            UnsupportedPipeline: a wrapper hides them.
+        """
+        method_signature(type(self.pipe), "__call__")
+        assert self._forward_parameters
 
     def latents(self, arguments: Mapping[str, Any]) -> Any:
         """The latents, (B, …) or a list of B, of a call of the transformer with these `transformer_arguments`."""

@@ -14,6 +14,9 @@ from arrowhead.models.head_separation import can_project_heads_separately
 from arrowhead.plans.layout import ALL_KINDS, Kind, Site
 from arrowhead.upstream import named_modules
 
+APART = "arrowhead.Attention(projections=False, head_dim=...), by which the layers that are there are counted"
+"""The remedy where a module does not have the four projections that are counted otherwise."""
+
 
 def sites_in(family: Family, root: nn.Module, kinds: Collection[Kind], prefix: str = "") -> Iterator[tuple[Site, nn.Module]]:
     """The sites of these kinds in a module, in the order of its modules: blocks before their parts. `prefix` is its path."""
@@ -33,22 +36,41 @@ def sites_in(family: Family, root: nn.Module, kinds: Collection[Kind], prefix: s
 def custom_attention_site(family: Family, path: str, module: nn.Module, attention: Attention) -> Site:
     """The site of a custom model's attention module; all its linear layers together are taken for Q, K, V and output.
 
+    Where the module projects nothing, its linear layers, if any, multiply each token besides.
+
     Raises:
         UnsupportedPipeline: the linear layers are no four projections of heads, or the number of heads is not known.
     """
     if attention.replacement_forward() is None and hasattr(module, "processor") and hasattr(module, "to_q"):
         return replace(_self_attention(family, path, module), joint=attention.joint, over=attention.over)
-    linears = [*_linears(module).values()]
-    heads = attention.head_count(module)
+    linears, heads, head_dim = [*_linears(module).values()], attention.head_count(module), attention.head_dim
+    weights, kind = sum(map(_size, linears)), type(module).__name__
+    if not attention.projections:
+        assert head_dim is not None  # Attention requires it
+        return Site(
+            path,
+            heads,
+            head_dim,
+            attention.channels or heads * head_dim,
+            joint=attention.joint,
+            projects_out="outside",
+            separable_heads=False,
+            weights=weights,
+            over=attention.over,
+        )
     channels = attention.channels or (linears[0].in_features if linears else 0)
-    head_dim = attention.head_dim
     if head_dim is None and channels:
-        head_dim, rest = divmod(sum(map(_size, linears)), 4 * channels * heads)
+        head_dim, rest = divmod(weights, 4 * channels * heads)
         head_dim = 0 if rest else head_dim
     if not channels or not head_dim:
         raise UnsupportedPipeline(
-            f"{path}: got linear layers of a {type(module).__name__} that are not those of Q, K, V and output for {heads} "
-            "heads; wanted them, or arrowhead.Attention(head_dim=..., channels=...)"
+            f"{path}: got linear layers of a {kind} that are not those of Q, K, V and output for {heads} heads; wanted "
+            f"them, or {APART}; where these layers are no torch.nn.Linear, arrowhead.Attention(head_dim=..., channels=...)"
+        )
+    if weights not in (0, 4 * channels * heads * head_dim) or next(module.parameters(), None) is None:
+        raise UnsupportedPipeline(
+            f"{path}: got a {kind} with {weights} weights in linear layers, wanted {4 * channels * heads * head_dim}, those of "
+            f"Q, K, V and output for {heads} heads of {head_dim} and {channels} channels, which FLOPs would count; or {APART}"
         )
     return Site(path, heads, head_dim, channels, joint=attention.joint, separable_heads=False, over=attention.over)
 

@@ -66,11 +66,14 @@ def projection_flops(site: Site, tokens: Tokens, heads: int) -> float:
         if site.kind == "cross_attention":
             flops += 4 * site.head_dim * tokens.visual * tokens.text
         return flops + sum(projection_flops(inner, tokens, inner.heads) for inner in site.within)
+    besides = site.weights * site.tokens(tokens).total * site.sequences(tokens)
+    if site.projects_out == "outside":
+        return 2 * besides
     visual, text = _input_elements(site, tokens)
     projected_out = {"all": visual + text, "visual": visual, "none": 0}[site.projects_out]
     kv_heads = heads if site.kv_heads is None else site.kv_heads
     multiply_adds = site.head_dim * ((heads + 2 * kv_heads) * (visual + text) + site.heads * projected_out)
-    return 2 * (multiply_adds + site.weights * site.tokens(tokens).total * site.sequences(tokens))
+    return 2 * (multiply_adds + besides)
 
 
 def _input_elements(site: Site, tokens: Tokens) -> tuple[int, int]:

@@ -116,7 +116,8 @@ class Site:
         head_dim: channels of a head, D. Sites of other kinds have the width of their output.
         channels: channels of the visual tokens at the input and output.
         joint: the site attends over text and visual tokens; other sites attend over the visual tokens alone.
-        projects_out: the tokens that the site's output projection multiplies.
+        projects_out: the tokens that the site's output projection multiplies; "outside": Q, K, V and the output are projected
+            outside of the module, or not at all.
         separable_heads: Q, K and V of single heads can be computed without those of the others. A LoRA can change this while
             a pipeline is used, so it is no part of what a plan is bound to. Called "heads_apart" in files.
         kv_heads: heads of keys and values, a divisor of `heads`, where several heads of queries share them; else None.
@@ -141,7 +142,7 @@ class Site:
     head_dim: int
     channels: int
     joint: bool = False
-    projects_out: Literal["all", "visual", "none"] = "all"
+    projects_out: Literal["all", "visual", "none", "outside"] = "all"
     separable_heads: Annotated[bool, pydantic.Field(alias="heads_apart")] = field(default=True, compare=False)
     kv_heads: int | None = None
     kind: Kind = "self_attention"

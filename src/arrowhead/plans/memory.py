@@ -118,7 +118,7 @@ class _EntryBytes:
         site, own = self.site, self.site.tokens(self.tokens)
         heads_width = site.heads * site.head_dim  # of tokens that the site does not project
         image_width = heads_width if site.projects_out == "none" else site.channels
-        text_width = (site.text_channels or site.channels) if site.projects_out == "all" else heads_width
+        text_width = (site.text_channels or site.channels) if site.projects_out in ("all", "outside") else heads_width
         return own.visual * site.sequences(self.tokens) * self._token(image_width) + own.text * self._token(text_width)
 
     def heads(self, heads: tuple[int, ...] | None) -> int:

@@ -11,7 +11,7 @@ each kind of budget ends with a few generations, in which candidates are measure
 import math
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from arrowhead.calibration.driver import Driver
-from arrowhead.engine.forward_hooks import forward_replaced
+from arrowhead.engine.changes import Changes
+from arrowhead.engine.forward_hooks import replace_forward
 from arrowhead.engine.install import applied
 from arrowhead.errors import InputsInvalid
 from arrowhead.models.model import transformers_of
@@ -93,11 +94,11 @@ def measured_seconds(driver: Driver, plan: Plan) -> tuple[float, float]:
 
     for chosen in (None, plan):
         seconds.append(0.0)
-        with ExitStack() as entered:
-            entered.enter_context(nullcontext() if chosen is None else applied(driver.pipe, chosen))
-            generate = entered.enter_context(driver.running())
+        changes = Changes()
+        with nullcontext() if chosen is None else applied(driver.pipe, chosen), changes, changes:
+            generate = driver.prepare(changes)
             for transformer in transformers_of(driver.pipe):
-                entered.enter_context(forward_replaced(transformer, partial(timing, transformer.forward)))
+                replace_forward(transformer, partial(timing, transformer.forward), changes)
             generate()
     return seconds[0], seconds[1]
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from arrowhead.calibration.driver import Driver, latents_of_loop
-from arrowhead.calibration.outputs import output_with, sample_of
+from arrowhead.calibration.outputs import output_with, sample_of, stacked
 from arrowhead.calibration.run import CalibrationRun
 from arrowhead.calibration.step import Step
-from arrowhead.engine.forward_hooks import forward_replaced
+from arrowhead.engine.changes import Changes
+from arrowhead.engine.forward_hooks import replace_forward
 from arrowhead.errors import InputsInvalid
 from arrowhead.models.model import Model
 from arrowhead.searches.budget.sensitivity.cfg import Guidance
@@ -29,7 +30,7 @@ def run_loop(
     outputs: list[Any] = []
 
     def noted(step: Step) -> None:
-        latents.extend(each.clone() for each in step.latents)
+        latents.extend(stacked(each).clone() for each in step.latents)
         on_step(step)
         outputs.extend(step.outputs)
 
@@ -65,6 +66,11 @@ class LoopReplay:
             InputsInvalid: the loop does not give the same latents again.
         """
         calls = len(self.outputs) // steps
+        if len(self.final) != images:
+            raise InputsInvalid(
+                f"got final latents of {len(self.final)} images from the callable, wanted those of {images}, as many as the "
+                "model is given latents of; return the whole batch, a tensor (B, C, …) or a list"
+            )
         starts = [given[:images].float() for given in self.given[::calls]]
         guided = [self._guided(self.outputs[step * calls : (step + 1) * calls]) for step in range(steps)]
         before, reference = self._replayed({})
@@ -105,7 +111,7 @@ class LoopReplay:
                 raise InputsInvalid(
                     f"got more than {call} calls of the model when the loop runs again; wanted as many; see arrowhead.search"
                 )
-            given.append(self.model.latents(self.model.transformer_arguments(args, kwargs)).clone())
+            given.append(stacked(self.model.latents(self.model.transformer_arguments(args, kwargs))).clone())
             output = self.outputs[call]
             sample = sample_of(output).clone()
             if call in errors:
@@ -113,7 +119,10 @@ class LoopReplay:
                 direction += errors[call].repeat(len(sample) // len(errors[call]), *[1] * (sample.ndim - 1)).to(sample.dtype)
             return output_with(output, sample)
 
-        with self.driver.running() as generate, forward_replaced(self.model.transformer, replay), torch.no_grad():
+        changes = Changes()
+        with torch.no_grad(), changes, changes:
+            generate = self.driver.prepare(changes)
+            replace_forward(self.model.transformer, replay, changes)
             final = latents_of_loop(generate())
         return given, final
 

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from independent import dense_mask, few
+from test_flex import compiles
 from test_kernels import random_qkv
 
 from arrowhead.kernels import dispatch
@@ -71,6 +72,8 @@ def test_every_kernel_gives_what_the_definition_does(kernel, text, radii, dtype,
         assert not eight[hidden].any()
 
 
+@pytest.mark.slow  # each is compiled
+@compiles
 @pytest.mark.parametrize("kind", [bool, (torch.float32, -torch.inf), (torch.float32, None)], ids=str)
 def test_flex_too(kind):
     tokens, radii = Tokens(150, 5), [8, None]

@@ -30,6 +30,7 @@ from arrowhead.errors import (
     AlreadyApplied,
     ArrowheadError,
     BandCoversAll,
+    GuidanceMissing,
     GuidanceNotPlanned,
     InputsInvalid,
     KernelUnavailable,
@@ -73,6 +74,16 @@ def test_a_plan_that_shares_branches_where_there_is_one(either, images):
         assert_same(got, wanted)
         either.pipe(**either.inputs())
         assert run.summary().notes == ()
+
+
+def test_a_plan_made_with_guidance_used_without_it(either):
+    """Also where it shares nothing."""
+    grid = ["FFF", "WXW", "RRR", "wWR", "FWR"]
+    with ah.applied(either.pipe, plan(either, grid)) as run:
+        with pytest.warns(GuidanceMissing, match=r"guidance is off.*with guidance.*search again without guidance"):
+            got = trace(either, either.inputs(guidance=1.0))
+        assert any("guidance is off" in note for note in run.summary().notes)
+    assert_same(got, replay(either, grid, either.inputs(guidance=1.0), guided=False))
 
 
 def test_a_plan_made_without_guidance_used_with_it(either):

@@ -90,6 +90,13 @@ class GuidanceNotPlanned(ArrowheadWarning):
     """
 
 
+class GuidanceMissing(ArrowheadWarning):
+    """The plan was made with guidance, but a generation has none.
+
+    Given when a generation begins, unless `ShareCfgIgnored` is. Search again without guidance for a plan that fits it.
+    """
+
+
 class PlanDerived(ArrowheadWarning):
     """The plan was derived by `Plan.resample`, for other steps or tokens than it was found for.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
 COMPILED = "_compiled_call_impl"
 """The attribute of a module that torch calls in place of the module's own call. `Module.compile` sets it.
@@ -55,6 +55,11 @@ def no_dispatch_modes() -> AbstractContextManager[Any]:
     Without it FlexAttention is not compiled under a counter, and comparing two forwards would be counted.
     """
     return _disable_current_modes()
+
+
+def dispatch_mode_is_active() -> bool:
+    """Whether a mode, such as a counter of FLOPs, sees operators that run. Without it FlexAttention would not be counted."""
+    return _get_current_dispatch_mode() is not None
 
 
 def graph_break(message: str) -> None:

@@ -180,12 +180,12 @@ def _stand_in(name: str, value: Any, function: types.FunctionType) -> Any:
     for module, stand_in in _MODULES:
         if value is module:  # other functions of torch are no reason for a clone
             return stand_in if uses_attribute(function.__code__, SDPA) else None
-    if _is_attention(value):
+    if is_attention(value):
         return _hooked_function(value)
     return _hooked_dispatch(value) if name == "dispatch_attention_fn" and callable(value) else None
 
 
-def _is_attention(function: Any) -> bool:
+def is_attention(function: Any) -> bool:
     """Whether a function is torch's scaled_dot_product_attention, or what a user has put in its place."""
     return function is TORCH_ATTENTION or function is F.scaled_dot_product_attention
 
@@ -200,7 +200,7 @@ class HookedAttention(TorchFunctionMode):
     """Within a `with` block, torch's scaled_dot_product_attention is hooked, by whatever name it is called."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if _is_attention(function):
+        if is_attention(function):
             return _answered(function, args, kwargs or {})
         return function(*args, **(kwargs or {}))
 

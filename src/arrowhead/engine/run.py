@@ -27,6 +27,7 @@ from arrowhead.errors import (
     AlreadyGenerating,
     ArrowheadError,
     GenerationUnfinished,
+    GuidanceMissing,
     GuidanceNotPlanned,
     NotIntercepted,
     PlanAdapted,
@@ -216,6 +217,12 @@ class Run:
                 "guidance is off, so there is one CFG branch and nothing to share",
                 "search again without guidance for a plan of its own",
                 ShareCfgIgnored,
+            )
+        elif self.plan.guided and not branches.guided:
+            self._note(
+                "guidance is off, and the plan was made with guidance, by whose errors it was chosen",
+                "search again without guidance for a plan of its own",
+                GuidanceMissing,
             )
         if branches.guided and not self.plan.guided:
             self._note(

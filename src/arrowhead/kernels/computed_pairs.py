@@ -5,8 +5,6 @@ So some pairs are computed and masked. Pairs beyond the end of the sequence, whe
 
 from functools import lru_cache
 
-import torch
-
 from arrowhead.kernels import flex
 from arrowhead.kernels.call import Call
 from arrowhead.kernels.cpu import chunked, windows
@@ -37,7 +35,7 @@ def computed_pairs(way: Way, tokens: Tokens, radius: Radius | None) -> int:
     if isinstance(radius, Box):
         return masks.pairs(tokens, radius)
     if name == "flex":
-        return _in_blocks(tokens, radius)
+        return flex.computed_pairs(tokens, radius)
     visual, text = tokens.visual, tokens.text
     if name == "fused":
         band = sum(_in_tiles(start, min(start + queries, visual), visual, radius, keys) for start in range(0, visual, queries))
@@ -70,10 +68,3 @@ def _in_tiles(start: int, stop: int, visual: int, radius: int, keys: int) -> int
     """Of a block of queries: tiles of keys that overlap its band."""
     low, high = max(start - radius, 0) // keys * keys, min(-(-min(stop + radius, visual) // keys) * keys, visual)
     return (stop - start) * (high - low)
-
-
-def _in_blocks(tokens: Tokens, radius: int) -> int:
-    """Of all queries: blocks of queries × keys in which some pair is kept."""
-    some, _ = flex.block_kinds(tokens, torch.tensor([radius]))
-    sizes = (tokens.total - torch.arange(0, tokens.total, flex.BLOCK)).clamp(max=flex.BLOCK)
-    return int((some[0] * sizes[:, None] * sizes[None, :]).sum())

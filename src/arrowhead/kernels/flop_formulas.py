@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from arrowhead.upstream import CPU_ATTENTION
 
@@ -38,6 +39,14 @@ class _CounterFinder(MetaPathFinder):
         return spec
 
 
+@torch.library.custom_op("arrowhead::count_pairs", mutates_args=())
+def count_pairs(q: Tensor, pairs: int) -> None:
+    """Does nothing: it tells a counter of the pairs that a compiled kernel computes, which runs without counters.
+
+    `q` has D channels, and `pairs` are those of all its samples and heads.
+    """
+
+
 def register() -> None:
     """Let every counter that is made from now on know the formulas."""
     if COUNTER in sys.modules:
@@ -49,6 +58,7 @@ def register() -> None:
 def _register(counter: Any) -> None:
     if CPU_ATTENTION not in counter.flop_registry:
         counter.register_flop_formula(CPU_ATTENTION)(_attention_flops)
+        counter.register_flop_formula(torch.ops.arrowhead.count_pairs)(_pairs_flops)
     if torch.version.cuda is not None:
         with suppress(ImportError):  # without a triton that fits, the fused kernel does not run either
             import_module("arrowhead.kernels.triton.ops")
@@ -57,3 +67,7 @@ def _register(counter: Any) -> None:
 def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
     """Both matmuls, masked pairs included."""
     return 2 * query[:-1].numel() * key[-2] * (query[-1] + value[-1])
+
+
+def _pairs_flops(q: torch.Size, pairs: int, **_: Any) -> int:
+    return 4 * q[-1] * pairs

@@ -10,7 +10,7 @@ from torch import dtype
 
 from arrowhead.errors import InputsInvalid, PlanInvalid, PlanMismatch
 from arrowhead.plans import atomic_write, file_format, flops, limits, memory, resample
-from arrowhead.plans.about import require_about
+from arrowhead.plans.about import about_in_file, require_about
 from arrowhead.plans.cells import FULL, Attend, Cell, Full, Reuse, method_name, paper_name, uses_box
 from arrowhead.plans.layout import Site, Tokens, outermost
 from arrowhead.plans.lifetimes import first_fault
@@ -302,9 +302,10 @@ class Plan:
         """Write the plan as JSON into a file, which `load` reads. A file of this name is replaced, completely or not at all.
 
         Raises:
-            PlanInvalid: the text is longer than `load` reads.
+            PlanInvalid: the text is longer than `load` reads, or `about` has what JSON has not.
             FileUnwritable: the file cannot be written, or the disk is full.
         """
+        about_in_file(self.about, PlanInvalid)
         try:
             limits.require_length(text := self.text())
         except ValueError as error:

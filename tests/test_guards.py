@@ -1,6 +1,7 @@
 """What would go wrong unseen: named instead, or right all the same."""
 
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 
 import pytest
 import torch
@@ -64,10 +65,45 @@ def test_skipped_guidance_layers():
         with pytest.raises(InputsInvalid, match="skip_guidance_layers"):
             ah.search(bench.pipe, inputs, progress=False)
         with (
-            ah.applied(bench.pipe, uniform_plan(bench, ["FFF"] * 5)),
+            ah.applied(bench.pipe, uniform_plan(bench, ["FFF"] * 5), changes="refuse"),
             pytest.raises(InputsInvalid, match="skip_guidance_layers"),
         ):
             bench.pipe(**inputs)
+
+
+@pytest.mark.parametrize("grid", [["FFF"] * 5, ["FFF", "FFF", "RRR", "WWW", "RRR"]], ids=["full", "mixed"])
+def test_a_call_for_skipped_layers_runs_in_full_beside_the_plan(grid):
+    """As a copy of the transformer that carries no plan gives it."""
+    bench = sd3()
+    transformer = bench.pipe.transformer
+    untouched, forward, skipped = deepcopy(transformer), transformer.forward, []
+
+    def by_copy(*args, **kwargs):
+        if kwargs.get("skip_layers") is None:
+            return forward(*args, **kwargs)
+        skipped.append(kwargs["skip_layers"])
+        return untouched(*args, **kwargs)
+
+    def generate():
+        return bench.pipe(
+            **bench.inputs(skip_guidance_layers=[1], skip_layer_guidance_start=0.1, skip_layer_guidance_stop=0.9)
+        )[0]
+
+    raw = generate()
+    plan = uniform_plan(bench, grid)
+    with left_as_it_was(bench), ah.applied(bench.pipe, plan) as run:
+        given = generate()
+        notes, flops = run.summary().notes, run.summary().flops
+        assert run.cache_bytes == 0
+    transformer.forward = by_copy
+    with ah.applied(bench.pipe, plan):
+        wanted = generate()
+    del transformer.forward
+    assert torch.equal(given, wanted)
+    assert torch.equal(given, raw) is (grid[-1] == "FFF")
+    assert skipped
+    assert notes == (f"{len(skipped)} calls of the transformer beside the steps' own ran in full, and are not counted",)
+    assert flops.module == pytest.approx(plan.flops().module)
 
 
 @pytest.mark.parametrize("settings", [{"loss": "signed"}, {"threshold": "D6"}], ids=str)

@@ -146,7 +146,7 @@ class CustomRun(Run):
         self._state = _State.IN_CALL
         self._branch_check = BranchCheck(branches)
 
-    def _tick(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _tick(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if self._state is _State.IDLE:
             if self._announced:
                 raise PlanMismatch(f"got a call of the model after the last one of step {self._announced}; say step(0) first")
@@ -154,7 +154,7 @@ class CustomRun(Run):
                 self._times.require_start(numbers_of(self._model.transformer_arguments(args, kwargs)), self.plan.steps)
             self._begin(self._model.branches({}))
             self._state = _State.IN_LOOP
-        super()._tick(module, args, kwargs)
+        planned = super()._tick(module, args, kwargs)
         self._check_call(args, kwargs)
         generation = self._generation if self._state is _State.IN_LOOP else None
         if generation is not None and self._announced is not None and generation.step != self._announced:
@@ -163,6 +163,7 @@ class CustomRun(Run):
                 f"got more than {calls} calls of the model in step {self._announced}, wanted {calls} in each step; call "
                 "run.step(i) where a step begins"
             )
+        return planned
 
     def _check_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Check that a call has the CFG branches that the adapter says, and is of the generation that is going on."""

@@ -126,8 +126,13 @@ class Run:
 
     def _counted(self, transformer: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Count a call of the transformer, outside of what is compiled of it, and run it."""
-        self._tick(transformer, args, kwargs)
-        return call(*args, **kwargs)
+        if self._tick(transformer, args, kwargs):
+            return call(*args, **kwargs)
+        generation, self._generation = self._generation, None  # the sites run as without a plan
+        try:
+            return call(*args, **kwargs)
+        finally:
+            self._generation = generation
 
     def _renew(self) -> None:
         """Stand around what has been compiled since the plan was applied, rather than within its graph."""
@@ -246,6 +251,8 @@ class Run:
             remedy = "call the pipeline so that it denoises, or remove the plan"
             self._note("the pipeline never called its transformer: nothing was compressed", remedy, SiteNotReached)
             return
+        if self._stats is not None and self._stats.beside:
+            self._say(f"{self._stats.beside} calls of the transformer beside the steps' own ran in full, and are not counted")
         generation = self._generation
         stats, missing = generation.stats, generation.branches.calls == 2 and generation.call == 0
         if missing and self.changes == "adapt":
@@ -304,13 +311,19 @@ class Run:
         self._branches = self._generation = None
         self._turn.clear()  # last: the next generation may begin
 
-    def _tick(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Advance the generation by one call of the transformer. Calls from outside the pipeline run uncompressed."""
+    def _tick(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Advance the generation by one call of the transformer. Returns False where the call is beside the plan.
+
+        Calls from outside the pipeline run uncompressed.
+        """
         branches, stats, clock = self._branches, self._stats, self._step_clock
         if branches is None or stats is None or clock is None:
-            return
+            return True
         clock.require_same_thread(type(transformer).__name__)
         arguments = self._model.transformer_arguments(args, kwargs)
+        if self._model.family.beside(arguments):
+            stats.beside += 1
+            return False
         tokens, latents = self._model.tokens(arguments), len(self._model.latents(arguments))
         generation = self._generation
         if generation is None:
@@ -336,6 +349,7 @@ class Run:
             )
         self._site_plans = self._prepared.of(self._following.plan, tokens, generation.branches, self._inseparable)
         self._generation = generation
+        return True
 
     def _around(self, call: SiteCall) -> Output:
         generation = self._generation

@@ -58,13 +58,14 @@ class Stats:
 
     `samples` are those of an image in one call of the transformer, and `calls` counts these calls. `done` has the samples of an
     image that each piece of work was done for; `attended` those of attention by kernels, with the way in which they computed.
-    `passes` are the site passes so far.
+    `passes` are the site passes so far. `beside` counts calls of the transformer that are no step's own, and run in full.
     """
 
     samples: int
     calls: int = 0
     steps: int = 0
     passes: int = 0
+    beside: int = 0
     counts: Counter[PassCount] = field(default_factory=Counter)
     done: defaultdict[Work, float] = field(default_factory=lambda: defaultdict(float))
     attended: defaultdict[tuple[AttentionWork, Way], float] = field(default_factory=lambda: defaultdict(float))

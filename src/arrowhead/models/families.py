@@ -72,7 +72,8 @@ FAMILIES: tuple[Family, ...] = (
         ),
         tokens=image_then_text,
         guided=guidance_above_one,
-        unsupported_call=skip_layer_guidance,
+        guidance_changes=skip_layer_guidance,
+        beside=lambda call: call["skip_layers"] is not None,
     ),
     Family(
         name="FLUX.1",

@@ -43,7 +43,8 @@ class Family:
         by_sample: attention is called once for each sample, see `Site.by_sample`.
         separable_heads: Q, K and V of single heads can be computed alone where the layers allow it, see `Site.separable_heads`.
         unsupported_call: the option of a pipeline's call that no plan goes with, for the error; None where there is none.
-        guidance_changes: the option by which guidance is on in some steps and off in others, likewise. Searches refuse it.
+        guidance_changes: the option by which guidance is another one in some steps, likewise. Searches refuse it.
+        beside: whether a call of the transformer stands beside the steps' own, and runs in full.
         unsupported_transformer: the part of a transformer that no plan goes with, likewise.
         latents_argument: the transformer's argument that holds a latent for each sample.
         output_tokens: the number of tokens at the beginning of the output that the pipeline uses; None: all of them.
@@ -73,6 +74,7 @@ class Family:
     separable_heads: bool = True
     unsupported_call: Callable[[Mapping[str, Any]], str | None] = lambda _: None
     guidance_changes: Callable[[Mapping[str, Any]], str | None] = lambda _: None
+    beside: Callable[[Mapping[str, Any]], bool] = lambda _: False
     unsupported_transformer: Callable[[Any], str | None] = lambda _: None
     latents_argument: str = "hidden_states"
     output_tokens: Callable[[Mapping[str, Any]], int | None] = lambda _: None

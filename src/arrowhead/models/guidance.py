@@ -51,7 +51,7 @@ def first_step_below_boundary(pipe: Any) -> int | None:
 
 
 def skip_layer_guidance(call: Mapping[str, Any]) -> str | None:
-    """SD3's guidance by skipped layers, which is unsupported: a third call of the transformer in some steps."""
+    """SD3's guidance by skipped layers: a third call of the transformer in some steps."""
     skips = call.get("skip_guidance_layers")
     return None if skips is None else f"skip_guidance_layers={skips}, which calls the transformer once more in some steps"
 

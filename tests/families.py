@@ -67,6 +67,7 @@ class FamilyBench(Bench):
         text_seen: the text tokens that some site attends to, jointly or by cross-attention.
         two_calls: whether the CFG branches come in two calls.
         switch: the step, of five, from which a second transformer is called; None without one.
+        distilled: whether the pipeline has no unconditional branch at any scale.
         frames: the number of sequences that the visual tokens are for sites that attend within a frame.
         grid: the grid of the visual tokens where boxes are tested.
     """
@@ -75,6 +76,7 @@ class FamilyBench(Bench):
     text_seen: int = TEXT
     two_calls: bool = False
     switch: int | None = None
+    distilled: bool = False
     frames: int = 1
     grid: Grid | None = None
 
@@ -144,10 +146,10 @@ def wan22(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     return bench
 
 
-def qwen(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
+def qwen(dtype: torch.dtype = torch.float64, seed: int = 0, **config: Any) -> FamilyBench:
     """Text before image, padding masked; two calls."""
     sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "num_layers": 2, "axes_dims_rope": (2, 2, 4)}
-    model = QwenImageTransformer2DModel(in_channels=16, out_channels=4, joint_attention_dim=CHANNELS, **sizes)
+    model = QwenImageTransformer2DModel(in_channels=16, out_channels=4, joint_attention_dim=CHANNELS, **sizes, **config)
     randomise(model, seed, SHARP)
     pipe = QwenImagePipeline(flow(), None, None, None, model)
     inputs = _inputs(dtype, "true_cfg_scale", "{}prompt_embeds_mask", height=64, width=80)
@@ -165,11 +167,12 @@ def chroma(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     return FamilyBench(_finished(pipe, dtype), True, 4 * 5, inputs, TEXT, text_first=True, two_calls=True)
 
 
-def hunyuan_video(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
+def hunyuan_video(dtype: torch.dtype = torch.float64, seed: int = 0, **config: Any) -> FamilyBench:
     """Video before text, in two streams and then in one, padding masked; two calls."""
     sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "num_layers": 1, "num_single_layers": 1}
     text = {"text_embed_dim": CHANNELS, "pooled_projection_dim": POOLED, "num_refiner_layers": 1}
-    model = HunyuanVideoTransformer3DModel(in_channels=4, out_channels=4, rope_axes_dim=(2, 2, 4), **sizes, **text)
+    standard = {"in_channels": 4, "out_channels": 4, "rope_axes_dim": (2, 2, 4), **sizes, **text}
+    model = HunyuanVideoTransformer3DModel(**standard | config)
     randomise(model, seed, SHARP)
     pipe = HunyuanVideoPipeline(None, None, model, None, flow(), None, None)
     size = {"height": 64, "width": 48, "num_frames": 5}
@@ -187,11 +190,11 @@ def ltx(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     return FamilyBench(_finished(pipe, dtype), False, 2 * 4 * 3, inputs)
 
 
-def cogvideox(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
+def cogvideox(dtype: torch.dtype = torch.float64, seed: int = 0, in_channels: int = 4) -> FamilyBench:
     """Text before frames through the same layers; one batch, [uncond, cond]."""
     sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "num_layers": 2, "time_embed_dim": 8}
     shape = {"sample_width": 6, "sample_height": 8, "sample_frames": 5, "max_text_seq_length": TEXT}
-    model = CogVideoXTransformer3DModel(in_channels=4, out_channels=4, text_embed_dim=CHANNELS, **sizes, **shape)
+    model = CogVideoXTransformer3DModel(in_channels=in_channels, out_channels=4, text_embed_dim=CHANNELS, **sizes, **shape)
     randomise(model, seed, SHARP)
     pipe = CogVideoXPipeline(None, None, None, model, CogVideoXDDIMScheduler(prediction_type="v_prediction"))
     inputs = _inputs(dtype, "guidance_scale", None, height=64, width=48, num_frames=5)

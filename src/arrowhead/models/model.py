@@ -79,7 +79,17 @@ class Model:
         None for a custom model: the length of its loop is not known before the loop ends.
         """
         scheduler = self.pipe.scheduler
-        return None if scheduler is None else len(scheduler.timesteps) - (getattr(scheduler, "begin_index", None) or 0)
+        return None if scheduler is None else len(scheduler.timesteps) - self.timesteps_left_out
+
+    @property
+    def timesteps_left_out(self) -> int:
+        """The scheduler's timesteps that the running call leaves out at the beginning, because it starts from an image.
+
+        Pipelines from video to video do so without telling the scheduler.
+        """
+        begin = getattr(self.pipe.scheduler, "begin_index", None)
+        timesteps = len(self.pipe.scheduler.timesteps)
+        return begin if begin is not None else max(0, timesteps - getattr(self.pipe, "_num_timesteps", timesteps))
 
     @property
     def scheduler_step(self) -> int | None:

@@ -10,6 +10,20 @@ UNSUPPORTED: dict[str, str] = {
 }
 """By the name of the transformer's class, the part of the class that does not fit."""
 
+PERTURBED = "perturbed-attention guidance: a third branch in the batch, whose attention is left out"
+CONDITIONS = "a sequence of several images and texts for each sample, whose layout the families table cannot describe"
+UNSUPPORTED_PIPELINES: dict[str, str] = {
+    "StableDiffusion3PAGPipeline": PERTURBED,
+    "StableDiffusion3PAGImg2ImgPipeline": PERTURBED,
+    "PixArtSigmaPAGPipeline": PERTURBED,
+    "HunyuanDiTPAGPipeline": PERTURBED,
+    "LTXI2VLongMultiPromptPipeline": "several windows of the video in one call, each of them with a loop over the timesteps",
+    "ZImageOmniPipeline": CONDITIONS,
+    "Flux2KleinKVPipeline": "reference images in the first step alone, whose keys and values the later steps attend to",
+    "VisualClozePipeline": "a second pipeline that runs after the first; give its `generation_pipe`",
+}
+"""By the name of the pipeline's class, the part of the call that no plan goes with. The transformer's class is supported."""
+
 
 def attention_to_an_image(transformer: Any) -> str | None:
     """The attention to an image that Wan 2.1's image-to-video transformers have within their cross-attention."""

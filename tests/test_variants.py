@@ -18,7 +18,7 @@ from diffusers import (
     SD3ControlNetModel,
     ZImageControlNetModel,
 )
-from families import HUNYUAN_TEXTS, FamilyBench, chroma, flow, flux2, hunyuan_dit, qwen, wan, wan_transformer, z_image
+from families import HUNYUAN_TEXTS, FamilyBench, chroma, cogview4, flow, flux2, hunyuan_dit, qwen, wan, wan_transformer, z_image
 from family_replay import random_cells, replaying
 from PIL import Image
 from pipelines import CAPTION, POOLED, randomise, sd3, vae
@@ -123,6 +123,11 @@ def of_wan(cls, parts, second=False, frames=False):
     return bench
 
 
+def of_cogview4(cls, parts):
+    bench = FamilyBench(None, True, 16, None, CAPTION[0], text_first=True, two_calls=True)
+    return made(cls, cogview4(in_channels=8), 4, {"text_encoder": None, "tokenizer": None}, parts, bench, halvings=3)
+
+
 def of_hunyuan_dit(cls, parts):
     base = hunyuan_dit()
     sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "hidden_size": 16, "sample_size": 8}
@@ -207,6 +212,7 @@ VARIANTS: dict[str, tuple[Callable[..., FamilyBench], dict[str, Any]]] = {
     "ZImageInpaintPipeline": (of_z_image, {"parts": "mask"}),
     "ZImageControlNetPipeline": (of_z_image, {"parts": "control", "controls": 4}),
     "ZImageControlNetInpaintPipeline": (of_z_image, {"parts": "mask, control", "controls": 9}),
+    "CogView4ControlPipeline": (of_cogview4, {"parts": "control"}),
     "HunyuanDiTControlNetPipeline": (of_hunyuan_dit, {"parts": "control"}),
     "WanImageToVideoPipeline": (of_wan, {"parts": "image", "second": True}),
     "WanImageToVideoPipeline, 5B": (of_wan, {"parts": "image", "frames": True}),

@@ -4,16 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLCogVideoX, AutoencoderKLHunyuanVideo, AutoencoderKLLTXVideo, AutoencoderKLWan
-from families import FamilyBench, cogvideox, hunyuan_video, ltx, wan, wan_transformer
+from diffusers import AutoencoderKLCogVideoX, AutoencoderKLHunyuanVideo, AutoencoderKLLTXVideo
+from families import FamilyBench, cogvideox, hunyuan_video, ltx, skyreels, wan, wan_transformer, wan_vae
 from pipelines import randomise
 
 HEIGHT, WIDTH = 64, 48
-
-
-def wan_vae() -> AutoencoderKLWan:
-    means = {"latents_mean": [0.1] * 4, "latents_std": [1.1] * 4}
-    return AutoencoderKLWan(base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, **means)
 
 
 def cogvideox_vae() -> AutoencoderKLCogVideoX:
@@ -100,6 +95,26 @@ def of_ltx(cls: Any, each: bool = True) -> FamilyBench:
     return around(cls, ltx(), ltx_vae(), {"image": image(128, 96)}, each=each)
 
 
+def image_to_video(cls: Any, base: FamilyBench) -> FamilyBench:
+    """The image is in further channels, and its embeddings (B, 5, 16) are attended to beside the text."""
+    more = {"image_encoder": None, "image_processor": None}
+    bench = around(cls, base, wan_vae(), {"image": image()}, **more)
+    embeds = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(2)).double()
+    bench.pipe.encode_image = lambda *_: embeds
+    bench.text_seen = 0  # cross-attention is no site
+    return bench
+
+
+def of_wan21(cls: Any) -> FamilyBench:
+    return image_to_video(cls, wan(transformer=wan_transformer(0, in_channels=12, **TO_IMAGE)))
+
+
+def of_skyreels(cls: Any) -> FamilyBench:
+    return image_to_video(cls, skyreels(in_channels=12, **TO_IMAGE))
+
+
+TO_IMAGE = {"image_dim": 16, "added_kv_proj_dim": 16}
+
 VIDEO_VARIANTS: dict[str, tuple[Callable[..., FamilyBench], dict[str, Any]]] = {
     "WanVideoToVideoPipeline": (of_wan, {}),
     "LucyEditPipeline": (of_lucy, {}),
@@ -111,4 +126,6 @@ VIDEO_VARIANTS: dict[str, tuple[Callable[..., FamilyBench], dict[str, Any]]] = {
     "HunyuanSkyreelsImageToVideoPipeline": (of_hunyuan, {"in_channels": 8}),
     "LTXImageToVideoPipeline": (of_ltx, {}),
     "LTXConditionPipeline": (of_ltx, {"each": False}),
+    "WanImageToVideoPipeline, 2.1": (of_wan21, {}),
+    "SkyReelsV2ImageToVideoPipeline": (of_skyreels, {}),
 }

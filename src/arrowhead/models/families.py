@@ -24,7 +24,6 @@ from arrowhead.models.token_layouts import (
     registers_and_text_then_image,
     text_then_image,
     text_then_packed_image,
-    video_with_text,
 )
 from arrowhead.models.video_families import VIDEO_FAMILIES
 
@@ -93,7 +92,6 @@ FAMILIES: tuple[Family, ...] = (
                 "FluxControlNetInpaintPipeline",
                 "FluxKontextPipeline",
                 "FluxKontextInpaintPipeline",
-                "VisualClozeGenerationPipeline",
             ],
             "two_calls",
         ),
@@ -130,7 +128,6 @@ FAMILIES: tuple[Family, ...] = (
                 "QwenImageEditPipeline",
                 "QwenImageEditInpaintPipeline",
                 "QwenImageEditPlusPipeline",
-                "QwenImageLayeredPipeline",
             ],
             "two_calls",
         ),
@@ -234,14 +231,15 @@ FAMILIES: tuple[Family, ...] = (
         left_alone="the text's own feed-forwards (except in whole blocks), embeddings",
     ),
     Family(
-        name="LongCat-Image",
-        transformer="LongCatImageTransformer2DModel",
-        site_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
-        joint_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
-        branch_order={"LongCatImagePipeline": "two_calls"},
-        tokens=text_then_packed_image,
+        name="CogView3-Plus",  # its blocks return the image before the text
+        transformer="CogView3PlusTransformer2DModel",
+        site_pattern=r"transformer_blocks\.\d+\.attn1",
+        joint_pattern=r"transformer_blocks\.\d+\.(attn1|ff)",
+        block_pattern=NONE,
+        branch_order={"CogView3PlusPipeline": "uncond_first"},
+        tokens=text_then_image,
         guided=guidance_above_one,
-        left_alone="the text's own feed-forwards (except in whole blocks), embeddings",
+        left_alone="whole blocks, embeddings, output layer",
     ),
     Family(
         name="CogView4",  # its blocks return the image before the text, and a feed-forward runs once for each

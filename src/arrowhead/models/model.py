@@ -89,7 +89,7 @@ class Model:
         """
         begin = getattr(self.pipe.scheduler, "begin_index", None)
         timesteps = len(self.pipe.scheduler.timesteps)
-        return begin if begin is not None else max(0, timesteps - getattr(self.pipe, "_num_timesteps", timesteps))
+        return begin if begin is not None else max(0, timesteps - getattr(self.pipe, "num_timesteps", timesteps))
 
     @property
     def scheduler_step(self) -> int | None:

@@ -91,23 +91,15 @@ def text_then_packed_image(_: Any, call: Mapping[str, Any]) -> Tokens:
     return Tokens(visual, text, text_first=True, grid=grid)
 
 
-def image_tokens_by_positions(call: Mapping[str, Any]) -> int | None:
-    """The number of the image's own tokens in a call of FLUX: the first ones, at time 0. Reference images have later times.
-
-    None, which means all tokens, where no token has time 0: VisualCloze denoises a grid of images at the times 1, 2 and so on.
-    """
+def image_tokens_by_positions(call: Mapping[str, Any]) -> int:
+    """The number of the image's own tokens in a call of FLUX: the first ones, at time 0. Reference images have later times."""
     times = call["img_ids"][..., 0].flatten()[: call["hidden_states"].shape[1]]  # of (V, 3), or (B, V, 4)
-    return int((times == 0).sum()) or None
+    return int((times == 0).sum())
 
 
 def image_tokens_by_shapes(call: Mapping[str, Any]) -> int | None:
-    """The number of the image's own tokens in a call of Qwen-Image: the first ones, of the first shape.
-
-    Qwen-Image-Layered, which alone has `additional_t_cond`, draws all layers: all shapes but the last, the given image's.
-    """
+    """The number of the image's own tokens in a call of Qwen-Image: the first ones, of the first shape."""
     shapes = call["img_shapes"]
-    if shapes is not None and call.get("additional_t_cond") is not None:
-        return sum(map(math.prod, shapes[0][:-1]))
     return None if shapes is None else math.prod(_image_shape(shapes))
 
 

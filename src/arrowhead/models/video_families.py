@@ -14,7 +14,7 @@ from arrowhead.models.token_layouts import (
     video_then_text,
     video_with_text,
 )
-from arrowhead.models.unsupported import attention_to_an_image
+from arrowhead.models.unsupported import causal_blocks
 
 VIDEO_FAMILIES: tuple[Family, ...] = (
     Family(
@@ -29,10 +29,9 @@ VIDEO_FAMILIES: tuple[Family, ...] = (
         ),
         tokens=video_with_text,
         guided=guidance_above_one,
-        unsupported_transformer=attention_to_an_image,
         second_from=first_step_below_boundary,
         second_guidance_scale=second_or_first_scale,
-        left_alone="caption projection, step embeddings, output layer",
+        left_alone="caption projection, step embeddings, output layer; attention to an image, and whole blocks with it",
     ),
     Family(
         name="HunyuanVideo",  # its blocks return the video before the text
@@ -122,7 +121,8 @@ VIDEO_FAMILIES: tuple[Family, ...] = (
         branch_order={"SkyReelsV2Pipeline": "two_calls", "SkyReelsV2ImageToVideoPipeline": "two_calls"},
         tokens=video_with_text,
         guided=guidance_above_one,
-        left_alone="caption projection, step embeddings, output layer",
+        unsupported_transformer=causal_blocks,
+        left_alone="caption projection, step embeddings, output layer; attention to an image, and whole blocks with it",
     ),
     Family(
         name="Wan VACE",  # its VACE blocks give the main blocks what to follow

@@ -57,11 +57,12 @@ def on_tensors(function: Callable[..., Tensor], *outputs: Any) -> Any:
 
 
 class Replayed:
-    """A site of one transformer, replayed by its column of cells."""
+    """A site of one transformer, replayed by its column of cells; guidance ends before the step `ends`."""
 
-    def __init__(self, site: Site, column: Sequence[Cell], bench: FamilyBench, guided: bool) -> None:
+    def __init__(self, site: Site, column: Sequence[Cell], bench: FamilyBench, guided: bool, ends: int | None = None) -> None:
+        self.ends = len(column) if ends is None else ends
         self.site, self.column = site, column
-        self.radii = {*RADII} if bench.grid is None else {m.radius for m in methods_of(column) if isinstance(m, Arrow)}
+        self.radii = {m.radius for m in methods_of(column) if isinstance(m, Arrow)}
         self.calls = 2 if guided and bench.two_calls else 1
         self.batched = guided and not bench.two_calls
         self.conditional_first = bench.conditional_first
@@ -73,16 +74,24 @@ class Replayed:
         self.stored: list[dict[Any, Tensor]] = [{} for _ in range(self.calls)]  # of the last steps
         self.made: dict[Any, list[Tensor]] = {}  # in the running step: several parts where attention is called by sample
 
+    def conditional(self, value: Tensor) -> Tensor:
+        return value.chunk(2)[not self.conditional_first]
+
     def conditional_for_both(self, value: Tensor) -> Tensor:
         """The rows of the conditional branch, twice."""
         if not self.batched:
             return value
-        first, second = value.chunk(2)
-        return torch.cat([first, first] if self.conditional_first else [second, second])
+        return torch.cat([self.conditional(value)] * 2)
 
     def __call__(self, run: Callable[[], Any], given: Any = None) -> Any:
         """The output of the module's next call; `given` is the input of a block, to which the block adds."""
         (step, self.call), self.passed = divmod(self.passed, self.calls), self.passed + 1
+        if step >= self.ends:
+            step, self.call = self.passed - 1 - self.ends * (self.calls - 1), 0
+            if self.batched:
+                self.outputs = [on_tensors(self.conditional, out) for out in self.outputs]
+                self.stored = [{what: self.conditional(value) for what, value in each.items()} for each in self.stored]
+                self.batched = False
         self.cell = self.column[step]
         if self.cell != AST and not (self.cell.share_cfg and self.call):
             self.made, self.rows_done = {}, 0
@@ -100,7 +109,10 @@ class Replayed:
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, own: Tensor | None, scale: float | None) -> Tensor:
         """Attention by the step's cell: tensors are (B, H, N, D), `own` is the mask that the model gives."""
-        length, n = q.shape[2], self.tokens.total
+        length, tokens = q.shape[2], self.tokens
+        if self.site.joint and not self.site.by_sample:  # the text may have any length
+            tokens = replace(tokens, text=length - tokens.visual)
+        n = tokens.total
         if self.site.by_sample:  # without the text's padding: other samples may be longer
             q, k, v = (F.pad(tensor, (0, 0, 0, n - length)) for tensor in (q, k, v))
             own = torch.arange(n) < length
@@ -125,10 +137,10 @@ class Replayed:
                 outs.append(stored[h])
                 continue
             radius = method.radius if isinstance(method, Arrow) else n
-            out = under(dense_mask(self.tokens, radius), h)
+            out = under(dense_mask(tokens, radius), h)
             if isinstance(method, Full):
                 for radius in self.radii:
-                    store((h, radius), out - under(dense_mask(self.tokens, radius), h))
+                    store((h, radius), out - under(dense_mask(tokens, radius), h))
             elif method.residual:
                 out = out + stored[h, method.radius]
             store(h, out)
@@ -182,12 +194,12 @@ def forward_of(module: Any, replayed: Replayed) -> Callable[..., Any]:
 
 @contextmanager
 def replaying(
-    bench: FamilyBench, modules: dict[Site, Any], cells: Sequence[Sequence[Cell]], guided: bool
+    bench: FamilyBench, modules: dict[Site, Any], cells: Sequence[Sequence[Cell]], guided: bool, ends: int | None = None
 ) -> Iterator[list[Replayed]]:
     """Replay these cells, steps × sites, on the modules; from `switch` on, on those of the second transformer."""
     split, placed = bench.switch if bench.switch is not None else len(cells), []
     for site, column, module in zip(modules, zip(*cells, strict=True), modules.values(), strict=True):
-        placed.append((Replayed(site, column[:split], bench, guided), module))
+        placed.append((Replayed(site, column[:split], bench, guided, ends), module))
         if bench.switch is not None:
             later = bench.pipe.transformer_2.get_submodule(site.path)
             placed.append((Replayed(site, column[split:], bench, guided), later))

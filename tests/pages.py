@@ -29,7 +29,18 @@ def score(name: str, plan: Plan, images: torch.Tensor, **values: float) -> Score
     """A score with figures at random, but for those that are given."""
     attention, module = torch.rand(2).tolist()
     kernels = {"native": 5, "chunked": 3}
-    summary: Any = Summary(plan.steps, plan.steps, plan.count(), {}, 0, kernels, Flops(attention, module), 2**20, ("a note",))
+    summary: Any = Summary(
+        plan.steps,
+        plan.steps,
+        plan.count(),
+        {},
+        0,
+        kernels,
+        Flops(attention, module),
+        2**20,
+        ("a note",),
+        Flops(attention, module),
+    )
     metrics = {"psnr": 20 + 20 * torch.rand(()).item(), "ssim": torch.rand(()).item()} | values
     return Score(name, plan, summary, torch.rand(()).item(), metrics, images)
 

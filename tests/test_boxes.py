@@ -17,6 +17,7 @@ from arrowhead.errors import KernelUnavailable
 from arrowhead.kernels import dispatch
 from arrowhead.kernels.call import Call, Policy
 from arrowhead.kernels.cpu import boxes as cpu_boxes
+from arrowhead.kernels.cpu import chunked
 from arrowhead.plans import masks
 from arrowhead.plans.cells import Arrow, Box
 from arrowhead.plans.layout import Grid, Tokens
@@ -132,7 +133,8 @@ def test_no_masked_pair_is_computed(monkeypatch):
         pairs.append(q[..., 0].numel() * k.shape[-2])
         return real(q, k, v, scale=scale)
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+    for module in (chunked, cpu_boxes):
+        monkeypatch.setattr(module, "TORCH_ATTENTION", counted)
     dispatch.arrow(*random_qkv(tokens, 1, 2), tokens, box, kernel="chunked")
     assert sum(pairs) == 2 * int(dense_mask(tokens, box).sum())
 

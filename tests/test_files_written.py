@@ -396,3 +396,26 @@ def test_an_evaluation_whose_disk_fills_is_resumed(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert figures(subject.measure(tmp_path / "work", images=3)) == figures(whole)
     assert not [*(tmp_path / "work").rglob(".*")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batches", [1, 2])
+def test_killed_in_the_middle_of_evaluate(batches, tmp_path):
+    """After SIGKILL the next evaluation goes on with the batches that are whole."""
+    tests, work = str(Path(__file__).parent), tmp_path / "work"
+    script = [sys.executable, "-W", "ignore", "-c", WRITES, str(work), str(tmp_path / "out"), tests]
+    running = subprocess.Popen(script, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert running.stdout.readline() == b"ready\n"
+    running.stdin.write(b"go\n")
+    running.stdin.flush()
+    while len([*work.rglob("batches/*.json")]) < batches:
+        assert running.poll() is None
+        time.sleep(0.001)
+    running.kill()
+    assert running.wait() == -signal.SIGKILL
+    running.stdin.close()
+    running.stdout.close()
+    assert not (tmp_path / "out").exists()
+    found, whole = Subject(), Subject()
+    assert figures(found.measure(work, images=5)) == figures(whole.measure(tmp_path / "whole", images=5))
+    assert found.calls < whole.calls

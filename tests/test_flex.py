@@ -94,10 +94,14 @@ def test_a_layout_is_compiled_once_whatever_the_policies():
 
 @compiles
 def test_it_runs_under_a_flop_counter():
+    """Which counts every block of 128 × 128 pairs in which some pair is kept, as far as there are tokens."""
     tokens = LAYOUTS[0]
     q, k, v = random_qkv(tokens)
-    with FlopCounterMode(display=False):
+    with FlopCounterMode(display=False) as counter:
         out = attend(q, k, v, tokens, (40, None, 1))
+    kept = [dense_mask(tokens, radius) for radius in (40, 10**6, 1)]
+    blocks = [part for seen in kept for rows in seen.split(128) for part in rows.split(128, 1) if part.any()]
+    assert counter.get_total_flops() == 4 * q.shape[0] * q.shape[3] * sum(part.numel() for part in blocks)
     torch.testing.assert_close(out.double(), dense(q, k, v, tokens, (40, None, 1)), atol=2e-6, rtol=2e-5)
 
 

@@ -133,7 +133,10 @@ def test_a_negative_prompt_of_another_length_is_refused():
     model = find(bench.pipe)
     inputs = bench.inputs(negative_prompt_attention_mask=shown(TEXT - 1))
     plan = plan_of(bench, model, [[FULL] * len(model.sites)] * STEPS)
-    with ah.applied(bench.pipe, plan), pytest.raises(PlanMismatch, match=r"text=6.*text=7.*wanted one length"):
+    with (
+        ah.applied(bench.pipe, plan, changes="refuse"),
+        pytest.raises(PlanMismatch, match=r"text=6.*text=7.*wanted one length"),
+    ):
         bench.pipe(**inputs)
     with pytest.raises(InputsInvalid, match=r"text=7.*text=6.*wanted one length"):
         ah.search(bench.pipe, inputs, threshold=0.7, progress=False)

@@ -28,6 +28,7 @@ from untouched import left_as_it_was, tensors_like
 
 import arrowhead as ah
 from arrowhead.errors import BandCoversAll
+from arrowhead.kernels.cpu import chunked
 from arrowhead.plans.cells import Attend, Full
 
 MAKES = {"dit": dit, "pixart_sigma": pixart_sigma, **JOINT}
@@ -201,6 +202,7 @@ def work(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(F, "linear", counted_linear)
             patch.setattr(F, "scaled_dot_product_attention", counted_attention)
+            patch.setattr(chunked, "TORCH_ATTENTION", counted_attention)
             trace(bench, bench.inputs(**inputs)) if the_plan is None else compressed(bench, the_plan, bench.inputs(**inputs))
         for hook in hooks:
             hook.remove()

@@ -10,6 +10,7 @@ import pytest
 from pipelines import dit, pixart_sigma, sd3
 
 import arrowhead as ah
+from arrowhead.engine import prepared as engine_prepared
 from arrowhead.engine import run as engine_run
 from arrowhead.engine import site_plan
 from arrowhead.models import head_separation
@@ -23,6 +24,7 @@ from arrowhead.plans.lifetimes import HeadOutput, Residual, Writes
 STEPS = 5
 CLOSED_FORMS = (
     "head_flops",
+    "pair_flops",
     "projection_flops",
     "head_projection_flops",
     "site_flops",
@@ -130,12 +132,12 @@ def test_the_count_sees_what_it_looks_for(monkeypatch):
 
     def prepares(run, call):
         if run._generation is not None:
-            run._site_plans = run._prepare(run._generation.tokens, run._branches)
+            run._prepared._kept.clear()
+            run._site_plans = run._prepared.of(run.plan, run._generation.tokens, run._branches, frozenset())
         return around(run, call)
 
     monkeypatch.setattr(engine_run.Run, "_around", prepares)
     with ah.applied(bench.pipe, planned(bench, PLANS["head by head"])) as run, counted(monkeypatch, run) as calls:
-        run._prepared = type("Forgetful", (dict,), {"__contains__": lambda *_: False})()
         bench.pipe(**bench.inputs())
     assert {name for name, step in calls if step > 0} >= {"prepare", "_head_group", "_whole_flops"}
 
@@ -144,7 +146,7 @@ def test_generations_alike_share_what_was_prepared(monkeypatch):
     bench = dit()
     prepared = []
     prepare = site_plan.prepare
-    monkeypatch.setattr(engine_run, "prepare", lambda *args, **kwargs: prepared.append(args) or prepare(*args, **kwargs))
+    monkeypatch.setattr(engine_prepared, "prepare", lambda *args, **kwargs: prepared.append(args) or prepare(*args, **kwargs))
     with ah.applied(bench.pipe, planned(bench, PLANS["shared"])) as run:
         for images, guidance in ((1, 3.0), (2, 3.0), (1, 3.0)):
             bench.pipe(**bench.inputs(images=images, guidance=guidance))

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ from untouched import left_as_it_was
 
 import arrowhead as ah
 from arrowhead.cli import main
-from arrowhead.errors import InputsInvalid, PlanDerived, PlanMismatch
+from arrowhead.errors import InputsInvalid, PlanDerived, PlanInvalid, PlanMismatch
 from arrowhead.models.find import find
 from arrowhead.models.model import target_of
+from arrowhead.plans import resample
 from arrowhead.plans.cells import ASC, AST, EXTRAPOLATE, FULL, Arrow, Attend, Box, Cached, Full, Reuse, wa_rs
 from arrowhead.plans.layout import Site, Tokens
 from arrowhead.plans.plan import Plan
@@ -199,9 +201,9 @@ def test_tokens_that_the_plan_cannot_have_are_refused():
         box.resample(tokens=Tokens(256))
     joint = plan_of([(FULL,), (wa_rs(8),)], Tokens(64, 7), sites=(replace(SITE, joint=True),))
     assert joint.resample(tokens=Tokens(256, 9)).tokens == Tokens(256, 9)
-    for wrong in (Tokens(256), Tokens(256, 7, text_first=True)):
-        with pytest.raises(InputsInvalid, match="wanted text on the same side"):
-            joint.resample(tokens=wrong)
+    assert joint.resample(tokens=Tokens(256)).tokens == Tokens(256)
+    with pytest.raises(InputsInvalid, match="wanted text on the same side"):
+        joint.resample(tokens=Tokens(256, 7, text_first=True))
 
 
 @pytest.mark.parametrize(
@@ -244,7 +246,7 @@ def test_a_derived_plan_is_warned_of_once_and_runs():
     found = plan.resample(steps=8)
     with left_as_it_was(bench, steps=8):
         with pytest.warns(PlanDerived, match=r"steps 8, was 5, module_flops 0\.\d+, was 0\.\d+; search again") as warned:
-            run = ah.apply(bench.pipe, found)
+            run = ah.apply(bench.pipe, found, changes="refuse")
         bench.pipe(**bench.inputs(steps=8))
         bench.pipe(**bench.inputs(1, steps=8))
         assert run.summary().flops.module == pytest.approx(found.flops().module)
@@ -260,7 +262,7 @@ def test_a_larger_picture():
     found = pipeline_plan(bench, [FULL, wa_rs(2), AST, wa_rs(2), FULL]).resample(tokens=Tokens(64, bench.text))
     assert found.cells[1][0] == wa_rs(8)
     with pytest.warns(PlanDerived, match="tokens Tokens"):
-        run = ah.apply(bench.pipe, found)
+        run = ah.apply(bench.pipe, found, changes="refuse")
     bench.pipe(**bench.inputs(height=32, width=32))
     assert run.summary().flops.attention == pytest.approx(found.flops().attention)
     with pytest.raises(PlanMismatch, match="search again at this resolution"):
@@ -274,3 +276,99 @@ def test_full_plans_stay_bit_for_bit():
     untouched = bench.pipe(**bench.inputs(steps=7)).images
     with pytest.warns(PlanDerived), ah.applied(bench.pipe, full):
         assert torch.equal(bench.pipe(**bench.inputs(steps=7)).images, untouched)
+
+
+levels_of = st.lists(st.floats(0.001, 1), min_size=1, max_size=30, unique=True).map(
+    lambda found: tuple(sorted(found, reverse=True))
+)
+
+
+def levelled(rows, levels, **more):
+    plan = plan_of(rows, **more)
+    return replace(plan, target=replace(plan.target, levels=tuple(levels)))
+
+
+@few
+@given(levels=levels_of, repeats=st.data())
+def test_spans_of_steps_lie_one_after_another_from_the_first_level_to_none(levels, repeats):
+    counts = [repeats.draw(st.integers(1, 3)) for _ in levels]
+    repeated = [level for level, count in zip(levels, counts, strict=True) for _ in range(count)]
+    spans = resample.spans(repeated)
+    assert spans[0][0] == -Fraction(levels[0])
+    assert spans[-1][1] == 0
+    assert all(end == begin for (_, end), (begin, _) in pairwise(spans))
+    for level, count in zip(levels, counts, strict=True):
+        own = [end - begin for (begin, end), at in zip(spans, repeated, strict=True) if at == level]
+        assert len(set(own)) == 1
+        assert len(own) == count
+
+
+@few
+@given(plan=plans(), data=st.data())
+def test_at_its_own_levels_a_plan_is_itself_and_at_the_last_ones_its_end(plan, data):
+    """As from an image: what a row would read of the steps left out is computed in full."""
+    size = {"min_size": plan.steps, "max_size": plan.steps, "unique": True}
+    levels = sorted(data.draw(st.lists(st.floats(0.001, 1), **size)), reverse=True)
+    plan = replace(plan, target=replace(plan.target, levels=tuple(levels)))
+    assert plan.resample(levels=levels) is plan
+    begin = data.draw(st.integers(0, plan.steps - 1))
+    found = plan.resample(levels=levels[begin:])
+    require_runs(found)
+    for site, column, old in zip(plan.target.sites, found.columns, plan.columns, strict=True):
+        for step, cell in enumerate(column):
+            before = range(begin, begin + step)
+            kept = all(any(renews(old[i], what, site.heads) for i in before) for what in reads(old, begin + step, site.heads))
+            slope = isinstance(old[begin + step], Reuse) and old[begin + step].extrapolate
+            if kept and not slope:
+                assert cell == old[begin + step]
+
+
+@few
+@given(plan=plans(), levels=levels_of, data=st.data())
+def test_each_step_takes_a_row_of_the_noise_that_it_removes(plan, levels, data):
+    size = {"min_size": plan.steps, "max_size": plan.steps, "unique": True}
+    old = sorted(data.draw(st.lists(st.floats(0.001, 1), **size)), reverse=True)
+    plan = replace(plan, target=replace(plan.target, levels=tuple(old)))
+    found = plan.resample(levels=levels)
+    assert (found.steps, found.target.levels) == (len(levels), levels)
+    require_runs(found)
+    taken = resample.rows_taken([1] * len(old), resample.spans(old), resample.spans(levels))
+    for (begin, end), row in zip(resample.spans(levels), taken, strict=True):
+        nearest = min(abs(begin + end - sum(span)) for span in resample.spans(old))
+        first, last = resample.spans(old)[row]
+        assert min(end, last) > max(begin, first) or abs(begin + end - first - last) == nearest
+
+
+def test_levels_by_hand():
+    rows = [[FULL], [AST], [FULL], [AST]]
+    plan = levelled(rows, [1.0, 0.75, 0.5, 0.25])
+    assert plan.resample(levels=[1.0, 0.5]).cells == ((FULL,), (AST,))
+    assert plan.resample(levels=[0.75, 0.5, 0.25]).cells == ((FULL,), (FULL,), (AST,))
+    assert plan.resample(levels=[0.3, 0.2]).cells == ((FULL,), (AST,))
+    heun = [1.0, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25]
+    assert plan.resample(levels=heun).cells == tuple(zip([FULL, AST, AST, FULL, FULL, AST, AST], strict=True))
+
+
+@few
+@given(plan=plans(), begin=st.integers(0, 5))
+def test_a_plan_that_begins_on_the_way_reads_nothing_older(plan, begin):
+    begin = min(begin, plan.steps - 1)
+    found = plan.begun_at(begin)
+    assert all(cell == FULL for row in found.cells[:begin] for cell in row)
+    require_runs(replace(found, cells=found.cells[begin:], target=replace(found.target, levels=None)))
+
+
+@pytest.mark.parametrize("wrong", [
+    {"levels": []}, {"levels": [1.0, 0.5], "steps": 3}, *({"levels": [float(level)]} for level in ("nan", "inf", "-1")),
+])  # fmt: skip
+def test_levels_that_are_none(wrong):
+    with pytest.raises((InputsInvalid, ValueError), match="wanted"):
+        plan_of([(FULL,), (AST,)]).resample(**wrong)
+
+
+def test_levels_are_written_and_read_and_as_many_as_the_steps(tmp_path):
+    plan = levelled([[FULL], [AST], [FULL]], torch.rand(3, dtype=torch.float64).tolist())
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json").target.levels == plan.target.levels
+    with pytest.raises(PlanInvalid, match="got 2 noise levels for 3 steps"):
+        levelled([[FULL], [AST], [FULL]], [1.0, 0.5])

@@ -138,11 +138,14 @@ def test_plans_for_one_call_and_for_two_are_not_exchanged(benches):
     batched, twice = benches
     grid = random_grid(0, STEPS, batched)
     with (
-        ah.applied(twice.pipe, grid_plan(twice, grid)),
+        ah.applied(twice.pipe, grid_plan(twice, grid), changes="refuse"),
         pytest.raises(PlanMismatch, match="plan is for 1 calls"),
     ):
         twice.pipe(**twice.inputs())
-    with ah.applied(batched.pipe, two_call_plan(twice, grid)), pytest.raises(PlanMismatch, match="plan is for 2 calls"):
+    with (
+        ah.applied(batched.pipe, two_call_plan(twice, grid), changes="refuse"),
+        pytest.raises(PlanMismatch, match="plan is for 2 calls"),
+    ):
         batched.pipe(**batched.inputs())
     with pytest.raises(PlanInvalid, match="2 calls"):
         replace(grid_plan(twice, grid), calls=2, guided=False)
@@ -155,7 +158,7 @@ def test_prompts_of_different_lengths_cannot_share(benches):
     with left_as_it_was(twice):
         with pytest.raises(InputsInvalid, match="one length"):
             ah.search(twice.pipe, inputs, strategy="headwise", threshold=0.5, progress=False)
-        with ah.applied(twice.pipe, two_call_plan(twice, random_grid(1, STEPS, twice))) as run:
+        with ah.applied(twice.pipe, two_call_plan(twice, random_grid(1, STEPS, twice)), changes="refuse") as run:
             with pytest.raises(PlanMismatch, match="one length"):
                 twice.pipe(**inputs)
             assert run.cache_bytes == 0

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 from budget import synthetic
@@ -123,7 +124,14 @@ def test_provenance_of_another_type_is_refused(about, tmp_path):
     save_file(tensors, tmp_path / "table.safetensors", metadata=header)
     with pytest.raises(InputsInvalid, match=next(iter(about))):
         ah.Table.load(tmp_path / "table.safetensors")
-    ah.Analysis(("a",), (1,), 1, Tokens(4), guided=False, radius=1, about=about).save(tmp_path / "a.npz")
+    sound = ah.Analysis(("a",), (1,), 1, Tokens(4), guided=False, radius=1)
+    with pytest.raises(InputsInvalid, match=next(iter(about))):
+        replace(sound, about=about).save(tmp_path / "a.npz")
+    sound.save(tmp_path / "a.npz")
+    with np.load(tmp_path / "a.npz") as file:
+        arrays = {name: file[name] for name in file.files}
+    meta = np.array(json.dumps(json.loads(str(arrays.pop("meta"))) | {"about": about}))
+    np.savez(tmp_path / "a.npz", meta=meta, **arrays)
     with pytest.raises(InputsInvalid, match=next(iter(about))):
         ah.Analysis.load(tmp_path / "a.npz")
 

@@ -339,5 +339,8 @@ def test_another_strength_is_refused():
     make, how = VARIANTS["FluxImg2ImgPipeline"]
     bench = make(diffusers.FluxImg2ImgPipeline, **how)
     plan = ah.search(bench.pipe, bench.inputs(), threshold=0.7, progress=False)
-    with ah.applied(bench.pipe, plan), pytest.raises(PlanMismatch, match="plan is for 4 steps, pipeline runs 5"):
+    with (
+        ah.applied(bench.pipe, plan, changes="refuse"),
+        pytest.raises(PlanMismatch, match="plan is for 4 steps, pipeline runs 5"),
+    ):
         bench.pipe(**bench.inputs(strength=1.0))

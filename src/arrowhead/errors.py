@@ -90,10 +90,33 @@ class GuidanceNotPlanned(ArrowheadWarning):
     """
 
 
+class GuidanceMissing(ArrowheadWarning):
+    """The plan was made with guidance, but a generation has none.
+
+    Given when a generation begins, unless `ShareCfgIgnored` is. Search again without guidance for a plan that fits it.
+    """
+
+
 class PlanDerived(ArrowheadWarning):
     """The plan was derived by `Plan.resample`, for other steps or tokens than it was found for.
 
     Given when the plan is applied. Search again with these steps and tokens for the best quality.
+    """
+
+
+class PlanAdapted(ArrowheadWarning):
+    """A generation runs under other circumstances than the plan was made for, and the plan was carried over to them.
+
+    Given in a generation, once for each new circumstance: other noise levels (steps, strength, schedule), other sizes, another
+    scheduler, guidance that ends or begins on the way. Search again there for a plan that fits, or refuse such generations by
+    `apply(..., changes="refuse")`.
+    """
+
+
+class OtherWeights(ArrowheadWarning):
+    """The plan was found with other weights of the same shapes, such as those of a fine-tuned model or of a fused LoRA.
+
+    Given when the plan is applied. The plan runs; its error may be another. Search again with these weights.
     """
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
 COMPILED = "_compiled_call_impl"
 """The attribute of a module that torch calls in place of the module's own call. `Module.compile` sets it.
@@ -57,6 +57,11 @@ def no_dispatch_modes() -> AbstractContextManager[Any]:
     return _disable_current_modes()
 
 
+def dispatch_mode_is_active() -> bool:
+    """Whether a mode, such as a counter of FLOPs, sees operators that run. Without it FlexAttention would not be counted."""
+    return _get_current_dispatch_mode() is not None
+
+
 def graph_break(message: str) -> None:
     """End the graph that torch.compile is making, or, with `fullgraph`, raise an error with the message.
 
@@ -86,6 +91,12 @@ def is_fake(tensor: Tensor) -> bool:
 
     return isinstance(tensor, FakeTensor)
 
+
+TORCH_ATTENTION: Any = torch._C._nn.scaled_dot_product_attention
+"""Torch's own `scaled_dot_product_attention`, also where a user has put another function into `torch.nn.functional`.
+
+Kernels call it. Without it they would call the user's function, and many of those, such as SageAttention's, ignore masks.
+"""
 
 CPU_ATTENTION: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 """Attention on the CPU: (output, log Σ exp(score)). No public function gives the sums, by which windows and text are merged.

@@ -47,24 +47,26 @@ def test_a_plan_of_another_model(mechanism, outcome):
     left_alone(here, lambda: here.compressed(other), PlanMismatch, "transformer: plan .*pipeline .*")
 
 
-AS_MANY = "refused: search again with as many"
+AS_MANY = "works: the plan is carried over; with changes='refuse' refused"
 
 
 @combines(
     "Bad input",
     "a plan for another number of steps",
-    {"sd3": AS_MANY, "flux": AS_MANY, "own": "warned of: only the loop knows its end"},
+    {"sd3": AS_MANY, "flux": AS_MANY, "own": "refused: the loop goes on after the plan's last step"},
 )
 def test_a_plan_for_another_number_of_steps(mechanism, outcome):
     """A pipeline says it before the first step, a custom loop after the plan's last."""
     here = subject(mechanism)
     plan = here.plan(seed=1)
     shorter = replace(plan, cells=plan.cells[: STEPS - 1])
-    if mechanism == "own":  # the loop's last step begins another generation, which is not ended
-        with pytest.warns(ah.errors.GenerationUnfinished):
-            here.compressed(shorter)
-    else:
-        left_alone(here, lambda: here.compressed(shorter), PlanMismatch, f"plan is for {STEPS - 1} steps.*search again")
+
+    def refused():
+        with here.applied(shorter, changes="refuse"):
+            here.generate(0)
+
+    said = "the loop has more steps" if mechanism == "own" else f"plan is for {STEPS - 1} steps.*search again"
+    left_alone(here, refused, PlanMismatch, said)
 
 
 @combines("Bad input", "a kernel that is not there", "refused: with those that are")

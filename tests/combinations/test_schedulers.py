@@ -17,7 +17,7 @@ from replay import plan as uniform_plan
 from subjects import subject
 
 import arrowhead as ah
-from arrowhead.errors import NothingCompressed, PlanMismatch
+from arrowhead.errors import NothingCompressed, PlanAdapted, PlanMismatch
 from arrowhead.models.custom import CustomModel as StandIn
 from arrowhead.models.find import find
 from arrowhead.models.model import target_of
@@ -200,7 +200,7 @@ def from_image(mechanism):
     return replace(here, pipe=pipe, inputs=inputs, generate=lambda seed, **more: pipe(**inputs(seed, **more))[0].clone())
 
 
-TAIL = "refused: search with this strength"
+TAIL = "works: the plan is carried over"
 
 
 @combines(
@@ -214,7 +214,7 @@ def test_another_strength(mechanism, outcome):
     plan = here.plan(seed=3)  # of 5 steps
     undisturbed = here.compressed(plan, 1, strength=1.0)
     untouched = here.generate(1, strength=0.6)
-    with here.applied(plan) as run:
+    with here.applied(plan, changes="refuse") as run:
         for strength, steps in ((0.6, 3), (0.2, 1), (0.8, 4)):
             with pytest.raises(PlanMismatch, match=rf"plan is for 5 steps, pipeline runs {steps}.*or with this strength"):
                 here.generate(1, strength=strength)
@@ -222,8 +222,16 @@ def test_another_strength(mechanism, outcome):
             assert run.cache_bytes == 0
             assert torch.equal(here.generate(1, strength=1.0), undisturbed)
     shorter = plan_of(here, 3, seed=4)
-    with here.applied(shorter), pytest.raises(PlanMismatch, match="plan is for 3 steps, pipeline runs 5"):
+    refused = pytest.raises(PlanMismatch, match="plan is for 3 steps, pipeline runs 5")
+    with here.applied(shorter, changes="refuse"), refused:
         here.generate(1, strength=1.0)
+    for strength, steps in ((0.6, 3), (0.2, 1), (0.8, 4)):
+        with by_hand(here, plan.resample(steps=steps)):
+            wanted = here.generate(1, strength=strength)
+        with here.applied(plan) as run:
+            with pytest.warns(PlanAdapted, match=f"steps {steps}, was 5"):
+                same(here.generate(1, strength=strength), wanted)
+            assert run.cache_bytes == 0
     assert torch.equal(here.generate(1, strength=0.6), untouched)
 
 

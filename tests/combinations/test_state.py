@@ -15,7 +15,7 @@ from subjects import STEPS, subject
 from test_families import plan_of
 
 import arrowhead as ah
-from arrowhead.errors import GenerationUnfinished, InputsInvalid, NotIntercepted, PlanMismatch
+from arrowhead.errors import GenerationUnfinished, InputsInvalid, NotIntercepted, PlanAdapted, PlanMismatch
 from arrowhead.models.find import find
 from arrowhead.plans.cells import FULL, Arrow, Attend, Full, Reuse
 from arrowhead.plans.layout import ATTENTION_KINDS
@@ -195,7 +195,7 @@ def test_guidance_that_ends_early(mechanism, outcome, images, cells):
             return here.generate(seed, images=images, **ending)
 
     undisturbed = here.compressed(plan, 1)
-    with as_it_was(here), here.applied(plan) as run:
+    with as_it_was(here), here.applied(plan, changes="refuse") as run:
         wanted = whole(2)
         if mechanism == "flux":
             assert torch.equal(ends(2), wanted)
@@ -220,8 +220,16 @@ def test_a_search_while_guidance_ends_early(strategy):
 def test_the_callback_of_diffusers():
     here = subject("sd3")
     plan = here.plan(seed=9)
-    with as_it_was(here), here.applied(plan), pytest.raises(PlanMismatch, match="got a batch of 1 in step 3, wanted 2"):
-        here.generate(1, callback_on_step_end=SD3CFGCutoffCallback(cutoff_step_index=2, cutoff_step_ratio=None))
+    ending = SD3CFGCutoffCallback(cutoff_step_index=2, cutoff_step_ratio=None)
+    refused = pytest.raises(PlanMismatch, match="got a batch of 1 in step 3, wanted 2")
+    with as_it_was(here), here.applied(plan, changes="refuse"), refused:
+        here.generate(1, callback_on_step_end=ending)
+    full = replace(plan, cells=((FULL,) * len(plan.target.sites),) * plan.steps)
+    wanted = here.generate(1, callback_on_step_end=ending)
+    with as_it_was(here), here.applied(full) as run:
+        with pytest.warns(PlanAdapted, match="guidance ends before step 3"):
+            assert torch.equal(here.generate(1, callback_on_step_end=ending), wanted)
+        assert run.summary().flops.module == 1
 
 
 @states("State", "guidance in two calls that ends early", "refused: a call is missing", "dispatch_attention_fn")
@@ -234,7 +242,7 @@ def test_a_second_call_that_is_missing(name, step):
     plan = plan_of(bench, model, random_cells(step, model.sites, STEPS, share=True))
     off = {"callback_on_step_end": after(step, lambda pipe, _: setattr(pipe, "_guidance_scale", 1.0))}
     undisturbed = bench.pipe(**bench.inputs())[0].clone()
-    with ah.applied(bench.pipe, plan) as run:
+    with ah.applied(bench.pipe, plan, changes="refuse") as run:
         wanted = bench.pipe(**bench.inputs())[0].clone()
         if step < 3:
             with pytest.raises(PlanMismatch, match=rf"one call of the transformer in step {step + 1}, wanted two"):

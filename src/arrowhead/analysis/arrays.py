@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from arrowhead.errors import InputsInvalid
 from arrowhead.plans import atomic_write, limits
-from arrowhead.plans.about import About
+from arrowhead.plans.about import About, about_in_file
 from arrowhead.plans.layout import Tokens
 
 Floats = NDArray[np.float32]
@@ -146,11 +146,12 @@ class Analysis:
         """Write the analysis to an npz file, under exactly this name. An old file is replaced completely or not at all.
 
         Raises:
+            InputsInvalid: `about` is none that `load` reads.
             FileUnwritable: the file cannot be written, or the disk is full.
         """
         at = self.attention_map
         meta = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in {"attention_map", *self.arrays}}
-        meta |= {"format": FORMAT, "tokens": asdict(self.tokens), "about": dict(self.about)}
+        meta |= {"format": FORMAT, "tokens": asdict(self.tokens), "about": about_in_file(self.about, InputsInvalid)}
         if at is not None:
             meta["map"] = {"site": at.site, "step": at.step, "heads": at.heads, "tokens": asdict(at.tokens)}
         text = np.array(json.dumps(meta, allow_nan=False))

@@ -34,6 +34,7 @@ from arrowhead.engine.wrappers import Interception
 from arrowhead.errors import ArrowheadError, InputsInvalid, NotIntercepted
 from arrowhead.models.conflicts import require_weights
 from arrowhead.models.model import Model, target_of
+from arrowhead.models.weights import fingerprint
 from arrowhead.plans.cells import Cell
 from arrowhead.plans.flops import full_flops
 from arrowhead.plans.layout import Branches, Site, Tokens, outermost
@@ -94,7 +95,7 @@ class CalibrationRun:
         self._driver, self._model = driver, model
         require_weights(model.transformers)
         self._arguments = driver.call_arguments(model)
-        self._target_before = target_of(model)
+        self._target_before, self._weights = target_of(model), fingerprint(model.transformers)
         self.branches = model.branches(self._arguments)
         self._branch_check = BranchCheck(self.branches) if driver.scheduler is None else None  # a loop's; pipelines are known
         self.passes = 0
@@ -175,7 +176,7 @@ class CalibrationRun:
     def target(self) -> Target:
         """What was run, its sites in the order in which they run; without settings that the scheduler changes as it runs."""
         in_order = replace(self._model, modules={site: self._model.modules[site] for site in self.sites})
-        return target_of(in_order).common(self._target_before)
+        return replace(target_of(in_order).common(self._target_before), levels=self._model.levels, weights=self._weights)
 
     @property
     def cost(self) -> float:

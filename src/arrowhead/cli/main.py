@@ -164,6 +164,9 @@ def generate(
     kernel: Annotated[str, typer.Option(help="auto, chunked, flex, fused or reference")] = "auto",
     cache_dtype: Annotated[str, typer.Option(help="dtype of the caches: native, int8 or fp8")] = "native",
     cache_device: Annotated[str | None, typer.Option(help="device of the caches, such as cpu; default: the model's")] = None,
+    changes: Annotated[
+        str, typer.Option(help="where steps, size or schedule are not the plan's: adapt carries the plan over, refuse stops")
+    ] = "adapt",
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
@@ -176,8 +179,8 @@ def generate(
     if plan is None:
         images = pipe(**call).images
     else:
-        caches: Any = {"cache_dtype": cache_dtype, "cache_device": cache_device}  # apply checks them
-        with ah.applied(pipe, Plan.load(plan), kernel=kernel, **caches) as run:
+        settings: Any = {"cache_dtype": cache_dtype, "cache_device": cache_device, "changes": changes}  # apply checks them
+        with ah.applied(pipe, Plan.load(plan), kernel=kernel, **settings) as run:
             images = pipe(**call).images
         console.print(str(run.summary()))
     for i, image in enumerate(images):

@@ -7,19 +7,20 @@ a torch function.
 """
 
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from arrowhead.engine.compile_boundary import compiling
 from arrowhead.engine.function_clones import uses_attribute, with_stand_ins
+from arrowhead.upstream import TORCH_ATTENTION
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,24 @@ class attention_handler:  # noqa: N801 - used as a function, in a with statement
         _handler.reset(self._before)
 
 
-def hooked_attention(
+def hooked_attention(*args: Any, **kwargs: Any) -> Tensor:
+    """The stand-in for `torch.nn.functional.scaled_dot_product_attention`, or for what a user has put in its place by now."""
+    return _answered(F.scaled_dot_product_attention, args, kwargs)
+
+
+def _answered(own: Callable[..., Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The handler's answer to a call of `own`, which takes what torch's function takes; without a handler, what `own` gives."""
+    # a graph of torch.compile holds torch's attention: handlers change from step to step
+    if compiling() or (handler := _handler.get()) is None:
+        return own(*args, **kwargs)
+    if type(handler) is NativeAttention:  # the call's description would cost more than it is worth
+        handler.calls += 1
+        return own(*args, **kwargs)
+    return handler(_described(partial(own, *args, **kwargs), *args, **kwargs))
+
+
+def _described(
+    native: Callable[[], Tensor],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -102,87 +120,108 @@ def hooked_attention(
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
-    **kwargs: Any,
-) -> Tensor:
-    """The stand-in for torch's `scaled_dot_product_attention`: the handler's answer, and torch's where no handler is set."""
+    *_: Any,
+    **__: Any,
+) -> AttentionCall:
+    """The call of a function with these arguments; other arguments are left to `native`."""
+    return AttentionCall(query, key, value, scale, attn_mask, is_causal or dropout_p > 0, native)
 
-    def native() -> Tensor:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, **kwargs
-        )
 
-    # a graph of torch.compile holds torch's attention: handlers change from step to step
-    if compiling() or (handler := _handler.get()) is None:
-        return native()
-    if type(handler) is NativeAttention:  # the call's description would cost more than it is worth
-        handler.calls += 1
-        return native()
-    return handler(AttentionCall(query, key, value, scale, attn_mask, is_causal or dropout_p > 0, native))
+def _hooked_function(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The stand-in for a function that a module has imported: torch's own, or a user's in place of it."""
+
+    @wraps(own)
+    def hooked(*args: Any, **kwargs: Any) -> Tensor:
+        return _answered(own, args, kwargs)
+
+    return hooked
 
 
 def _hooked_dispatch(dispatch: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The stand-in for diffusers' `dispatch_attention_fn`, whose tensors are (B, N, H, D)."""
 
     @wraps(dispatch)
-    def hooked(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        def own() -> Tensor:
-            return dispatch(query, key, value, attn_mask, dropout_p, is_causal, scale, *args, **kwargs)
-
+    def hooked(*args: Any, **kwargs: Any) -> Tensor:
         if compiling() or (handler := _handler.get()) is None:
-            return own()
+            return dispatch(*args, **kwargs)
         if type(handler) is NativeAttention:
             handler.calls += 1
-            return own()
-        q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, N, H, D) -> (B, H, N, D)
-        native = lambda: own().transpose(1, 2)  # noqa: E731
-        return handler(AttentionCall(q, k, v, scale, attn_mask, is_causal or dropout_p > 0, native)).transpose(1, 2)
+            return dispatch(*args, **kwargs)
+        return handler(_transposed(_described(partial(dispatch, *args, **kwargs), *args, **kwargs))).transpose(1, 2)
 
     return hooked
 
 
-class _HookedFunctional(types.ModuleType):
-    """torch.nn.functional with hooked attention."""
+def _transposed(call: AttentionCall) -> AttentionCall:
+    """The call with tokens and heads exchanged in every tensor but the mask: (B, N, H, D) -> (B, H, N, D)."""
+    q, k, v = call.q.transpose(1, 2), call.k.transpose(1, 2), call.v.transpose(1, 2)
+    return AttentionCall(q, k, v, call.scale, call.mask, call.causal, lambda: call.native().transpose(1, 2))
 
-    scaled_dot_product_attention = staticmethod(hooked_attention)
+
+class _StandInModule(types.ModuleType):
+    """A module with some members exchanged. All others are looked up in the module when they are used."""
+
+    def __init__(self, module: types.ModuleType, **members: Any) -> None:
+        super().__init__(module.__name__)
+        vars(self).update(members, arrowhead_original=module)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(F, name)
+        return getattr(self.arrowhead_original, name)
 
 
-_functional = _HookedFunctional("torch.nn.functional")
+SDPA = "scaled_dot_product_attention"
+_functional = _StandInModule(F, **{SDPA: hooked_attention})
+_nn = _StandInModule(nn, functional=_functional)
+_MODULES = (F, _functional), (nn, _nn), (torch, _StandInModule(torch, nn=_nn))
 
 
 def _stand_in(name: str, value: Any, function: types.FunctionType) -> Any:
     """What the clone of a processor's function finds under a global name; None: what the function finds."""
-    if value is F:  # other functions of F are no reason for a clone
-        return _functional if uses_attribute(function.__code__, "scaled_dot_product_attention") else None
-    if value is F.scaled_dot_product_attention:
-        return hooked_attention
+    for module, stand_in in _MODULES:
+        if value is module:  # other functions of torch are no reason for a clone
+            return stand_in if uses_attribute(function.__code__, SDPA) else None
+    if is_attention(value):
+        return _hooked_function(value)
     return _hooked_dispatch(value) if name == "dispatch_attention_fn" and callable(value) else None
+
+
+def is_attention(function: Any) -> bool:
+    """Whether a function is torch's scaled_dot_product_attention, or what a user has put in its place."""
+    return function is TORCH_ATTENTION or function is F.scaled_dot_product_attention
+
+
+def replaced_attention() -> str | None:
+    """The name of what a user has put in the place of torch's attention, if anything."""
+    now = F.scaled_dot_product_attention
+    return None if now is TORCH_ATTENTION else getattr(now, "__qualname__", f"a {type(now).__name__}")
 
 
 class HookedAttention(TorchFunctionMode):
     """Within a `with` block, torch's scaled_dot_product_attention is hooked, by whatever name it is called."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        called = hooked_attention if function is F.scaled_dot_product_attention else function
-        return called(*args, **(kwargs or {}))
+        if is_attention(function):
+            return _answered(function, args, kwargs or {})
+        return function(*args, **(kwargs or {}))
 
 
 def under_mode(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward under `HookedAttention`."""
+    """The forward, or processor, under `HookedAttention`.
+
+    The mode does not see a function of Python that a user has put in the place of torch's attention. While there is one, a
+    clone of a module's forward runs, which finds stand-ins.
+    """
+    module = getattr(forward, "__self__", None)
+    clones: list[Callable[..., Any] | None] = []
 
     def hooked(*args: Any, **kwargs: Any) -> Any:
+        if replaced_attention() is not None and isinstance(module, nn.Module):
+            if not clones:
+                cls: Any = with_stand_ins(type(module), _stand_in)
+                own = cls is not None and getattr(forward, "__func__", None) is type(module).forward
+                clones.append(partial(cls.forward, twin(module, cls)) if own else None)
+            if clones[0] is not None:
+                return clones[0](*args, **kwargs)
         with HookedAttention():
             return forward(*args, **kwargs)
 

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from arrowhead.engine.attention_hook import is_attention
 from arrowhead.upstream import named_modules
 
 
@@ -31,7 +31,7 @@ class _AttentionSeen(TorchFunctionMode):
         self._root = root
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is F.scaled_dot_product_attention and (path := running_module(self._root)) is not None:
+        if is_attention(function) and (path := running_module(self._root)) is not None:
             self.paths.setdefault(path)
         return function(*args, **(kwargs or {}))
 

@@ -134,6 +134,15 @@ class Cache:
         self.entries.setdefault(key, []).append(entry)
         self.held_bytes += entry.nbytes
 
+    def of_conditional(self) -> "Cache":
+        """The conditional branch's part of a cache for a CFG batch, for a generation whose guidance has ended."""
+        cache = Cache(replace(self.branches, guided=False))
+        for key, entries in self.entries.items():
+            for entry in entries:
+                value = entry.value if entry.conditional_only else _conditional_rows(entry.value, self.branches)
+                cache.write(key, replace(entry, value=value, conditional_only=False))
+        return cache
+
     def drop(self, key: Key) -> None:
         """Remove all entries of a key."""
         self._replace(key, [])
@@ -210,6 +219,17 @@ def decode_output(value: EncodedOutput, half: Branches | None = None) -> Output:
     if isinstance(value, tuple):
         return tuple(None if part is None else _decode(part, half) for part in value)
     return _decode(value, half)
+
+
+def _conditional_rows(value: EncodedOutput, branches: Branches) -> EncodedOutput:
+    """The conditional branch's rows of a stored value."""
+
+    def half(part: EncodedTensor) -> EncodedTensor:
+        return part.rows(branches.conditional(part.values.shape[0]))
+
+    if isinstance(value, tuple):
+        return tuple(None if part is None else half(part) for part in value)
+    return half(value)
 
 
 def _decode(part: EncodedTensor, half: Branches | None) -> Tensor:

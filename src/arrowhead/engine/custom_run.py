@@ -9,6 +9,7 @@ from torch import nn
 
 from arrowhead.engine.cache import Output
 from arrowhead.engine.cache_encoding import NATIVE, CacheEncoding
+from arrowhead.engine.circumstances import Adaptation
 from arrowhead.engine.compile_boundary import compiling, outside_graph
 from arrowhead.engine.forward_hooks import RunForward, is_reached, replace_forward
 from arrowhead.engine.loop_checks import BranchCheck, LoopTimes, numbers_of
@@ -40,14 +41,16 @@ class CustomRun(Run):
     announces its steps, the timesteps among the calls' arguments say whether one generation is taken for another.
     """
 
-    def __init__(self, model: Model, plan: Plan, kernel: str, encoding: CacheEncoding = NATIVE) -> None:
+    def __init__(
+        self, model: Model, plan: Plan, kernel: str, encoding: CacheEncoding = NATIVE, changes: Adaptation = "adapt"
+    ) -> None:
         self._state = _State.IDLE
         self._announced: int | None = None  # the latest argument of `step`
         self._forward_counted = False  # while a call of the model is counted, and its forward has not begun
         self._in_call = False
         self._times = LoopTimes()
         self._branch_check: BranchCheck | None = None  # of the generation that is going on
-        super().__init__(model, plan, kernel, encoding)
+        super().__init__(model, plan, kernel, encoding, changes)
 
     def _install(self) -> None:
         super()._install()

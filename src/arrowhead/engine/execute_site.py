@@ -20,10 +20,11 @@ from arrowhead.engine.cache import (
 from arrowhead.engine.generation import Generation
 from arrowhead.engine.site_calls import SiteCall
 from arrowhead.engine.site_plan import AttendPlan, HeadGroup, HeadWrite, ReusePlan, SitePlan
-from arrowhead.engine.stats import Work
+from arrowhead.engine.stats import AttentionWork
 from arrowhead.errors import PlanMismatch
 from arrowhead.kernels import dispatch
 from arrowhead.kernels.call import Call
+from arrowhead.kernels.computed_pairs import Way, way_of
 from arrowhead.kernels.head_index import put_heads, select_heads, serving
 from arrowhead.plans import masks
 from arrowhead.plans.cells import FULL, Method
@@ -66,10 +67,12 @@ class SitePass:
         """Count the projections of the heads that are projected, and the output projection."""
         self.generation.stats.record_work(self.plan.projections, self.plan.samples)
 
-    def record_attention(self, rows: int, kernel: str = "native", work: Work | None = None) -> None:
+    def record_attention(
+        self, rows: int, kernel: str = "native", work: AttentionWork | None = None, way: Way | None = None
+    ) -> None:
         """Count one pass over queries and keys for `rows` of the batch, of all heads, or of those whose `work` it is."""
         samples = rows * self.generation.branches.samples / self.call.batch
-        self.generation.stats.record_attention(work or self.plan.attention, samples, kernel)
+        self.generation.stats.record_attention(work or self.plan.attention, samples, kernel, way)
 
 
 def execute_site(call: SiteCall, plan: SitePlan, generation: Generation) -> Output:
@@ -286,7 +289,7 @@ def _attend(call: AttentionCall, group: HeadGroup, rows: slice, site_pass: SiteP
     adds = () if residual is None else group.adds
     asked = Call(q, k, v, site_pass.tokens, group.policies, scale, mask, residual, adds)
     kernel = dispatch.resolve(site_pass.generation.kernel, asked)
-    site_pass.record_attention(q.shape[0], kernel, group.work)
+    site_pass.record_attention(q.shape[0], kernel, group.work, way_of(kernel, asked))
     return dispatch.attend(asked, kernel)
 
 

@@ -1,6 +1,6 @@
 """The state of one generation, from the first call of the transformer to the end of the pipeline's call."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from arrowhead.engine.cache import Cache, held_bytes
 from arrowhead.engine.cache_encoding import NATIVE, CacheEncoding
@@ -18,7 +18,9 @@ class Generation:
     """The state of one generation: its step, its caches, its counters.
 
     `call` is the number of the running call within its step; each call has a cache, whose entries are stored in `encoding`.
-    `kernel` may be `auto`. `rows` is the batch of every call, known from the first site pass on.
+    `kernel` may be `auto`. `rows` is the batch of every call, known from the first site pass on; `latents` are the latents of
+    every call, known from the first call on. `tokens` are those of the running call: where a step has two calls, their texts
+    may have two lengths, unless the generation is `strict`.
     """
 
     branches: Branches
@@ -30,14 +32,25 @@ class Generation:
     step: int = 0
     call: int = 0
     rows: int | None = None
+    latents: int | None = None
+    strict: bool = False
+    _of_calls: dict[int, Tokens] = field(default_factory=dict)
     _plans: dict[tuple[Site, Cell, Writes], SitePlan] = field(default_factory=dict)
 
     @classmethod
     def begin(
-        cls, branches: Branches, tokens: Tokens, kernel: str, stats: Stats, encoding: CacheEncoding = NATIVE
+        cls,
+        branches: Branches,
+        tokens: Tokens,
+        kernel: str,
+        stats: Stats,
+        encoding: CacheEncoding = NATIVE,
+        *,
+        strict: bool = True,
     ) -> "Generation":
-        """The state before the first call of the transformer, with empty caches."""
-        return cls(branches, tokens, kernel, tuple(Cache(branches) for _ in range(branches.calls)), stats, encoding)
+        """The state in the first call of the transformer, with empty caches."""
+        caches = tuple(Cache(branches) for _ in range(branches.calls))
+        return cls(branches, tokens, kernel, caches, stats, encoding, strict=strict, _of_calls={0: tokens})
 
     def prepared(self, site: Site, cell: Cell, writes: Writes) -> SitePlan:
         """The plan of a site pass, prepared at the first use: for searches, which do not know their cells beforehand."""
@@ -46,19 +59,33 @@ class Generation:
             self._plans[key] = prepare(site, cell, writes, self.tokens, self.branches)
         return self._plans[key]
 
-    def advance(self, tokens: Tokens) -> None:
-        """Advance to the next call of the transformer.
+    def advance(self, tokens: Tokens) -> bool:
+        """Advance to the next call of the transformer. Returns whether it is the first such call of a step.
 
         Raises:
             PlanMismatch: the call has other tokens.
         """
-        if tokens != self.tokens:
-            raise PlanMismatch(
-                f"got {tokens} in one call of the transformer and {self.tokens} in another; wanted one length, so that prompt "
-                "and negative prompt can share; bring both to the same number of tokens"
-            )
         self.call = (self.call + 1) % self.branches.calls
         self.step += self.call == 0
+        before, new = self._of_calls.get(self.call, self.tokens), self.call not in self._of_calls
+        if tokens != before and (self.strict or not new or not _same_image(tokens, before)):
+            raise PlanMismatch(
+                f"got {tokens} in one call of the transformer and {before} in another; wanted one length in all steps"
+                f"{' and branches' if self.strict else ''}; bring them to the same number of tokens"
+            )
+        self.tokens = self._of_calls[self.call] = tokens
+        return new
+
+    def end_guidance(self) -> None:
+        """Go on with the conditional branch alone, and with what is stored of it."""
+        first = self.caches[0]
+        self.caches = (first.of_conditional() if self.branches.batched else replace(first, branches=_unguided(first.branches)),)
+        self.branches, self.rows, self.latents = _unguided(self.branches), None, None
+
+    def begin_guidance(self, branches: Branches) -> None:
+        """Go on with both branches, and with nothing stored: the unconditional one was not computed before."""
+        self.caches = tuple(Cache(branches) for _ in range(branches.calls))
+        self.branches, self.rows, self.latents = branches, None, None
 
     def require_rows(self, call: SiteCall, sequences: int) -> None:
         """Check that a site's batch is that of all calls before, and has both CFG branches where there are two.
@@ -81,6 +108,15 @@ class Generation:
         self.rows = rows
 
     @property
+    def other_texts(self) -> bool:
+        """Whether the two calls of a step have texts of other lengths."""
+        return self.tokens != self._of_calls[0]
+
+    def forget(self, call: int) -> None:
+        """Drop what the `call`-th call of a step would read."""
+        self.caches = tuple(Cache(self.branches) if i == call else cache for i, cache in enumerate(self.caches))
+
+    @property
     def cache(self) -> Cache:
         """The cache of the running call."""
         return self.caches[self.call]
@@ -89,3 +125,12 @@ class Generation:
     def held_bytes(self) -> int:
         """Bytes that the caches hold now."""
         return held_bytes(self.caches)
+
+
+def _same_image(tokens: Tokens, others: Tokens) -> bool:
+    """Whether the visual tokens are the same, and text stands on the same side."""
+    return replace(tokens, text=others.text) == others
+
+
+def _unguided(branches: Branches) -> Branches:
+    return replace(branches, guided=False)

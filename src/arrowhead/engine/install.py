@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from arrowhead.engine.cache_encoding import CacheEncoding
+from arrowhead.engine.circumstances import Adaptation
 from arrowhead.engine.custom_run import CustomRun
 from arrowhead.engine.run import Run, carries_plan, run_on
 from arrowhead.errors import ArrowheadError, InputsInvalid
@@ -29,6 +30,7 @@ def apply(
     kernel: str = "auto",
     cache_dtype: CacheDtype = "native",
     cache_device: str | torch.device | None = None,
+    changes: Adaptation = "adapt",
 ) -> Run:
     """Put a plan on a pipeline, or on a custom model. Generations are compressed until `remove`.
 
@@ -48,12 +50,15 @@ def apply(
         cache_dtype: how outputs and residuals are kept for later steps: `native`, the dtype in which they were computed, or
             `int8` or `fp8`, with one scale for each token and head.
         cache_device: the device on which they are kept, such as `cpu`; None: the one on which they were computed.
+        changes: what to do where a generation is not what the plan was made for, by its steps, strength, noise schedule, size
+            or scheduler, or where its guidance ends on the way. "adapt" carries the plan over, and warns once for each new
+            circumstance (`PlanAdapted`); "refuse" raises PlanMismatch. The length of the text is no part of a plan.
 
     Returns:
         The run: its `summary()` says what the latest generation computed, and `step(i)` tells a custom loop's steps.
 
     Raises:
-        InputsInvalid: `plan` is no plan, or there is no such dtype or device.
+        InputsInvalid: `plan` is no plan, or there is no such dtype, device or way with changes.
         UnsupportedPipeline: no attention sites are known for this pipeline, or its transformer has no weights.
         PlanMismatch: the plan was made for something else; the message names the first difference, and counts the others.
         AlreadyApplied: the pipeline carries a plan.
@@ -68,7 +73,7 @@ def apply(
     pipe, sites = with_adapter(pipe, adapter), plan.target.sites
     model = find(pipe, {site.kind for site in sites}).without_overlap(sites)
     require_weights(model.transformers)
-    return (CustomRun if isinstance(pipe, CustomModel) else Run)(model, plan, kernel, encoding)
+    return (CustomRun if isinstance(pipe, CustomModel) else Run)(model, plan, kernel, encoding, changes)
 
 
 def remove(pipe: "DiffusionPipeline | nn.Module") -> None:
@@ -95,6 +100,7 @@ def applied(
     kernel: str = "auto",
     cache_dtype: CacheDtype = "native",
     cache_device: str | torch.device | None = None,
+    changes: Adaptation = "adapt",
 ) -> Iterator[Run]:
     """Within the block a plan is on a pipeline, or on a custom model.
 
@@ -103,7 +109,7 @@ def applied(
 
     The arguments and errors are those of `apply`.
     """
-    run = apply(pipe, plan, adapter, kernel=kernel, cache_dtype=cache_dtype, cache_device=cache_device)
+    run = apply(pipe, plan, adapter, kernel=kernel, cache_dtype=cache_dtype, cache_device=cache_device, changes=changes)
     try:
         yield run
     finally:

@@ -2,7 +2,9 @@
 
 import warnings
 
-from arrowhead.errors import BandCoversAll, PlanDerived
+from arrowhead.errors import BandCoversAll, OtherWeights, PlanDerived
+from arrowhead.models.model import Model
+from arrowhead.models.weights import fingerprint, same_weights
 from arrowhead.plans import masks
 from arrowhead.plans.cells import Arrow, Attend, radius_sort_key
 from arrowhead.plans.foreign_text import visible
@@ -23,6 +25,17 @@ def warn_of_wide_bands(plan: Plan) -> None:
                 stacklevel=4,
             )
             return
+
+
+def warn_of_other_weights(plan: Plan, model: Model) -> None:
+    """Warn of a model with other weights than the plan was found with."""
+    if plan.target.weights is not None and not same_weights(plan.target.weights, fingerprint(model.transformers)):
+        warnings.warn(
+            f"the plan was found with other weights of {plan.target.transformer} than these, so its error may be another here; "
+            "search again with these weights, or look at what the plan does",
+            OtherWeights,
+            stacklevel=4,
+        )
 
 
 def warn_of_derived(plan: Plan) -> None:

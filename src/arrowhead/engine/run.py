@@ -11,12 +11,14 @@ from torch import nn
 from arrowhead.engine.cache import Output
 from arrowhead.engine.cache_encoding import NATIVE, CacheEncoding
 from arrowhead.engine.changes import Changes
+from arrowhead.engine.circumstances import Adaptation, require_adaptation
 from arrowhead.engine.compile_boundary import CallWrapper
 from arrowhead.engine.execute_site import execute_site
+from arrowhead.engine.following import Following
 from arrowhead.engine.generation import Generation
-from arrowhead.engine.plan_warnings import warn_of_derived, warn_of_wide_bands
+from arrowhead.engine.plan_warnings import warn_of_derived, warn_of_other_weights, warn_of_wide_bands
+from arrowhead.engine.prepared import Inseparable, PreparedPlans, SitePlans
 from arrowhead.engine.site_calls import SiteCall
-from arrowhead.engine.site_plan import SitePlan, prepare
 from arrowhead.engine.stats import Stats, Summary
 from arrowhead.engine.step_clock import StepClock
 from arrowhead.engine.wrappers import Interception, uncopied
@@ -25,8 +27,10 @@ from arrowhead.errors import (
     AlreadyGenerating,
     ArrowheadError,
     GenerationUnfinished,
+    GuidanceMissing,
     GuidanceNotPlanned,
     NotIntercepted,
+    PlanAdapted,
     PlanMismatch,
     ProcessorReplaced,
     ShareCfgIgnored,
@@ -35,11 +39,8 @@ from arrowhead.errors import (
 from arrowhead.kernels import dispatch
 from arrowhead.models.conflicts import require_no_conflicts
 from arrowhead.models.custom import CustomModel
-from arrowhead.models.head_separation import can_project_heads_separately
 from arrowhead.models.model import Model, target_of, transformers_of
-from arrowhead.plans.cells import Attend, Cached
-from arrowhead.plans.layout import Branches, Site, Tokens
-from arrowhead.plans.lifetimes import lifetimes
+from arrowhead.plans.layout import Branches, Site
 from arrowhead.plans.plan import Plan
 from arrowhead.upstream import uncompiled
 
@@ -47,26 +48,31 @@ from arrowhead.upstream import uncompiled
 class Run:
     """A plan on a pipeline, from `apply` to `remove`. Owns the caches and counters of the generation that is going on."""
 
-    def __init__(self, model: Model, plan: Plan, kernel: str, encoding: CacheEncoding = NATIVE) -> None:
+    def __init__(
+        self, model: Model, plan: Plan, kernel: str, encoding: CacheEncoding = NATIVE, changes: Adaptation = "adapt"
+    ) -> None:
         self.plan = plan
+        self.changes = require_adaptation(changes)
         self.kernel = dispatch.require_kernel(kernel)
         self.encoding = encoding
         self._model = model
         self._pipeline_class = type(model.pipe)
-        plan.require(target_of(model))
-        self._writes = tuple(map(lifetimes, plan.columns))
-        self._prepared: dict[Any, tuple[dict[str, SitePlan], ...]] = {}  # by step and path, for each kind of generation
+        self._require_target()
+        self._following = Following(plan, model, self.changes, self._adapted)
+        self._prepared = PreparedPlans(model)
+        self._inseparable: Inseparable = frozenset()  # set as the generation is
         self._turn: dict[str, StepClock] = {}  # the clock of the call that generates: of several, one puts it there
         self._replaced: frozenset[str] = frozenset()  # paths of sites whose wrapper was gone when the generation began
         self._branches: Branches | None = None  # set while the pipeline's call runs
         self._generation: Generation | None = None  # set from the first call of the transformer on
-        self._site_plans: tuple[dict[str, SitePlan], ...] = ()  # set as the generation is
+        self._site_plans: SitePlans = ()  # of the running call
         self._stats: Stats | None = None  # of the latest generation
         self._interception = Interception(model, self._around)
         self._call_wrappers: list[CallWrapper] = []
         self._changes = Changes()
         warn_of_wide_bands(plan)
         warn_of_derived(plan)
+        warn_of_other_weights(plan, model)
         try:
             self._install()
         except BaseException:
@@ -89,6 +95,10 @@ class Run:
         applied = _applied_class(self._pipeline_class, self)
         changes.record(_restore_class, pipe, applied, self._pipeline_class)
         pipe.__class__ = applied
+
+    def _require_target(self) -> None:
+        """Check that the plan is for this model, and, unless it adapts, for this scheduler."""
+        self.plan.require(target_of(self._model), scheduler=self.changes == "refuse")
 
     @property
     def on(self) -> bool:
@@ -138,7 +148,7 @@ class Run:
         """
         if self._stats is None:
             raise ArrowheadError("nothing has been generated with this plan yet; call the pipeline first")
-        return self._stats.summary(self.plan.steps)
+        return self._stats.summary(self._following.plan.steps)
 
     def close(self) -> None:
         """Take the plan off; the pipeline is as it was before `apply`. After an interruption this can be called again."""
@@ -165,7 +175,8 @@ class Run:
                     "it would change; wanted one at a time; let that end first, or give each a pipeline of its own"
                 )
             if begun := self.on:  # another thread may have taken the plan off meanwhile
-                self._begin(self._model.branches(self._model.call_arguments(args, kwargs)))
+                call = self._model.call_arguments(args, kwargs)
+                self._begin(self._model.branches(call, follows=self.changes == "adapt"))
             yield
             if begun:
                 self._account_for_every_site()
@@ -189,9 +200,9 @@ class Run:
                 "and apply it again"
             )
         require_no_conflicts(self._model.transformers)
-        self.plan.require(target_of(self._model))
+        self._require_target()
         self._renew()
-        self._stats, self._branches = Stats(branches.samples, branches.calls), branches
+        self._stats, self._branches = Stats(branches.samples), branches
         replaced = self._interception.replaced()
         self._replaced = frozenset(replaced)
         if replaced:
@@ -207,6 +218,12 @@ class Run:
                 "search again without guidance for a plan of its own",
                 ShareCfgIgnored,
             )
+        elif self.plan.guided and not branches.guided:
+            self._note(
+                "guidance is off, and the plan was made with guidance, by whose errors it was chosen",
+                "search again without guidance for a plan of its own",
+                GuidanceMissing,
+            )
         if branches.guided and not self.plan.guided:
             self._note(
                 "guidance is on, and the plan was made without guidance, which multiplies the plan's errors",
@@ -220,7 +237,7 @@ class Run:
         Raises:
             NotIntercepted: a site was skipped.
         """
-        if self._stats is not None and 0 < self._stats.steps < self.plan.steps:
+        if self._stats is not None and 0 < self._stats.steps < self._following.plan.steps:
             remedy = "let it run to its end, uninterrupted and with the plan on"
             self._note(self._unfinished(self._stats.steps), remedy, GenerationUnfinished)
         if self._generation is None:
@@ -229,9 +246,13 @@ class Run:
             remedy = "call the pipeline so that it denoises, or remove the plan"
             self._note("the pipeline never called its transformer: nothing was compressed", remedy, SiteNotReached)
             return
-        stats, tokens = self._generation.stats, self._generation.tokens
-        missed = self._require_passed(stats, stats.steps * stats.calls)
-        stats.count_missed_as_full(missed, tokens)
+        generation = self._generation
+        stats, missing = generation.stats, generation.branches.calls == 2 and generation.call == 0
+        if missing and self.changes == "adapt":
+            self._following.guidance_ends(generation.step)
+            missing = False
+        missed = self._require_passed(stats, stats.calls + missing)
+        stats.count_missed_as_full(missed, generation.tokens)
         if missed:
             self._note(
                 "not reached, so counted as full: " + ", ".join(f"{site.path} in {n} steps" for site, n in missed.items()),
@@ -260,13 +281,24 @@ class Run:
         return missed
 
     def _unfinished(self, steps: int) -> str:
-        return f"a generation ended after {steps} of the plan's {self.plan.steps} steps"
+        return f"a generation ended after {steps} of the plan's {self._following.plan.steps} steps"
+
+    def _say(self, what: str) -> None:
+        """Keep a text for the summary."""
+        if self._stats is not None:
+            self._stats.notes.append(what)
 
     def _note(self, what: str, remedy: str, category: type[Warning]) -> None:
         """Warn, and keep the text for the summary."""
-        if self._stats is not None:
-            self._stats.notes.append(what)
+        self._say(what)
         warnings.warn(f"{what}; {remedy}", category, stacklevel=6)
+
+    def _adapted(self, what: str, remedy: str, new: bool) -> None:
+        """Say that the plan was carried over: in the summary always, by a warning where it is new."""
+        if new:
+            self._note(what, remedy, PlanAdapted)
+        else:
+            self._say(what)
 
     def _end(self) -> None:
         self._branches = self._generation = None
@@ -278,66 +310,32 @@ class Run:
         if branches is None or stats is None or clock is None:
             return
         clock.require_same_thread(type(transformer).__name__)
-        tokens = self._model.tokens(self._model.transformer_arguments(args, kwargs))
+        arguments = self._model.transformer_arguments(args, kwargs)
+        tokens, latents = self._model.tokens(arguments), len(self._model.latents(arguments))
         generation = self._generation
         if generation is None:
-            self.plan.require_call(self._model.steps, tokens, branches.calls, self._model.switch)
-            generation = Generation.begin(branches, tokens, self.kernel, stats, self.encoding)
-            self._site_plans = self._prepare(tokens, branches)
-            self._generation = generation
+            self._following.begin(tokens, branches)
+            self._inseparable = self._prepared.inseparable(self._following.plan)
+            strict = self.changes == "refuse"
+            generation = Generation.begin(branches, tokens, self.kernel, stats, self.encoding, strict=strict)
         else:
-            self._require_passed(stats, generation.step * branches.calls + generation.call + 1)
-            generation.advance(tokens)
+            self._require_passed(stats, stats.calls)
+            self._following.advance(generation, tokens, latents, branches, clock.counted)
+        generation.latents = latents
+        stats.calls += 1
         stats.steps += generation.call == 0
         clock.check(generation.step, generation.call, self._model.scheduler_step)
-        if generation.step >= self.plan.steps:
+        if generation.step >= (steps := self._following.plan.steps):
             raise PlanMismatch(
-                f"plan is for {self.plan.steps} calls of the transformer, the pipeline makes more; search again with the "
-                "same arguments"
+                f"plan is for {steps} calls of the transformer, the pipeline makes more; search again with the same arguments"
             )
         if transformer is not self._model.transformer_at(generation.step):
             raise PlanMismatch(
                 f"got step {generation.step} with another transformer than the scheduler's timesteps and the pipeline's "
                 "boundary_ratio say; wanted diffusers' own loop; remove the plan"
             )
-
-    def _prepare(self, tokens: Tokens, branches: Branches) -> tuple[dict[str, SitePlan], ...]:
-        """The site plans of every step, by the site's path. Generations that are alike share them.
-
-        The modules are asked once in a generation whether heads can be projected separately, as a LoRA may have been loaded.
-        """
-        switch, inseparable = self._model.switch, self._inseparable()
-        key = tokens, branches, switch, inseparable
-        if key not in self._prepared:
-            self._prepared[key] = tuple(
-                {
-                    site.path: prepare(
-                        site,
-                        cell,
-                        writes[step],
-                        tokens,
-                        branches,
-                        separable=(switch is not None and step >= switch, site.path) not in inseparable,
-                    )
-                    for site, cell, writes in zip(self.plan.target.sites, cells, self._writes, strict=True)
-                }
-                for step, cells in enumerate(self.plan.cells)
-            )
-        return self._prepared[key]
-
-    def _inseparable(self) -> frozenset[tuple[bool, str]]:
-        """The paths of sites with cached heads that have to project all heads, with True for the second transformer."""
-        caching = [
-            site
-            for site, column in zip(self.plan.target.sites, self.plan.columns, strict=True)
-            if any(isinstance(cell, Attend) and Cached() in cell.methods(site.heads) for cell in column)
-        ]
-        return frozenset(
-            (later > 0, site.path)
-            for later, transformer in enumerate(self._model.transformers)
-            for site in caching
-            if not can_project_heads_separately(uncompiled(transformer.get_submodule(site.path)))
-        )
+        self._site_plans = self._prepared.of(self._following.plan, tokens, generation.branches, self._inseparable)
+        self._generation = generation
 
     def _around(self, call: SiteCall) -> Output:
         generation = self._generation

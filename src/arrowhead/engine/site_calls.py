@@ -10,7 +10,14 @@ import greenlet
 import torch
 from torch import Tensor
 
-from arrowhead.engine.attention_hook import AttentionCall, AttentionHandler, NativeAttention, attention_handler, batch_calls
+from arrowhead.engine.attention_hook import (
+    AttentionCall,
+    AttentionHandler,
+    NativeAttention,
+    attention_handler,
+    batch_calls,
+    replaced_attention,
+)
 from arrowhead.engine.attention_seen import running_module
 from arrowhead.engine.cache import Output, add_scaled
 from arrowhead.engine.head_projection import ProjectedHeads
@@ -152,10 +159,10 @@ class AttentionSiteCall(SiteCall):
         return out
 
     def _never_attends(self) -> NotIntercepted:
-        return NotIntercepted(
-            f"{self.site.path}: {self._processor} did not call F.scaled_dot_product_attention or dispatch_attention_fn; wanted "
-            f"{self._wanted}"
-        )
+        said = "did not call F.scaled_dot_product_attention or dispatch_attention_fn"
+        if (replaced := replaced_attention()) is not None:
+            said = f"attended out of sight, as F.scaled_dot_product_attention is replaced by {replaced}; put torch's back"
+        return NotIntercepted(f"{self.site.path}: {self._processor} {said}; wanted {self._wanted}")
 
     def attends_twice(self) -> NotIntercepted:
         """The error of a processor that calls attention more than once."""

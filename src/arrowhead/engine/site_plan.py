@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from arrowhead.engine.cache import Key
-from arrowhead.engine.stats import PassCount, Work
+from arrowhead.engine.stats import AttentionWork, PassCount, Work
 from arrowhead.kernels.call import Policy
 from arrowhead.plans.cells import FULL, Arrow, Attend, Cached, Cell, Full, Method, Reuse, method_name, paper_name, precision_of
 from arrowhead.plans.flops import Flops, computed_heads, head_flops, projection_flops, site_flops
@@ -40,7 +40,7 @@ class HeadGroup:
     policies: tuple[Policy, ...]
     adds: tuple[int, ...]
     residuals: tuple[ResidualRead, ...]
-    work: Work
+    work: AttentionWork
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class AttendPlan:
     stores: bool
     stores_output: bool
     samples: int
-    attention: Work
+    attention: AttentionWork
     projections: Work
     residual_writes: tuple[HeadWrite, ...]
     output_writes: tuple[HeadWrite, ...]
@@ -203,10 +203,10 @@ def _pass_count(site: Site, cell: Cell, tokens: Tokens, branches: Branches) -> P
     return PassCount(site.path, paper_name(cell), names, _whole_flops(site, tokens, branches.samples))
 
 
-def _attention_work(site: Site, tokens: Tokens, methods: Sequence[Method]) -> Work:
+def _attention_work(site: Site, tokens: Tokens, methods: Sequence[Method]) -> AttentionWork:
     """The two matmuls of heads with these methods."""
     flops = sum(_head_flops(site, tokens, method) * count for method, count in Counter(methods).items())
-    return Work(Flops(flops, flops))
+    return AttentionWork(Flops(flops, flops), site, tokens, tuple(methods))
 
 
 def _head_group(

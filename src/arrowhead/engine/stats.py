@@ -8,8 +8,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from arrowhead.plans.cells import FULL
-from arrowhead.plans.flops import Flops, site_flops
+from arrowhead.kernels.computed_pairs import Way, computed_pairs
+from arrowhead.plans.cells import FULL, Arrow, Method
+from arrowhead.plans.flops import Flops, pair_flops, pairs, site_flops
 from arrowhead.plans.layout import Site, Tokens
 from arrowhead.plans.lifetimes import Writes
 
@@ -33,20 +34,40 @@ class Work:
     flops: Flops
 
 
+@dataclass(frozen=True, eq=False)
+class AttentionWork(Work):
+    """The two matmuls of some heads of a site, each under its method."""
+
+    site: Site
+    tokens: Tokens
+    methods: tuple[Method, ...]
+
+    def masked(self, way: Way) -> Flops:
+        """FLOPs of one sample for pairs that a kernel computes besides those that are kept, when it computes in some way."""
+        flops, own = 0, self.site.tokens(self.tokens)
+        for method, heads in Counter(self.methods).items():
+            radius = method.radius if isinstance(method, Arrow) else None
+            extra = computed_pairs(way, own, radius) - pairs(method, own)
+            flops += heads * extra * pair_flops(self.site, self.tokens, method)
+        return Flops(flops, flops)
+
+
 @dataclass
 class Stats:
     """What has been computed and reused so far in one generation. FLOPs are per image.
 
-    `samples` are those of an image in one call of the transformer, of which a step has `calls`. `done` has the samples of an
-    image that each piece of work was done for. `passes` are the site passes so far.
+    `samples` are those of an image in one call of the transformer, and `calls` counts these calls. `done` has the samples of an
+    image that each piece of work was done for; `attended` those of attention by kernels, with the way in which they computed.
+    `passes` are the site passes so far.
     """
 
     samples: int
-    calls: int = 1
+    calls: int = 0
     steps: int = 0
     passes: int = 0
     counts: Counter[PassCount] = field(default_factory=Counter)
     done: defaultdict[Work, float] = field(default_factory=lambda: defaultdict(float))
+    attended: defaultdict[tuple[AttentionWork, Way], float] = field(default_factory=lambda: defaultdict(float))
     kernels: Counter[str] = field(default_factory=Counter)
     residuals: int = 0
     peak_bytes: int = 0
@@ -63,15 +84,22 @@ class Stats:
         """Count work that ran for so many samples of an image."""
         self.done[work] += samples
 
-    def record_attention(self, work: Work, samples: float, kernel: str) -> None:
-        """Count one pass over queries and keys by a kernel, for so many samples of an image."""
+    def record_attention(self, work: AttentionWork, samples: float, kernel: str, way: Way | None = None) -> None:
+        """Count one pass over queries and keys by a kernel, for so many samples of an image. `way`: how the kernel computes."""
         self.record_work(work, samples)
         self.kernels[kernel] += 1
+        if way is not None:
+            self.attended[work, way] += samples
 
     @property
     def spent(self) -> Flops:
         """FLOPs that were spent."""
         return sum((work.flops * samples for work, samples in self.done.items()), self.missed)
+
+    @property
+    def masked(self) -> Flops:
+        """FLOPs that kernels spent besides, on pairs that are masked."""
+        return sum((work.masked(way) * samples for (work, way), samples in self.attended.items()), NO_FLOPS)
 
     @property
     def whole(self) -> Flops:
@@ -93,14 +121,14 @@ class Stats:
     def summary(self, planned_steps: int) -> "Summary":
         """The counters so far, as a value."""
         spent, whole = (self.spent, self.whole) if self.whole.module else (Flops(1, 1), Flops(1, 1))
-        left = Flops(spent.attention / (whole.attention or 1), spent.module / whole.module)
+        left, computed = (_part(done, whole) for done in (spent, spent + self.masked))
         cells, heads = Counter[str](), Counter[str]()
         for count, times in self.counts.items():
             cells[count.cell] += times
             for name, each in count.heads.items():
                 heads[name] += each * times
         kernels, notes = Counter(self.kernels), tuple(self.notes)
-        return Summary(self.steps, planned_steps, cells, heads, self.residuals, kernels, left, self.peak_bytes, notes)
+        return Summary(self.steps, planned_steps, cells, heads, self.residuals, kernels, left, self.peak_bytes, notes, computed)
 
 
 @dataclass(frozen=True)
@@ -109,7 +137,9 @@ class Summary:
 
     `steps` ran, of `planned_steps` in the plan. `cells` counts site passes by the papers' names (full, ASC, WA-RS, AST, ...),
     `heads` the methods of single heads in them, `residuals` the residuals that were made, `kernels` the passes over queries and
-    keys by the kernel that ran (`native`: the pipeline's own attention). `flops` are fractions of the uncompressed run's FLOPs.
+    keys by the kernel that ran (`native`: the pipeline's own attention). `flops` are fractions of the uncompressed run's FLOPs:
+    of the query–key pairs that the plan keeps. `computed` are those of the pairs that the kernels computed, of which some are
+    masked, since chunks, blocks and tiles are computed whole.
     `peak_cache_bytes` is the most that the caches held after a site pass. `notes` repeat the warnings of the generation.
 
         >>> run = ah.apply(pipe, plan)
@@ -127,6 +157,7 @@ class Summary:
     flops: Flops
     peak_cache_bytes: int
     notes: tuple[str, ...]
+    computed: Flops
 
     def __str__(self) -> str:
         rows = {
@@ -134,12 +165,21 @@ class Summary:
             "site passes": _shares(self.cells),
             **({"heads": _shares(self.heads)} if any("head-wise" in name for name in self.cells) else {}),
             "residuals made": str(self.residuals),
-            "FLOPs left": f"attention {self.flops.attention:.1%}, with projections {self.flops.module:.1%}",
+            "FLOPs left": _shown(self.flops),
+            **({"computed": _shown(self.computed)} if _shown(self.computed) != _shown(self.flops) else {}),
             "kernels": ", ".join(f"{name} × {n}" for name, n in self.kernels.items()) or "none",
             "cache peak": f"{self.peak_cache_bytes / 2**20:.2f} MiB",
         }
         lines = [f"{name:<15}{value}" for name, value in rows.items()]
         return "\n".join([*lines, *(f"{'note':<15}{note}" for note in self.notes)])
+
+
+def _part(flops: Flops, whole: Flops) -> Flops:
+    return Flops(flops.attention / (whole.attention or 1), flops.module / whole.module)
+
+
+def _shown(flops: Flops) -> str:
+    return f"attention {flops.attention:.1%}, with projections {flops.module:.1%}"
 
 
 def _shares(count: Counter[str]) -> str:

@@ -63,7 +63,8 @@ def generate_missing(
 
 def summary_as_dict(summary: Summary) -> dict[str, Any]:
     """A generation's summary, for JSON."""
-    return {**vars(summary), "flops": vars(summary.flops), "notes": list(summary.notes)}
+    counted = {"flops": vars(summary.flops), "computed": vars(summary.computed)}
+    return {**vars(summary), **counted, "notes": list(summary.notes)}
 
 
 def _generate(
@@ -75,7 +76,7 @@ def _generate(
         InputsInvalid: the pipeline gave another number of images, or values that are not finite.
     """
     call = request.call(images)
-    with nullcontext() if plan is None else applied(pipe, plan) as run:
+    with nullcontext() if plan is None else applied(pipe, plan, changes="refuse") as run:
         started = time.perf_counter()
         made = pipe(**{**call, "output_type": "pt"})
         values: Tensor = made.images if hasattr(made, "images") else made.frames

@@ -51,7 +51,7 @@ class Score:
     def as_dict(self) -> dict[str, Any]:
         """The score without its images, for JSON. Infinite metrics become None."""
         values = {name: value if math.isfinite(value) else None for name, value in self.metrics.items()}
-        counted = {**vars(self.summary), "flops": vars(self.summary.flops)}
+        counted = {**vars(self.summary), "flops": vars(self.summary.flops), "computed": vars(self.summary.computed)}
         return {"search": self.plan.about.get("search"), **counted, "time_ratio": self.time_ratio, **values}
 
 
@@ -122,11 +122,11 @@ def evaluate(
     seconds: dict[str, list[float]] = {name: [] for name in settings}
     summaries: dict[str, Summary] = {}
     for plan in (None, next(iter(plans.values()))):
-        with nullcontext() if plan is None else applied(pipe, plan):
+        with nullcontext() if plan is None else applied(pipe, plan, changes="refuse"):
             generate(pipe, inputs, seeds[0])
     for seed in tqdm(seeds, desc="evaluate", unit="seed", disable=not progress):
         for name, plan in settings.items():
-            with nullcontext() if plan is None else applied(pipe, plan) as run:
+            with nullcontext() if plan is None else applied(pipe, plan, changes="refuse") as run:
                 started = time.perf_counter()
                 images[name].append(generate(pipe, inputs, seed))
                 seconds[name].append(time.perf_counter() - started)
@@ -189,7 +189,7 @@ def require_fit(pipe: "DiffusionPipeline", plan: Plan, inputs: Mapping[str, Any]
     def stop(*_: Any) -> None:
         raise _TransformerReached
 
-    with applied(pipe, plan), force_eager(), suppress(_TransformerReached), ExitStack() as hooks:
+    with applied(pipe, plan, changes="refuse"), force_eager(), suppress(_TransformerReached), ExitStack() as hooks:
         for transformer in transformers_of(pipe):  # a pipeline may begin with either of two
             hook = transformer.register_forward_pre_hook(stop)  # runs after the plan's hook, which checks steps and tokens
             hooks.callback(hook.remove)

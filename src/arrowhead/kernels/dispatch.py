@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from arrowhead.errors import KernelUnavailable
-from arrowhead.kernels import flex, reference
+from arrowhead.kernels import flex, flop_formulas, reference
 from arrowhead.kernels.call import Call, Kernel, Policy
 from arrowhead.kernels.cpu import chunked
 from arrowhead.kernels.head_index import head_index
@@ -24,6 +24,7 @@ KERNELS: dict[str, Kernel] = {
 }
 ADD_RESIDUALS = {"fused"}
 """Kernels that add residuals while they write their output; `attend` adds them for the others."""
+flop_formulas.register()
 
 
 def require_kernel(name: str) -> str:

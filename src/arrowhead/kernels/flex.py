@@ -13,10 +13,11 @@ from torch import Tensor
 
 from arrowhead.errors import KernelUnavailable
 from arrowhead.kernels.call import Call, Policy
+from arrowhead.kernels.flop_formulas import count_pairs
 from arrowhead.plans import masks
 from arrowhead.plans.cells import Box
 from arrowhead.plans.layout import Tokens
-from arrowhead.upstream import is_compiler_error, no_dispatch_modes, recompile_limit
+from arrowhead.upstream import dispatch_mode_is_active, is_compiler_error, no_dispatch_modes, recompile_limit
 
 BLOCK = 128  # tokens on each side of a block
 LAYOUTS = 64  # compiled at most. By torch's default of 8, FlexAttention would then run uncompiled, and store N² scores
@@ -36,7 +37,10 @@ def attend(call: Call) -> Tensor:
     if q.is_cpu:  # contiguous tensors are a third faster than the views that processors make
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     score_mod = None if mask is None else _model_mask(mask.expand(*q.shape[:3], k.shape[2]))
-    blocks = _block_mask(call.tokens, call.policies, q.device)
+    tokens, blocks = call.tokens, _block_mask(call.tokens, call.policies, q.device)
+    if dispatch_mode_is_active():
+        radii = [tokens.visual if policy.radius is None else policy.radius for policy in call.policies]
+        count_pairs(q, q.shape[0] * sum(computed_pairs(tokens, radius) for radius in radii if isinstance(radius, int)))
     tracked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
     try:
         with recompile_limit(LAYOUTS), torch.set_grad_enabled(tracked), no_dispatch_modes():
@@ -121,6 +125,14 @@ def block_kinds(tokens: Tokens, radius: Tensor) -> tuple[Tensor, Tensor]:
     every = ~both | masks.near(most, zero, radius)
     every &= (ends - starts == BLOCK)[None, :]  # a block beyond the sequence's end needs a mask
     return some, every
+
+
+@lru_cache(maxsize=2**10)
+def computed_pairs(tokens: Tokens, radius: int) -> int:
+    """The query–key pairs of the blocks in which some pair is kept."""
+    some, _ = block_kinds(tokens, torch.tensor([radius]))
+    sizes = (tokens.total - torch.arange(0, tokens.total, BLOCK)).clamp(max=BLOCK)
+    return int((some[0] * sizes[:, None] * sizes[None, :]).sum())
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:

@@ -171,7 +171,7 @@ FAMILIES: tuple[Family, ...] = (
         branch_order={"Lumina2Pipeline": "two_calls"},
         tokens=masked_text_then_image,
         guided=guidance_above_one,
-        unsupported_call=cfg_trunc_ratio,
+        guidance_changes=cfg_trunc_ratio,
         left_alone="the text's refiner, embeddings, output layer",
     ),
     Family(
@@ -207,7 +207,7 @@ FAMILIES: tuple[Family, ...] = (
         tokens=padded_image_then_text,
         guided=guidance_above_zero,
         guidance_scale=lambda call: 1 + float(call["guidance_scale"]),
-        unsupported_call=cfg_truncation,
+        guidance_changes=cfg_truncation,
         left_alone="the image's and the text's refiners, embeddings, output layer",
     ),
     Family(

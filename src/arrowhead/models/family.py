@@ -43,6 +43,7 @@ class Family:
         by_sample: attention is called once for each sample, see `Site.by_sample`.
         separable_heads: Q, K and V of single heads can be computed alone where the layers allow it, see `Site.separable_heads`.
         unsupported_call: the option of a pipeline's call that no plan goes with, for the error; None where there is none.
+        guidance_changes: the option by which guidance is on in some steps and off in others, likewise. Searches refuse it.
         unsupported_transformer: the part of a transformer that no plan goes with, likewise.
         latents_argument: the transformer's argument that holds a latent for each sample.
         output_tokens: the number of tokens at the beginning of the output that the pipeline uses; None: all of them.
@@ -71,6 +72,7 @@ class Family:
     by_sample: bool = False
     separable_heads: bool = True
     unsupported_call: Callable[[Mapping[str, Any]], str | None] = lambda _: None
+    guidance_changes: Callable[[Mapping[str, Any]], str | None] = lambda _: None
     unsupported_transformer: Callable[[Any], str | None] = lambda _: None
     latents_argument: str = "hidden_states"
     output_tokens: Callable[[Mapping[str, Any]], int | None] = lambda _: None

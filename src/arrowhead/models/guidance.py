@@ -57,13 +57,13 @@ def skip_layer_guidance(call: Mapping[str, Any]) -> str | None:
 
 
 def cfg_trunc_ratio(call: Mapping[str, Any]) -> str | None:
-    """Lumina 2's guidance in some of the steps only, which is unsupported."""
+    """Lumina 2's guidance in some of the steps only."""
     ratio = call["cfg_trunc_ratio"]
     return f"cfg_trunc_ratio={ratio}, by which some steps have guidance and some do not" if ratio < 1 else None
 
 
 def cfg_truncation(call: Mapping[str, Any]) -> str | None:
-    """Z-Image's guidance in some of the steps only, which is unsupported."""
+    """Z-Image's guidance in some of the steps only."""
     limit = call["cfg_truncation"]
     ends = guidance_above_zero(call) and limit is not None and limit < 1
     return f"cfg_truncation={limit}, by which some steps have guidance and some do not" if ends else None

@@ -92,6 +92,16 @@ class Model:
         return begin if begin is not None else max(0, timesteps - getattr(self.pipe, "num_timesteps", timesteps))
 
     @property
+    def levels(self) -> tuple[float, ...] | None:
+        """The noise levels of the steps of the latest call (see `Target.levels`); None where there is no scheduler."""
+        scheduler = self.pipe.scheduler
+        timesteps = getattr(scheduler, "timesteps", None)
+        if timesteps is None:
+            return None
+        whole = scheduler.config.get("num_train_timesteps", 1000)
+        return tuple(float(step) / whole for step in timesteps[getattr(scheduler, "begin_index", None) or 0 :])
+
+    @property
     def scheduler_step(self) -> int | None:
         """The scheduler's count of its steps in the running call; None where there is no scheduler, or no count."""
         return getattr(self.pipe.scheduler, "step_index", None)
@@ -160,13 +170,15 @@ class Model:
         scale = self.family.guidance_scale if second is None or self.transformer_at(step) is self.transformer else second
         return scale(call)
 
-    def branches(self, call: Mapping[str, Any]) -> Branches:
-        """The CFG branches of a pipeline call with these arguments.
+    def branches(self, call: Mapping[str, Any], *, follows: bool = False) -> Branches:
+        """The CFG branches of a pipeline call with these arguments, at its beginning.
+
+        `follows`: guidance that ends or begins on the way can be followed.
 
         Raises:
             InputsInvalid: the call has an option that no plan goes with, or a guidance scale that is no number.
         """
-        if unsupported := self.family.unsupported_call(call):
+        if unsupported := self.family.unsupported_call(call) or (None if follows else self.family.guidance_changes(call)):
             raise InputsInvalid(f"got {unsupported}; wanted a call without it; leave it out, or remove the plan")
         try:
             guided = self.family.guided(dict(getattr(self.pipe, "config", {})) | dict(call))

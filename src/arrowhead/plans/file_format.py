@@ -41,9 +41,9 @@ from arrowhead.plans.target import Target
 if TYPE_CHECKING:  # plan.py imports this file
     from arrowhead.plans.plan import Plan
 
-FORMAT = 4
-READABLE = (2, 3, FORMAT)
-"""Format 3 has no slopes, no grids and no second transformer; format 2 has no precisions either. All else is the same."""
+FORMAT = 5
+READABLE = (2, 3, 4, FORMAT)
+"""Format 4 has no noise levels, format 3 no slopes, grids or second transformer, format 2 no precisions either."""
 SYMBOLS = {  # by the papers' names
     "full": "F",
     "ASC": "C",

@@ -46,8 +46,13 @@ def head_flops(site: Site, tokens: Tokens, method: Method) -> float:
     """
     if site.kind != "self_attention":
         return sum(inner.heads * head_flops(inner, tokens, Full()) for inner in site.within)
+    return pair_flops(site, tokens, method) * pairs(method, site.tokens(tokens))
+
+
+def pair_flops(site: Site, tokens: Tokens, method: Method) -> int:
+    """FLOPs of one query–key pair of a head, in all sequences of one sample."""
     scores = 1 if precision_of(method) == "int8" else 2  # FLOPs of a multiply–add of Q·Kᵀ
-    return (scores + 2) * site.head_dim * pairs(method, site.tokens(tokens)) * site.sequences(tokens)
+    return (scores + 2) * site.head_dim * site.sequences(tokens)
 
 
 def projection_flops(site: Site, tokens: Tokens, heads: int) -> float:

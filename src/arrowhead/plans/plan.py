@@ -1,20 +1,21 @@
 """A plan: for each denoising step and each site, the cell that the site does there."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import dtype
 
-from arrowhead.errors import PlanInvalid, PlanMismatch
+from arrowhead.errors import InputsInvalid, PlanInvalid, PlanMismatch
 from arrowhead.plans import atomic_write, file_format, flops, limits, memory, resample
-from arrowhead.plans.about import require_about
-from arrowhead.plans.cells import Attend, Cell, Full, Reuse, method_name, paper_name, uses_box
+from arrowhead.plans.about import about_in_file, require_about
+from arrowhead.plans.cells import FULL, Attend, Cell, Full, Reuse, method_name, paper_name, uses_box
 from arrowhead.plans.layout import Site, Tokens, outermost
 from arrowhead.plans.lifetimes import first_fault
 from arrowhead.plans.memory import CacheDtype
+from arrowhead.plans.resample import Conditions
 from arrowhead.plans.target import Target, first_of
 
 
@@ -92,6 +93,8 @@ class Plan:
     def _require_steps_and_calls(self) -> None:
         if self.switch is not None and not 0 <= self.switch < len(self.cells):
             raise PlanInvalid(f"got switch={self.switch} with {len(self.cells)} steps, wanted one of them, or None")
+        if self.target.levels is not None and len(self.target.levels) != len(self.cells):
+            raise PlanInvalid(f"got {len(self.target.levels)} noise levels for {len(self.cells)} steps, wanted one for each")
         if self.calls not in (1, 2) or (self.calls == 2 and not self.guided):
             raise PlanInvalid(f"got {self.calls} calls a step, wanted 1, or 2 where there is guidance")
 
@@ -186,42 +189,92 @@ class Plan:
             cache_dtype=memory.require_cache_dtype(cache_dtype),
         )
 
-    def resample(self, steps: int | None = None, tokens: Tokens | None = None, switch: int | None = None) -> "Plan":
-        """Derives the plan for another number of steps, or for other tokens of a call, without a search.
+    @property
+    def conditions(self) -> Conditions:
+        """What the plan's rows and radii were made for."""
+        return Conditions(self.steps, self.tokens, self.switch, self.target.levels)
 
-        Returns the plan itself where nothing changes. A derived plan says in `about` that it was derived, and applying it gives
-        a warning. How cells are chosen is in `resample.py`.
+    def resample(
+        self,
+        steps: int | None = None,
+        tokens: Tokens | None = None,
+        switch: int | None = None,
+        levels: Sequence[float] | None = None,
+    ) -> "Plan":
+        """Derives the plan for other steps or noise levels, or for other tokens of a call, without a search.
+
+        `apply` does the same when a generation asks for it. Returns the plan itself where nothing changes. A derived plan says
+        in `about` that it was derived, and applying it gives a warning. How cells are chosen is in `resample.py`.
 
         Args:
             steps: the new number of steps; None leaves it as it is.
             tokens: the new tokens of a call; None leaves them as they are.
             switch: the new step in which the second transformer takes over; None keeps the part of the steps before it.
+            levels: the noise level of each new step (see `Target.levels`); None: rows are carried over by their place in the
+                run.
 
         Raises:
-            InputsInvalid: neither steps nor tokens are given, or a value is none that the plan can have.
+            InputsInvalid: nothing is given, or a value is none that the plan can have.
         """
-        old = resample.Conditions(self.steps, self.tokens, self.switch)
-        cells, new = resample.resampled(self.cells, self.target.sites, self.samples, old, steps, tokens, switch)
-        found = replace(self, cells=cells, tokens=new.tokens, switch=new.switch)
-        if found == self:
+        old = self.conditions
+        wrong = steps is not None and not (type(steps) is int and steps > 0)
+        if levels is not None:
+            wrong = wrong or steps not in (None, len(levels)) or not levels
+            steps = len(levels)
+        if wrong or (steps is None and tokens is None):
+            raise InputsInvalid(
+                f"got steps={steps!r}, tokens={tokens} and {'no' if levels is None else len(levels)} levels, wanted a number "
+                "of steps of at least 1, or a level for each step, or tokens"
+            )
+        steps = old.steps if steps is None else steps
+        known = old.levels if levels is None and steps == old.steps else None if levels is None else tuple(levels)
+        new = Conditions(steps, tokens or old.tokens, resample.scaled_switch(old, steps) if switch is None else switch, known)
+        resample.require_switch(new, old)
+        return self.carried_over(new)
+
+    def carried_over(self, new: Conditions) -> "Plan":
+        """The plan under other conditions, see `resample`; the plan itself where nothing changes.
+
+        Raises:
+            InputsInvalid: the plan cannot be carried over to them.
+        """
+        old = self.conditions
+        cells, new = resample.resampled(self.cells, self.target.sites, self.samples, old, new)
+        target = replace(self.target, levels=new.levels)
+        found = replace(self, cells=cells, target=target, tokens=new.tokens, switch=new.switch)
+        if found == self and new.levels == old.levels:
             return self
-        change = old.changes(replace(new, tokens=found.tokens))  # a grid goes where no box is left
+        change = old.changes(found.conditions)  # a grid goes where no box is left
         change["module_flops"] = f"{found.flops().module:.3f}, was {self.flops().module:.3f}"
         return replace(found, about={**self.about, "derived": [*self.about.get("derived", ()), change]})
 
-    def require(self, target: Target) -> None:
-        """Check that the plan was made for `target`.
+    def begun_at(self, step: int) -> "Plan":
+        """The plan of a generation in which nothing that the steps before `step` computed can be read; these are full here."""
+        full = ((FULL,) * len(self.target.sites),) * step
+        later = resample.that_can_run(self.cells[step:], None if self.switch is None else self.switch - step)
+        return replace(self, cells=full + later)
+
+    def require(self, target: Target, *, scheduler: bool = True) -> None:
+        """Check that the plan was made for `target`; with `scheduler=False`, for any scheduler of it.
 
         Raises:
             PlanMismatch: the plan was made for another target; the message names the first difference, and counts the others.
         """
-        if found := self.target.differences(target):
+        if found := self.target.differences(target) if scheduler else self.target.model_differences(target):
             raise PlanMismatch(f"plan does not fit this pipeline; search again on it. {first_of(found)}")
 
-    def require_call(self, steps: int | None, tokens: Tokens, calls: int = 1, switch: int | None = None) -> None:
-        """Check that a generation has the plan's steps, tokens, calls of the transformer in a step, and switch.
+    def require_call(
+        self,
+        steps: int | None,
+        tokens: Tokens,
+        calls: int = 1,
+        switch: int | None = None,
+        levels: tuple[float, ...] | None = None,
+    ) -> None:
+        """Check that a generation has the plan's steps, noise levels, visual tokens, calls in a step, and switch.
 
-        `steps` is None where the number of steps is not known yet.
+        Any text fits, because text is attended in full.
+        `steps` and `levels` are None where they are not known yet.
 
         Raises:
             PlanMismatch: one of them differs; the message names every difference.
@@ -230,7 +283,12 @@ class Plan:
         if steps not in (None, self.steps):
             remedy = f"search again with {steps} steps, or with this strength where it starts from an image"
             found.append(f"plan is for {self.steps} steps, pipeline runs {steps}; {remedy}")
-        if (tokens if self.tokens.grid else tokens.flat) != self.tokens:
+        elif not resample.same_levels(levels, self.target.levels):
+            found.append(
+                "plan is for other noise levels than the pipeline runs at; search again with these sigmas or timesteps"
+            )
+        tokens = tokens if self.tokens.grid else tokens.flat
+        if replace(tokens, text=self.tokens.text) != self.tokens:
             found.append(f"plan is for {self.tokens}, pipeline runs {tokens}; search again at this resolution")
         if switch != self.switch:
             mine, theirs = map(_second_transformer, (self.switch, switch))
@@ -244,9 +302,10 @@ class Plan:
         """Write the plan as JSON into a file, which `load` reads. A file of this name is replaced, completely or not at all.
 
         Raises:
-            PlanInvalid: the text is longer than `load` reads.
+            PlanInvalid: the text is longer than `load` reads, or `about` has what JSON has not.
             FileUnwritable: the file cannot be written, or the disk is full.
         """
+        about_in_file(self.about, PlanInvalid)
         try:
             limits.require_length(text := self.text())
         except ValueError as error:

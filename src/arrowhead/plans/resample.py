@@ -1,12 +1,14 @@
-"""Derives a plan's cells for another number of steps, or for other tokens, without a search.
+"""Derives a plan's cells for other noise levels (steps, schedules, strengths), or for other tokens, without a search.
 
-Each new step takes a whole row of cells (all sites of one old step) from its own stretch of the run; bands keep the part of the
-tokens that they reach over. What could then not run is computed in full.
+Rows are carried over by noise level, not by number: each new step takes a whole row of cells (all sites of one old step) from
+the part of the old schedule that the new step denoises. Bands keep the part of the tokens that they reach over. What could then
+not run is computed in full.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from fractions import Fraction
+from itertools import groupby
 
 from arrowhead.errors import InputsInvalid
 from arrowhead.plans.cells import FULL, Arrow, Attend, Box, Cell, Full, Method, Radius, Reuse
@@ -16,45 +18,64 @@ from arrowhead.plans.lifetimes import Computed, head_count, lifetimes
 
 Rows = tuple[tuple[Cell, ...], ...]
 """Steps × sites."""
+Span = tuple[Fraction, Fraction]
+"""Where a step begins and where it ends, on an axis along which the noise decreases."""
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """What cells are made for. From the step `switch` on another transformer is called; None where there is one transformer."""
+    """What cells are made for.
+
+    `levels` are the noise levels of the steps, see `Plan.levels`; None where they are not known, which stands for steps of one
+    length. From the step `switch` on another transformer is called; None where there is one transformer.
+    """
 
     steps: int
     tokens: Tokens
     switch: int | None
+    levels: tuple[float, ...] | None = None
+
+    @property
+    def of_transformers(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The first step, and the one after the last, of the first transformer and of the second."""
+        switch = self.steps if self.switch is None else self.switch
+        return (0, switch), (switch, self.steps)
 
     def changes(self, other: "Conditions") -> dict[str, str]:
         """The fields that differ in `other`, each as "new, was old", for people to read."""
-        pairs = ((name, getattr(other, name), old) for name, old in vars(self).items())
-        return {name: f"{new}, was {old}" for name, new, old in pairs if new != old}
+        pairs = ((name, getattr(self, name), old) for name, old in vars(other).items())
+        found = {name: f"{new}, was {old}" for name, old, new in pairs if new != old and name != "levels"}
+        if self.levels != other.levels and "steps" not in found:
+            found["levels"] = f"{_range(other.levels)}, was {_range(self.levels)}"
+        return found
 
 
-def resampled(
-    cells: Rows,
-    sites: Sequence[Site],
-    samples: int,
-    old: Conditions,
-    steps: int | None,
-    tokens: Tokens | None,
-    switch: int | None,
-) -> tuple[Rows, Conditions]:
-    """Returns cells for other steps or tokens, with the conditions that they are for.
+TOLERANCE = 1e-4
+"""Noise levels that differ by less are the same: devices and dtypes round them differently."""
 
-    None for `steps` or `tokens` leaves them as they are; None for `switch` keeps the part of the steps before it.
+
+def same_levels(levels: Sequence[float] | None, others: Sequence[float] | None) -> bool:
+    """Whether noise levels are the same, or one of them is not known."""
+    if levels is None or others is None:
+        return True
+    pairs = zip(levels, others, strict=False)
+    return len(levels) == len(others) and all(abs(level - other) < TOLERANCE for level, other in pairs)
+
+
+def _range(levels: tuple[float, ...] | None) -> str:
+    return "not known" if levels is None else f"{levels[0]:.4g} to {levels[-1]:.4g}"
+
+
+def resampled(cells: Rows, sites: Sequence[Site], samples: int, old: Conditions, new: Conditions) -> tuple[Rows, Conditions]:
+    """Returns cells for other conditions, with the conditions that they are for: their tokens are those that the sites see.
 
     Raises:
-        InputsInvalid: neither steps nor tokens are given, or a value is none that a plan can have.
+        InputsInvalid: a transformer is called that the cells do not speak of, text stands on the other side, or boxes meet an
+            unknown grid.
     """
-    if (steps is None and tokens is None) or not (steps is None or (type(steps) is int and steps > 0)):
-        raise InputsInvalid(f"got steps={steps!r} and tokens={tokens}, wanted a number of steps of at least 1, or tokens")
-    steps = old.steps if steps is None else steps
-    new = Conditions(steps, old.tokens, _new_switch(switch, old, steps))
     cells = _in_steps(cells, sites, samples, old, new)
-    if tokens not in (None, old.tokens):
-        new = replace(new, tokens=_relevant(tokens, old.tokens, sites))
+    if new.tokens != old.tokens:
+        new = replace(new, tokens=_relevant(new.tokens, old.tokens, sites))
         cells = tuple(
             tuple(_with_radii(cell, site, old.tokens, new.tokens) for cell, site in zip(row, sites, strict=True))
             for row in cells
@@ -62,58 +83,102 @@ def resampled(
     return cells, new
 
 
-def _new_switch(asked: int | None, old: Conditions, steps: int) -> int | None:
-    """The new step in which the other transformer takes over: each transformer keeps its own steps' cells."""
-    if old.switch and asked is None and steps > 1:
-        return min(max(1, _scaled(old.switch, old.steps, steps)), steps - 1)
-    switch = old.switch if asked is None else asked
-    same_transformers = (switch is None) == (old.switch is None) and bool(switch) == bool(old.switch)
-    if same_transformers and (switch or 0) in range(steps):
-        return switch
-    raise InputsInvalid(
-        f"got switch={asked} and steps={steps} for a plan of {old.steps} steps with switch={old.switch}; wanted steps for each "
-        "transformer that the plan speaks of, and for no other"
-    )
+def scaled_switch(old: Conditions, steps: int) -> int | None:
+    """The step of a new number of steps in which the second transformer takes over: each keeps its part of the steps."""
+    if not old.switch or steps < 2:
+        return old.switch
+    return min(max(1, _scaled(old.switch, old.steps, steps)), steps - 1)
+
+
+def require_switch(new: Conditions, old: Conditions) -> None:
+    """Check that each transformer that the old cells speak of has steps, and no other one.
+
+    Raises:
+        InputsInvalid: one has none, or there is another one.
+    """
+    same_transformers = (new.switch is None) == (old.switch is None) and bool(new.switch) == bool(old.switch)
+    if not same_transformers or (new.switch or 0) not in range(new.steps):
+        raise InputsInvalid(
+            f"got switch={new.switch} and steps={new.steps} for a plan of {old.steps} steps with switch={old.switch}; wanted "
+            "steps for each transformer that the plan speaks of, and for no other"
+        )
 
 
 def _in_steps(cells: Rows, sites: Sequence[Site], samples: int, old: Conditions, new: Conditions) -> Rows:
-    """The cells for another number of steps.
-
-    A new step takes a whole old row, so that sites which did the same in a step still do: of the rows in the same stretch of
-    the run, the one after which the new cells' FLOPs are nearest to those of the old plan up to there. The first step takes
-    the first row. What would read something that no step computed is computed in full instead.
-    """
+    """The cells for other noise levels; what would read something that no step computed is computed in full instead."""
     spent = [0] * old.steps
     for site, column in zip(sites, zip(*cells, strict=True), strict=True):
         for step, (cell, writes) in enumerate(zip(column, lifetimes(column), strict=True)):
             spent[step] += int(site_flops(site, old.tokens, cell, writes, samples).module)
-    old_switch, new_switch = old.switch or 0, new.switch or 0
-    rows = _rows_taken(spent[:old_switch], new_switch)
-    rows += [old_switch + row for row in _rows_taken(spent[old_switch:], new.steps - new_switch)]
-    columns = zip(*(cells[row] for row in rows), strict=True)
-    return tuple(zip(*(_that_can_run(column, new.switch) for column in columns), strict=True))
+    before, after = _spans(old, new)
+    rows = list[int]()
+    for (begin, end), (new_begin, new_end) in zip(old.of_transformers, new.of_transformers, strict=True):
+        if begin == end < new_end > new_begin:
+            raise InputsInvalid(
+                f"got switch={new.switch} in {new.steps} steps, with switch={old.switch} in the plan's {old.steps}; wanted the "
+                "plan's transformers, and no other one; search again"
+            )
+        rows += [begin + row for row in rows_taken(spent[begin:end], before[begin:end], after[new_begin:new_end])]
+    return that_can_run([cells[row] for row in rows], new.switch)
 
 
-def _rows_taken(spent: Sequence[int], steps: int) -> list[int]:
-    """The old step whose row each of `steps` new steps takes; `spent` are the old steps' FLOPs.
+def that_can_run(rows: Sequence[Sequence[Cell]], switch: int | None) -> Rows:
+    """The rows in which whatever reads something that no earlier step of the same transformer computed is computed in full."""
+    columns = zip(*rows, strict=True)
+    return tuple(zip(*(_column_that_can_run(column, switch) for column in columns), strict=True))
 
-    All in whole numbers, so that ties are exact.
+
+def _spans(old: Conditions, new: Conditions) -> tuple[list[Span], list[Span]]:
+    """The spans of the old and of the new steps on one axis: noise levels where both are known, else parts of the run."""
+    if old.levels is not None and new.levels is not None:
+        return spans(old.levels), spans(new.levels)
+    return _even_spans(old), _even_spans(new)
+
+
+def _even_spans(conditions: Conditions) -> list[Span]:
+    """Steps of one length: those of the first transformer from 0 to 1, those of the second from 1 to 2."""
+    counts = (end - begin for begin, end in conditions.of_transformers)
+    return [(n + Fraction(i, count), n + Fraction(i + 1, count)) for n, count in enumerate(counts) for i in range(count)]
+
+
+def spans(levels: Sequence[float]) -> list[Span]:
+    """The span of each step on the axis of minus the noise level: to the next step's level, or to 0 from the last one's.
+
+    Steps at one level, such as the two calls of Heun's method, share what lies before the next level equally.
+
+    >>> [tuple(map(float, span)) for span in spans([1.0, 0.5, 0.5])]
+    [(-1.0, -0.5), (-0.5, -0.25), (-0.25, 0.0)]
     """
-    old, before, taken = len(spent), [0, *accumulate(spent)], list[int]()
-    for new in range(steps):
-        first, last = new * old // steps, -(-(new + 1) * old // steps)
-        whole, part = divmod((new + 1) * old, steps)  # the stretch ends `part` / `steps` into the old step `whole`
-        due = before[whole] * steps + (spent[whole] * part if part else 0)  # the old plan's FLOPs up to there, times `steps`
-        missing = due - sum(spent[step] for step in taken) * old
-        middle = (2 * new + 1) * old
-        distance = {
-            step: (abs(spent[step] * old - missing), abs((2 * step + 1) * steps - middle)) for step in range(first, last)
-        }
-        taken.append(min(distance, key=distance.__getitem__) if new else 0)
+    found, runs = list[Span](), [(Fraction(level), len([*run])) for level, run in groupby(levels)]
+    for (level, count), (end, _) in zip(runs, [*runs[1:], (Fraction(0), 0)], strict=True):
+        step = (level - end) / count
+        found += [(i * step - level, (i + 1) * step - level) for i in range(count)]
+    return found
+
+
+def rows_taken(spent: Sequence[int], before: Sequence[Span], after: Sequence[Span]) -> list[int]:
+    """The old step whose row each new step takes. `spent` are the old steps' FLOPs, `before` and `after` the steps' spans.
+
+    Of the rows whose steps share a part of the new step's span, or else are nearest to it: the one after which the new rows'
+    FLOPs are nearest to those of the old ones up to there. The first step takes the earliest of them. All in whole numbers and
+    fractions, so that ties are exact.
+    """
+    middles = [begin + end for begin, end in before]
+    due, taken = Fraction(0), list[int]()
+    for begin, end in after:
+        shared = {old: part for old, span in enumerate(before) if (part := min(end, span[1]) - max(begin, span[0])) > 0}
+        if not shared:
+            nearest = min(range(len(before)), key=lambda old: abs(middles[old] - begin - end))
+            shared = {nearest: Fraction(1)}
+        whole = sum(shared.values(), Fraction(0))
+        due += sum((part * spent[old] for old, part in shared.items()), Fraction(0)) / whole
+        missing = due - sum(spent[old] for old in taken)
+        distance = {old: (abs(spent[old] - missing), abs(middles[old] - begin - end)) for old in shared}
+        taken.append(min(distance, key=distance.__getitem__) if taken else min(shared))
     return taken
 
 
-def _that_can_run(column: Sequence[Cell], switch: int | None) -> tuple[Cell, ...]:
+def _column_that_can_run(column: Sequence[Cell], switch: int | None) -> tuple[Cell, ...]:
     """The column of a site in which whatever reads something that no earlier step computed is computed in full."""
     heads = head_count(column) or 1
     computed = [Computed()] * heads
@@ -135,10 +200,10 @@ def _relevant(asked: Tokens, old: Tokens, sites: Sequence[Site]) -> Tokens:
     """The tokens asked for, without the text where no site sees it.
 
     Raises:
-        InputsInvalid: there is text where the plan has none, or none where it has some, or it is on the other side.
+        InputsInvalid: the text is on the other side.
     """
     after, before = relevant_tokens(asked, sites), relevant_tokens(old, sites)
-    if (bool(after.text), after.text_first) != (bool(before.text), before.text_first):
+    if after.text and before.text and after.text_first != before.text_first:
         raise InputsInvalid(f"got {asked} for a plan for {old}, wanted text on the same side; change the visual tokens alone")
     return after
 

@@ -9,13 +9,13 @@ from functools import lru_cache
 from itertools import product
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from arrowhead.kernels.call import Call
 from arrowhead.plans import masks
 from arrowhead.plans.cells import Box
 from arrowhead.plans.layout import Grid, Tokens
+from arrowhead.upstream import TORCH_ATTENTION
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def visual_rows(call: Call, box: Box, out: Tensor) -> None:
         for queries, keys in zip(torch.split(same.queries, at_once), torch.split(same.keys, at_once), strict=True):
             q, k, v = (x[:, :, index].flatten(0, 1) for x, index in ((call.q, queries), (call.k, keys), (call.v, keys)))
             mask = None if call.mask is None else _block_mask(call.mask, call.q, queries, keys)
-            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=call.scale)  # (B · H, n, q, D)
+            attended = TORCH_ATTENTION(q, k, v, attn_mask=mask, scale=call.scale)  # (B · H, n, q, D)
             out[:, :, queries] = torch.unflatten(attended, 0, call.q.shape[:2])
 
 

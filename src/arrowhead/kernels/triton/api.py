@@ -13,7 +13,7 @@ from torch import Tensor
 
 from arrowhead.errors import KernelUnavailable
 from arrowhead.kernels.call import Call, Policy
-from arrowhead.kernels.triton.launch_table import FULL, HEAD_DIMS
+from arrowhead.kernels.triton.launch_table import FULL, HEAD_DIMS, UNIT, chosen
 from arrowhead.plans.cells import Box
 
 OLDEST = (8, 0)
@@ -41,6 +41,18 @@ def attend(call: Call) -> Tensor:
     policy = _policy(call.policies, call.adds, q.device)
     ops.arrow(out, q, k, v, policy, residual, seen, tokens.visual, tokens.visual_slice.start, call.scale)
     return out
+
+
+def tile(call: Call) -> tuple[int, int]:
+    """Queries and keys in a tile of the kernel that computes a call."""
+    q, n = call.q, call.tokens.total
+    described = all(
+        tensor.data_ptr() % 16 == 0 and all(stride and stride % UNIT == 0 for stride in tensor.stride()[:3])
+        for tensor in (q, call.k, call.v)
+    )
+    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else OLDEST
+    config = chosen(q.shape[-1], n, capability, described=described, spare=call.mask is not None)
+    return config.queries, config.keys
 
 
 def _contiguous_rows(tensor: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ HEAD_DIMS = {64: (64, 0), 72: (64, 16), 80: (64, 16), 96: (64, 32), 128: (128, 0
 """For each head dim, the two powers of two that its columns are split into: 72 is 64 + 16 columns, not 128; the rest is 0."""
 INT8_TAIL = 32
 """Columns of the second part for heads in int8, the fewest that tensor cores multiply: 72 is 64 + 32 columns."""
+UNIT = 8
+"""Elements of half precision in 16 bytes. Where all strides are multiples of it, 16 bytes are moved at once."""
 INT8_UNIT = 16
 """Elements of int8 in 16 bytes."""
 Variant = Literal["pointers", "tma", "specialised"]

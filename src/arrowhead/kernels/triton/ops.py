@@ -17,14 +17,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from arrowhead.kernels import int8
 from arrowhead.kernels.triton import launch_table
 from arrowhead.kernels.triton.kernel import arrow_kernel
-from arrowhead.kernels.triton.launch_table import CACHED, FULL, HEAD_DIMS, INT8_TAIL, INT8_UNIT
+from arrowhead.kernels.triton.launch_table import CACHED, FULL, HEAD_DIMS, INT8_TAIL, INT8_UNIT, UNIT
 from arrowhead.kernels.triton.rounding import rounding_kernel
 from arrowhead.plans import masks
 from arrowhead.plans.layout import Tokens
 from arrowhead.upstream import is_fake
-
-UNIT = 8
-"""Elements of half precision in 16 bytes. Where all strides are multiples of it, 16 bytes are moved at once."""
 
 
 @torch.library.custom_op("arrowhead::arrow", mutates_args={"out"})

@@ -2,11 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
-
-import torch
-
-from arrowhead.upstream import CPU_ATTENTION
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
@@ -52,11 +48,7 @@ class FirstPassFlops:
 
 
 def flop_counter() -> "FlopCounterMode":
-    """PyTorch's counter, with attention on a CPU, which it does not know by default."""
+    """PyTorch's counter, which knows attention on a CPU by `kernels.flop_formulas`."""
     from torch.utils.flop_counter import FlopCounterMode  # noqa: PLC0415 - it imports triton where there is one
 
-    def attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
-        return 2 * query[:-1].numel() * key[-2] * (query[-1] + value[-1])
-
-    mapping = {CPU_ATTENTION: attention}
-    return FlopCounterMode(display=False, custom_mapping=mapping)
+    return FlopCounterMode(display=False)

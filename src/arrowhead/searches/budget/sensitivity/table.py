@@ -12,6 +12,7 @@ from torch import Tensor
 
 from arrowhead.errors import InputsInvalid
 from arrowhead.plans import flops
+from arrowhead.plans.about import about_in_file
 from arrowhead.plans.cells import Cell, Precision, Radius
 from arrowhead.plans.layout import Branches, Site, Tokens, outermost, relevant_tokens
 from arrowhead.plans.lifetimes import of_head
@@ -275,9 +276,14 @@ class Table:
         """Write the table to a file: safetensors, with everything but the tensors as JSON in its header.
 
         Raises:
+            InputsInvalid: `about` is none that `load` reads.
             FileUnwritable: the file cannot be written, or the disk is full. A file of this name is as it was then.
         """
-        write_table(path, {each.name: getattr(self, each.name) for each in fields(self)} | {"about": dict(self.about)})
+        write_table(
+            path,
+            {each.name: getattr(self, each.name) for each in fields(self)}
+            | {"about": about_in_file(self.about, InputsInvalid)},
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> "Table":

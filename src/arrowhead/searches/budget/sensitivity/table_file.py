@@ -19,9 +19,9 @@ from arrowhead.plans.cells import Precision, Radius
 from arrowhead.plans.layout import Branches, Site, Tokens
 from arrowhead.plans.target import Target
 
-FORMAT = 6
-READABLE = (4, 5, FORMAT)
-"""Format 5 has no grids and no second transformer, format 4 no precisions either. All else in them means the same."""
+FORMAT = 7
+READABLE = (4, 5, 6, FORMAT)
+"""Format 6 has no noise levels, format 5 no grids or second transformer, format 4 no precisions either."""
 TENSORS = {"outputs": "outputs", "residuals": "residuals", "quantisation_errors": "roundings"}
 """The names of the tensors: in a table, and in its file."""
 

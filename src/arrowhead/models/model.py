@@ -99,7 +99,7 @@ class Model:
         if timesteps is None:
             return None
         whole = scheduler.config.get("num_train_timesteps", 1000)
-        return tuple(float(step) / whole for step in timesteps[getattr(scheduler, "begin_index", None) or 0 :])
+        return tuple(float(step) / whole for step in timesteps[self.timesteps_left_out :])
 
     @property
     def scheduler_step(self) -> int | None:

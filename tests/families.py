@@ -11,11 +11,18 @@ from diffusers import (
     AuraFlowPipeline,
     AuraFlowTransformer2DModel,
     AutoencoderKLFlux2,
+    AutoencoderKLWan,
+    BriaPipeline,
+    BriaTransformer2DModel,
     ChromaPipeline,
     ChromaTransformer2DModel,
     CogVideoXDDIMScheduler,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
+    CogView3PlusPipeline,
+    CogView3PlusTransformer2DModel,
+    CogView4Pipeline,
+    CogView4Transformer2DModel,
     DDIMScheduler,
     EulerAncestralDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -33,10 +40,16 @@ from diffusers import (
     Lumina2Transformer2DModel,
     MochiPipeline,
     MochiTransformer3DModel,
+    OvisImagePipeline,
+    OvisImageTransformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
+    SkyReelsV2Pipeline,
+    SkyReelsV2Transformer3DModel,
     WanPipeline,
     WanTransformer3DModel,
+    WanVACEPipeline,
+    WanVACETransformer3DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
@@ -67,6 +80,8 @@ class FamilyBench(Bench):
         text_seen: the text tokens that some site attends to, jointly or by cross-attention.
         two_calls: whether the CFG branches come in two calls.
         switch: the step, of five, from which a second transformer is called; None without one.
+        distilled: whether the pipeline has no unconditional branch at any scale.
+        single: whether the pipeline takes one prompt and generates one sample, at any number of images that is asked for.
         frames: the number of sequences that the visual tokens are for sites that attend within a frame.
         grid: the grid of the visual tokens where boxes are tested.
     """
@@ -75,6 +90,8 @@ class FamilyBench(Bench):
     text_seen: int = TEXT
     two_calls: bool = False
     switch: int | None = None
+    distilled: bool = False
+    single: bool = False
     frames: int = 1
     grid: Grid | None = None
 
@@ -165,11 +182,12 @@ def chroma(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     return FamilyBench(_finished(pipe, dtype), True, 4 * 5, inputs, TEXT, text_first=True, two_calls=True)
 
 
-def hunyuan_video(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
+def hunyuan_video(dtype: torch.dtype = torch.float64, seed: int = 0, **config: Any) -> FamilyBench:
     """Video before text, in two streams and then in one, padding masked; two calls."""
     sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "num_layers": 1, "num_single_layers": 1}
     text = {"text_embed_dim": CHANNELS, "pooled_projection_dim": POOLED, "num_refiner_layers": 1}
-    model = HunyuanVideoTransformer3DModel(in_channels=4, out_channels=4, rope_axes_dim=(2, 2, 4), **sizes, **text)
+    standard = {"in_channels": 4, "out_channels": 4, "rope_axes_dim": (2, 2, 4), **sizes, **text}
+    model = HunyuanVideoTransformer3DModel(**standard | config)
     randomise(model, seed, SHARP)
     pipe = HunyuanVideoPipeline(None, None, model, None, flow(), None, None)
     size = {"height": 64, "width": 48, "num_frames": 5}
@@ -187,11 +205,11 @@ def ltx(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     return FamilyBench(_finished(pipe, dtype), False, 2 * 4 * 3, inputs)
 
 
-def cogvideox(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
+def cogvideox(dtype: torch.dtype = torch.float64, seed: int = 0, in_channels: int = 4) -> FamilyBench:
     """Text before frames through the same layers; one batch, [uncond, cond]."""
     sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "num_layers": 2, "time_embed_dim": 8}
     shape = {"sample_width": 6, "sample_height": 8, "sample_frames": 5, "max_text_seq_length": TEXT}
-    model = CogVideoXTransformer3DModel(in_channels=4, out_channels=4, text_embed_dim=CHANNELS, **sizes, **shape)
+    model = CogVideoXTransformer3DModel(in_channels=in_channels, out_channels=4, text_embed_dim=CHANNELS, **sizes, **shape)
     randomise(model, seed, SHARP)
     pipe = CogVideoXPipeline(None, None, None, model, CogVideoXDDIMScheduler(prediction_type="v_prediction"))
     inputs = _inputs(dtype, "guidance_scale", None, height=64, width=48, num_frames=5)
@@ -314,6 +332,84 @@ def z_image(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     return FamilyBench(_finished(pipe, dtype), True, 32, inputs, 32, text_seen=32)
 
 
+def ovis_image(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
+    """FLUX's blocks with gated feed-forwards; two calls."""
+    sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "num_layers": 1, "num_single_layers": 1}
+    rope = {"axes_dims_rope": (2, 2, 4)}
+    model = OvisImageTransformer2DModel(in_channels=16, out_channels=16, joint_attention_dim=CHANNELS, **sizes, **rope)
+    randomise(model, seed, SHARP)
+    pipe = OvisImagePipeline(flow(), None, None, None, model)
+    inputs = _inputs(dtype, "guidance_scale", None, height=64, width=80, negative_prompt=None)
+    return FamilyBench(_finished(pipe, dtype), True, 4 * 5, inputs, TEXT, text_first=True, two_calls=True)
+
+
+def bria(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
+    """FLUX's blocks; one batch, [uncond, cond]."""
+    sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "num_layers": 1, "num_single_layers": 1}
+    model = BriaTransformer2DModel(in_channels=16, joint_attention_dim=CHANNELS, axes_dims_rope=[2, 2, 4], **sizes)
+    randomise(model, seed, SHARP)
+    pipe = BriaPipeline(model, flow(), vae(seed + 1, halvings=3), None, None)
+    inputs = _inputs(dtype, "guidance_scale", None, height=64, width=80)
+    return FamilyBench(_finished(pipe, dtype), False, 4 * 5, inputs, TEXT, text_first=True)
+
+
+def cogview4(dtype: torch.dtype = torch.float64, seed: int = 0, in_channels: int = 4) -> FamilyBench:
+    """Text before image through the same layers, positions of the image alone; two calls."""
+    sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "num_layers": 2, "time_embed_dim": 8}
+    more = {"condition_dim": 4, "text_embed_dim": CHANNELS, "rope_axes_dim": (8, 8), "sample_size": 8}
+    model = CogView4Transformer2DModel(in_channels=in_channels, out_channels=4, **sizes, **more)
+    randomise(model, seed, SHARP)
+    pipe = CogView4Pipeline(None, None, None, model, flow())
+    inputs = _inputs(dtype, "guidance_scale", None, height=64, width=80)
+    return FamilyBench(_finished(pipe, dtype), True, 4 * 5, inputs, TEXT, text_first=True, two_calls=True)
+
+
+def cogview3(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
+    """Text before image through the same layers, in feed-forwards, too; one batch, [uncond, cond]."""
+    sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "num_layers": 2, "time_embed_dim": 8}
+    more = {"condition_dim": 4, "text_embed_dim": CHANNELS, "pos_embed_max_size": 8, "sample_size": 8}
+    model = CogView3PlusTransformer2DModel(in_channels=4, out_channels=4, **sizes, **more)
+    randomise(model, seed, SHARP)
+    pipe = CogView3PlusPipeline(None, None, None, model, CogVideoXDDIMScheduler(prediction_type="v_prediction"))
+    inputs = _inputs(dtype, "guidance_scale", None, height=64, width=80)
+    return FamilyBench(_finished(pipe, dtype), False, 4 * 5, inputs, TEXT, text_first=True)
+
+
+def skyreels(dtype: torch.dtype = torch.float64, seed: int = 0, **config: Any) -> FamilyBench:
+    """Frames × height × width beside a text; two calls."""
+    sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "num_layers": 2, "ffn_dim": 32, "freq_dim": 16}
+    standard = {"in_channels": 4, "out_channels": 4, "text_dim": CHANNELS, "rope_max_seq_len": 32, **sizes}
+    model = SkyReelsV2Transformer3DModel(**standard | config)
+    randomise(model, seed, SHARP)
+    pipe = SkyReelsV2Pipeline(None, None, model, None, flow())
+    inputs = _inputs(dtype, "guidance_scale", None, height=64, width=48, num_frames=5)
+    return FamilyBench(_finished(pipe, dtype), True, 2 * 4 * 3, inputs, two_calls=True)
+
+
+def wan_vace(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
+    """As `wan`, with a block that gives the first of four blocks what to follow; one video in a call."""
+    sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "num_layers": 4, "ffn_dim": 32, "freq_dim": 16}
+    shape = {"in_channels": 4, "out_channels": 4, "text_dim": CHANNELS, "rope_max_seq_len": 32}
+    model = WanVACETransformer3DModel(vace_layers=[0], vace_in_channels=2 * 4 + 8 * 8, **shape, **sizes)
+    randomise(model, seed, SHARP)
+    pipe = WanVACEPipeline(None, None, wan_vae(seed + 1), flow(), model)
+    own = _inputs(dtype, "guidance_scale", None, height=64, width=48, num_frames=5)
+
+    def inputs(seed: int = 0, images: int = 1, **more: Any) -> dict[str, Any]:
+        return own(seed, 1, **more)
+
+    bench = FamilyBench(_finished(pipe, dtype), True, 2 * 4 * 3, inputs, two_calls=True, single=True)
+    pipe.vae.float()  # the pipeline gives it the video in 32 bits
+    return bench
+
+
+def wan_vae(seed: int = 1) -> AutoencoderKLWan:
+    means = {"latents_mean": [0.1] * 4, "latents_std": [1.1] * 4}
+    made = AutoencoderKLWan(base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, **means)
+    randomise(made, seed)
+    return made
+
+
 MORE: dict[str, Callable[..., FamilyBench]] = {
     "wan": wan,
     "wan22": wan22,
@@ -330,4 +426,10 @@ MORE: dict[str, Callable[..., FamilyBench]] = {
     "lumina2": lumina2,
     "flux2": flux2,
     "z_image": z_image,
+    "ovis_image": ovis_image,
+    "bria": bria,
+    "cogview4": cogview4,
+    "cogview3": cogview3,
+    "skyreels": skyreels,
+    "wan_vace": wan_vace,
 }

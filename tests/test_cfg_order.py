@@ -44,6 +44,12 @@ MADE = {
     "Lumina2Pipeline": families.lumina2,
     "Flux2KleinPipeline": families.flux2,
     "ZImagePipeline": families.z_image,
+    "OvisImagePipeline": families.ovis_image,
+    "BriaPipeline": families.bria,
+    "CogView4Pipeline": families.cogview4,
+    "CogView3PlusPipeline": families.cogview3,
+    "SkyReelsV2Pipeline": families.skyreels,
+    "WanVACEPipeline": families.wan_vace,
 }
 VARIANT_OF = {name.split(",")[0]: name for name in reversed(VARIANTS)}  # the first variant of each class
 IN_TABLE = [name for family in FAMILIES for name in family.branch_order]
@@ -101,7 +107,7 @@ def mark_of(row, no_class):
     """The mark that a row of a transformer's argument carries: a label, or embeddings that are all 1, or all -1."""
     if not row.dtype.is_floating_point:
         return UNCOND if row == no_class else COND
-    (mark,) = row[row != 0].unique().tolist()  # padding may be zero
+    (mark,) = row[row != 0].unique().tolist() or [UNCOND]  # padding may be zero, and so is CogView3-Plus' missing prompt
     assert mark in (COND, UNCOND)
     return int(mark)
 
@@ -131,7 +137,7 @@ def marks_by_table(pipe, inputs):
     """The marks that the first two calls have if the families table is right."""
     model = find(pipe)
     branches = model.branches(model.call_arguments((), inputs))
-    cond, uncond = [COND] * IMAGES, [UNCOND] * IMAGES
+    cond, uncond = ([mark] * (1 if isinstance(pipe, diffusers.WanVACEPipeline) else IMAGES) for mark in (COND, UNCOND))
     if not branches.guided:
         return [cond, cond]
     return {

@@ -174,7 +174,7 @@ def test_what_is_unknown_is_told_of_adapters(unknown):
 
     known = unknown is SomebodysPipeline
     pipe = unknown(transformer=dit_transformer() if known else NobodysTransformer(), scheduler=scheduler())
-    with pytest.raises(UnsupportedPipeline, match=r"describe its transformer with an arrowhead\.Adapter"):
+    with pytest.raises(UnsupportedPipeline, match=r"^describe the transformer with an arrowhead\.Adapter"):
         ah.apply(pipe, some_plan(fused()))
 
 

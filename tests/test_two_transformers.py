@@ -107,9 +107,10 @@ def test_transformers_that_differ_are_refused():
         find(bench.pipe)
 
 
-def test_attention_to_an_image_is_refused():
-    with pytest.raises(UnsupportedPipeline, match="image_dim=8: attention to an image beside the one to the text"):
-        find(wan(transformer=wan_transformer(0, image_dim=8, added_kv_proj_dim=16)).pipe)
+def test_attention_to_an_image_is_no_site():
+    pipe = wan(transformer=wan_transformer(0, image_dim=8, added_kv_proj_dim=16)).pipe
+    assert {site.kind for site in find(pipe, ALL_KINDS).sites} == {"self_attention", "feed_forward"}
+    assert {site.kind for site in find(wan().pipe, ALL_KINDS).sites} == ALL_KINDS
 
 
 @pytest.mark.parametrize("of", ["second alone", "second by its boundary", "first by its boundary", "first without", "5B"])

@@ -18,13 +18,14 @@ from diffusers import (
     SD3ControlNetModel,
     ZImageControlNetModel,
 )
-from families import HUNYUAN_TEXTS, FamilyBench, chroma, flow, flux2, hunyuan_dit, qwen, wan, wan_transformer, z_image
+from families import HUNYUAN_TEXTS, FamilyBench, chroma, cogview4, flow, flux2, hunyuan_dit, qwen, wan, wan_transformer, z_image
 from family_replay import random_cells, replaying
 from PIL import Image
 from pipelines import CAPTION, POOLED, randomise, sd3, vae
 from replay import assert_identical, distance, trace
 from test_families import INNER, plan_of
 from untouched import left_as_it_was
+from video_variants import VIDEO_VARIANTS
 
 import arrowhead as ah
 from arrowhead.calibration.driver import driver_of
@@ -80,6 +81,7 @@ def of_flux(cls, parts, in_channels=16, controlnet=False, distilled=False, pictu
         texts = {"joint_attention_dim": CAPTION[1], "pooled_projection_dim": POOLED, "guidance_embeds": True}
         more["controlnet"] = FluxControlNetModel(in_channels=16, axes_dims_rope=(2, 2, 4), **sizes, **texts)
     bench = FamilyBench(None, True, 16 + pictures, None, CAPTION[0], text_first=True, two_calls=not distilled)
+    bench.distilled = distilled
     return made(cls, base, 4, dict.fromkeys(TEXTS) | more, parts, bench)
 
 
@@ -121,6 +123,11 @@ def of_wan(cls, parts, second=False, frames=False):
     return bench
 
 
+def of_cogview4(cls, parts):
+    bench = FamilyBench(None, True, 16, None, CAPTION[0], text_first=True, two_calls=True)
+    return made(cls, cogview4(in_channels=8), 4, {"text_encoder": None, "tokenizer": None}, parts, bench, halvings=3)
+
+
 def of_hunyuan_dit(cls, parts):
     base = hunyuan_dit()
     sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "hidden_size": 16, "sample_size": 8}
@@ -133,6 +140,7 @@ def of_hunyuan_dit(cls, parts):
 def of_flux2(cls, parts, visual=16, two_calls=False):
     base = flux2()
     bench = FamilyBench(None, True, visual, None, CAPTION[0], text_first=True, two_calls=two_calls)
+    bench.distilled = not two_calls
     return made(cls, base, 4, dict.fromkeys(TEXTS[:2]) | {"vae": base.pipe.vae}, parts, bench, halvings=3)
 
 
@@ -204,10 +212,11 @@ VARIANTS: dict[str, tuple[Callable[..., FamilyBench], dict[str, Any]]] = {
     "ZImageInpaintPipeline": (of_z_image, {"parts": "mask"}),
     "ZImageControlNetPipeline": (of_z_image, {"parts": "control", "controls": 4}),
     "ZImageControlNetInpaintPipeline": (of_z_image, {"parts": "mask, control", "controls": 9}),
+    "CogView4ControlPipeline": (of_cogview4, {"parts": "control"}),
     "HunyuanDiTControlNetPipeline": (of_hunyuan_dit, {"parts": "control"}),
     "WanImageToVideoPipeline": (of_wan, {"parts": "image", "second": True}),
     "WanImageToVideoPipeline, 5B": (of_wan, {"parts": "image", "frames": True}),
-}
+} | VIDEO_VARIANTS
 LONG = {  # a budget search with these is a slow test; similar ones are tested always
     "StableDiffusion3ControlNetInpaintingPipeline",
     "FluxControlImg2ImgPipeline",
@@ -255,7 +264,7 @@ def test_every_pipeline_is_tested():
 @pytest.mark.parametrize("guidance", [3.0, 1.0], ids=["guided", "unguided"])
 def test_plans_are_what_a_replay_gives(bench, guidance):
     model, steps = find(bench.pipe, INNER), steps_of(bench)
-    guided = guidance > 1 and (bench.two_calls or not bench.text_first)
+    guided = guidance > 1 and not bench.distilled
     inputs = {"images": 2, "guidance": guidance}
     untouched = trace(bench, bench.inputs(**inputs))
     assert len(untouched.outputs) == steps * (2 if guided and bench.two_calls else 1)

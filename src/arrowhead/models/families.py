@@ -1,13 +1,14 @@
-"""The families table: for each transformer class, where its sites are and how its pipelines call it. Data alone."""
+"""The families table: for each transformer class, where its sites are and how its pipelines call it. Data alone.
+
+Families of images are here, those of videos in `video_families`.
+"""
 
 from arrowhead.models.family import NONE, Family
 from arrowhead.models.guidance import (
     cfg_trunc_ratio,
     cfg_truncation,
-    first_step_below_boundary,
     guidance_above_one,
     guidance_above_zero,
-    second_or_first_scale,
     skip_layer_guidance,
     true_cfg,
     undistilled_guidance,
@@ -19,16 +20,12 @@ from arrowhead.models.token_layouts import (
     image_tokens_by_shapes,
     image_with_two_texts,
     masked_text_then_image,
-    packed_video_with_text,
     padded_image_then_text,
     registers_and_text_then_image,
+    text_then_image,
     text_then_packed_image,
-    text_then_video,
-    video_by_frames,
-    video_then_text,
-    video_with_text,
 )
-from arrowhead.models.unsupported import attention_to_an_image
+from arrowhead.models.video_families import VIDEO_FAMILIES
 
 FAMILIES: tuple[Family, ...] = (
     Family(
@@ -142,89 +139,6 @@ FAMILIES: tuple[Family, ...] = (
         left_alone="the text's own feed-forwards (except in whole blocks), embeddings",
     ),
     Family(
-        name="Wan 2.1, 2.2",
-        transformer="WanTransformer3DModel",
-        site_pattern=r"blocks\.\d+\.attn1",
-        cross_pattern=r"blocks\.\d+\.attn2",
-        feed_forward_pattern=r"blocks\.\d+\.ffn",
-        block_pattern=r"blocks\.\d+",
-        branch_order={"WanPipeline": "two_calls", "WanImageToVideoPipeline": "two_calls"},
-        tokens=video_with_text,
-        guided=guidance_above_one,
-        unsupported_transformer=attention_to_an_image,
-        second_from=first_step_below_boundary,
-        second_guidance_scale=second_or_first_scale,
-        left_alone="caption projection, step embeddings, output layer",
-    ),
-    Family(
-        name="HunyuanVideo",  # its blocks return the video before the text
-        transformer="HunyuanVideoTransformer3DModel",
-        site_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
-        joint_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
-        block_pattern=NONE,
-        branch_order={"HunyuanVideoPipeline": "two_calls"},
-        tokens=video_then_text,
-        guided=true_cfg,
-        guidance_scale=lambda call: float(call["true_cfg_scale"]),
-        left_alone="the text's refiner and feed-forwards, whole blocks, layers of single-stream blocks besides attention",
-    ),
-    Family(
-        name="LTX-Video",
-        transformer="LTXVideoTransformer3DModel",
-        site_pattern=r"transformer_blocks\.\d+\.attn1",
-        cross_pattern=r"transformer_blocks\.\d+\.attn2",
-        branch_order={"LTXPipeline": "uncond_first"},
-        tokens=packed_video_with_text,
-        guided=guidance_above_one,
-        left_alone="caption projection, step embeddings, output layer",
-    ),
-    Family(
-        name="CogVideoX",  # its blocks return the video before the text
-        transformer="CogVideoXTransformer3DModel",
-        site_pattern=r"transformer_blocks\.\d+\.attn1",
-        joint_pattern=r"transformer_blocks\.\d+\.(attn1|ff)",
-        block_pattern=NONE,
-        branch_order={"CogVideoXPipeline": "uncond_first"},
-        tokens=text_then_video,
-        guided=guidance_above_one,
-        left_alone="whole blocks, embeddings, output layer",
-    ),
-    Family(
-        name="Allegro",
-        transformer="AllegroTransformer3DModel",
-        site_pattern=r"transformer_blocks\.\d+\.attn1",
-        cross_pattern=r"transformer_blocks\.\d+\.attn2",
-        branch_order={"AllegroPipeline": "uncond_first"},
-        tokens=video_then_text,
-        guided=guidance_above_one,
-        left_alone="caption projection, step embeddings, output layer",
-    ),
-    Family(
-        name="Latte",  # the same kind of sites as those that DiTFastAttn compresses in OpenSora
-        transformer="LatteTransformer3DModel",
-        site_pattern=r"transformer_blocks\.\d+\.attn1",
-        feed_forward_pattern=NONE,
-        block_pattern=NONE,
-        over="space",
-        branch_order={"LattePipeline": "uncond_first"},
-        tokens=video_by_frames,
-        guided=guidance_above_one,
-        left_alone="temporal blocks, cross-attention and feed-forwards, whole blocks, embeddings, output layer",
-    ),
-    Family(
-        name="Mochi",  # its rotary embeddings rotate every head by other angles
-        transformer="MochiTransformer3DModel",
-        site_pattern=r"transformer_blocks\.\d+\.attn1",
-        joint_pattern=r"transformer_blocks\.\d+\.attn1",
-        block_pattern=NONE,
-        by_sample=True,
-        separable_heads=False,
-        branch_order={"MochiPipeline": "uncond_first"},
-        tokens=video_then_text,
-        guided=guidance_above_one,
-        left_alone="the text's feed-forwards, whole blocks, embeddings, output layer",
-    ),
-    Family(
         name="AuraFlow",
         transformer="AuraFlowTransformer2DModel",
         site_pattern=r"(joint|single)_transformer_blocks\.\d+\.attn",
@@ -297,4 +211,48 @@ FAMILIES: tuple[Family, ...] = (
         guidance_changes=cfg_truncation,
         left_alone="the image's and the text's refiners, embeddings, output layer",
     ),
+    Family(
+        name="Ovis-Image",
+        transformer="OvisImageTransformer2DModel",
+        site_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
+        joint_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
+        branch_order={"OvisImagePipeline": "two_calls"},
+        tokens=text_then_packed_image,
+        guided=guidance_above_one,
+        left_alone="the text's own feed-forwards (except in whole blocks), embeddings",
+    ),
+    Family(
+        name="Bria",
+        transformer="BriaTransformer2DModel",
+        site_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
+        joint_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
+        branch_order={"BriaPipeline": "uncond_first"},
+        tokens=text_then_packed_image,
+        guided=guidance_above_one,
+        left_alone="the text's own feed-forwards (except in whole blocks), embeddings",
+    ),
+    Family(
+        name="CogView3-Plus",  # its blocks return the image before the text
+        transformer="CogView3PlusTransformer2DModel",
+        site_pattern=r"transformer_blocks\.\d+\.attn1",
+        joint_pattern=r"transformer_blocks\.\d+\.(attn1|ff)",
+        block_pattern=NONE,
+        branch_order={"CogView3PlusPipeline": "uncond_first"},
+        tokens=text_then_image,
+        guided=guidance_above_one,
+        left_alone="whole blocks, embeddings, output layer",
+    ),
+    Family(
+        name="CogView4",  # its blocks return the image before the text, and a feed-forward runs once for each
+        transformer="CogView4Transformer2DModel",
+        site_pattern=r"transformer_blocks\.\d+\.attn1",
+        joint_pattern=r"transformer_blocks\.\d+\.attn1",
+        feed_forward_pattern=NONE,
+        block_pattern=NONE,
+        branch_order={"CogView4Pipeline": "two_calls", "CogView4ControlPipeline": "two_calls"},
+        tokens=text_then_image,
+        guided=guidance_above_one,
+        left_alone="feed-forwards, whole blocks, embeddings, output layer",
+    ),
+    *VIDEO_FAMILIES,
 )

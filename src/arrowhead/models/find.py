@@ -1,6 +1,7 @@
 """Finds the family and the sites of a pipeline or a custom model."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from difflib import get_close_matches
 from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -14,15 +15,16 @@ from arrowhead.models.families import FAMILIES
 from arrowhead.models.family import NONE, Family
 from arrowhead.models.model import Model, transformers_of
 from arrowhead.models.sites import custom_attention_site, sites_in
-from arrowhead.models.unsupported import UNSUPPORTED
+from arrowhead.models.unsupported import UNSUPPORTED, UNSUPPORTED_PIPELINES
 from arrowhead.plans.layout import ALL_KINDS, ATTENTION_KINDS, BranchOrder, Kind
 from arrowhead.upstream import named_modules, uncompiled
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
     from diffusers import DiffusionPipeline
 
-DESCRIBE = "; or describe its transformer with an arrowhead.Adapter, and give that with it in place of the pipeline"
+ADAPTER = "describe the transformer with an arrowhead.Adapter, and give both in place of the pipeline"
 """The remedy for a pipeline that the table does not have."""
+PAGE = "docs/families.md, or the command `arrowhead families`, has all"
 
 
 def find(pipe: "DiffusionPipeline | CustomModel", kinds: Collection[Kind] = ATTENTION_KINDS) -> Model:
@@ -52,13 +54,16 @@ def find(pipe: "DiffusionPipeline | CustomModel", kinds: Collection[Kind] = ATTE
 
 def _family_of(pipe: "DiffusionPipeline", transformers: Sequence[Any]) -> Family:
     """The family in the table that the first transformer's class, or a class that it inherits from, belongs to."""
-    name, supported = type(pipe).__name__, ", ".join(p for family in FAMILIES for p in family.branch_order)
+    name = type(pipe).__name__
     if isinstance(pipe, str | PathLike):
         raise UnsupportedPipeline(
             f"got a {name}, {str(pipe)!r:.200}, wanted a pipeline; load it with diffusers.DiffusionPipeline.from_pretrained"
         )
     if not transformers:
-        raise UnsupportedPipeline(f"got {name}, which has no transformer; wanted one of {supported}")
+        raise UnsupportedPipeline(
+            f"take a pipeline with a diffusion transformer: got {name}, which has no transformer, wanted one like "
+            f"{_nearest(name, _pipelines())}; {PAGE}"
+        )
     transformer = transformers[0]
     ancestry = {cls.__name__ for cls in type(transformer).__mro__}
     for family in FAMILIES:
@@ -69,9 +74,19 @@ def _family_of(pipe: "DiffusionPipeline", transformers: Sequence[Any]) -> Family
                 )
             return family
     why = next((f", which has {UNSUPPORTED[cls]}" for cls in ancestry if cls in UNSUPPORTED), "")
-    raise UnsupportedPipeline(
-        f"got {name} with a {type(transformer).__name__}{why}; wanted one of {supported}{'' if why else DESCRIBE}"
-    )
+    kind, remedy = type(transformer).__name__, "take a model of another family" if why else ADAPTER
+    nearest = _nearest(kind, {family.transformer: family.name for family in FAMILIES})
+    raise UnsupportedPipeline(f"{remedy}: got {name} with a {kind}{why}, wanted a transformer like {nearest}; {PAGE}")
+
+
+def _pipelines() -> dict[str, str]:
+    """The families' names by their pipelines' classes."""
+    return {pipeline: family.name for family in FAMILIES for pipeline in family.branch_order}
+
+
+def _nearest(name: str, known: Mapping[str, str], most: int = 3) -> str:
+    """Up to three classes whose names are most like this one, each with its family, for an error."""
+    return ", ".join(f"{match} ({known[match]})" for match in get_close_matches(name, known, n=most, cutoff=0))
 
 
 def _require_same_config(family: Family, pipe: "DiffusionPipeline", transformers: Sequence[Any]) -> None:
@@ -92,12 +107,18 @@ def _require_same_config(family: Family, pipe: "DiffusionPipeline", transformers
 
 def _branch_order_of(pipe: "DiffusionPipeline", family: Family) -> BranchOrder:
     """The order of the CFG branches that the table has for the pipeline's class, or for the nearest that it inherits from."""
+    name = type(pipe).__name__
     for cls in type(pipe).__mro__:
         if cls.__name__ in family.branch_order:
             return family.branch_order[cls.__name__]
+        if why := UNSUPPORTED_PIPELINES.get(cls.__name__):
+            others = _nearest(name, dict.fromkeys(family.branch_order, family.name))
+            raise UnsupportedPipeline(
+                f"take another pipeline with this transformer: got {name}, which has {why}, wanted one like {others}; {PAGE}"
+            )
+    others = _nearest(name, dict.fromkeys(family.branch_order, family.name))
     raise UnsupportedPipeline(
-        f"got {type(pipe).__name__}, whose order of CFG branches is not known; wanted one of {', '.join(family.branch_order)}, "
-        f"or a subclass of one{DESCRIBE}"
+        f"{ADAPTER}: got {name}, whose order of CFG branches is not known, wanted one like {others}, or a subclass; {PAGE}"
     )
 
 

@@ -79,7 +79,17 @@ class Model:
         None for a custom model: the length of its loop is not known before the loop ends.
         """
         scheduler = self.pipe.scheduler
-        return None if scheduler is None else len(scheduler.timesteps) - (getattr(scheduler, "begin_index", None) or 0)
+        return None if scheduler is None else len(scheduler.timesteps) - self.timesteps_left_out
+
+    @property
+    def timesteps_left_out(self) -> int:
+        """The scheduler's timesteps that the running call leaves out at the beginning, because it starts from an image.
+
+        Pipelines from video to video do so without telling the scheduler.
+        """
+        begin = getattr(self.pipe.scheduler, "begin_index", None)
+        timesteps = len(self.pipe.scheduler.timesteps)
+        return begin if begin is not None else max(0, timesteps - getattr(self.pipe, "num_timesteps", timesteps))
 
     @property
     def levels(self) -> tuple[float, ...] | None:
@@ -89,7 +99,7 @@ class Model:
         if timesteps is None:
             return None
         whole = scheduler.config.get("num_train_timesteps", 1000)
-        return tuple(float(step) / whole for step in timesteps[getattr(scheduler, "begin_index", None) or 0 :])
+        return tuple(float(step) / whole for step in timesteps[self.timesteps_left_out :])
 
     @property
     def scheduler_step(self) -> int | None:

@@ -29,8 +29,17 @@ def sites_in(family: Family, root: nn.Module, kinds: Collection[Kind], prefix: s
     for inner, module in named_modules(root):
         path = f"{prefix}{inner}"
         for kind, (pattern, make) in makers.items():
-            if kind in kinds and re.fullmatch(pattern, path):
+            if kind in kinds and re.fullmatch(pattern, path) and not _attends_to_an_image(kind, module):
                 yield make(family, path, module), module
+
+
+def _attends_to_an_image(kind: Kind, module: Any) -> bool:
+    """Whether it is a cross-attention, or a block with one, that attends to an image besides the text, as in Wan 2.1.
+
+    Its FLOPs do not follow from the tokens of video and text: it is no site.
+    """
+    attention = module if kind == "cross_attention" else getattr(module, "attn2", None) if kind == "block" else None
+    return getattr(attention, "add_k_proj", None) is not None
 
 
 def custom_attention_site(family: Family, path: str, module: nn.Module, attention: Attention) -> Site:

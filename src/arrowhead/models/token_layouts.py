@@ -28,6 +28,11 @@ def image_then_text(transformer: Any, call: Mapping[str, Any]) -> Tokens:
     return image_only(transformer, call, text=call["encoder_hidden_states"].shape[1])
 
 
+def text_then_image(transformer: Any, call: Mapping[str, Any]) -> Tokens:
+    """A text (B, T, C) before an image (B, C, H, W) in square patches."""
+    return image_only(transformer, call, text=call["encoder_hidden_states"].shape[1], text_first=True)
+
+
 def image_with_two_texts(transformer: Any, call: Mapping[str, Any]) -> Tokens:
     """An image (B, C, H, W) in square patches, beside the texts (B, T, C) of two encoders."""
     texts = call["encoder_hidden_states"], call["encoder_hidden_states_t5"]

@@ -6,12 +6,33 @@ UNSUPPORTED: dict[str, str] = {
     "SanaTransformer2DModel": "linear attention, which has no softmax that a band could limit",
     "SanaVideoTransformer3DModel": "linear attention, which has no softmax that a band could limit",
     "SanaWMTransformer3DModel": "linear attention in most of its layers",
+    "CosmosTransformer3DModel": "pipelines that compute with the conditional output before they ask for the unconditional one",
     "AnyFlowFARTransformer3DModel": "causal attention, frame by frame",
 }
 """By the name of the transformer's class, the part of the class that does not fit."""
 
+PERTURBED = "perturbed-attention guidance: a third branch in the batch, whose attention is left out"
+FORCING = "diffusion forcing: each frame has a timestep, and frames begin and end at different steps of the loop"
+CONDITIONS = "a sequence of several images and texts for each sample, whose layout the families table cannot describe"
+UNSUPPORTED_PIPELINES: dict[str, str] = {
+    "StableDiffusion3PAGPipeline": PERTURBED,
+    "StableDiffusion3PAGImg2ImgPipeline": PERTURBED,
+    "PixArtSigmaPAGPipeline": PERTURBED,
+    "HunyuanDiTPAGPipeline": PERTURBED,
+    "LTXI2VLongMultiPromptPipeline": "several windows of the video in one call, each of them with a loop over the timesteps",
+    "SkyReelsV2DiffusionForcingPipeline": FORCING,
+    "SkyReelsV2DiffusionForcingImageToVideoPipeline": FORCING,
+    "SkyReelsV2DiffusionForcingVideoToVideoPipeline": FORCING,
+    "QwenImageLayeredPipeline": "several layers that are drawn at once, each with its shape, which no test covers",
+    "ZImageOmniPipeline": CONDITIONS,
+    "Flux2KleinKVPipeline": "reference images in the first step alone, whose keys and values the later steps attend to",
+    "VisualClozePipeline": "a second pipeline that runs after the first",
+    "VisualClozeGenerationPipeline": "rows of pictures, some given and some drawn, in one sequence, which no test covers",
+}
+"""By the name of the pipeline's class, the part of the call that no plan goes with. The transformer's class is supported."""
 
-def attention_to_an_image(transformer: Any) -> str | None:
-    """The attention to an image that Wan 2.1's image-to-video transformers have within their cross-attention."""
-    image_dim = transformer.config.image_dim
-    return None if image_dim is None else f"image_dim={image_dim}: attention to an image beside the one to the text"
+
+def causal_blocks(transformer: Any) -> str | None:
+    """The mask by which SkyReels V2, in diffusion forcing, attends to earlier blocks of frames alone."""
+    frames = transformer.config.num_frame_per_block
+    return f"num_frame_per_block={frames}: attention to earlier frames alone" if frames > 1 else None

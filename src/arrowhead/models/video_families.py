@@ -1,0 +1,141 @@
+"""The families table's part for videos, see `families`. Data alone."""
+
+from arrowhead.models.family import NONE, Family
+from arrowhead.models.guidance import (
+    first_step_below_boundary,
+    guidance_above_one,
+    second_or_first_scale,
+    true_cfg,
+)
+from arrowhead.models.token_layouts import (
+    packed_video_with_text,
+    text_then_video,
+    video_by_frames,
+    video_then_text,
+    video_with_text,
+)
+from arrowhead.models.unsupported import causal_blocks
+
+VIDEO_FAMILIES: tuple[Family, ...] = (
+    Family(
+        name="Wan 2.1, 2.2",
+        transformer="WanTransformer3DModel",
+        site_pattern=r"blocks\.\d+\.attn1",
+        cross_pattern=r"blocks\.\d+\.attn2",
+        feed_forward_pattern=r"blocks\.\d+\.ffn",
+        block_pattern=r"blocks\.\d+",
+        branch_order=dict.fromkeys(
+            ["WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline", "LucyEditPipeline"], "two_calls"
+        ),
+        tokens=video_with_text,
+        guided=guidance_above_one,
+        second_from=first_step_below_boundary,
+        second_guidance_scale=second_or_first_scale,
+        left_alone="caption projection, step embeddings, output layer; attention to an image, and whole blocks with it",
+    ),
+    Family(
+        name="HunyuanVideo",  # its blocks return the video before the text
+        transformer="HunyuanVideoTransformer3DModel",
+        site_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
+        joint_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
+        block_pattern=NONE,
+        branch_order=dict.fromkeys(
+            ["HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline", "HunyuanSkyreelsImageToVideoPipeline"], "two_calls"
+        ),
+        tokens=video_then_text,
+        guided=true_cfg,
+        guidance_scale=lambda call: float(call["true_cfg_scale"]),
+        left_alone="the text's refiner and feed-forwards, whole blocks, layers of single-stream blocks besides attention",
+    ),
+    Family(
+        name="LTX-Video",
+        transformer="LTXVideoTransformer3DModel",
+        site_pattern=r"transformer_blocks\.\d+\.attn1",
+        cross_pattern=r"transformer_blocks\.\d+\.attn2",
+        branch_order=dict.fromkeys(["LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline"], "uncond_first"),
+        tokens=packed_video_with_text,
+        guided=guidance_above_one,
+        left_alone="caption projection, step embeddings, output layer",
+    ),
+    Family(
+        name="CogVideoX",  # its blocks return the video before the text
+        transformer="CogVideoXTransformer3DModel",
+        site_pattern=r"transformer_blocks\.\d+\.attn1",
+        joint_pattern=r"transformer_blocks\.\d+\.(attn1|ff)",
+        block_pattern=NONE,
+        branch_order=dict.fromkeys(
+            [
+                "CogVideoXPipeline",
+                "CogVideoXImageToVideoPipeline",
+                "CogVideoXVideoToVideoPipeline",
+                "CogVideoXFunControlPipeline",
+            ],
+            "uncond_first",
+        ),
+        tokens=text_then_video,
+        guided=guidance_above_one,
+        left_alone="whole blocks, embeddings, output layer",
+    ),
+    Family(
+        name="Allegro",
+        transformer="AllegroTransformer3DModel",
+        site_pattern=r"transformer_blocks\.\d+\.attn1",
+        cross_pattern=r"transformer_blocks\.\d+\.attn2",
+        branch_order={"AllegroPipeline": "uncond_first"},
+        tokens=video_then_text,
+        guided=guidance_above_one,
+        left_alone="caption projection, step embeddings, output layer",
+    ),
+    Family(
+        name="Latte",  # the same kind of sites as those that DiTFastAttn compresses in OpenSora
+        transformer="LatteTransformer3DModel",
+        site_pattern=r"transformer_blocks\.\d+\.attn1",
+        feed_forward_pattern=NONE,
+        block_pattern=NONE,
+        over="space",
+        branch_order={"LattePipeline": "uncond_first"},
+        tokens=video_by_frames,
+        guided=guidance_above_one,
+        left_alone="temporal blocks, cross-attention and feed-forwards, whole blocks, embeddings, output layer",
+    ),
+    Family(
+        name="Mochi",  # its rotary embeddings rotate every head by other angles
+        transformer="MochiTransformer3DModel",
+        site_pattern=r"transformer_blocks\.\d+\.attn1",
+        joint_pattern=r"transformer_blocks\.\d+\.attn1",
+        block_pattern=NONE,
+        by_sample=True,
+        separable_heads=False,
+        branch_order={"MochiPipeline": "uncond_first"},
+        tokens=video_then_text,
+        guided=guidance_above_one,
+        left_alone="the text's feed-forwards, whole blocks, embeddings, output layer",
+    ),
+    Family(
+        name="SkyReels V2",
+        transformer="SkyReelsV2Transformer3DModel",
+        site_pattern=r"blocks\.\d+\.attn1",
+        cross_pattern=r"blocks\.\d+\.attn2",
+        feed_forward_pattern=r"blocks\.\d+\.ffn",
+        block_pattern=r"blocks\.\d+",
+        branch_order={"SkyReelsV2Pipeline": "two_calls", "SkyReelsV2ImageToVideoPipeline": "two_calls"},
+        tokens=video_with_text,
+        guided=guidance_above_one,
+        unsupported_transformer=causal_blocks,
+        left_alone="caption projection, step embeddings, output layer; attention to an image, and whole blocks with it",
+    ),
+    Family(
+        name="Wan VACE",  # its VACE blocks give the main blocks what to follow
+        transformer="WanVACETransformer3DModel",
+        site_pattern=r"blocks\.\d+\.attn1",
+        cross_pattern=r"blocks\.\d+\.attn2",
+        feed_forward_pattern=r"blocks\.\d+\.ffn",
+        block_pattern=r"blocks\.\d+",
+        branch_order={"WanVACEPipeline": "two_calls"},
+        tokens=video_with_text,
+        guided=guidance_above_one,
+        second_from=first_step_below_boundary,
+        second_guidance_scale=second_or_first_scale,
+        left_alone="VACE blocks, caption projection, step embeddings, output layer",
+    ),
+)

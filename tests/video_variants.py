@@ -1,0 +1,131 @@
+"""Further pipelines of video families, with small random weights: they start from an image or a video, or follow a video."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLCogVideoX, AutoencoderKLHunyuanVideo, AutoencoderKLLTXVideo
+from families import FamilyBench, cogvideox, hunyuan_video, ltx, skyreels, wan, wan_transformer, wan_vae
+from pipelines import randomise
+
+HEIGHT, WIDTH = 64, 48
+
+
+def cogvideox_vae() -> AutoencoderKLCogVideoX:
+    down, up = ("CogVideoXDownBlock3D",) * 4, ("CogVideoXUpBlock3D",) * 4
+    sizes = {"block_out_channels": (8,) * 4, "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 2}
+    return AutoencoderKLCogVideoX(down_block_types=down, up_block_types=up, temporal_compression_ratio=4, **sizes)
+
+
+def hunyuan_vae() -> AutoencoderKLHunyuanVideo:
+    down, up = ("HunyuanVideoDownBlock3D",) * 4, ("HunyuanVideoUpBlock3D",) * 4
+    sizes = {"block_out_channels": (8,) * 4, "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 4}
+    return AutoencoderKLHunyuanVideo(down_block_types=down, up_block_types=up, **sizes)
+
+
+def ltx_vae() -> AutoencoderKLLTXVideo:
+    sizes = {"block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4, "latent_channels": 4}
+    return AutoencoderKLLTXVideo(layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 5, **sizes)
+
+
+def image(height: int = HEIGHT, width: int = WIDTH) -> torch.Tensor:
+    return torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def video(frames: int = 5) -> torch.Tensor:
+    """A video (1, F, C, H, W), as diffusers' video processors take it."""
+    return torch.rand(1, frames, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+def around(
+    cls: Any, base: FamilyBench, vae: torch.nn.Module, parts: dict[str, Any], each: bool = False, without: str = "", **more: Any
+) -> FamilyBench:
+    """The bench of a pipeline around the transformer of `base`, with further arguments of a call.
+
+    `each`: there is one image or video for each prompt. `without`: an argument that this pipeline does not take.
+    """
+    randomise(vae, 1)
+    own, before = base.inputs, base.pipe
+    known = {name: getattr(before, name, None) for name in cls._get_signature_keys(cls)[0] if hasattr(before, name)}
+    base.pipe = cls(**known | {"vae": vae} | more).to(torch.float64)
+    base.pipe.set_progress_bar_config(disable=True)
+
+    def inputs(seed: int = 0, images: int = 1, **others: Any) -> dict[str, Any]:
+        given = {name: value.expand(images, *value.shape[1:]) if each else value for name, value in parts.items()}
+        call = own(seed, images, **given | others)
+        call.pop(without, None)
+        return call
+
+    base.inputs = inputs
+    return base
+
+
+def of_wan(cls: Any) -> FamilyBench:
+    """Video to video: the last 4 of 5 steps."""
+    bench = around(cls, wan(), wan_vae(), {"video": video()}, each=True, without="num_frames")
+    own = bench.inputs
+    bench.inputs = lambda *args, **more: own(*args, strength=0.8, **more)
+    return bench
+
+
+def of_lucy(cls: Any) -> FamilyBench:
+    bench = around(cls, wan(transformer=wan_transformer(0, in_channels=8)), wan_vae(), {"video": video()}, each=True)
+    bench.pipe.vae.float()  # the pipeline gives it the video in 32 bits
+    return bench
+
+
+def of_cogvideox(cls: Any, parts: dict[str, Any], extra: int = 4, strength: float | None = None) -> FamilyBench:
+    bench = around(cls, cogvideox(in_channels=4 + extra), cogvideox_vae(), parts, each=True)
+    own = bench.inputs
+    if "image" not in parts:
+        bench.inputs = lambda *args, **more: {k: v for k, v in own(*args, **more).items() if k != "num_frames"}
+    if strength is not None:
+        without = bench.inputs
+        bench.inputs = lambda *args, **more: without(*args, **more) | {"strength": strength}
+    return bench
+
+
+def of_hunyuan(cls: Any, **config: Any) -> FamilyBench:
+    parts = {"image": image()}
+    more = {} if "Skyreels" in cls.__name__ else {"image_processor": None}
+    return around(cls, hunyuan_video(**config), hunyuan_vae(), parts, each=True, **more)
+
+
+def of_ltx(cls: Any, each: bool = True) -> FamilyBench:
+    return around(cls, ltx(), ltx_vae(), {"image": image(128, 96)}, each=each)
+
+
+def image_to_video(cls: Any, base: FamilyBench) -> FamilyBench:
+    """The image is in further channels, and its embeddings (B, 5, 16) are attended to beside the text."""
+    more = {"image_encoder": None, "image_processor": None}
+    bench = around(cls, base, wan_vae(), {"image": image()}, **more)
+    embeds = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(2)).double()
+    bench.pipe.encode_image = lambda *_: embeds
+    bench.text_seen = 0  # cross-attention is no site
+    return bench
+
+
+def of_wan21(cls: Any) -> FamilyBench:
+    return image_to_video(cls, wan(transformer=wan_transformer(0, in_channels=12, **TO_IMAGE)))
+
+
+def of_skyreels(cls: Any) -> FamilyBench:
+    return image_to_video(cls, skyreels(in_channels=12, **TO_IMAGE))
+
+
+TO_IMAGE = {"image_dim": 16, "added_kv_proj_dim": 16}
+
+VIDEO_VARIANTS: dict[str, tuple[Callable[..., FamilyBench], dict[str, Any]]] = {
+    "WanVideoToVideoPipeline": (of_wan, {}),
+    "LucyEditPipeline": (of_lucy, {}),
+    "CogVideoXImageToVideoPipeline": (of_cogvideox, {"parts": {"image": image()}}),
+    "CogVideoXVideoToVideoPipeline": (of_cogvideox, {"parts": {"video": video()}, "extra": 0, "strength": 0.8}),
+    "CogVideoXFunControlPipeline": (of_cogvideox, {"parts": {"control_video": video()}}),
+    "HunyuanVideoImageToVideoPipeline": (of_hunyuan, {"in_channels": 9, "image_condition_type": "latent_concat"}),
+    "HunyuanVideoImageToVideoPipeline, first frame": (of_hunyuan, {"image_condition_type": "token_replace"}),
+    "HunyuanSkyreelsImageToVideoPipeline": (of_hunyuan, {"in_channels": 8}),
+    "LTXImageToVideoPipeline": (of_ltx, {}),
+    "LTXConditionPipeline": (of_ltx, {"each": False}),
+    "WanImageToVideoPipeline, 2.1": (of_wan21, {}),
+    "SkyReelsV2ImageToVideoPipeline": (of_skyreels, {}),
+}

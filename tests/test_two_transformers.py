@@ -12,7 +12,7 @@ from test_families import STEPS, plan_of
 from untouched import left_as_it_was
 
 import arrowhead as ah
-from arrowhead.errors import NotIntercepted, PlanInvalid, PlanMismatch, UnsupportedPipeline
+from arrowhead.errors import NotIntercepted, PlanAdapted, PlanInvalid, PlanMismatch, UnsupportedPipeline
 from arrowhead.models.find import find
 from arrowhead.plans.cells import ASC, AST, EXTRAPOLATE, FULL, Arrow, Attend, Cached, Full, wa_rs
 from arrowhead.plans.layout import ALL_KINDS, ATTENTION_KINDS
@@ -66,13 +66,41 @@ def test_a_switch_is_one_of_the_steps(switch):
 
 
 @pytest.mark.parametrize("other", [None, 0.6, 1.0])
-def test_another_boundary_is_refused(other):
+def test_another_boundary_is_refused_where_changes_are(other):
     bench = wan22()
     plan = plan_of(bench, find(bench.pipe), [[FULL] * 2] * STEPS)
     bench.pipe.register_to_config(boundary_ratio=other)
     there = {None: "no second transformer", 0.6: "its second transformer from step 3 on"}.get(other, "from step 1 on")
-    with ah.applied(bench.pipe, plan), pytest.raises(PlanMismatch, match=f"from step 2 on, pipeline.*{there}.*search"):
+    refused = pytest.raises(PlanMismatch, match=f"from step 2 on, pipeline.*{there}.*search")
+    with ah.applied(bench.pipe, plan, changes="refuse"), refused:
         bench.pipe(**bench.inputs(guidance_scale_2=None))
+
+
+@pytest.mark.parametrize(("boundary", "switch"), [(0.6, 3), (1.0, 1)])
+def test_each_transformer_keeps_its_own_rows_where_the_boundary_moves(boundary, switch):
+    bench = wan22()
+    model = find(bench.pipe)
+    plan = plan_of(bench, model, random_cells(switch, model.sites, STEPS, share=True, switch=2))
+    bench.pipe.register_to_config(boundary_ratio=boundary)
+    with ah.applied(bench.pipe, plan), pytest.warns(PlanAdapted, match=f"switch {switch}, was 2"):
+        given = trace(bench, bench.inputs())
+    bench.switch = switch
+    with replaying(bench, model.modules, plan.resample(steps=STEPS, switch=switch).cells, True):
+        wanted = trace(bench, bench.inputs())
+    assert distance(given, wanted) < 1e-5
+
+
+def test_a_call_that_leaves_the_second_transformer_out():
+    bench = wan22()
+    model = find(bench.pipe)
+    plan = plan_of(bench, model, [[FULL] * 2, [AST] * 2] + [[FULL] * 2] * 3)
+    bench.pipe.register_to_config(boundary_ratio=None)
+    with ah.applied(bench.pipe, plan), pytest.warns(PlanAdapted, match="switch None, was 2"):
+        given = trace(bench, bench.inputs(guidance_scale_2=None))
+    bench.switch = None
+    with replaying(bench, model.modules, [[FULL] * 2] * 3 + [[AST] * 2] * 2, True):  # two old rows for five steps: F, R
+        wanted = trace(bench, bench.inputs(guidance_scale_2=None))
+    assert distance(given, wanted) < 1e-5
 
 
 def test_a_loop_of_its_own_is_refused():

@@ -112,7 +112,7 @@ class Setting:
 
 def everything_projected() -> AbstractContextManager[Any]:
     """Run as if no module could project heads separately."""
-    return patch("arrowhead.engine.run.can_project_heads_separately", new=lambda _: False)
+    return patch("arrowhead.engine.prepared.can_project_heads_separately", new=lambda _: False)
 
 
 def projecting_all(own: ah.Plan) -> ah.Plan:

@@ -69,7 +69,7 @@ def plan(pipe: Any, cached: int) -> ah.Plan:
 
 def everything_projected() -> AbstractContextManager[Any]:
     """Run as if no module could project heads separately."""
-    return patch("arrowhead.engine.run.can_project_heads_separately", new=lambda _: False)
+    return patch("arrowhead.engine.prepared.can_project_heads_separately", new=lambda _: False)
 
 
 def module_flops(own: ah.Plan, heads_apart: bool) -> float:

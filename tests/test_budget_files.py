@@ -237,7 +237,7 @@ SENSELESS = {
     "a block of nothing": {"blocks": [BLOCK | {"within": []}]},
     "a block of something else": {"blocks": [BLOCK | {"within": [BLOCK | {"path": "blocks.0.ff", "kind": "feed_forward"}]}]},
     "a block that is none": {"blocks": [BLOCK | {"kind": "feed_forward"}]},
-    "a format to come": {"format": 7},
+    "a format to come": {"format": 8},
     "a switch after its steps": {"switch": 100},
     "a switch before its steps": {"switch": -1},
     "a precision that it has no products of": {"precisions": ["int8"]},

@@ -254,7 +254,8 @@ class TestLoops:
                 replace(own, steps=2).sample()
 
     def test_other_tokens_are_refused(self, own, plan):
-        with ah.applied(own.model, plan, own.adapter), pytest.raises(PlanMismatch, match="frames=2"):
+        refused = pytest.raises(PlanMismatch, match="frames=2")
+        with ah.applied(own.model, plan, own.adapter, changes="refuse"), refused:
             replace(own, shape=(2, 4, 10)).sample()
 
     def test_remove(self, own, plan):

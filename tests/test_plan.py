@@ -62,7 +62,7 @@ class TestRoundTrip:
         plan = Plan(((FULL, FULL), row, (Attend((Cached(), Full())), both), (AST, Attend(Cached()))), TARGET, TOKENS, True)
         plan.save(tmp_path / "plan.json")
         content = strict_json((tmp_path / "plan.json").read_text())
-        assert content["format"] == 4
+        assert content["format"] == 5
         assert content["cells"] == ["F F", "H I", "H2 L", "R K"]
         assert content["legend"] == {
             "F": {"does": "attend", "heads": "full", "share_cfg": False},

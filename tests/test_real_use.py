@@ -49,7 +49,7 @@ def test_other_betas_of_the_same_length_are_another_scheduler():
     betas[1000] *= 1.01
     bench.pipe.register_modules(scheduler=diffusers.DDPMScheduler(2000, trained_betas=betas.numpy()))
     with pytest.raises(PlanMismatch, match="trained_betas"):
-        ah.apply(bench.pipe, the_plan)
+        ah.apply(bench.pipe, the_plan, changes="refuse")
 
 
 def test_offloaded_weights_change_nothing():

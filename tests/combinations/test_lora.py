@@ -151,6 +151,7 @@ def test_merged_in_place(mechanism, outcome):
         same(here.generate(1), merged(mechanism, (lora, 1.0), plan=plan))
 
 
+@pytest.mark.filterwarnings("ignore::arrowhead.errors.OtherWeights")  # merged weights are others
 @combines(GROUP, "searches on a model with a LoRA: the plan of the merged one")
 @pytest.mark.parametrize("strategy", ["headwise", "budget"])
 def test_searched(mechanism, outcome, strategy):

@@ -294,6 +294,11 @@ def outside_graph(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compiler.disable(function, recursive=False, reason=BREAK_REASON)  # type: ignore[no-untyped-call]
 
 
+def never_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function for torch's compiler to leave alone, and what it calls: a compiled loop calls it in every step."""
+    return torch.compiler.disable(function, recursive=True) if compiler_is_loaded() else function  # type: ignore[no-untyped-call]
+
+
 def force_eager() -> AbstractContextManager[Any]:
     """Within the block torch.compile makes no graph and runs none."""
     if not compiler_is_loaded():

@@ -10,7 +10,7 @@ from torch import nn
 from arrowhead.engine.cache import Output
 from arrowhead.engine.cache_encoding import NATIVE, CacheEncoding
 from arrowhead.engine.circumstances import Adaptation
-from arrowhead.engine.compile_boundary import compiling, outside_graph
+from arrowhead.engine.compile_boundary import compiling, never_compiled, outside_graph
 from arrowhead.engine.forward_hooks import RunForward, is_reached, replace_forward
 from arrowhead.engine.loop_checks import BranchCheck, LoopTimes, numbers_of
 from arrowhead.engine.run import Run
@@ -118,7 +118,7 @@ class CustomRun(Run):
         self._take_turn(StepClock()).require_same_thread(self._model.family.name)
         before, self._in_call = self._in_call, True
         try:
-            self._tick(transformer, args, kwargs)
+            never_compiled(self._tick)(transformer, args, kwargs)
             self._forward_counted = True
             out = call(*args, **kwargs)
             if self._unfinished_steps == self.plan.steps:

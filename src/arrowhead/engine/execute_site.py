@@ -289,8 +289,9 @@ def _attend(call: AttentionCall, group: HeadGroup, rows: slice, site_pass: SiteP
     adds = () if residual is None else group.adds
     asked = Call(q, k, v, site_pass.tokens, group.policies, scale, mask, residual, adds)
     kernel = dispatch.resolve(site_pass.generation.kernel, asked)
+    out = dispatch.attend(asked, kernel)
     site_pass.record_attention(q.shape[0], kernel, group.work, way_of(kernel, asked))
-    return dispatch.attend(asked, kernel)
+    return out
 
 
 def require_token_sizes(call: AttentionCall, site_pass: SitePass) -> None:

@@ -335,7 +335,6 @@ class Run:
             self._require_passed(stats, stats.calls)
             self._following.advance(generation, tokens, latents, branches, clock.counted)
         generation.latents = latents
-        stats.calls += 1
         stats.steps += generation.call == 0
         clock.check(generation.step, generation.call, self._model.scheduler_step)
         if generation.step >= (steps := self._following.plan.steps):
@@ -347,6 +346,7 @@ class Run:
                 f"got step {generation.step} with another transformer than the scheduler's timesteps and the pipeline's "
                 "boundary_ratio say; wanted diffusers' own loop; remove the plan"
             )
+        stats.calls += 1
         self._site_plans = self._prepared.of(self._following.plan, tokens, generation.branches, self._inseparable)
         self._generation = generation
         return True

@@ -1,5 +1,6 @@
 """Hundreds of generations with whatever befalls them, in threads, too: nothing that they made stays alive."""
 
+import functools
 import gc
 import random
 import threading
@@ -14,8 +15,8 @@ from torch import Tensor
 import arrowhead as ah
 from arrowhead.errors import AlreadyGenerating, ArrowheadError
 
-SLACK = 200
-"""Objects that may be more, as Python's own caches fill by and by: fewer than one for each generation between 50 and 300."""
+SLACK, BYTES = 500, 1000
+"""Objects and bytes that may be more: what the latest interrupt left half done may be alive, but not that of two of them."""
 
 
 class Stop(Exception):
@@ -96,7 +97,10 @@ class Mixed:
 
 
 def alive():
-    """The number of objects, and the bytes of all tensors."""
+    """The number of objects, and the bytes of all tensors, without what caches of bounded size hold."""
+    for cached in [each for each in gc.get_objects() if isinstance(each, functools._lru_cache_wrapper)]:
+        if str(cached.__module__).startswith("arrowhead"):
+            cached.cache_clear()
     gc.collect()
     objects = gc.get_objects()
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in objects if type(t) is Tensor}
@@ -114,7 +118,7 @@ def test_nothing_grows(name, early, late):
     for _ in range(late - early):
         mixed.once()
     after = mixed.alive()
-    assert after[1] == before[1], (before, after)
+    assert after[1] <= before[1] + BYTES, (before, after)
     assert after[0] <= before[0] + SLACK, (before, after)
     assert min(mixed.done.values()) >= late // 20, mixed.done
     ah.remove(mixed.here.pipe)

@@ -158,7 +158,7 @@ def held_after(grid, bench, images, itemsize=8):
 
 
 @pytest.mark.parametrize("images", [1, 3])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_only_what_is_read_later_stays_alive(either, seed, images):
     """Live tensors are counted by the garbage collector after every step, and their whole storage."""
     grid = random_grid(seed + 20, 7, 3)

@@ -242,6 +242,7 @@ def test_bundled_model_draws_what_it_is_asked_for(monkeypatch):
     assert (CifarResNet56()(images)[0].argmax(-1) == labels).float().mean() >= 0.5  # 0.1 is chance; 50 images
 
 
+@pytest.mark.slow
 def test_quickstart_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     runpy.run_path(os.fspath(ROOT / "examples/quickstart.py"))

@@ -21,6 +21,10 @@ from arrowhead.searches.headwise import Headwise
 STEPS = 5
 INNER = ALL_KINDS - {"block"}
 every_family = pytest.mark.parametrize("name", MORE)
+SOONER = "wan22", "lumina2", "mochi", "z_image", "aura_flow"  # two transformers, grouped heads, by sample, lists, one batch
+budgeted_families = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in SOONER else pytest.mark.slow) for name in MORE]
+)
 with_and_without = pytest.mark.parametrize("guidance", [3.0, 1.0], ids=["guided", "unguided"])
 
 
@@ -131,7 +135,7 @@ def test_searches_compress_and_their_plans_run(name, strategy, guidance):
         assert run.summary().notes == ()
 
 
-@every_family
+@budgeted_families
 @with_and_without
 def test_a_budget_is_met(name, guidance):
     bench, inputs = MORE[name](), {"images": 2, "guidance": guidance}

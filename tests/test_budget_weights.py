@@ -112,7 +112,7 @@ def test_trials_are_what_a_site_s_last_output_makes_of_the_step(family, guidance
 
 
 @every_family
-@pytest.mark.parametrize("guidance", [3.0, pytest.param(1.0, marks=pytest.mark.slow)], ids=["guided", "unguided"])
+@pytest.mark.parametrize("guidance", [3.0, pytest.param(1.0, marks=pytest.mark.slow)], ids=["guided", "alone"])
 def test_errors_are_weighted_squares_of_the_change(family, guidance, monkeypatch):
     """Of 3 images and 200 vectors to a third: gain · weight · how much of the site's output changes · the output's length."""
     bench, images, weight = FAMILIES[family](), 3, 1.7

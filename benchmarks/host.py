@@ -5,8 +5,9 @@
 FLUX's transformer with 19 double and 38 single blocks, 24 heads of 8, 16 visual and 8 text tokens, random weights: so small
 that a call's time is Python's and the dispatcher's. The kernels that compute bands are replaced by one that gives an empty
 tensor; projections, caches and copies are real. In every round one model runs a generation untouched and one under each plan,
-which is applied before it and removed after it. A time is the minimum over steps and rounds, of the whole forward or of each
-site, since other processes only add to it. The first step of a generation, which is full in every plan, does not count.
+which is applied before it and removed after it. A time is the minimum over the steps of a generation, of the whole forward or
+of each site, since other processes only add to it; the first step, which is full in every plan, does not count. A ratio is the
+median over rounds of this time by the untouched model's in the same round: a machine's speed changes from round to round.
 """
 
 import json
@@ -18,6 +19,7 @@ from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from statistics import mean, median
 from typing import Annotated, Any
 from unittest.mock import patch
 
@@ -134,7 +136,8 @@ class Bench:
         if sites_alone:
             del self._plans["blocks repeated"]  # no site runs
             transformer.forward = self._run_sites
-        self._best: dict[str | None, list[float]] = {}
+        self._best: dict[str | None, list[float]] = {}  # of the running round
+        self.rounds: list[dict[str | None, float]] = []  # seconds by plan
 
     def _recorded(self) -> list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]:
         """The arguments that each site is called with."""
@@ -145,11 +148,6 @@ class Bench:
             hook.remove()
         return calls
 
-    @property
-    def seconds(self) -> dict[str | None, float]:
-        """The best time of the transformer's forward, or the mean of the sites' best times, by plan."""
-        return {name: sum(best) / len(best) for name, best in self._best.items()}
-
     def _run_sites(self, **_: Any) -> None:
         self._last = [_timed(partial(site, *args, **kwargs)) for site, args, kwargs in self._calls]
 
@@ -158,10 +156,13 @@ class Bench:
         return self._last if self._sites_alone else [whole]
 
     def round(self) -> None:
-        """A generation with each plan, and one without."""
-        for name, plan in self._plans.items():
+        """A generation with each plan, and one without; notes the forward's best time, or the mean of the sites' best times."""
+        self._best, settings = {}, list(self._plans.items())
+        first = len(self.rounds) % len(settings)  # each is the first one in its turn
+        for name, plan in settings[first:] + settings[:first]:
             with nullcontext() if plan is None else ah.applied(self._pipe, plan) as run:
                 self._generation(name, run)
+        self.rounds.append({name: mean(best) for name, best in self._best.items()})
 
     def _generation(self, name: str | None, run: Any) -> None:
         scheduler, given = self._pipe.scheduler, inputs()
@@ -188,13 +189,13 @@ def measure(rounds: int) -> dict[str, Any]:
         for _ in tqdm(range(rounds)):
             for bench in benches.values():
                 bench.round()
-    seconds = {kind: bench.seconds for kind, bench in benches.items()}
     found: dict[str, dict[str, float]] = {}
-    for kind, by_plan in seconds.items():
-        for name, best in by_plan.items():
+    for kind, bench in benches.items():
+        for name in bench.rounds[0]:
             if name is not None:
-                found.setdefault(name, {})[kind] = best / by_plan[None]
-    return {"raw_seconds": {kind: by_plan[None] for kind, by_plan in seconds.items()}, "settings": found}
+                found.setdefault(name, {})[kind] = median(times[name] / times[None] for times in bench.rounds)
+    raw = {kind: median(times[None] for times in bench.rounds) for kind, bench in benches.items()}
+    return {"raw_seconds": raw, "settings": found}
 
 
 def missed(settings: Mapping[str, Mapping[str, float]]) -> list[str]:

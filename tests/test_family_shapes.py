@@ -26,6 +26,12 @@ OBLONG = {  # the size in a call, and its number of visual tokens
     "lumina2": ({"height": 48, "width": 112}, 3 * 7),
     "flux2": ({"height": 48, "width": 112}, 3 * 7),
     "z_image": ({"height": 80, "width": 112}, 64),  # 5 × 7, padded
+    "ovis_image": ({"height": 48, "width": 112}, 3 * 7),
+    "bria": ({"height": 48, "width": 112}, 3 * 7),
+    "cogview4": ({"height": 48, "width": 112}, 3 * 7),
+    "cogview3": ({"height": 48, "width": 112}, 3 * 7),
+    "skyreels": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
+    "wan_vace": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
 }
 SEVERAL = ["qwen", "aura_flow", "allegro", "latte", "hunyuan_dit", "flux2", "z_image"]
 """The families whose pipelines repeat embeddings and masks for several images of a prompt."""

@@ -12,6 +12,7 @@ from untouched import left_as_it_was
 import arrowhead as ah
 from arrowhead.calibration.driver import driver_of
 from arrowhead.errors import AlreadyApplied, InputsInvalid, PlanMismatch, UnsupportedPipeline
+from arrowhead.plans.cells import AST, FULL
 from arrowhead.searches.budget.sensitivity.recording import record
 from arrowhead.searches.budget.sensitivity.sampler_gain import SchedulerReplay
 
@@ -168,7 +169,7 @@ def test_low_precision_gives_nearly_the_same(family):
         own = {name: value.to(dtype) for name, value in bench.inputs().items() if "embeds" in name}
         table = ah.calibrate(bench.pipe, bench.inputs(images=1, **own), extent=ah.Extent(vectors=8), progress=False)
         assert table.outputs.dtype == table.residuals.dtype == torch.float32
-        reused = [[ah.plan.Attend(), *[ah.plan.Reuse()] * 4]] * len(table.target.sites)
+        reused = [[FULL, *[AST] * 4]] * len(table.target.sites)
         found[dtype] = table.predicted_error(reused).sum()
     assert found[torch.bfloat16] == pytest.approx(found[torch.float32], rel=0.3)
 

@@ -90,7 +90,7 @@ class Draw:
             ah.remove(self.here.pipe)
             self.run = None
         if self.run is None and draw.random() < 0.6:
-            self.run = ah.apply(self.here.pipe, self.plan(), self.here.adapter)
+            self.run = ah.apply(self.here.pipe, self.plan(), self.here.adapter, changes="refuse")
             self.done["applied"] += 1
         planned = self.run is not None
         size, steps = (self.size, self.steps) if planned else (draw.randrange(3), draw.randint(2, 5))

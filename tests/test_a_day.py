@@ -8,7 +8,8 @@ import pytest
 from families import MORE
 from family_replay import random_cells, replaying
 from replay import distance, trace
-from test_circumstances import cut, plan_of
+from test_circumstances import cut
+from test_families import plan_of
 from test_variants import VARIANTS
 from untouched import left_as_it_was
 

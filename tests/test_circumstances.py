@@ -13,6 +13,7 @@ from family_replay import random_cells, replaying
 from independent import reads, renews
 from pipelines import dit, pixart_sigma
 from replay import assert_same, cell, distance, plan, random_grid, replay, trace
+from test_families import plan_of
 from test_variants import VARIANTS
 from untouched import left_as_it_was
 
@@ -34,12 +35,6 @@ def quiet():
     with warnings.catch_warnings():
         warnings.simplefilter("error", ArrowheadWarning)
         yield
-
-
-def plan_of(bench, model, cells, guided=True):
-    calls = 2 if guided and bench.two_calls else 1
-    tokens = bench.tokens if any(site.sees_text for site in model.sites) else bench.tokens.image
-    return Plan(tuple(map(tuple, cells)), target_of(model), tokens, guided, {}, calls, bench.switch)
 
 
 def levels_of(pipe, steps):

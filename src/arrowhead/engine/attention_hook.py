@@ -100,13 +100,20 @@ def hooked_attention(*args: Any, **kwargs: Any) -> Tensor:
     return _answered(F.scaled_dot_product_attention, args, kwargs)
 
 
-def _answered(own: Callable[..., Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The handler's answer to a call of `own`, which takes what torch's function takes; without a handler, what `own` gives."""
+def _asked() -> AttentionHandler | None:
+    """The handler that a call of attention is described to; None where the model's own function runs, which is counted."""
     # a graph of torch.compile holds torch's attention: handlers change from step to step
     if compiling() or (handler := _handler.get()) is None:
-        return own(*args, **kwargs)
+        return None
     if type(handler) is NativeAttention:  # the call's description would cost more than it is worth
         handler.calls += 1
+        return None
+    return handler
+
+
+def _answered(own: Callable[..., Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The handler's answer to a call of `own`, which takes what torch's function takes; without a handler, what `own` gives."""
+    if (handler := _asked()) is None:
         return own(*args, **kwargs)
     return handler(_described(partial(own, *args, **kwargs), *args, **kwargs))
 
@@ -142,10 +149,7 @@ def _hooked_dispatch(dispatch: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @wraps(dispatch)
     def hooked(*args: Any, **kwargs: Any) -> Tensor:
-        if compiling() or (handler := _handler.get()) is None:
-            return dispatch(*args, **kwargs)
-        if type(handler) is NativeAttention:
-            handler.calls += 1
+        if (handler := _asked()) is None:
             return dispatch(*args, **kwargs)
         return handler(_transposed(_described(partial(dispatch, *args, **kwargs), *args, **kwargs))).transpose(1, 2)
 

@@ -135,11 +135,12 @@ class Cache:
         self.held_bytes += entry.nbytes
 
     def of_conditional(self) -> "Cache":
-        """The conditional branch's part of a cache for a CFG batch, for a generation whose guidance has ended."""
-        cache = Cache(replace(self.branches, guided=False))
+        """The conditional branch's part of the cache, for a generation whose guidance has ended."""
+        cache = Cache(self.branches.unguided)
         for key, entries in self.entries.items():
             for entry in entries:
-                value = entry.value if entry.conditional_only else _conditional_rows(entry.value, self.branches)
+                whole = self._batched and not entry.conditional_only
+                value = _conditional_rows(entry.value, self.branches) if whole else entry.value
                 cache.write(key, replace(entry, value=value, conditional_only=False))
         return cache
 

@@ -49,8 +49,7 @@ class Generation:
         strict: bool = True,
     ) -> "Generation":
         """The state in the first call of the transformer, with empty caches."""
-        caches = tuple(Cache(branches) for _ in range(branches.calls))
-        return cls(branches, tokens, kernel, caches, stats, encoding, strict=strict, _of_calls={0: tokens})
+        return cls(branches, tokens, kernel, _empty_caches(branches), stats, encoding, strict=strict, _of_calls={0: tokens})
 
     def prepared(self, site: Site, cell: Cell, writes: Writes) -> SitePlan:
         """The plan of a site pass, prepared at the first use: for searches, which do not know their cells beforehand."""
@@ -78,13 +77,12 @@ class Generation:
 
     def end_guidance(self) -> None:
         """Go on with the conditional branch alone, and with what is stored of it."""
-        first = self.caches[0]
-        self.caches = (first.of_conditional() if self.branches.batched else replace(first, branches=_unguided(first.branches)),)
-        self.branches, self.rows, self.latents = _unguided(self.branches), None, None
+        self.caches = (self.caches[0].of_conditional(),)
+        self.branches, self.rows, self.latents = self.branches.unguided, None, None
 
     def begin_guidance(self, branches: Branches) -> None:
         """Go on with both branches, and with nothing stored: the unconditional one was not computed before."""
-        self.caches = tuple(Cache(branches) for _ in range(branches.calls))
+        self.caches = _empty_caches(branches)
         self.branches, self.rows, self.latents = branches, None, None
 
     def require_rows(self, call: SiteCall, sequences: int) -> None:
@@ -132,5 +130,6 @@ def _same_image(tokens: Tokens, others: Tokens) -> bool:
     return replace(tokens, text=others.text) == others
 
 
-def _unguided(branches: Branches) -> Branches:
-    return replace(branches, guided=False)
+def _empty_caches(branches: Branches) -> tuple[Cache, ...]:
+    """A cache for each call of a step."""
+    return tuple(Cache(branches) for _ in range(branches.calls))

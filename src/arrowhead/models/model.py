@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from arrowhead.errors import InputsInvalid
@@ -99,7 +100,8 @@ class Model:
         if timesteps is None:
             return None
         whole = scheduler.config.get("num_train_timesteps", 1000)
-        return tuple(float(step) / whole for step in timesteps[self.timesteps_left_out :])
+        steps = torch.as_tensor(timesteps)[self.timesteps_left_out :].tolist()  # one read, as each waits for the device
+        return tuple(step / whole for step in steps)
 
     @property
     def scheduler_step(self) -> int | None:

@@ -234,6 +234,11 @@ class Branches:
         """Whether both branches are in one batch, the CFG batch."""
         return self.guided and self.calls == 1
 
+    @property
+    def unguided(self) -> "Branches":
+        """The conditional branch alone."""
+        return replace(self, guided=False)
+
     def conditional(self, batch: int) -> slice:
         """The conditional branch's rows of a batch of `batch` rows.
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -155,13 +156,18 @@ class Plan:
                 if site.kind == "self_attention":
                     yield site, cell
 
+    @cached_property
+    def _remaining(self) -> flops.Flops:
+        """Worked out once: `apply` asks for it in every generation that the plan is carried over to."""
+        return flops.remaining_flops(self.cells, self.target.sites, self.tokens, self.samples)
+
     def flops(self) -> flops.Flops:
         """The parts of the uncompressed run's FLOPs that remain, with those that make residuals.
 
         `.attention` counts the two matmuls of self-attention. `.module` counts all that the plan's sites multiply: the Q, K, V
         and output projections, too, and cross-attentions, feed-forwards and blocks where the plan has cells for them.
         """
-        return flops.remaining_flops(self.cells, self.target.sites, self.tokens, self.samples)
+        return self._remaining
 
     def cache_bytes(self, images: int = 1, itemsize: int = 2) -> tuple[int, ...]:
         """For each step, the most bytes that the caches hold: `memory(images, itemsize).steps`."""
@@ -227,7 +233,9 @@ class Plan:
                 "of steps of at least 1, or a level for each step, or tokens"
             )
         steps = old.steps if steps is None else steps
-        known = old.levels if levels is None and steps == old.steps else None if levels is None else tuple(levels)
+        known = old.levels if steps == old.steps else None
+        if levels is not None:
+            known = tuple(levels)
         new = Conditions(steps, tokens or old.tokens, resample.scaled_switch(old, steps) if switch is None else switch, known)
         resample.require_switch(new, old)
         return self.carried_over(new)

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 import arrowhead as ah
 from arrowhead.errors import InputsInvalid
 from arrowhead.plans.layout import Site
+from arrowhead.plans.target import Target
 
 TENSORS = ("outputs", "residuals")
 EVERY = (*TENSORS, "roundings")
@@ -231,8 +232,10 @@ def test_a_header_that_lacks_something(name, tmp_path):
 
 
 WITHIN = TypeAdapter(Site).dump_python(synthetic(0).target.sites[0], mode="json", by_alias=True)
+LEVELS = TypeAdapter(Target).dump_python(synthetic(0).target, mode="json", by_alias=True) | {"levels": [1.0]}
 BLOCK = WITHIN | {"path": "blocks.0", "heads": 1, "kind": "block", "within": [WITHIN]}
 SENSELESS = {
+    "noise levels of other steps": {"target": LEVELS},
     "another format": {"format": 2},
     "a block of nothing": {"blocks": [BLOCK | {"within": []}]},
     "a block of something else": {"blocks": [BLOCK | {"within": [BLOCK | {"path": "blocks.0.ff", "kind": "feed_forward"}]}]},

@@ -98,7 +98,7 @@ class Mixed:
 
 def alive():
     """The number of objects, and the bytes of all tensors, without what caches of bounded size hold."""
-    for cached in [each for each in gc.get_objects() if isinstance(each, functools._lru_cache_wrapper)]:
+    for cached in [each for each in gc.get_objects() if type(each) is functools._lru_cache_wrapper]:
         if str(cached.__module__).startswith("arrowhead"):
             cached.cache_clear()
     gc.collect()

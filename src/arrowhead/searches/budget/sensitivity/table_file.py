@@ -106,6 +106,8 @@ def _faults(header: _Header, tensors: Mapping[str, Tensor]) -> Iterator[str]:
     values, above = (*gains, header.other_flops, *of_tokens), (*feedback, header.final)
     if not all(0 <= value < math.inf for value in values) or not all(0 < value < math.inf for value in above):
         yield "got gains, answers, FLOPs, radii or a final square below 0 or not finite"
+    if header.target.levels is not None and len(header.target.levels) != steps:
+        yield f"got {len(header.target.levels)} noise levels for {steps} steps, wanted one for each"
     if len(feedback) not in (0, steps) or not 0 <= header.feedback <= 1:
         yield f"got {len(feedback)} answers to the power {header.feedback}, wanted one a step, and a power of 0 to 1"
     if strange := [block.path for block in header.blocks if not block.made_of(header.target.sites)]:

@@ -111,7 +111,7 @@ def _finished(pipe: Any, dtype: torch.dtype) -> Any:
     return pipe
 
 
-def _inputs(
+def inputs_of(
     dtype: torch.dtype, scale: str, mask: str | None, pooled: bool = False, channels: int = CHANNELS, **common: Any
 ) -> Callable[..., dict[str, Any]]:
     """The arguments of a call of a pipeline: `scale` is the name of its guidance scale, `mask` that of the prompts' masks.
@@ -149,7 +149,7 @@ def wan_transformer(seed: int, **config: Any) -> WanTransformer3DModel:
 def wan(dtype: torch.dtype = torch.float64, seed: int = 0, **parts: Any) -> FamilyBench:
     """Frames × height × width beside a text; two calls."""
     pipe = WanPipeline(None, None, None, flow(), **{"transformer": wan_transformer(seed), **parts})
-    inputs = _inputs(dtype, "guidance_scale", None, height=64, width=48, num_frames=5)
+    inputs = inputs_of(dtype, "guidance_scale", None, height=64, width=48, num_frames=5)
     return FamilyBench(_finished(pipe, dtype), True, 2 * 4 * 3, inputs, two_calls=True)
 
 
@@ -167,7 +167,7 @@ def qwen(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     model = QwenImageTransformer2DModel(in_channels=16, out_channels=4, joint_attention_dim=CHANNELS, **sizes)
     randomise(model, seed, SHARP)
     pipe = QwenImagePipeline(flow(), None, None, None, model)
-    inputs = _inputs(dtype, "true_cfg_scale", "{}prompt_embeds_mask", height=64, width=80)
+    inputs = inputs_of(dtype, "true_cfg_scale", "{}prompt_embeds_mask", height=64, width=80)
     return FamilyBench(_finished(pipe, dtype), True, 4 * 5, inputs, TEXT, text_first=True, two_calls=True)
 
 
@@ -178,7 +178,7 @@ def chroma(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     model = ChromaTransformer2DModel(in_channels=16, joint_attention_dim=CHANNELS, axes_dims_rope=(2, 2, 4), **sizes, **guide)
     randomise(model, seed, SHARP)
     pipe = ChromaPipeline(flow(), None, None, None, model)
-    inputs = _inputs(dtype, "guidance_scale", "{}prompt_attention_mask", height=64, width=80)
+    inputs = inputs_of(dtype, "guidance_scale", "{}prompt_attention_mask", height=64, width=80)
     return FamilyBench(_finished(pipe, dtype), True, 4 * 5, inputs, TEXT, text_first=True, two_calls=True)
 
 
@@ -191,7 +191,7 @@ def hunyuan_video(dtype: torch.dtype = torch.float64, seed: int = 0, **config: A
     randomise(model, seed, SHARP)
     pipe = HunyuanVideoPipeline(None, None, model, None, flow(), None, None)
     size = {"height": 64, "width": 48, "num_frames": 5}
-    inputs = _inputs(dtype, "true_cfg_scale", "{}prompt_attention_mask", pooled=True, **size)
+    inputs = inputs_of(dtype, "true_cfg_scale", "{}prompt_attention_mask", pooled=True, **size)
     return FamilyBench(_finished(pipe, dtype), True, 2 * 4 * 3, inputs, TEXT, two_calls=True)
 
 
@@ -201,7 +201,7 @@ def ltx(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     model = LTXVideoTransformer3DModel(in_channels=4, out_channels=4, caption_channels=CHANNELS, **sizes)
     randomise(model, seed, SHARP)
     pipe = LTXPipeline(flow(), None, None, None, model)
-    inputs = _inputs(dtype, "guidance_scale", "{}prompt_attention_mask", height=128, width=96, num_frames=9)
+    inputs = inputs_of(dtype, "guidance_scale", "{}prompt_attention_mask", height=128, width=96, num_frames=9)
     return FamilyBench(_finished(pipe, dtype), False, 2 * 4 * 3, inputs)
 
 
@@ -212,7 +212,7 @@ def cogvideox(dtype: torch.dtype = torch.float64, seed: int = 0, in_channels: in
     model = CogVideoXTransformer3DModel(in_channels=in_channels, out_channels=4, text_embed_dim=CHANNELS, **sizes, **shape)
     randomise(model, seed, SHARP)
     pipe = CogVideoXPipeline(None, None, None, model, CogVideoXDDIMScheduler(prediction_type="v_prediction"))
-    inputs = _inputs(dtype, "guidance_scale", None, height=64, width=48, num_frames=5)
+    inputs = inputs_of(dtype, "guidance_scale", None, height=64, width=48, num_frames=5)
     return FamilyBench(_finished(pipe, dtype), False, 2 * 4 * 3, inputs, TEXT, text_first=True)
 
 
@@ -223,7 +223,7 @@ def allegro(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     randomise(model, seed, SHARP)
     pipe = AllegroPipeline(None, None, None, model, EulerAncestralDiscreteScheduler(prediction_type="v_prediction"))
     size = {"height": 64, "width": 48, "num_frames": 5, "negative_prompt": None}
-    inputs = _inputs(dtype, "guidance_scale", "{}prompt_attention_mask", **size)
+    inputs = inputs_of(dtype, "guidance_scale", "{}prompt_attention_mask", **size)
     return FamilyBench(_finished(pipe, dtype), False, 2 * 4 * 3, inputs)
 
 
@@ -236,7 +236,7 @@ def latte(dtype: torch.dtype = torch.float64, seed: int = 0, frames: int = 3) ->
     randomise(model, seed, SHARP)
     pipe = LattePipeline(None, None, None, model, DDIMScheduler(prediction_type="v_prediction"))
     size = {"height": 64, "width": 48, "video_length": frames, "negative_prompt": None, "clean_caption": False}
-    inputs = _inputs(dtype, "guidance_scale", None, **size)
+    inputs = inputs_of(dtype, "guidance_scale", None, **size)
     return FamilyBench(_finished(pipe, dtype), False, frames * 4 * 3, inputs, frames=frames)
 
 
@@ -248,7 +248,7 @@ def mochi(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     randomise(model, seed, SHARP)
     pipe = MochiPipeline(flow(), None, None, None, model)
     size = {"height": 64, "width": 48, "num_frames": 7}
-    inputs = _inputs(dtype, "guidance_scale", "{}prompt_attention_mask", channels=16, **size)
+    inputs = inputs_of(dtype, "guidance_scale", "{}prompt_attention_mask", channels=16, **size)
     return FamilyBench(_finished(pipe, dtype), False, 2 * 4 * 3, inputs, TEXT)
 
 
@@ -259,7 +259,7 @@ def aura_flow(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     model = AuraFlowTransformer2DModel(sample_size=8, in_channels=4, out_channels=4, pos_embed_max_size=64, **sizes, **text)
     randomise(model, seed, SHARP)
     pipe = AuraFlowPipeline(None, None, None, model, flow())
-    inputs = _inputs(dtype, "guidance_scale", "{}prompt_attention_mask", height=64, width=80)
+    inputs = inputs_of(dtype, "guidance_scale", "{}prompt_attention_mask", height=64, width=80)
     return FamilyBench(_finished(pipe, dtype), False, 4 * 5, inputs, TEXT + 8, text_first=True, text_seen=TEXT + 8)
 
 
@@ -271,7 +271,7 @@ def hunyuan_dit(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBenc
     parts: dict[str, Any] = dict.fromkeys(["vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"])
     pipe = HunyuanDiTPipeline(transformer=model, scheduler=scheduler(), requires_safety_checker=False, **parts)
     shared = {"height": 64, "width": 80, "use_resolution_binning": False}
-    first = _inputs(dtype, "guidance_scale", "{}prompt_attention_mask", **shared)
+    first = inputs_of(dtype, "guidance_scale", "{}prompt_attention_mask", **shared)
 
     def inputs(seed: int = 0, images: int = 1, **more: Any) -> dict[str, Any]:
         other = torch.Generator().manual_seed(10**6 + seed)
@@ -293,7 +293,7 @@ def lumina2(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     randomise(model, seed, SHARP)
     pipe = Lumina2Pipeline(model, flow(), None, None, None)
     masks = ("prompt_attention_mask", "negative_prompt_attention_mask")
-    own = _inputs(dtype, "guidance_scale", None, height=64, width=80)
+    own = inputs_of(dtype, "guidance_scale", None, height=64, width=80)
 
     def inputs(seed: int = 0, images: int = 1, **more: Any) -> dict[str, Any]:
         shown = torch.arange(TEXT + 2).lt(TEXT).expand(images, -1)  # the pipeline removes the padding
@@ -312,7 +312,7 @@ def flux2(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     model = Flux2Transformer2DModel(in_channels=16, joint_attention_dim=CHANNELS, **sizes, **more)
     randomise(model, seed + 3, SHARP)  # with other weights a headwise search saves little
     pipe = Flux2KleinPipeline(flow(), vae(seed + 1, halvings=3, cls=AutoencoderKLFlux2), None, None, model)
-    inputs = _inputs(dtype, "guidance_scale", None, height=64, width=80)
+    inputs = inputs_of(dtype, "guidance_scale", None, height=64, width=80)
     return FamilyBench(_finished(pipe, dtype), True, 4 * 5, inputs, TEXT, text_first=True, two_calls=True)
 
 
@@ -323,7 +323,7 @@ def z_image(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     model = ZImageTransformer2DModel(in_channels=4, cap_feat_dim=CHANNELS, **sizes, **rope)
     randomise(model, seed + 2, (".attention.",))  # with other weights a headwise search saves little
     pipe = ZImagePipeline(flow(), None, None, None, model)
-    own = _inputs(dtype, "guidance_scale", None, height=64, width=80)
+    own = inputs_of(dtype, "guidance_scale", None, height=64, width=80)
 
     def inputs(seed: int = 0, images: int = 1, guidance: float = 3.0, **more: Any) -> dict[str, Any]:
         call = own(seed, images, guidance - 1, **more)
@@ -339,7 +339,7 @@ def ovis_image(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench
     model = OvisImageTransformer2DModel(in_channels=16, out_channels=16, joint_attention_dim=CHANNELS, **sizes, **rope)
     randomise(model, seed, SHARP)
     pipe = OvisImagePipeline(flow(), None, None, None, model)
-    inputs = _inputs(dtype, "guidance_scale", None, height=64, width=80, negative_prompt=None)
+    inputs = inputs_of(dtype, "guidance_scale", None, height=64, width=80, negative_prompt=None)
     return FamilyBench(_finished(pipe, dtype), True, 4 * 5, inputs, TEXT, text_first=True, two_calls=True)
 
 
@@ -349,7 +349,7 @@ def bria(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     model = BriaTransformer2DModel(in_channels=16, joint_attention_dim=CHANNELS, axes_dims_rope=[2, 2, 4], **sizes)
     randomise(model, seed, SHARP)
     pipe = BriaPipeline(model, flow(), vae(seed + 1, halvings=3), None, None)
-    inputs = _inputs(dtype, "guidance_scale", None, height=64, width=80)
+    inputs = inputs_of(dtype, "guidance_scale", None, height=64, width=80)
     return FamilyBench(_finished(pipe, dtype), False, 4 * 5, inputs, TEXT, text_first=True)
 
 
@@ -360,7 +360,7 @@ def cogview4(dtype: torch.dtype = torch.float64, seed: int = 0, in_channels: int
     model = CogView4Transformer2DModel(in_channels=in_channels, out_channels=4, **sizes, **more)
     randomise(model, seed, SHARP)
     pipe = CogView4Pipeline(None, None, None, model, flow())
-    inputs = _inputs(dtype, "guidance_scale", None, height=64, width=80)
+    inputs = inputs_of(dtype, "guidance_scale", None, height=64, width=80)
     return FamilyBench(_finished(pipe, dtype), True, 4 * 5, inputs, TEXT, text_first=True, two_calls=True)
 
 
@@ -371,7 +371,7 @@ def cogview3(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     model = CogView3PlusTransformer2DModel(in_channels=4, out_channels=4, **sizes, **more)
     randomise(model, seed, SHARP)
     pipe = CogView3PlusPipeline(None, None, None, model, CogVideoXDDIMScheduler(prediction_type="v_prediction"))
-    inputs = _inputs(dtype, "guidance_scale", None, height=64, width=80)
+    inputs = inputs_of(dtype, "guidance_scale", None, height=64, width=80)
     return FamilyBench(_finished(pipe, dtype), False, 4 * 5, inputs, TEXT, text_first=True)
 
 
@@ -382,7 +382,7 @@ def skyreels(dtype: torch.dtype = torch.float64, seed: int = 0, **config: Any) -
     model = SkyReelsV2Transformer3DModel(**standard | config)
     randomise(model, seed, SHARP)
     pipe = SkyReelsV2Pipeline(None, None, model, None, flow())
-    inputs = _inputs(dtype, "guidance_scale", None, height=64, width=48, num_frames=5)
+    inputs = inputs_of(dtype, "guidance_scale", None, height=64, width=48, num_frames=5)
     return FamilyBench(_finished(pipe, dtype), True, 2 * 4 * 3, inputs, two_calls=True)
 
 
@@ -393,7 +393,7 @@ def wan_vace(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     model = WanVACETransformer3DModel(vace_layers=[0], vace_in_channels=2 * 4 + 8 * 8, **shape, **sizes)
     randomise(model, seed, SHARP)
     pipe = WanVACEPipeline(None, None, wan_vae(seed + 1), flow(), model)
-    own = _inputs(dtype, "guidance_scale", None, height=64, width=48, num_frames=5)
+    own = inputs_of(dtype, "guidance_scale", None, height=64, width=48, num_frames=5)
 
     def inputs(seed: int = 0, images: int = 1, **more: Any) -> dict[str, Any]:
         return own(seed, 1, **more)

@@ -157,6 +157,8 @@ def processor_of(processor: Any, replayed: Replayed) -> Any:
 
     def of_dispatch(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, scale: Any = None, **_: Any) -> Tensor:
         q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        if attn_mask is not None and attn_mask.ndim == 2:  # of the keys (B, N)
+            attn_mask = attn_mask[:, None, None]
         return replayed.attention(q, k, v, attn_mask, scale).transpose(1, 2)
 
     functional = types.SimpleNamespace(**vars(F) | {"scaled_dot_product_attention": of_functional})

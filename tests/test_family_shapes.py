@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from families import MORE
+from every_family import EVERY
 from family_replay import random_cells, replaying
+from image_benches import IMAGES
 from replay import distance, trace
 from test_families import INNER, STEPS, plan_of, with_and_without
 
@@ -32,7 +33,7 @@ OBLONG = {  # the size in a call, and its number of visual tokens
     "cogview3": ({"height": 48, "width": 112}, 3 * 7),
     "skyreels": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
     "wan_vace": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
-}
+} | dict.fromkeys(IMAGES, ({"height": 48, "width": 112}, 3 * 7))
 SEVERAL = ["qwen", "aura_flow", "allegro", "latte", "hunyuan_dit", "flux2", "z_image"]
 """The families whose pipelines repeat embeddings and masks for several images of a prompt."""
 
@@ -41,7 +42,7 @@ PER_PROMPT = {"allegro": "num_videos_per_prompt"}
 
 def compare(name, dtype, visual=None, made=lambda bench: bench, **inputs):
     """Run a random plan: returns its distance from its replay, and that of the replay from the untouched run."""
-    bench, guided = made(MORE[name](dtype)), inputs["guidance"] > 1
+    bench, guided = made(EVERY[name](dtype)), inputs["guidance"] > 1
     bench.visual = visual or bench.visual
     model = find(bench.pipe, INNER)
     cells = random_cells(7, model.sites, STEPS, guided, bench.switch)
@@ -55,7 +56,7 @@ def compare(name, dtype, visual=None, made=lambda bench: bench, **inputs):
     return distance(given, wanted), distance(wanted, trace(bench, bench.inputs(**inputs)))
 
 
-@pytest.mark.parametrize("name", MORE)
+@pytest.mark.parametrize("name", EVERY)
 @with_and_without
 @pytest.mark.parametrize("images", [1, 3])
 def test_oblong(name, guidance, images):
@@ -100,14 +101,14 @@ def test_frames_that_are_padding(guidance):
         return bench
 
     inputs = {"guidance": guidance, "images": 2}
-    plain, shown = (trace(bench, bench.inputs(**inputs)) for bench in (MORE["allegro"](), masked(MORE["allegro"]())))
+    plain, shown = (trace(bench, bench.inputs(**inputs)) for bench in (EVERY["allegro"](), masked(EVERY["allegro"]())))
     assert distance(shown, plain) > 1e-2
     apart, changed = compare("allegro", torch.float64, made=masked, **inputs)
     assert apart < 1e-5
     assert changed > 1e-2
 
 
-@pytest.mark.parametrize("name", MORE)
+@pytest.mark.parametrize("name", EVERY)
 @with_and_without
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_in_other_precisions(name, guidance, dtype):

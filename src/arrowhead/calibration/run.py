@@ -70,7 +70,7 @@ class _Call:
     """A call of a transformer by the pipeline.
 
     `run` runs it. `latents` are (B, …), or a list with one for each image. `scales` says whether the call scales a LoRA. The
-    pipeline goes on with the first `returned` tokens of the output, or with all. `counted` is the scheduler's count of steps.
+    pipeline goes on with the tokens `returned` of the output. `counted` is the scheduler's count of steps.
     `numbers` are those among the arguments.
     """
 
@@ -79,7 +79,7 @@ class _Call:
     latents: Any
     run: Callable[[], Any]
     scales: bool
-    returned: int | None
+    returned: slice
     counted: int | None
     numbers: Numbers
 
@@ -291,7 +291,7 @@ class CalibrationRun:
             model.latents(arguments),
             partial(run_forward, forward, args, kwargs),
             bool(scales),
-            model.family.output_tokens(arguments),
+            used if isinstance(used := model.family.output_tokens(arguments), slice) else slice(used),
             model.scheduler_step,
             numbers_of(arguments) if self._branch_check else {},
         )

@@ -10,7 +10,7 @@ from torch import nn
 from arrowhead.errors import UnsupportedPipeline
 from arrowhead.models.custom import Attention
 from arrowhead.models.family import Family
-from arrowhead.models.head_separation import can_project_heads_separately
+from arrowhead.models.head_separation import can_project_heads_separately, heads_of
 from arrowhead.plans.layout import ALL_KINDS, Kind, Site
 from arrowhead.upstream import named_modules
 
@@ -90,19 +90,23 @@ def _self_attention(family: Family, path: str, module: Any) -> Site:
         channels, width = fused.in_features, module.heads * module.head_dim
         weights = _size(fused) + _size(module.to_out) - 4 * channels * width
         return Site(path, module.heads, module.head_dim, channels, joint, separable_heads=False, weights=weights)
+    if (fused := getattr(module, "img_attn_qkv", None)) is not None:  # JoyImage: Q, K and V in one layer, text in another
+        return Site(path, module.heads, module.head_dim, fused.in_features, joint, separable_heads=False)
     channels, text_projection = module.to_q.in_features, getattr(module, "add_k_proj", None) if joint else None
-    head_dim = module.to_q.out_features // module.heads
+    heads, gate = heads_of(module), getattr(module, "to_gate", None)
+    head_dim = module.to_q.out_features // heads
     kv_heads = module.to_k.out_features // head_dim
     text_channels = channels if text_projection is None else text_projection.in_features
     return Site(
         path,
-        heads=module.heads,
+        heads=heads,
         head_dim=head_dim,
         channels=channels,
         joint=joint,
         projects_out=_projects_out(module),
         separable_heads=family.separable_heads and can_project_heads_separately(module),
-        kv_heads=None if kv_heads == module.heads else kv_heads,
+        kv_heads=None if kv_heads == heads else kv_heads,
+        weights=0 if gate is None else _size(gate),
         over=family.over,
         text_channels=0 if text_channels == channels else text_channels,
         by_sample=family.by_sample,
@@ -110,7 +114,7 @@ def _self_attention(family: Family, path: str, module: Any) -> Site:
 
 
 def _projects_out(module: Any) -> Literal["all", "visual", "none"]:
-    if getattr(module, "pre_only", False):
+    if getattr(module, "pre_only", False) or isinstance(getattr(module, "to_out", None), nn.Identity):
         return "none"
     return "visual" if getattr(module, "context_pre_only", False) else "all"
 

@@ -110,6 +110,7 @@ class Replayed:
     def attention(self, q: Tensor, k: Tensor, v: Tensor, own: Tensor | None, scale: float | None) -> Tensor:
         """Attention by the step's cell: tensors are (B, H, N, D), `own` is the mask that the model gives."""
         length, tokens = q.shape[2], self.tokens
+        k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], 1) for tensor in (k, v))  # shared by heads
         if self.site.joint and not self.site.by_sample:  # the text may have any length
             tokens = replace(tokens, text=length - tokens.visual)
         n = tokens.total

@@ -33,7 +33,13 @@ OBLONG = {  # the size in a call, and its number of visual tokens
     "cogview3": ({"height": 48, "width": 112}, 3 * 7),
     "skyreels": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
     "wan_vace": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
-} | dict.fromkeys(IMAGES, ({"height": 48, "width": 112}, 3 * 7))
+} | dict.fromkeys(IMAGES, ({"height": 48, "width": 112}, 3 * 7)) | {
+    "hunyuan_image": ({"height": 96, "width": 224}, 3 * 7),
+    "hidream": ({"height": 48, "width": 112}, 16),  # 2 × 6, padded to the largest image
+    "stable_audio": ({}, 20),  # of one length
+    "ace_step": ({"audio_duration": 2.0}, 25),
+    "longcat_audio": ({"audio_duration_s": 2.5}, 25),
+}
 SEVERAL = ["qwen", "aura_flow", "allegro", "latte", "hunyuan_dit", "flux2", "z_image"]
 """The families whose pipelines repeat embeddings and masks for several images of a prompt."""
 

@@ -101,6 +101,9 @@ class Model:
             return None
         whole = scheduler.config.get("num_train_timesteps", 1000)
         steps = torch.as_tensor(timesteps)[self.timesteps_left_out :].tolist()  # one read, as each waits for the device
+        if min(steps, default=0) < 0:  # EDM's timesteps are logarithms of the noise
+            sigmas = torch.as_tensor(scheduler.sigmas)[self.timesteps_left_out :][: len(steps)].tolist()
+            return tuple(sigma / (1 + sigma) for sigma in sigmas)
         return tuple(step / whole for step in steps)
 
     @property

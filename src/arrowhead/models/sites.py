@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
+from itertools import groupby
 from typing import Any, Literal
 
 from torch import nn
@@ -19,7 +20,15 @@ APART = "arrowhead.Attention(projections=False, head_dim=...), by which the laye
 
 
 def sites_in(family: Family, root: nn.Module, kinds: Collection[Kind], prefix: str = "") -> Iterator[tuple[Site, nn.Module]]:
-    """The sites of these kinds in a module, in the order of its modules: blocks before their parts. `prefix` is its path."""
+    """The sites of these kinds in a module, in the order they run, blocks before their parts. `prefix` is the module's path.
+
+    That is the order of its modules, but a feed-forward runs after attention, though JoyImage names it before.
+    """
+    for _, group in groupby(_sites_in(family, root, kinds, prefix), key=lambda found: found[0].path.rpartition(".")[0]):
+        yield from sorted(group, key=lambda found: found[0].kind == "feed_forward")
+
+
+def _sites_in(family: Family, root: nn.Module, kinds: Collection[Kind], prefix: str) -> Iterator[tuple[Site, nn.Module]]:
     makers: dict[Kind, tuple[str, Callable[[Family, str, Any], Site]]] = {
         "self_attention": (family.site_pattern, _self_attention),
         "cross_attention": (family.cross_pattern, _cross_attention),

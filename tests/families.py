@@ -153,9 +153,9 @@ def wan(dtype: torch.dtype = torch.float64, seed: int = 0, **parts: Any) -> Fami
     return FamilyBench(_finished(pipe, dtype), True, 2 * 4 * 3, inputs, two_calls=True)
 
 
-def wan22(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
+def wan22(dtype: torch.dtype = torch.float64, seed: int = 0, **parts: Any) -> FamilyBench:
     """As `wan`, with a second transformer at timesteps below 875 (from the third step of five on), at a smaller scale."""
-    bench = wan(dtype, seed, transformer_2=wan_transformer(seed + 1), boundary_ratio=0.875)
+    bench = wan(dtype, seed, **{"transformer_2": wan_transformer(seed + 1), "boundary_ratio": 0.875, **parts})
     own, bench.switch = bench.inputs, 2
     bench.inputs = lambda *args, **more: own(*args, **{"guidance_scale_2": 2.0, **more})
     return bench

@@ -91,11 +91,11 @@ def longcat_image(dtype: torch.dtype = torch.float64, seed: int = 0, **common: A
     return FamilyBench(finished(pipe, dtype), True, 4 * 5, inputs, TEXT, text_first=True, two_calls=True)
 
 
-def bria_fibo(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
+def bria_fibo(dtype: torch.dtype = torch.float64, seed: int = 0, in_channels: int = 16) -> FamilyBench:
     """FLUX's blocks, each with another layer's text, padding masked; one batch, [uncond, cond]."""
     sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "num_layers": 1, "num_single_layers": 1}
     text = {"joint_attention_dim": CHANNELS, "text_encoder_dim": CHANNELS}
-    model = BriaFiboTransformer2DModel(in_channels=16, axes_dims_rope=[2, 2, 4], **sizes, **text)
+    model = BriaFiboTransformer2DModel(in_channels=in_channels, axes_dims_rope=[2, 2, 4], **sizes, **text)
     randomise(model, seed, SHARP)
     pipe = BriaFiboPipeline(model, flow(), None, None, None)
     encode_in_layers(pipe, dtype)

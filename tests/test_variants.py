@@ -20,6 +20,7 @@ from diffusers import (
 )
 from families import HUNYUAN_TEXTS, FamilyBench, chroma, cogview4, flow, flux2, hunyuan_dit, qwen, wan, wan_transformer, z_image
 from family_replay import random_cells, replaying
+from image_variants import IMAGE_VARIANTS
 from PIL import Image
 from pipelines import CAPTION, POOLED, randomise, sd3, vae
 from replay import assert_identical, distance, trace
@@ -216,7 +217,7 @@ VARIANTS: dict[str, tuple[Callable[..., FamilyBench], dict[str, Any]]] = {
     "HunyuanDiTControlNetPipeline": (of_hunyuan_dit, {"parts": "control"}),
     "WanImageToVideoPipeline": (of_wan, {"parts": "image", "second": True}),
     "WanImageToVideoPipeline, 5B": (of_wan, {"parts": "image", "frames": True}),
-} | VIDEO_VARIANTS
+} | IMAGE_VARIANTS | VIDEO_VARIANTS
 LONG = {  # a budget search with these is a slow test; similar ones are tested always
     "StableDiffusion3ControlNetInpaintingPipeline",
     "FluxControlImg2ImgPipeline",

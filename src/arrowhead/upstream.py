@@ -142,6 +142,14 @@ def execution_device(pipe: Any) -> torch.device:
     return pipe._execution_device
 
 
+def progress_bars(pipe: Any) -> list[Any]:
+    """What shows progress bars: the pipeline, or the blocks of a modular pipeline. Without it a search would show their bars."""
+    found = [blocks] if (blocks := getattr(pipe, "_blocks", None)) is not None else []
+    for block in found:  # which grows
+        found.extend(block.sub_blocks.values())
+    return [block for block in found or [pipe] if hasattr(block, "set_progress_bar_config")]
+
+
 def progress_bar_config(pipe: Any) -> dict[str, Any] | None:
     """The latest arguments of `set_progress_bar_config`, or None. Without it a search would leave the bar switched off."""
     return getattr(pipe, "_progress_bar_config", None)

@@ -79,32 +79,3 @@ def cfg_interval(call: Mapping[str, Any]) -> str | None:
 def ace_step_guidance(call: Mapping[str, Any]) -> bool:
     """Whether ACE-Step's guidance is on: a scale above 1, and weights into which guidance is not distilled."""
     return guidance_above_one(call) and not call["pipe"].is_turbo
-
-
-def guider_of(call: Mapping[str, Any]) -> Any:
-    """The guider of a pipeline; None where there is none. HunyuanImage has another one for prompts with text to write."""
-    pipe, glyphs = call["pipe"], call.get("prompt_embeds_2")
-    ocr = getattr(pipe, "ocr_guider", None)
-    return ocr if ocr is not None and glyphs is not None and bool((glyphs != 0).any()) else pipe.guider
-
-
-def guidance_by_guider(call: Mapping[str, Any]) -> bool:
-    """Whether a pipeline's guider is enabled, and has a scale other than the one that leaves the conditional branch alone."""
-    guider = guider_of(call)
-    if guider is None or not guider._enabled:
-        return False
-    return not math.isclose(guider.guidance_scale, 0.0 if guider.use_original_formulation else 1.0)
-
-
-def scale_of_guider(call: Mapping[str, Any]) -> float:
-    """The scale of a pipeline's guider, as uncond + scale · (cond - uncond)."""
-    guider = guider_of(call)
-    return 1.0 if guider is None else float(guider.guidance_scale) + bool(guider.use_original_formulation)
-
-
-def guider_interval(call: Mapping[str, Any]) -> str | None:
-    """A guider's guidance in some of the steps only."""
-    guider = guider_of(call)
-    if not guidance_by_guider(call) or (guider._start <= 0 and guider._stop >= 1):
-        return None
-    return f"a guider with start={guider._start} and stop={guider._stop}, by which some steps have guidance and some do not"

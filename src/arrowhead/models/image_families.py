@@ -1,15 +1,8 @@
 """The families table's part for further image models, see `families`. Data alone."""
 
 from arrowhead.models.family import NONE, Family
-from arrowhead.models.guidance import (
-    ace_step_guidance,
-    cfg_interval,
-    guidance_above_one,
-    guidance_above_zero,
-    guidance_by_guider,
-    guider_interval,
-    scale_of_guider,
-)
+from arrowhead.models.guidance import ace_step_guidance, cfg_interval, guidance_above_one, guidance_above_zero
+from arrowhead.models.guiders import guided_by_guider, guider_interval, scale_of_guider, unsupported_guider
 from arrowhead.models.token_layouts import (
     audio_with_text,
     gist_and_image,
@@ -97,9 +90,10 @@ IMAGE_FAMILIES: tuple[Family, ...] = (
         block_pattern=NONE,
         branch_order={"HunyuanImagePipeline": "two_calls", "HunyuanImageRefinerPipeline": "two_calls"},
         tokens=patched_with_two_texts,
-        guided=guidance_by_guider,
+        guided=guided_by_guider,
         guidance_scale=scale_of_guider,
         guidance_changes=guider_interval,
+        unsupported_call=unsupported_guider,
         left_alone="the text's refiner and feed-forwards, whole blocks, layers of single-stream blocks besides attention",
     ),
     Family(

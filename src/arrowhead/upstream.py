@@ -143,11 +143,26 @@ def execution_device(pipe: Any) -> torch.device:
 
 
 def progress_bars(pipe: Any) -> list[Any]:
-    """What shows progress bars: the pipeline, or the blocks of a modular pipeline. Without it a search would show their bars."""
+    """What shows progress bars: the pipeline, or a modular pipeline's blocks. Without it a search would show their bars."""
     found = [blocks] if (blocks := getattr(pipe, "_blocks", None)) is not None else []
     for block in found:  # which grows
         found.extend(block.sub_blocks.values())
     return [block for block in found or [pipe] if hasattr(block, "set_progress_bar_config")]
+
+
+def guider_is_on(guider: Any) -> bool:
+    """Whether a guider of diffusers is enabled. Without it the number of a step's calls would not be known."""
+    return bool(guider._enabled)
+
+
+def guider_range(guider: Any) -> tuple[float, float]:
+    """The parts of a run at which a guider begins and ends. Without it a search would meet steps without guidance unawares."""
+    return float(guider._start), float(guider._stop)
+
+
+def guider_predictions(guider: Any) -> int:
+    """How often a guider calls the transformer in a step. Without it one with three calls would be taken for plain guidance."""
+    return len(guider._input_predictions)
 
 
 def progress_bar_config(pipe: Any) -> dict[str, Any] | None:

@@ -1,11 +1,12 @@
 """The calibration run: one generation of a driver, in which a search is called at every denoising step.
 
 The transformer's forward is wrapped. When the pipeline, or the loop, calls the transformer, the wrapper calls the search with a
-`Step`. The search runs the call as often as it needs, with any cells, and finishes the step with the output that the pipeline
-goes on with. Where a step has two calls, one for each CFG branch, the first call gives a placeholder. The second one calls the
-search with both, and fills the placeholder before the pipeline reads it.
+`Step`. The search runs the call as often as it needs, with any cells, and finishes the step with the output to go on with.
+Where a step has two calls, one for each CFG branch, the first call gives a placeholder. The second one calls the search with
+both, and fills the placeholder before the pipeline reads it.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
@@ -137,7 +138,8 @@ class CalibrationRun:
             generate = self._driver.prepare(changes)
             interception.install(changes)
             for transformer in self._model.transformers:
-                called = partial(self._transformer_called, search, transformer, transformer.forward)
+                called: Any = partial(self._transformer_called, search, transformer, transformer.forward)
+                called.__signature__ = inspect.signature(transformer.forward)  # modular pipelines pass what it names
                 replace_forward(transformer, called, changes)
             with suppress(_Stopped):
                 result = generate()

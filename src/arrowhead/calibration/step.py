@@ -37,9 +37,7 @@ class Step:
         outputs: of each call, set once the step is finished.
     """
 
-    def __init__(
-        self, index: int, calibration: "CalibrationRun", runs: Runs, latents: Sequence[Any], returned: slice
-    ) -> None:
+    def __init__(self, index: int, calibration: "CalibrationRun", runs: Runs, latents: Sequence[Any], returned: slice) -> None:
         self.index, self.latents = index, latents
         self.outputs: list[Any] = []
         self._calibration, self._runs, self._returned = calibration, runs, returned

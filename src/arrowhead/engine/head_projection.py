@@ -27,7 +27,8 @@ class ProjectedHeads:
         for name in QKV:
             if (linear := layers.get(name)) is not None:
                 view[name] = partial(_project, linear, some, every, width)
-        view |= {"heads": count, "num_heads": count, "kv_heads": count, "num_kv_heads": count, "inner_dim": width * count, "_module": module}
+        view |= dict.fromkeys(("heads", "num_heads", "kv_heads", "num_kv_heads"), count)
+        view |= {"inner_dim": width * count, "_module": module}
         self.__dict__ = view
 
     def prepare_attention_mask(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,6 +1,6 @@
 """Pipelines whose guider does classifier-free guidance: those of HunyuanImage, and every modular pipeline of diffusers.
 
-A guider splits a step into batches, each of which is a call of the transformer: the conditional one, then the unconditional one.
+A guider splits a step into batches, each of which is a call of the transformer: the conditional one, then the unconditional.
 So the branches come from the guider, and no table names a modular pipeline's class. Functions get the arguments of a pipeline's
 call by name, and the pipeline as `pipe`.
 """
@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from arrowhead.models.family import Family
+from arrowhead.upstream import guider_is_on, guider_predictions, guider_range
 
 
 def is_modular(pipe: Any) -> bool:
@@ -55,9 +56,10 @@ def second_scale(call: Mapping[str, Any]) -> float:
 def guider_interval(call: Mapping[str, Any]) -> str | None:
     """A guider's guidance in some of the steps only."""
     guider = guider_of(call)
-    if not _guides(guider) or (guider._start <= 0 and guider._stop >= 1):
+    start, stop = guider_range(guider) if _guides(guider) else (0.0, 1.0)
+    if start <= 0 and stop >= 1:
         return None
-    return f"a guider with start={guider._start} and stop={guider._stop}, by which some steps have guidance and some do not"
+    return f"a guider with start={start} and stop={stop}, by which some steps have guidance and some do not"
 
 
 def unsupported_guider(call: Mapping[str, Any]) -> str | None:
@@ -68,7 +70,7 @@ def unsupported_guider(call: Mapping[str, Any]) -> str | None:
         name = type(guider).__name__
         if not _guides(guider):
             continue
-        if (count := len(guider._input_predictions)) > 2:
+        if (count := guider_predictions(guider)) > 2:
             return f"a {name}, which calls the transformer {count} times in a step; {remedy}"
         if any("prepare_models" in vars(cls) for cls in type(guider).__mro__ if cls.__name__ != "BaseGuidance"):
             return f"a {name}, which leaves out layers of the transformer in one of its calls; {remedy}"
@@ -86,7 +88,7 @@ def _number(guider: Any) -> float | None:
 
 def _guides(guider: Any) -> bool:
     """Whether a guider is on, and has a scale other than the one that leaves the conditional branch alone."""
-    if guider is None or not guider._enabled:
+    if guider is None or not guider_is_on(guider):
         return False
     scale = _number(guider)
     return scale is None or not math.isclose(scale, 0.0 if guider.use_original_formulation else 1.0)

@@ -178,7 +178,7 @@ def text_then_packed_image(_: Any, call: Mapping[str, Any]) -> Tokens:
 
 
 def image_tokens_by_positions(call: Mapping[str, Any]) -> int:
-    """The number of the image's own tokens in a call of FLUX: the first ones, at one time. Reference images have later times."""
+    """The number of the image's own tokens in a call of FLUX: the first, of one time. Reference images have later ones."""
     times = call["img_ids"][..., 0].flatten()[: call["hidden_states"].shape[1]]  # of (V, 3), or (B, V, 4)
     return int((times == times[0]).sum())
 

@@ -1,0 +1,147 @@
+"""Stacks: all blocks of a transformer as one site, compared with a run of every block whose last output is replaced."""
+
+import random
+from contextlib import contextmanager
+
+import pytest
+import torch
+from families import MORE
+from pipelines import BENCHES
+from replay import assert_identical, distance, trace
+from torch.utils.flop_counter import FlopCounterMode
+from untouched import left_as_it_was
+
+import arrowhead as ah
+from arrowhead.errors import NotIntercepted, PlanInvalid
+from arrowhead.models.families import FAMILIES
+from arrowhead.models.find import find
+from arrowhead.models.model import target_of
+from arrowhead.plans.cells import AST, FULL, Attend, Reuse
+from arrowhead.plans.layout import Site, Tokens
+
+STEPS = 5
+BY_CLASS = {family.transformer: family for family in FAMILIES}
+
+
+def chains():
+    for name, make in {**BENCHES, **MORE}.items():
+        if BY_CLASS[type(make().pipe.transformer).__name__].has("stack"):
+            yield name
+
+
+NAMES = [*chains()]
+every_chain = pytest.mark.parametrize("name", NAMES)
+
+
+def bench_of(name, dtype=torch.float64):
+    return {**BENCHES, **MORE}[name](dtype)
+
+
+def plan_of(bench, cells, guided=True):
+    model = find(bench.pipe, {"stack"})
+    calls = 2 if guided and getattr(bench, "two_calls", model.branch_order == "two_calls") else 1
+    text = getattr(bench, "text_seen", 7)
+    tokens = Tokens(bench.visual, bench.text or text, getattr(bench, "text_first", False), getattr(bench, "frames", 1))
+    return ah.Plan(tuple((cell,) for cell in cells), target_of(model), tokens, guided, calls=calls, switch=getattr(bench, "switch", None))
+
+
+def random_column(seed, guided=True, switch=None):
+    """Random cells of a stack that can run: from the step `switch` on, another transformer's."""
+    draw, column, outputs = random.Random(seed), [], 0
+
+    def coefficient(low, high):
+        return tuple(draw.uniform(low, high) for _ in range(2)) if draw.random() < 0.5 else draw.uniform(low, high)
+
+    for step in range(STEPS):
+        outputs = 0 if step == switch else outputs
+        kinds = ["full", *["repeat", "scaled"] * (outputs > 0), *["extrapolate"] * 2 * (outputs > 1)]
+        kind = draw.choice(kinds)
+        outputs += kind == "full"
+        cells = {
+            "full": lambda: FULL,
+            "repeat": lambda: AST,
+            "scaled": lambda: Reuse(scale=coefficient(0.5, 1.5)),
+            "extrapolate": lambda: Reuse(coefficient(-0.5, 1.5), coefficient(0.8, 1.2)),
+        }
+        column.append(cells[kind]())
+    return column
+
+
+def pair(coefficient):
+    return coefficient if isinstance(coefficient, tuple) else (coefficient, coefficient)
+
+
+@contextmanager
+def replayed(bench, column, guided):
+    """Every block runs in every step; where the plan skips, what the last one gives is replaced, by the definition."""
+    model = find(bench.pipe, {"stack"})
+    family, handles, calls, two = model.family, [], [0], guided and model.branch_order == "two_calls"
+    for transformer in model.transformers:
+        blocks = [block for name in family.stack for block in getattr(transformer, name, ())]
+        state = {"outputs": ([], [])}
+
+        def first(_, args, kwargs, state=state):
+            state["began"] = (args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values())))).clone()
+
+        def last(_, args, out, state=state):
+            step, call = divmod(calls[0], 2 if two else 1)
+            calls[0] += 1
+            image, began = out[1] if isinstance(out, tuple) else out, state["began"]
+            rows = image.shape[1] - began.shape[1]
+            part = image[:, rows:] if rows else image  # text before the image wherever one sequence holds both
+            kept, cell = state["outputs"][call], column[step]
+            if isinstance(cell, Attend):
+                kept.append((step, part - began))
+                return None
+            half = part.shape[0] // 2
+            which = torch.tensor([call] * part.shape[0] if two else [0] * part.shape[0])
+            if guided and not two:
+                order = model.branch_order == "uncond_first"
+                which = torch.tensor([int(order)] * half + [int(not order)] * half)
+            scale, slope = (torch.tensor(pair(c), dtype=part.dtype)[which, None, None] for c in (cell.scale, cell.extrapolate))
+            (j, newest), change = kept[-1], 0
+            if cell.extrapolate != 0:
+                i, before = kept[-2]
+                change = slope * (step - j) * (newest - before) / (j - i)
+            new = began + scale * newest + change
+            new = torch.cat([image[:, :rows], new], 1) if rows else new
+            return (out[0], new) if isinstance(out, tuple) else new
+
+        handles.append(blocks[0].register_forward_pre_hook(first, with_kwargs=True))
+        handles.append(blocks[-1].register_forward_hook(last))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@every_chain
+@pytest.mark.parametrize("guidance", [3.0, 1.0], ids=["guided", "unguided"])
+def test_a_full_plan_changes_no_bit(name, guidance):
+    bench = bench_of(name, torch.float32)
+    inputs = {"images": 2, "guidance": guidance}
+    untouched = trace(bench, bench.inputs(**inputs))
+    with left_as_it_was(bench, **inputs), ah.applied(bench.pipe, plan_of(bench, [FULL] * STEPS, guidance > 1)) as run:
+        assert_identical(trace(bench, bench.inputs(**inputs)), untouched)
+        assert run.summary().notes == ()
+
+
+@every_chain
+@pytest.mark.parametrize("guidance", [3.0, 1.0], ids=["guided", "unguided"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_random_plans_are_what_a_replay_gives(name, guidance, seed):
+    bench, guided = bench_of(name), guidance > 1
+    column = random_column(f"{name} {seed} {guided}", guided, getattr(bench, "switch", None))
+    plan = plan_of(bench, column, guided)
+    inputs = {"seed": seed, "images": 1 + seed, "guidance": guidance}
+    with ah.applied(bench.pipe, plan) as run:
+        given = trace(bench, bench.inputs(**inputs))
+        summary = run.summary()
+    with replayed(bench, column, guided):
+        wanted = trace(bench, bench.inputs(**inputs))
+    assert distance(given, wanted) < 1e-9
+    assert summary.cells.total() == STEPS * plan.calls
+    assert summary.flops.module == pytest.approx(plan.flops().module)
+    images = 1 if getattr(bench, "single", False) else 1 + seed
+    assert summary.peak_cache_bytes == max(plan.cache_bytes(images, 8))

@@ -5,10 +5,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from budget import flux
 from families import MORE
-from pipelines import BENCHES
+from pipelines import BENCHES, CAPTION, JOINT
 from replay import assert_identical, distance, trace
-from torch.utils.flop_counter import FlopCounterMode
 from untouched import left_as_it_was
 
 import arrowhead as ah
@@ -17,14 +17,15 @@ from arrowhead.models.families import FAMILIES
 from arrowhead.models.find import find
 from arrowhead.models.model import target_of
 from arrowhead.plans.cells import AST, FULL, Attend, Reuse
-from arrowhead.plans.layout import Site, Tokens
+from arrowhead.plans.layout import Tokens, relevant_tokens
 
 STEPS = 5
+ALL = {**BENCHES, **JOINT, "flux": flux, **MORE}
 BY_CLASS = {family.transformer: family for family in FAMILIES}
 
 
 def chains():
-    for name, make in {**BENCHES, **MORE}.items():
+    for name, make in ALL.items():
         if BY_CLASS[type(make().pipe.transformer).__name__].has("stack"):
             yield name
 
@@ -34,15 +35,18 @@ every_chain = pytest.mark.parametrize("name", NAMES)
 
 
 def bench_of(name, dtype=torch.float64):
-    return {**BENCHES, **MORE}[name](dtype)
+    return ALL[name](dtype)
 
 
 def plan_of(bench, cells, guided=True):
     model = find(bench.pipe, {"stack"})
-    calls = 2 if guided and getattr(bench, "two_calls", model.branch_order == "two_calls") else 1
-    text = getattr(bench, "text_seen", 7)
-    tokens = Tokens(bench.visual, bench.text or text, getattr(bench, "text_first", False), getattr(bench, "frames", 1))
-    return ah.Plan(tuple((cell,) for cell in cells), target_of(model), tokens, guided, calls=calls, switch=getattr(bench, "switch", None))
+    calls = 2 if guided and model.branch_order == "two_calls" else 1
+    text = getattr(bench, "text_seen", bench.text or CAPTION[0])
+    first = getattr(bench, "text_first", model.family.name == "FLUX.1")
+    tokens = relevant_tokens(Tokens(bench.visual, text, first, getattr(bench, "frames", 1)), model.sites)
+    return ah.Plan(
+        tuple((cell,) for cell in cells), target_of(model), tokens, guided, calls=calls, switch=getattr(bench, "switch", None)
+    )
 
 
 def random_column(seed, guided=True, switch=None):
@@ -145,3 +149,52 @@ def test_random_plans_are_what_a_replay_gives(name, guidance, seed):
     assert summary.flops.module == pytest.approx(plan.flops().module)
     images = 1 if getattr(bench, "single", False) else 1 + seed
     assert summary.peak_cache_bytes == max(plan.cache_bytes(images, 8))
+
+
+@pytest.mark.parametrize("name", ["dit", "flux", "z_image"])
+def test_a_plan_of_a_stack_is_read_as_it_was_written(name, tmp_path):
+    bench = bench_of(name)
+    plan = plan_of(bench, random_column(f"file {name}"))
+    plan.save(tmp_path / "plan.json")
+    assert ah.Plan.load(tmp_path / "plan.json") == plan
+
+
+def test_a_stack_does_not_share():
+    bench = bench_of("dit")
+    with pytest.raises(PlanInvalid, match="share_cfg for a stack"):
+        plan_of(bench, [FULL, Attend(share_cfg=True), *[FULL] * (STEPS - 2)])
+
+
+@pytest.mark.parametrize("bad", [5, -4.5, float("nan"), (0.5,), (0.5, 0.5, 0.5), "1", None, (0.1, float("inf"))])
+def test_coefficients_out_of_bounds(bad):
+    with pytest.raises(ValueError, match="wanted a number from"):
+        Reuse(extrapolate=bad)
+    with pytest.raises(ValueError, match="wanted a number from"):
+        Reuse(scale=bad)
+
+
+def test_a_block_that_something_else_skips_is_refused():
+    bench = bench_of("dit")
+    blocks = bench.pipe.transformer.transformer_blocks
+    with ah.applied(bench.pipe, plan_of(bench, [FULL, AST, FULL, AST, AST])):
+        bench.pipe.transformer.transformer_blocks = torch.nn.ModuleList([blocks[0], blocks[2]])
+        with pytest.raises(NotIntercepted, match="block 2 after 1"):
+            bench.pipe(**bench.inputs())
+        bench.pipe.transformer.transformer_blocks = blocks
+
+
+@pytest.mark.parametrize("name", ["dit", "flux", "wan22"])
+def test_no_block_runs_in_a_step_that_skips(name):
+    bench, calls = bench_of(name), []
+    column = [FULL, AST, FULL, FULL, AST]
+    plan = plan_of(bench, column)
+    for transformer in find(bench.pipe, {"stack"}).transformers:
+        for block in [b for n in BY_CLASS[type(transformer).__name__].stack for b in getattr(transformer, n)]:
+            for inner in block.children():
+                inner.register_forward_pre_hook(lambda module, *_: calls.append(module))
+    bench.pipe(**bench.inputs())
+    whole = len(calls)
+    calls.clear()
+    with ah.applied(bench.pipe, plan):
+        bench.pipe(**bench.inputs())
+    assert len(calls) == whole * 3 // 5

@@ -112,7 +112,7 @@ def _reused(call: SiteCall, plan: ReusePlan, generation: Generation) -> Output:
 
 
 def scaled_rows(value: Output, weights: tuple[float, float], generation: Generation, batch: int) -> Output:
-    """A value (B, N, C) with the conditional branch's rows times the first weight, and the unconditional branch's times the other."""
+    """A value (B, N, C): the conditional branch's rows times the first weight, the unconditional branch's times the second."""
     if generation.branches.calls > 1:
         weights = (weights[generation.call],) * 2
     if weights[0] == weights[1]:

@@ -1,7 +1,7 @@
 """Calls of the blocks of a stack: all blocks of a transformer, one after another, as one site.
 
-In a step that computes, every block runs. In a step that reuses, no block runs: each hands on what it got, and the last one gives
-the first one's input with the stored output added. So whatever a model does between blocks, such as adding a ControlNet's
+In a step that computes, every block runs. In a step that reuses, no block runs: each hands on what it got, and the last one
+gives the first one's input with the stored output added. So whatever a model does between blocks, such as adding a ControlNet's
 residuals, is part of the output.
 """
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from arrowhead.engine.attention_hook import AttentionCall, AttentionHandler
+from arrowhead.engine.attention_hook import AttentionHandler
 from arrowhead.engine.cache import Output
 from arrowhead.engine.execute_site import execute_site
 from arrowhead.engine.generation import Generation
@@ -64,11 +64,17 @@ class StackCall(BlockCall):
 
     def restore(self, stored: Output) -> Output:
         """The last block's output, with this added to the input of the first."""
-        assert self.began is not None and isinstance(stored, Tensor)
+        assert self.began is not None
+        assert isinstance(stored, Tensor)
         image = self._argument(self.parameters[0], None)
         return self._in_form(self._with_visual(image, self.began + stored))
 
-    def run(self, answer: AttentionHandler, rows: slice | None = None, heads: Sequence[int] | None = None) -> Output:  # noqa: ARG002
+    def run(
+        self,
+        answer: AttentionHandler | None = None,  # noqa: ARG002
+        rows: slice | None = None,  # noqa: ARG002
+        heads: Sequence[int] | None = None,  # noqa: ARG002
+    ) -> Output:
         """Run the block, for all rows: a stack has no heads, and does not share."""
         out = self.original(*self.args, **self.kwargs)
         self.member.pair = isinstance(out, tuple)
@@ -86,7 +92,9 @@ class StackCall(BlockCall):
 
     def _in_form(self, image: Tensor) -> Output:
         if self.member.pair is None:
-            raise NotIntercepted(f"{self.site.path}: got a step that skips blocks before any ran; wanted the first step computed")
+            raise NotIntercepted(
+                f"{self.site.path}: got a step that skips blocks before any ran; wanted the first step computed"
+            )
         if not self.member.pair:
             return image
         return self._argument("encoder_hidden_states", None) if self.member.text else None, image
@@ -138,14 +146,10 @@ def execute_stack(call: StackCall, plan: SitePlan, generation: Generation) -> Ou
         )
     running.passed += 1
     if not member.last:
-        return call.handed_on() if isinstance(plan, ReusePlan) else call.run(_no_attention)
+        return call.handed_on() if isinstance(plan, ReusePlan) else call.run()
     del passes[path]
     call.began, call.visual = running.began, generation.tokens.visual_slice
     return execute_site(call, plan, generation)
-
-
-def _no_attention(_: AttentionCall) -> Tensor:
-    raise AssertionError("a block of a stack asks nobody for attention")
 
 
 def members_of(count: int) -> Sequence[StackMember]:

@@ -71,7 +71,10 @@ class Model:
         for transformer in self.transformers:
             for site in self.sites:
                 if site.kind == "stack":
-                    blocks, within = stack_blocks(site.path.split("+"), transformer), {block.path: block for block in site.within}
+                    blocks, within = (
+                        stack_blocks(site.path.split("+"), transformer),
+                        {block.path: block for block in site.within},
+                    )
                     found.append((site, [(within[path], module) for path, module in blocks.items()]))
         return found
 

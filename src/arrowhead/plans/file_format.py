@@ -43,7 +43,8 @@ if TYPE_CHECKING:  # plan.py imports this file
 
 FORMAT = 6
 READABLE = (2, 3, 4, 5, FORMAT)
-"""Format 5 has no stacks and one slope for both branches, format 4 has no noise levels, format 3 no slopes, grids or second transformer, format 2 no precisions either."""
+"""Format 5 has no stacks, and one slope for both branches; format 4 no noise levels; format 3 no slopes, grids or second
+transformer; format 2 no precisions either."""
 SYMBOLS = {  # by the papers' names
     "full": "F",
     "ASC": "C",

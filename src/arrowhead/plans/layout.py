@@ -111,8 +111,8 @@ class Site:
     """One module that a plan has cells for: its path in the transformer, and the sizes that its FLOPs and bytes follow from.
 
     Attributes:
-        path: the module's name in the transformer, such as "transformer_blocks.0.attn". A stack has the names of the lists of its
-            blocks, joined by "+".
+        path: the module's name in the transformer, such as "transformer_blocks.0.attn". A stack has the names of the lists of
+            its blocks, joined by "+".
         heads: heads of queries, H. Sites of other kinds than self-attention have 1.
         head_dim: channels of a head, D. Sites of other kinds have the width of their output.
         channels: channels of the visual tokens at the input and output.

@@ -5,7 +5,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from arrowhead.analysis.palette import COLOURS, MEANINGS, ink, opacity
-from arrowhead.plans.cells import Arrow, Attend, Box, Cell, Method, Radius, Reuse, method_name, paper_name
+from arrowhead.plans.cells import (
+    Arrow,
+    Attend,
+    Box,
+    Cell,
+    Coefficient,
+    Method,
+    Radius,
+    Reuse,
+    branch_coefficients,
+    method_name,
+    paper_name,
+)
 from arrowhead.plans.layout import Site
 from arrowhead.plans.plan import Plan
 

@@ -357,9 +357,7 @@ class Run:
         if generation is None:
             return call.native()
         plan = self._site_plans[generation.step][call.site.path]
-        if isinstance(call, StackCall):
-            return execute_stack(call, plan, generation)
-        return execute_site(call, plan, generation)
+        return execute_stack(call, plan, generation) if isinstance(call, StackCall) else execute_site(call, plan, generation)
 
 
 _MARK = "_arrowhead_run"

@@ -152,7 +152,8 @@ def _fitted(products: Tensor, ages: Tensor, gap: int) -> tuple[Tensor, Tensor]:
     square = ahead**2 * (whole - 2 * product(later, before) + product(before, before))
     wanted = product(later, 0), ahead * (product(later, 0) - product(before, 0))
     drawn = DRAWN["scale"] * whole + 1e-30, DRAWN["slope"] * square.clamp_min(0) + 1e-30
-    gram = torch.stack([whole + drawn[0], across, across, square + drawn[1]], -1).unflatten(-1, (2, 2))  # (T, branches, 2, 2)
+    gram = torch.stack([whole + drawn[0], across, across, square + drawn[1]], -1)
+    gram = gram.view(*whole.shape, 2, 2)  # (T, branches, 2, 2)
     right = torch.stack([wanted[0] + drawn[0] * SCALE, wanted[1] + drawn[1] * SLOPE], -1)
     scale, slope = torch.linalg.solve(gram, right).float().unbind(-1)
     return scale.clamp(0.5, 1.5), slope.clamp(-1, 2)

@@ -1,4 +1,9 @@
-"""Watches one plain generation, and measures what skipping its steps would change: gives a `Profile`."""
+"""Watches one plain generation, and measures what skipping its steps would change: gives a `Profile`.
+
+Where all blocks of a step are skipped, their changes add up: to extrapolate each block's output is to extrapolate the sum,
+which is what the whole stack adds to its input. So that one tensor is watched, in every step. What an extrapolation from earlier
+steps would change in the guided output is measured by the model's last layers alone.
+"""
 
 import time
 from collections import deque
@@ -8,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from arrowhead.calibration.driver import Driver
 from arrowhead.calibration.provenance import provenance
@@ -23,6 +27,7 @@ from arrowhead.models.find import find
 from arrowhead.plans.cells import FULL
 from arrowhead.plans.lifetimes import Writes
 from arrowhead.searches.budget.sensitivity.cfg import Guidance
+from arrowhead.searches.budget.sensitivity.outside_flops import flop_counter
 from arrowhead.searches.budget.sensitivity.sampler_gain import run_scheduler
 from arrowhead.searches.stack.profile import AGES, SKETCH, Profile
 
@@ -128,7 +133,7 @@ class _Recorder:
         guidance = Guidance(self._calibration.joined_branches, self._calibration.guidance_scale(step.index), self._channels)
         counting = not self.changes  # FLOPs, in the first step
         whole, started = _StackAt(), time.perf_counter()
-        with FlopCounterMode(display=False) if counting else nullcontext() as full:
+        with flop_counter() if counting else nullcontext() as full:
             parts = _parts(step.finish_by(whole), guidance)
         self._full.append(time.perf_counter() - started)
         if not all(part.isfinite().all() for part in parts):
@@ -145,7 +150,7 @@ class _Recorder:
         for age, earlier in enumerate([None, *self._history]):
             tried = [each * (1 + nudge) if earlier is None else each.lerp(earlier[i], nudge) for i, each in enumerate(now)]
             put, started = _StackAt(tried), time.perf_counter()
-            with FlopCounterMode(display=False) if counting else nullcontext() as skipped:
+            with flop_counter() if counting else nullcontext() as skipped:
                 samples = step.tried(put)
             if full is not None and skipped is not None:
                 self.flops = full.get_total_flops(), skipped.get_total_flops()

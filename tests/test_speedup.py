@@ -1,6 +1,8 @@
 """Profiles, schedules and `speedup`: compared with brute force, with the model itself, and with replays."""
 
+import copy
 import itertools
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +12,8 @@ from budget import final_latents, flux
 from families import MORE
 from pipelines import BENCHES, JOINT
 from replay import assert_identical, distance, trace
+from safetensors import safe_open
+from safetensors.torch import save_file
 from test_stack import replayed
 from torch.utils.flop_counter import FlopCounterMode
 from untouched import left_as_it_was
@@ -21,6 +25,13 @@ from arrowhead.plans.cells import FULL
 from arrowhead.searches.stack.schedule import schedules
 
 STEPS = 8
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("ARROWHEAD_CACHE", str(tmp_path / "cache"))
+
+
 WATCHED = {**BENCHES, **JOINT, "flux": flux, **MORE}
 some = pytest.mark.parametrize("name", ["dit_learned_sigma", "pixart_sigma", "sd3", "flux", "qwen", "wan", "z_image"])
 
@@ -323,3 +334,78 @@ def test_search_by_stacks(name, budget):
         assert error <= 0.3
     if "transformer_flops" in budget:
         assert told["transformer_flops"] <= 0.6
+
+
+def test_a_profile_is_kept_for_the_same_model_and_call(tmp_path):
+    bench, budget = BENCHES["dit"](torch.float32), ah.Budget(transformer_flops=0.6)
+    with ah.speedup(bench.pipe, budget=budget):
+        bench.pipe(**bench.inputs(steps=STEPS))
+    files = [*(tmp_path / "cache").rglob("*.safetensors")]
+    assert len(files) == 1
+    with ah.speedup(bench.pipe, budget=budget) as sped:
+        given = trace(bench, bench.inputs(steps=STEPS, seed=4))
+        column = [cell for (cell,) in sped.plan.cells]
+    with replayed(bench, column, guided=True):
+        assert distance(given, trace(bench, bench.inputs(steps=STEPS, seed=4))) < 1e-4
+    with ah.speedup(bench.pipe, budget=budget):
+        bench.pipe(**bench.inputs(steps=STEPS - 1))  # another call
+    other = BENCHES["dit"](torch.float32, 1)  # other weights
+    with ah.speedup(other.pipe, budget=budget):
+        other.pipe(**other.inputs(steps=STEPS))
+    assert len([*(tmp_path / "cache").rglob("*.safetensors")]) == 3
+    with ah.speedup(bench.pipe, budget=budget, cache=False):
+        bench.pipe(**bench.inputs(steps=STEPS + 1))
+    assert len([*(tmp_path / "cache").rglob("*.safetensors")]) == 3
+
+
+def test_a_kept_profile_that_is_broken_is_written_anew(tmp_path):
+    bench, budget = BENCHES["dit"](torch.float32), ah.Budget(transformer_flops=0.6)
+    untouched = trace(bench, bench.inputs(steps=STEPS))
+    with ah.speedup(bench.pipe, budget=budget):
+        bench.pipe(**bench.inputs(steps=STEPS))
+    (file,) = (tmp_path / "cache").rglob("*.safetensors")
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with ah.speedup(bench.pipe, budget=budget), pytest.warns(NothingLearnt, match="no sound profile"):
+        assert_identical(trace(bench, bench.inputs(steps=STEPS)), untouched)
+    assert len(file.read_bytes()) == len(whole)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 100, 0.5, 0.99])
+def test_profiles_cut_short_are_refused(cut, tmp_path):
+    profile = profile_of(BENCHES["dit"](torch.float32))
+    profile.save(tmp_path / "profile")
+    whole = (tmp_path / "profile").read_bytes()
+    (tmp_path / "profile").write_bytes(whole[: int(cut if cut >= 1 else cut * len(whole))])
+    with pytest.raises(InputsInvalid, match="no sound profile"):
+        ah.Profile.load(tmp_path / "profile")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("format", 2),
+        ("sampler_gains", [1.0]),
+        ("final", 0.0),
+        ("flops", [-1.0, 1.0]),
+        ("switch", 99),
+        ("scales", [1e400]),
+        ("about", {"seeds": "x"}),
+        ("target", {}),
+        ("unknown", 1),
+    ],
+)
+def test_profiles_that_say_something_else_are_refused(name, value, tmp_path):
+    profile_of(BENCHES["dit"](torch.float32)).save(tmp_path / "profile")
+    with safe_open(tmp_path / "profile", "pt") as file:
+        header = json.loads(file.metadata()["arrowhead_profile"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    save_file(tensors, tmp_path / "profile", metadata={"arrowhead_profile": json.dumps({**header, name: value})})
+    with pytest.raises(InputsInvalid, match="no sound profile"):
+        ah.Profile.load(tmp_path / "profile")
+
+
+def test_a_pipeline_that_is_to_be_watched_is_not_copied():
+    bench = BENCHES["dit"](torch.float32)
+    with ah.speedup(bench.pipe, quality="light"), pytest.raises(AlreadyApplied, match="copy"):
+        copy.copy(bench.pipe)

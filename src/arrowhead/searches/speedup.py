@@ -9,12 +9,14 @@ from arrowhead.calibration.isolation import exclusive_call, preserve_rng
 from arrowhead.engine.changes import Changes
 from arrowhead.engine.install import apply
 from arrowhead.engine.run import Run, carries_plan, run_on
+from arrowhead.engine.wrappers import uncopied
 from arrowhead.errors import AlreadyApplied, ArrowheadError, InputsInvalid, NothingLearnt
 from arrowhead.models.find import find
 from arrowhead.plans.plan import Plan
 from arrowhead.searches.budget.config import PRESETS, Budget
 from arrowhead.searches.stack.api import solve_profile
 from arrowhead.searches.stack.profile import Profile
+from arrowhead.searches.stack.profile_cache import cached_path
 from arrowhead.searches.stack.watch import watch
 from arrowhead.upstream import execution_device
 
@@ -29,6 +31,7 @@ def speedup(
     quality: Literal["light", "balanced", "strong"] | None = None,
     budget: Budget | None = None,
     profile: Profile | None = None,
+    cache: bool = True,
 ) -> "Speedup":
     """Make a pipeline faster from the second generation on.
 
@@ -42,6 +45,8 @@ def speedup(
         quality: in place of it, the name of an error that is allowed: light 0.03, balanced 0.07, strong 0.15.
         budget: in place of these, a budget of the transformer's FLOPs, of a speedup or of an error.
         profile: what an earlier generation showed, see `arrowhead.profile`.
+        cache: whether to keep what the first generation shows in a folder, and to use what is there for these weights, this
+            scheduler and such a call. The folder is `ARROWHEAD_CACHE`, or the platform's folder for caches.
 
     Returns:
         The pipeline's speedup. `print` it for what was done. As a context manager it takes the plan off at the end.
@@ -52,7 +57,7 @@ def speedup(
         AlreadyApplied: the pipeline carries a plan.
 
     Warns:
-        NothingLearnt: nothing could be learnt from a generation, so that it ran without a plan.
+        NothingLearnt: nothing could be learnt from a generation, or nothing is as cheap as was asked for: it ran in full.
 
     Examples:
         >>> ah.speedup(pipe, 2.0)
@@ -71,7 +76,7 @@ def speedup(
     find(pipe, {"stack"})
     if run_on(pipe) is not None:
         raise carries_plan()
-    return Speedup(pipe, budget, profile)
+    return Speedup(pipe, budget, profile, cache=cache)
 
 
 class Speedup:
@@ -82,12 +87,12 @@ class Speedup:
         profile: what the first generation showed.
     """
 
-    def __init__(self, pipe: "DiffusionPipeline", budget: Budget, profile: Profile | None) -> None:
+    def __init__(self, pipe: "DiffusionPipeline", budget: Budget, profile: Profile | None, *, cache: bool) -> None:
         self.profile = profile
         self.plan: Plan | None = None
-        self._pipe, self._budget = pipe, budget
+        self._pipe, self._budget, self._cache = pipe, budget, cache
         self._run: Run | None = None
-        self._learning = False
+        self._learns = profile is None  # whether the next generation is to be watched, or a kept profile looked for
         self._seconds: list[float] = []  # of the first generation, without what watching took, and of the latest
         self._changes = Changes()
         try:
@@ -125,42 +130,62 @@ class Speedup:
 
     def called(self, base: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of the pipeline: the first one is watched."""
+        if self._learns:
+            self._learns = False
+            try:
+                return self._first(base, args, kwargs)
+            except BaseException:
+                self._learns = True
+                raise
         started = time.perf_counter()
-        if self._run is None and not self._learning:
-            return self._first(base, args, kwargs, started)
         out = base.__call__(self._pipe, *args, **kwargs)
-        if not self._learning:
-            self._seconds = [*self._seconds[:1], time.perf_counter() - started]
+        self._seconds = [*self._seconds[:1], time.perf_counter() - started]
         return out
 
-    def _first(self, base: type, args: tuple[Any, ...], kwargs: dict[str, Any], started: float) -> Any:
-        model, self._learning = find(self._pipe, {"stack"}), True
-        try:
-            inputs = model.call_arguments(args, kwargs)
-            driver = _FirstGeneration(self._pipe, inputs)
+    def _first(self, base: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The first generation: compressed by a profile that was kept, or else watched, with the result of an untouched one."""
+        model = find(self._pipe, {"stack"})
+        inputs = model.call_arguments(args, kwargs)
+        kept = cached_path(model, inputs) if self._cache else None
+        if kept is not None and kept.exists():
             try:
-                watched = watch(driver)
-            except ArrowheadError as error:
-                self._tell(error, "this generation ran again without a plan; the next one is watched")
-                driver.rewind()
-                return base.__call__(self._pipe, *args, **kwargs)
-            self._seconds = [time.perf_counter() - started - watched.extra_seconds]
-        finally:
-            self._learning = False
-        self.profile = watched.profile
+                self._compress(Profile.load(kept))
+                return self._pipe(*args, **kwargs)
+            except InputsInvalid as error:
+                self._tell(error, "this generation is watched, and the file is written anew")
+        started, driver = time.perf_counter(), _FirstGeneration(self._pipe, inputs)
         try:
-            self._compress(watched.profile)
-        except InputsInvalid as error:
-            self._tell(error, "the pipeline stays as it is; take the speedup off, and ask for less")
+            watched = watch(driver)
+        except ArrowheadError as error:
+            self._tell(error, "this generation ran again without a plan; the next one is watched")
+            driver.rewind()
+            result = base.__call__(self._pipe, *args, **kwargs)
+            self._learns = True
+            return result
+        self._seconds = [time.perf_counter() - started - watched.extra_seconds]
+        if kept is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            watched.profile.save(kept)
+        self._compress(watched.profile)
         return driver.result
 
     def _compress(self, profile: Profile) -> None:
-        plan = solve_profile(profile, self._budget)
+        """Put the plan for the budget on the pipeline; warn where nothing is as cheap."""
+        self.profile = profile
+        try:
+            plan = solve_profile(profile, self._budget)
+        except InputsInvalid as error:
+            self._tell(error, "the pipeline runs in full; take the speedup off, and ask for less")
+            return
         self._run = apply(self._pipe, plan)
         self.plan = plan
 
     def _tell(self, error: ArrowheadError, what: str) -> None:
-        warnings.warn(f"nothing could be learnt from the first generation: {error}; {what}", NothingLearnt, stacklevel=5)
+        warnings.warn(f"no plan was put on the pipeline: {error}; {what}", NothingLearnt, stacklevel=5)
+
+    def __reduce_ex__(self, _: Any) -> Any:
+        """Refuse to copy a pipeline that is to be watched: the copy's calls would be taken for the original's."""
+        raise uncopied(type(self._pipe).__name__)
 
     def __str__(self) -> str:
         """What was done in the latest generation, by its counters."""
@@ -208,4 +233,6 @@ def _sped_class(base: type, owner: Speedup) -> type:
         return owner.called(base, args, kwargs)
 
     __call__.__wrapped__ = base.__call__  # type: ignore[attr-defined]  # inspect.signature follows it
-    return type(base.__name__, (base,), {"__call__": __call__, "__module__": base.__module__, "__doc__": base.__doc__})
+    members = {"__call__": __call__, "__module__": base.__module__, "__doc__": base.__doc__}
+    members["__reduce_ex__"] = lambda _, protocol: owner.__reduce_ex__(protocol)
+    return type(base.__name__, (base,), members)

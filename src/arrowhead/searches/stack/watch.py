@@ -1,8 +1,8 @@
 """Watches one plain generation, and measures what skipping its steps would change: gives a `Profile`.
 
 Where all blocks of a step are skipped, their changes add up: to extrapolate each block's output is to extrapolate the sum,
-which is what the whole stack adds to its input. So that one tensor is watched, in every step. What an extrapolation from earlier
-steps would change in the guided output is measured by the model's last layers alone.
+which is what the whole stack adds to its input. So that one tensor is watched, in every step. What an extrapolation from
+earlier steps would change in the guided output is measured by the model's last layers alone.
 """
 
 import time

@@ -409,3 +409,76 @@ def test_a_pipeline_that_is_to_be_watched_is_not_copied():
     bench = BENCHES["dit"](torch.float32)
     with ah.speedup(bench.pipe, quality="light"), pytest.raises(AlreadyApplied, match="copy"):
         copy.copy(bench.pipe)
+
+
+def on_a_line(steps, noise_free):
+    """A profile of outputs that lie on a parabola in the noise level, with one derivative for all steps."""
+    base = profile_of(BENCHES["dit"](torch.float32))
+    at = torch.arange(steps) / steps
+    draw = torch.Generator().manual_seed(noise_free)
+    a, b, c = torch.randn(3, 2, 12, generator=draw).double()
+    outputs = a + b * at[:, None, None] + 0.1 * c * at[:, None, None] ** 2
+    ages = min(16, steps - 1)
+    changes, products = torch.zeros(steps, ages + 1, 2, 12), torch.zeros(steps, 2, ages + 1, ages + 1)
+    for t in range(steps):
+        changes[t, 0] = outputs[t]
+        for k in range(min(ages, t) + 1):
+            changes[t, k] += (outputs[t - k] - outputs[t]) * (k > 0)
+            for m in range(min(ages, t) + 1):
+                products[t, :, k, m] = (outputs[t - k] * outputs[t - m]).sum(-1)
+    levels = tuple((1 - at).tolist())
+    gains = (1 / steps,) * steps
+    target = replace(base.target, levels=levels)
+    return replace(
+        base, target=target, changes=changes, products=products, sampler_gains=gains, model_feedback=(1.0,) * steps, final=1.0
+    )
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(("watched", "steps"), [(24, 12), (24, 8), (12, 24), (20, 28)])
+def test_a_profile_at_other_steps(watched, steps, seed):
+    """What is interpolated is near to what a profile of these steps would be, and so are the schedules."""
+    native, made = on_a_line(steps, seed), on_a_line(watched, seed).resample(steps=steps)
+    by_levels = on_a_line(watched, seed).resample(levels=native.target.levels)
+    assert torch.allclose(by_levels.changes, made.changes, atol=1e-5)
+    ages = min(native.ages, made.ages)
+    last = steps if watched >= steps else steps - steps // watched  # the end lies beyond the last step that was watched
+    part = slice(last), slice(ages + 1)
+    assert torch.allclose(made.changes[part], native.changes[part], atol=0.02)
+    for age, other in itertools.product(range(ages + 1), repeat=2):
+        rows = slice(max(age, other), last)
+        assert torch.allclose(made.products[rows, :, age, other], native.products[rows, :, age, other], rtol=0.01, atol=0.05)
+    assert made.sampler_gains == pytest.approx(native.sampler_gains)
+    found, wanted = (
+        schedules(replace(each, changes=each.changes[:, : ages + 1], products=each.products[:, :, : ages + 1, : ages + 1]))
+        for each in (made, native)
+    )
+    for count in {*found} & {*wanted}:
+        assert found[count].error == pytest.approx(wanted[count].error, rel=0.5, abs=1e-4)
+
+
+def test_a_profile_at_its_own_steps_is_itself():
+    profile = on_a_line(10, 3)
+    for same in (profile.resample(steps=10), profile.resample(levels=profile.target.levels)):
+        assert torch.allclose(same.changes, profile.changes[:, : same.ages + 1], atol=1e-6)
+        assert same.sampler_gains == pytest.approx(profile.sampler_gains)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{}, {"steps": 0}, {"steps": 2.0}, {"levels": []}, {"levels": [0.5, 0.7]}, {"steps": 3, "levels": [0.5]}], ids=str
+)
+def test_steps_that_a_profile_cannot_have(wrong):
+    with pytest.raises(InputsInvalid, match="wanted"):
+        on_a_line(6, 0).resample(**wrong)
+
+
+def test_a_plan_for_other_steps_runs():
+    bench = BENCHES["dit"]()
+    profile = profile_of(bench)
+    plan = ah.solve(profile.resample(steps=5), ah.Budget(transformer_flops=0.7))
+    column = [cell for (cell,) in plan.cells]
+    with ah.applied(bench.pipe, plan) as run:
+        given = trace(bench, bench.inputs(steps=5))
+        assert run.summary().notes == ()
+    with replayed(bench, column, guided=True):
+        assert distance(given, trace(bench, bench.inputs(steps=5))) < 1e-9

@@ -1,14 +1,18 @@
 """What one watched generation learnt: a `Profile`, from which a plan for any budget is solved without the model."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
+from arrowhead.errors import InputsInvalid
 from arrowhead.plans.layout import Branches, Tokens
 from arrowhead.plans.target import Target
+from arrowhead.searches.stack.interpolated import ages_at, changes_at, positions_of, products_at
 from arrowhead.searches.stack.profile_file import read_profile, write_profile
 
 AGES = 16
@@ -77,6 +81,48 @@ class Profile:
     def skipped_seconds(self) -> float:
         """The same part of its seconds."""
         return self.seconds[1] / self.seconds[0]
+
+    def resample(self, steps: int | None = None, levels: Sequence[float] | None = None) -> "Profile":
+        """The profile for other steps, by interpolation between those that were watched.
+
+        Args:
+            steps: the new number of steps, evenly among the watched ones.
+            levels: in place of it, the noise level of each new step (see `Target.levels`), decreasing.
+
+        Raises:
+            InputsInvalid: not one of the two is given, there are no such levels, or a second transformer takes over on the way.
+
+        Examples:
+            >>> plan = ah.solve(profile.resample(steps=20), ah.Budget(transformer_flops=0.4))
+        """
+        watched = self.target.levels
+        falls = levels is not None and len(levels) > 0 and min(levels) >= 0 and all(a > b for a, b in pairwise(levels))
+        if (steps is None) == (levels is None) or (levels is not None and not (falls and watched)):
+            raise InputsInvalid(
+                f"got steps={steps!r} and {'no' if levels is None else len(levels)} levels, wanted one of them; levels decrease"
+            )
+        if steps is not None and (type(steps) is not int or steps < 1):
+            raise InputsInvalid(f"got steps={steps!r}, wanted a whole number of at least 1")
+        if self.switch is not None:
+            raise InputsInvalid(f"got switch={self.switch}, wanted a profile of one transformer; watch a generation there")
+        if levels is None:
+            assert steps is not None
+            positions = [i * self.steps / steps for i in range(steps)]
+        else:
+            positions = positions_of(levels, watched or ())
+        lengths = [end - begin for begin, end in pairwise([*positions, float(self.steps)])]
+        ages = ages_at(positions, self.ages)
+        gains, feedback = (
+            np.interp(positions, range(self.steps), known) for known in (self.sampler_gains, self.model_feedback)
+        )
+        return replace(
+            self,
+            target=replace(self.target, levels=None if levels is None else tuple(levels)),
+            changes=changes_at(self.changes, positions, ages),
+            products=products_at(self.products, positions, ages),
+            sampler_gains=tuple((gains * lengths).tolist()),
+            model_feedback=tuple(feedback.tolist()),
+        )
 
     def save(self, path: str | Path) -> None:
         """Write the profile to a file: safetensors in 16 bits, with everything but the tensor as JSON in its header.

@@ -10,7 +10,6 @@ from diffusers import (
     AuraFlowPipeline,
     AuraFlowTransformer2DModel,
     AutoencoderKLFlux2,
-    AutoencoderKLWan,
     BriaPipeline,
     BriaTransformer2DModel,
     ChromaPipeline,
@@ -53,6 +52,7 @@ from diffusers import (
 )
 from family_bench import CHANNELS, DIM, HEADS, SHARP, TEXT, FamilyBench, finished, flow, inputs_of
 from pipelines import POOLED, randomise, scheduler, vae
+from video_benches import VIDEO, wan_vae
 
 SECOND = (3, 8)  # text tokens and channels of a second text encoder
 HUNYUAN_TEXTS = {
@@ -329,13 +329,6 @@ def wan_vace(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     return bench
 
 
-def wan_vae(seed: int = 1) -> AutoencoderKLWan:
-    means = {"latents_mean": [0.1] * 4, "latents_std": [1.1] * 4}
-    made = AutoencoderKLWan(base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, **means)
-    randomise(made, seed)
-    return made
-
-
 MORE: dict[str, Callable[..., FamilyBench]] = {
     "wan": wan,
     "wan22": wan22,
@@ -358,4 +351,5 @@ MORE: dict[str, Callable[..., FamilyBench]] = {
     "cogview3": cogview3,
     "skyreels": skyreels,
     "wan_vace": wan_vace,
+    **VIDEO,
 }

@@ -14,6 +14,7 @@ import families
 import pipelines
 import pytest
 import torch
+import video_benches
 from budget import flux
 from test_variants import VARIANTS, variant
 
@@ -50,6 +51,10 @@ MADE = {
     "CogView3PlusPipeline": families.cogview3,
     "SkyReelsV2Pipeline": families.skyreels,
     "WanVACEPipeline": families.wan_vace,
+    "HunyuanVideo15Pipeline": video_benches.hunyuan_video15,
+    "EasyAnimatePipeline": video_benches.easy_animate,
+    "ChronoEditPipeline": video_benches.chrono_edit,
+    "AnyFlowPipeline": video_benches.anyflow,
 }
 VARIANT_OF = {name.split(",")[0]: name for name in reversed(VARIANTS)}  # the first variant of each class
 IN_TABLE = [name for family in FAMILIES for name in family.branch_order]

@@ -31,6 +31,10 @@ OBLONG = {  # the size in a call, and its number of visual tokens
     "cogview4": ({"height": 48, "width": 112}, 3 * 7),
     "cogview3": ({"height": 48, "width": 112}, 3 * 7),
     "skyreels": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
+    "hunyuan_video15": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
+    "easy_animate": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
+    "chrono_edit": ({"height": 80, "width": 48, "num_frames": 5}, 2 * 5 * 3),
+    "anyflow": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
     "wan_vace": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
 }
 SEVERAL = ["qwen", "aura_flow", "allegro", "latte", "hunyuan_dit", "flux2", "z_image"]

@@ -5,8 +5,11 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLCogVideoX, AutoencoderKLHunyuanVideo, AutoencoderKLLTXVideo
-from families import FamilyBench, cogvideox, hunyuan_video, ltx, skyreels, wan, wan_transformer, wan_vae
+from families import cogvideox, hunyuan_video, ltx, skyreels, wan, wan_transformer
+from family_bench import FamilyBench
+from PIL import Image
 from pipelines import randomise
+from video_benches import easy_animate, hunyuan_vae15, hunyuan_video15, magvit, wan_vae
 
 HEIGHT, WIDTH = 64, 48
 
@@ -113,6 +116,37 @@ def of_skyreels(cls: Any) -> FamilyBench:
     return image_to_video(cls, skyreels(in_channels=12, **TO_IMAGE))
 
 
+def of_hunyuan15(cls: Any) -> FamilyBench:
+    """Image to video: the image is in further channels, and its embeddings are attended to beside the text."""
+    bench = hunyuan_video15()
+    more = {"image_encoder": None, "feature_extractor": None, "guider": bench.pipe.guider}
+    picture = Image.linear_gradient("L").resize((48, 64)).convert("RGB")
+    around(cls, bench, hunyuan_vae15(), {"image": picture}, **more)
+    embeds = torch.randn(1, 2, 10, generator=torch.Generator().manual_seed(2)).double()
+    bench.pipe.encode_image = lambda batch_size, **_: embeds.repeat(batch_size, 1, 1)
+    own = bench.inputs
+
+    def inputs(*args: Any, **more: Any) -> dict[str, Any]:
+        return {name: value for name, value in own(*args, **more).items() if name not in ("height", "width")}
+
+    bench.inputs = inputs
+    return bench
+
+
+def of_easy_animate(cls: Any, parts: dict[str, Any], extra: int) -> FamilyBench:
+    bench = around(cls, easy_animate(extra=extra), magvit(), parts, each=True)
+    own, encode = bench.inputs, bench.pipe.encode_prompt
+    # diffusers 0.42.1 calls it for control videos with an argument that it does not take
+    bench.pipe.encode_prompt = lambda text_encoder_index=0, **more: encode(**more)
+
+    def inputs(seed: int = 0, *args: Any, **more: Any) -> dict[str, Any]:
+        torch.manual_seed(seed)  # the VAE takes a sample with the global generator
+        return own(seed, *args, **more | ({"strength": 0.8} if "video" in parts else {}))
+
+    bench.inputs = inputs
+    return bench
+
+
 TO_IMAGE = {"image_dim": 16, "added_kv_proj_dim": 16}
 
 VIDEO_VARIANTS: dict[str, tuple[Callable[..., FamilyBench], dict[str, Any]]] = {
@@ -128,4 +162,7 @@ VIDEO_VARIANTS: dict[str, tuple[Callable[..., FamilyBench], dict[str, Any]]] = {
     "LTXConditionPipeline": (of_ltx, {"each": False}),
     "WanImageToVideoPipeline, 2.1": (of_wan21, {}),
     "SkyReelsV2ImageToVideoPipeline": (of_skyreels, {}),
+    "HunyuanVideo15ImageToVideoPipeline": (of_hunyuan15, {}),
+    "EasyAnimateControlPipeline": (of_easy_animate, {"parts": {"control_video": video().transpose(1, 2)}, "extra": 8}),
+    "EasyAnimateInpaintPipeline": (of_easy_animate, {"parts": {"video": video().transpose(1, 2)}, "extra": 5}),
 }

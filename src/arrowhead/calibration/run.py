@@ -3,7 +3,7 @@
 The transformer's forward is wrapped. When the pipeline, or the loop, calls the transformer, the wrapper calls the search with a
 `Step`. The search runs the call as often as it needs, with any cells, and finishes the step with the output that the pipeline
 goes on with. Where a step has two calls, one for each CFG branch, the first call gives a placeholder. The second one calls the
-search with both, and fills the placeholder before the pipeline reads it.
+search with both, and fills the placeholder, with what the pipeline has computed with it (`placeholder`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,8 @@ from torch import nn
 
 from arrowhead.calibration.driver import Driver
 from arrowhead.calibration.outputs import run_forward, samples_of
-from arrowhead.calibration.paired_calls import fill_placeholder, placeholder_output, run_paired, wait_for_pair
+from arrowhead.calibration.paired_calls import run_paired, wait_for_pair
+from arrowhead.calibration.placeholder import Placeholder
 from arrowhead.calibration.step import AtSite, Runs, Step
 from arrowhead.engine.attention_seen import attention_seen, listed
 from arrowhead.engine.cache import Output
@@ -106,7 +107,7 @@ class CalibrationRun:
         self._at_site: Callable[[SiteCall], Output] | None = None  # set while the search runs the transformer
         self._first_calls: dict[Site, None] = {}  # the sites in the order of their first calls
         self._generation: Generation | None = None
-        self._waiting: tuple[_Call, Any] | None = None  # the first of a step's two calls, and its placeholder
+        self._waiting: tuple[_Call, Placeholder] | None = None  # the first of a step's two calls, and its placeholder
         self._example: Any = None  # an output of the transformer, which placeholders are copies of
 
     def run(self, on_step: Callable[[Step], None], *, first_only: bool = False) -> Any:
@@ -139,8 +140,12 @@ class CalibrationRun:
             for transformer in self._model.transformers:
                 called = partial(self._transformer_called, search, transformer, transformer.forward)
                 replace_forward(transformer, called, changes)
-            with suppress(_Stopped):
-                result = generate()
+            try:
+                with suppress(_Stopped):
+                    result = generate()
+            finally:
+                if self._waiting is not None:
+                    self._waiting[1].__exit__(None, None, None)
         interception.warn_of_replaced()
         if self._failure is not None:
             raise self._failure
@@ -268,12 +273,14 @@ class CalibrationRun:
             return self._searched(search, [call])[0]
         if self._waiting is None:
             self._waiting = call, self._placeholder(call)
-            return self._waiting[1]
+            self._waiting[1].__enter__()
+            return self._waiting[1].output
         (first, placeholder), self._waiting = self._waiting, None
+        placeholder.__exit__(None, None, None)
         if call.counted != first.counted:
             raise _call_missing()
         outputs = self._searched(search, [first, call])
-        fill_placeholder(placeholder, outputs[0])
+        placeholder.fill(outputs[0])
         return outputs[1]
 
     def _call(
@@ -296,14 +303,14 @@ class CalibrationRun:
             numbers_of(arguments) if self._branch_check else {},
         )
 
-    def _placeholder(self, call: _Call) -> Any:
+    def _placeholder(self, call: _Call) -> Placeholder:
         """What the first of two calls gives until the second has come; the first placeholder takes a run of the transformer."""
         if self._example is None:
             self.passes += 1
             with torch.no_grad(), force_eager():
                 self._example = call.run()
             samples_of([self._example])  # refused before the pipeline gets a copy
-        return placeholder_output(self._example)
+        return Placeholder(self._example)
 
     def _searched(self, search: Callable[[Step], None], calls: Sequence[_Call]) -> list[Any]:
         """On to the next step, of these calls; gives their outputs, which the search decided."""

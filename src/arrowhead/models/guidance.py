@@ -7,6 +7,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from arrowhead.upstream import guider_settings
+
+GUIDERS = ("ClassifierFreeGuidance", "AdaptiveProjectedGuidance")
+"""The guiders that call the transformer once for each branch, and whose output is nearly linear in both."""
+
 
 def guidance_above_one(call: Mapping[str, Any]) -> bool:
     """Whether guidance is on: its scale is above 1."""
@@ -34,6 +39,34 @@ def undistilled_guidance(call: Mapping[str, Any]) -> bool:
     FLUX.2 itself takes no negative prompt: its scale is an input of the transformer.
     """
     return "negative_prompt_embeds" in call and call["guidance_scale"] > 1 and not call["is_distilled"]
+
+
+def guidance_by_guider(call: Mapping[str, Any]) -> bool:
+    """Whether the pipeline's guider asks for both branches: it is on, and its scale changes the output."""
+    return guider_settings(call["guider"]).enabled and not math.isclose(guider_scale(call), 1)
+
+
+def guider_scale(call: Mapping[str, Any]) -> float:
+    """The scale of the pipeline's guider, as that of uncond + scale · (cond - uncond)."""
+    guider = call["guider"]
+    return float(guider.guidance_scale) + bool(guider.use_original_formulation)
+
+
+def unsupported_guider(call: Mapping[str, Any]) -> str | None:
+    """A guider that calls the transformer otherwise than once for each branch, or begins on the way."""
+    guider = call["guider"]
+    kinds = [cls.__name__ for cls in type(guider).__mro__]
+    if not {*GUIDERS} & {*kinds}:
+        return f"a {kinds[0]} as the guider, where {' and '.join(GUIDERS)} are known"
+    start = guider_settings(guider).start
+    return f"start={start} of the guider, by which guidance begins on the way" if start > 0 else None
+
+
+def guider_stops(call: Mapping[str, Any]) -> str | None:
+    """A guider's guidance in some of the steps only."""
+    stop = guider_settings(call["guider"]).stop
+    ends = guidance_by_guider(call) and stop < 1
+    return f"stop={stop} of the guider, by which some steps have guidance and some do not" if ends else None
 
 
 def second_or_first_scale(call: Mapping[str, Any]) -> float:

@@ -126,13 +126,14 @@ class Model:
         return self.filtered(separate)
 
     def call_arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the arguments of a call of the pipeline by name, defaults included.
+        """Returns the arguments of a call of the pipeline by name, defaults included, and its guider where it has one.
 
         Raises:
             InputsInvalid: the pipeline's call does not take them.
         """
         signature, name = method_signature(type(self.pipe), "__call__"), type(self.pipe).__name__
-        return dict([*_by_name(signature, (self.pipe, *args), kwargs, name).items()][1:])  # without the pipeline itself
+        own = {"guider": guider} if (guider := getattr(self.pipe, "guider", None)) is not None else {}
+        return own | dict([*_by_name(signature, (self.pipe, *args), kwargs, name).items()][1:])  # without the pipeline itself
 
     def transformer_arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the arguments of a call of the transformer by name, defaults included, with the transformer as the first.

@@ -1,12 +1,13 @@
-"""How each family lays out its tokens: how many there are, in which grid, and whether the text is before or after them.
+"""How families of images lay out their tokens: how many, in which grid, and whether the text is before or after them.
+
+Those of videos are in `video_tokens`.
 
 Functions get the arguments of a transformer's call by name. Shapes: B samples, V visual tokens, T text tokens, C channels,
-F frames, H × W latents.
+H × W latents.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from arrowhead.errors import InputsInvalid
@@ -83,11 +84,11 @@ def text_then_packed_image(_: Any, call: Mapping[str, Any]) -> Tokens:
     visual, text = call["hidden_states"].shape[1], call["encoder_hidden_states"].shape[1]
     grid = None
     if call.get("img_shapes") is not None:
-        grid = _grid(_image_shape(call["img_shapes"]), visual)
+        grid = grid_of(_image_shape(call["img_shapes"]), visual)
     elif (positions := call.get("img_ids")) is not None and not positions.is_meta:
         # (V, 3), or (B, V, 4): time, row and column come first; reference images have later times
         time, *last = (int(position) for position in positions.flatten(0, -2)[-1, :3].tolist())
-        grid = None if time else _grid([1, *(position + 1 for position in last)], visual)
+        grid = None if time else grid_of([1, *(position + 1 for position in last)], visual)
     return Tokens(visual, text, text_first=True, grid=grid)
 
 
@@ -103,47 +104,12 @@ def image_tokens_by_shapes(call: Mapping[str, Any]) -> int | None:
     return None if shapes is None else math.prod(_image_shape(shapes))
 
 
-def video_with_text(transformer: Any, call: Mapping[str, Any]) -> Tokens:
-    """A video (B, C, F, H, W) in patches, frame by frame, beside a text (B, T, C) for cross-attention."""
-    sizes = zip(call["hidden_states"].shape[2:], transformer.config.patch_size, strict=True)
-    return Tokens.of_grid(*(size // patch for size, patch in sizes), text=call["encoder_hidden_states"].shape[1])
-
-
-def video_then_text(transformer: Any, call: Mapping[str, Any]) -> Tokens:
-    """A video (B, C, F, H, W) in patches, frame by frame, before or beside a text (B, T, C) or (B, 1, T, C)."""
-    frames, height, width = call["hidden_states"].shape[2:]
-    patch, patch_frames = transformer.config.patch_size, getattr(transformer.config, "patch_size_t", 1)
-    text = call["encoder_hidden_states"].shape[-2]
-    return Tokens.of_grid(frames // patch_frames, height // patch, width // patch, text=text)
-
-
-def text_then_video(transformer: Any, call: Mapping[str, Any]) -> Tokens:
-    """A text (B, T, C) before a video (B, F, C, H, W) in patches, frame by frame."""
-    frames, _, height, width = call["hidden_states"].shape[1:]
-    patch, patch_frames = transformer.config.patch_size, transformer.config.patch_size_t or 1
-    sizes = -(-frames // patch_frames), height // patch, width // patch
-    return Tokens.of_grid(*sizes, text=call["encoder_hidden_states"].shape[1], text_first=True)
-
-
-def video_by_frames(transformer: Any, call: Mapping[str, Any]) -> Tokens:
-    """A video (B, C, F, H, W) in square patches, each frame a sequence."""
-    frames, height, width = call["hidden_states"].shape[2:]
-    patch = transformer.config.patch_size
-    return replace(Tokens.of_grid(frames, height // patch, width // patch), frames=frames)
-
-
-def packed_video_with_text(_: Any, call: Mapping[str, Any]) -> Tokens:
-    """A video that comes as tokens (B, V, C), with the sizes of its grid, beside a text (B, T, C) for cross-attention."""
-    visual, text = call["hidden_states"].shape[1], call["encoder_hidden_states"].shape[1]
-    return Tokens(visual, text, grid=_grid([call.get(name) for name in ("num_frames", "height", "width")], visual))
-
-
 def _image_shape(shapes: Sequence[Any]) -> Sequence[int]:
     """Frames, rows and columns of the image: the first shape of a sample. Pipelines with a ControlNet give that one alone."""
     first = shapes[0]
     return first[0] if isinstance(first, list) else first
 
 
-def _grid(sizes: Sequence[Any], visual: int) -> Grid | None:
+def grid_of(sizes: Sequence[Any], visual: int) -> Grid | None:
     """The grid of these frames, rows and columns; None where a size is not known, or the tokens are not as many."""
     return Grid(*sizes) if None not in sizes and math.prod(sizes) == visual else None

@@ -1,5 +1,6 @@
 """What of diffusers is known and not supported: transformer classes, and parts that a supported class may have."""
 
+from collections.abc import Mapping
 from typing import Any
 
 UNSUPPORTED: dict[str, str] = {
@@ -36,3 +37,16 @@ def causal_blocks(transformer: Any) -> str | None:
     """The mask by which SkyReels V2, in diffusion forcing, attends to earlier blocks of frames alone."""
     frames = transformer.config.num_frame_per_block
     return f"num_frame_per_block={frames}: attention to earlier frames alone" if frames > 1 else None
+
+
+def text_in_video_layers(transformer: Any) -> str | None:
+    """Blocks of EasyAnimate whose text passes the video's layers, and leaves attention without a projection."""
+    video, both = transformer.config.mmdit_layers, transformer.config.num_layers
+    return f"mmdit_layers={video} of {both}: blocks without layers for the text" if video < both else None
+
+
+def temporal_reasoning(call: Mapping[str, Any]) -> str | None:
+    """ChronoEdit's frames between the picture and its edit, which the pipeline drops on the way."""
+    return (
+        "enable_temporal_reasoning=True, by which frames are dropped on the way" if call["enable_temporal_reasoning"] else None
+    )

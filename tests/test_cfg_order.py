@@ -54,6 +54,7 @@ MADE = {
     "HunyuanVideo15Pipeline": video_benches.hunyuan_video15,
     "EasyAnimatePipeline": video_benches.easy_animate,
     "ChronoEditPipeline": video_benches.chrono_edit,
+    "Cosmos2_5_PredictBasePipeline": video_benches.cosmos,
     "AnyFlowPipeline": video_benches.anyflow,
 }
 VARIANT_OF = {name.split(",")[0]: name for name in reversed(VARIANTS)}  # the first variant of each class

@@ -13,11 +13,14 @@ from diffusers import (
     ChronoEditPipeline,
     ChronoEditTransformer3DModel,
     ClassifierFreeGuidance,
+    Cosmos2_5_PredictBasePipeline,
+    CosmosTransformer3DModel,
     EasyAnimatePipeline,
     EasyAnimateTransformer3DModel,
     FlowMapEulerDiscreteScheduler,
     HunyuanVideo15Pipeline,
     HunyuanVideo15Transformer3DModel,
+    UniPCMultistepScheduler,
 )
 from family_bench import CHANNELS, DIM, HEADS, SHARP, TEXT, FamilyBench, finished, flow, inputs_of
 from pipelines import randomise
@@ -129,9 +132,40 @@ def anyflow(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     return FamilyBench(finished(pipe, dtype), False, 2 * 4 * 3, inputs)
 
 
+def cosmos_transformer(seed: int, **config: Any) -> CosmosTransformer3DModel:
+    sizes = {
+        "num_attention_heads": HEADS,
+        "attention_head_dim": 16,
+        "num_layers": 2,
+        "adaln_lora_dim": 4,
+        "max_size": (4, 16, 16),
+    }
+    shape = {"in_channels": 5, "out_channels": 4, "text_embed_dim": CHANNELS, "max_size": (4, 16, 16)}
+    shape |= {"concat_padding_mask": False, "extra_pos_embed_type": None}  # torchvision is not needed, and 64 bits do
+    model = CosmosTransformer3DModel(**shape | sizes | config)
+    randomise(model, seed, SHARP)
+    return model
+
+
+class Unguarded:
+    """Stands for Cosmos' check of texts and videos, which needs a package and weights."""
+
+    def to(self, _: Any) -> None: ...
+
+
+def cosmos(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
+    """Frames × height × width beside a text, with a timestep for each frame; two calls; it computes with the first output."""
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    parts = {"scheduler": scheduler, "vae": wan_vae(seed + 1), "safety_checker": Unguarded()}
+    pipe = Cosmos2_5_PredictBasePipeline(None, None, transformer=cosmos_transformer(seed), **parts)
+    inputs = inputs_of(dtype, "guidance_scale", None, height=64, width=48, num_frames=5)
+    return FamilyBench(finished(pipe, dtype), True, 2 * 4 * 3, inputs, two_calls=True)
+
+
 VIDEO: dict[str, Callable[..., FamilyBench]] = {
     "hunyuan_video15": hunyuan_video15,
     "easy_animate": easy_animate,
     "chrono_edit": chrono_edit,
     "anyflow": anyflow,
+    "cosmos": cosmos,
 }

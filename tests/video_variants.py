@@ -4,12 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLCogVideoX, AutoencoderKLHunyuanVideo, AutoencoderKLLTXVideo
+from diffusers import AutoencoderKLCogVideoX, AutoencoderKLHunyuanVideo, AutoencoderKLLTXVideo, FlowMatchEulerDiscreteScheduler
 from families import cogvideox, hunyuan_video, ltx, skyreels, wan, wan_transformer
 from family_bench import FamilyBench
 from PIL import Image
 from pipelines import randomise
-from video_benches import easy_animate, hunyuan_vae15, hunyuan_video15, magvit, wan_vae
+from video_benches import cosmos, cosmos_transformer, easy_animate, hunyuan_vae15, hunyuan_video15, magvit, wan_vae
 
 HEIGHT, WIDTH = 64, 48
 
@@ -147,6 +147,15 @@ def of_easy_animate(cls: Any, parts: dict[str, Any], extra: int) -> FamilyBench:
     return bench
 
 
+def of_cosmos2(cls: Any, parts: dict[str, Any]) -> FamilyBench:
+    """A picture, or a video that begins with frames of another one."""
+    base, scheduler = cosmos(), FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
+    base.pipe.transformer = cosmos_transformer(0, in_channels=5 if parts else 4)
+    around(cls, base, wan_vae(), parts, each=True, without="" if parts else "num_frames", scheduler=scheduler)
+    base.visual = 2 * 4 * 3 if parts else 4 * 3
+    return base
+
+
 TO_IMAGE = {"image_dim": 16, "added_kv_proj_dim": 16}
 
 VIDEO_VARIANTS: dict[str, tuple[Callable[..., FamilyBench], dict[str, Any]]] = {
@@ -162,6 +171,8 @@ VIDEO_VARIANTS: dict[str, tuple[Callable[..., FamilyBench], dict[str, Any]]] = {
     "LTXConditionPipeline": (of_ltx, {"each": False}),
     "WanImageToVideoPipeline, 2.1": (of_wan21, {}),
     "SkyReelsV2ImageToVideoPipeline": (of_skyreels, {}),
+    "Cosmos2TextToImagePipeline": (of_cosmos2, {"parts": {}}),
+    "Cosmos2VideoToWorldPipeline": (of_cosmos2, {"parts": {"image": image()}}),
     "HunyuanVideo15ImageToVideoPipeline": (of_hunyuan15, {}),
     "EasyAnimateControlPipeline": (of_easy_animate, {"parts": {"control_video": video().transpose(1, 2)}, "extra": 8}),
     "EasyAnimateInpaintPipeline": (of_easy_animate, {"parts": {"video": video().transpose(1, 2)}, "extra": 5}),

@@ -17,8 +17,8 @@ from arrowhead.errors import NotIntercepted
 
 READS = {"item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "__array__", "equal", "allclose"}
 """Functions that give values of a tensor to Python, by which the pipeline may decide what it does."""
-OF_SHAPE = ("_like", "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor")
-"""Ends of the names of functions whose results depend on a tensor's shape alone."""
+OF_SHAPE = r"(zeros|ones|empty|full|rand|randn|randint)_like|new_(zeros|ones|empty|full|tensor)"
+"""Functions whose results depend on a tensor's shape alone."""
 OVERWRITES = {"copy_", "__setitem__", "fill_", "zero_"}
 """Functions that change a tensor and give the same when they are done again."""
 
@@ -46,7 +46,7 @@ class Placeholder(TorchFunctionMode):
         result = function(*args, **kwargs)
         used = [tensor for tensor in _tensors((args, kwargs)) if id(tensor) in self._derived]
         name = getattr(function, "__name__", "")
-        if not used or name.endswith(OF_SHAPE):
+        if not used or re.fullmatch(OF_SHAPE, name):
             return result
         first = next(_tensors(args), None)
         changes_first = re.fullmatch(r".*[^_]_|__i(add|sub|mul|truediv|floordiv|pow|mod)__", name) is not None

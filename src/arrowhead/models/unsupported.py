@@ -7,12 +7,12 @@ UNSUPPORTED: dict[str, str] = {
     "SanaTransformer2DModel": "linear attention, which has no softmax that a band could limit",
     "SanaVideoTransformer3DModel": "linear attention, which has no softmax that a band could limit",
     "SanaWMTransformer3DModel": "linear attention in most of its layers",
-    "CosmosTransformer3DModel": "pipelines that compute with the conditional output before they ask for the unconditional one",
     "AnyFlowFARTransformer3DModel": "causal attention, frame by frame",
 }
 """By the name of the transformer's class, the part of the class that does not fit."""
 
 PERTURBED = "perturbed-attention guidance: a third branch in the batch, whose attention is left out"
+TWICE = "two steps of the scheduler at each timestep, of which the first is taken back"
 FORCING = "diffusion forcing: each frame has a timestep, and frames begin and end at different steps of the loop"
 CONDITIONS = "a sequence of several images and texts for each sample, whose layout the families table cannot describe"
 UNSUPPORTED_PIPELINES: dict[str, str] = {
@@ -24,6 +24,9 @@ UNSUPPORTED_PIPELINES: dict[str, str] = {
     "SkyReelsV2DiffusionForcingPipeline": FORCING,
     "SkyReelsV2DiffusionForcingImageToVideoPipeline": FORCING,
     "SkyReelsV2DiffusionForcingVideoToVideoPipeline": FORCING,
+    "CosmosTextToWorldPipeline": TWICE,
+    "CosmosVideoToWorldPipeline": TWICE,
+    "Cosmos2_5_TransferPipeline": "several chunks of the video in one call, each of them with a loop over the timesteps",
     "QwenImageLayeredPipeline": "several layers that are drawn at once, each with its shape, which no test covers",
     "ZImageOmniPipeline": CONDITIONS,
     "Flux2KleinKVPipeline": "reference images in the first step alone, whose keys and values the later steps attend to",

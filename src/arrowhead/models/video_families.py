@@ -197,4 +197,18 @@ VIDEO_FAMILIES: tuple[Family, ...] = (
         guided=guidance_above_one,
         left_alone="caption projection, step embeddings, output layer",
     ),
+    Family(
+        name="Cosmos 2, 2.5",  # where each frame has a timestep, its norms' layers run once for each token
+        transformer="CosmosTransformer3DModel",
+        site_pattern=r"transformer_blocks\.\d+\.attn1",
+        cross_pattern=r"transformer_blocks\.\d+\.attn2",
+        block_pattern=NONE,
+        branch_order=dict.fromkeys(
+            ["Cosmos2_5_PredictBasePipeline", "Cosmos2TextToImagePipeline", "Cosmos2VideoToWorldPipeline"], "two_calls"
+        ),
+        tokens=video_with_text,
+        guided=guidance_above_one,
+        guidance_scale=lambda call: 1 + float(call["guidance_scale"]),
+        left_alone="whole blocks, text projection, embeddings, output layer",
+    ),
 )

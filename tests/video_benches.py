@@ -20,10 +20,12 @@ from diffusers import (
     FlowMapEulerDiscreteScheduler,
     HunyuanVideo15Pipeline,
     HunyuanVideo15Transformer3DModel,
+    Kandinsky5T2VPipeline,
+    Kandinsky5Transformer3DModel,
     UniPCMultistepScheduler,
 )
 from family_bench import CHANNELS, DIM, HEADS, SHARP, TEXT, FamilyBench, finished, flow, inputs_of
-from pipelines import randomise
+from pipelines import POOLED, randomise
 
 SECOND = (3, 8)  # text tokens and channels of a second text encoder
 IMAGE = (2, 10)  # tokens and channels of an image's embeddings
@@ -162,10 +164,36 @@ def cosmos(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     return FamilyBench(finished(pipe, dtype), True, 2 * 4 * 3, inputs, two_calls=True)
 
 
+def kandinsky5(dtype: torch.dtype = torch.float64, seed: int = 0, **config: Any) -> FamilyBench:
+    """Frames × height × width × channels beside a text that has blocks before; two calls; latents that change in place."""
+    sizes = {"model_dim": 16, "ff_dim": 32, "time_dim": 8, "num_text_blocks": 1, "num_visual_blocks": 2, "axes_dims": (2, 2, 4)}
+    text = {"in_text_dim": CHANNELS, "in_text_dim2": POOLED}
+    model = Kandinsky5Transformer3DModel(in_visual_dim=4, out_visual_dim=4, **sizes, **text, **config)
+    randomise(model, seed, (".self_attention.",))
+    parts: dict[str, Any] = dict.fromkeys(["vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"])
+    pipe = Kandinsky5T2VPipeline(transformer=model, scheduler=flow(), **parts)
+    own = inputs_of(dtype, "guidance_scale", None, pooled=True, height=64, width=48, num_frames=5)
+
+    def inputs(seed: int = 0, images: int = 1, **more: Any) -> dict[str, Any]:
+        call = own(seed, images, **more)
+        for prefix in ("", "negative_"):
+            call[f"{prefix}prompt_embeds_qwen"] = call.pop(f"{prefix}prompt_embeds")
+            call[f"{prefix}prompt_embeds_clip"] = call.pop(f"{prefix}pooled_prompt_embeds")
+            call[f"{prefix}prompt_cu_seqlens"] = torch.arange(images + 1) * TEXT
+        return call
+
+    finished(pipe, dtype)
+    for name, module in model.named_modules():  # as diffusers loads them
+        if "time_embeddings" in name or (name.endswith("modulation") and dtype != torch.float64):
+            module.float()
+    return FamilyBench(pipe, True, 2 * 4 * 3, inputs, two_calls=True)
+
+
 VIDEO: dict[str, Callable[..., FamilyBench]] = {
     "hunyuan_video15": hunyuan_video15,
     "easy_animate": easy_animate,
     "chrono_edit": chrono_edit,
     "anyflow": anyflow,
     "cosmos": cosmos,
+    "kandinsky5": kandinsky5,
 }

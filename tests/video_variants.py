@@ -8,8 +8,8 @@ from diffusers import AutoencoderKLCogVideoX, AutoencoderKLHunyuanVideo, Autoenc
 from families import cogvideox, hunyuan_video, ltx, skyreels, wan, wan_transformer
 from family_bench import FamilyBench
 from PIL import Image
-from pipelines import randomise
-from video_benches import cosmos, cosmos_transformer, easy_animate, hunyuan_vae15, hunyuan_video15, magvit, wan_vae
+from pipelines import randomise, vae
+from video_benches import cosmos, cosmos_transformer, easy_animate, hunyuan_vae15, hunyuan_video15, kandinsky5, magvit, wan_vae
 
 HEIGHT, WIDTH = 64, 48
 
@@ -156,6 +156,19 @@ def of_cosmos2(cls: Any, parts: dict[str, Any]) -> FamilyBench:
     return base
 
 
+def of_kandinsky5(cls: Any, parts: dict[str, Any], pictures: bool) -> FamilyBench:
+    """A video whose first frame is given, or a picture, alone or from another one."""
+    own = vae(1, 3) if pictures else hunyuan_vae()
+    bench = around(cls, kandinsky5(visual_cond=bool(parts)), own, parts, each=True, without="num_frames" if pictures else "")
+    bench.pipe.transformer.time_embeddings.float()
+    bench.pipe.resolutions = [(WIDTH, HEIGHT)]
+    bench.visual = 4 * 3
+    if not pictures:  # the pipeline brings the first four frames to the level of those that follow
+        own_inputs, bench.visual = bench.inputs, 5 * 2 * 3
+        bench.inputs = lambda *args, **more: own_inputs(*args, **{"height": 32, "num_frames": 17} | more)
+    return bench
+
+
 TO_IMAGE = {"image_dim": 16, "added_kv_proj_dim": 16}
 
 VIDEO_VARIANTS: dict[str, tuple[Callable[..., FamilyBench], dict[str, Any]]] = {
@@ -173,6 +186,9 @@ VIDEO_VARIANTS: dict[str, tuple[Callable[..., FamilyBench], dict[str, Any]]] = {
     "SkyReelsV2ImageToVideoPipeline": (of_skyreels, {}),
     "Cosmos2TextToImagePipeline": (of_cosmos2, {"parts": {}}),
     "Cosmos2VideoToWorldPipeline": (of_cosmos2, {"parts": {"image": image()}}),
+    "Kandinsky5I2VPipeline": (of_kandinsky5, {"parts": {"image": image(32)}, "pictures": False}),
+    "Kandinsky5T2IPipeline": (of_kandinsky5, {"parts": {}, "pictures": True}),
+    "Kandinsky5I2IPipeline": (of_kandinsky5, {"parts": {"image": image()}, "pictures": True}),
     "HunyuanVideo15ImageToVideoPipeline": (of_hunyuan15, {}),
     "EasyAnimateControlPipeline": (of_easy_animate, {"parts": {"control_video": video().transpose(1, 2)}, "extra": 8}),
     "EasyAnimateInpaintPipeline": (of_easy_animate, {"parts": {"video": video().transpose(1, 2)}, "extra": 5}),

@@ -53,3 +53,9 @@ def temporal_reasoning(call: Mapping[str, Any]) -> str | None:
     return (
         "enable_temporal_reasoning=True, by which frames are dropped on the way" if call["enable_temporal_reasoning"] else None
     )
+
+
+def sparse_attention(transformer: Any) -> str | None:
+    """Kandinsky 5's attention to blocks of tokens that each call chooses anew."""
+    kind = transformer.config.attention_type
+    return f"attention_type={kind!r}: attention to blocks that each call chooses" if kind != "regular" else None

@@ -11,13 +11,14 @@ from arrowhead.models.guidance import (
     true_cfg,
     unsupported_guider,
 )
-from arrowhead.models.unsupported import causal_blocks, temporal_reasoning, text_in_video_layers
+from arrowhead.models.unsupported import causal_blocks, sparse_attention, temporal_reasoning, text_in_video_layers
 from arrowhead.models.video_tokens import (
     frames_with_text,
     packed_video_with_text,
     text_then_video,
     texts_then_video,
     video_by_frames,
+    video_of_last_channels_with_text,
     video_then_text,
     video_then_texts,
     video_with_text,
@@ -210,5 +211,22 @@ VIDEO_FAMILIES: tuple[Family, ...] = (
         guided=guidance_above_one,
         guidance_scale=lambda call: 1 + float(call["guidance_scale"]),
         left_alone="whole blocks, text projection, embeddings, output layer",
+    ),
+    Family(
+        name="Kandinsky 5",
+        transformer="Kandinsky5Transformer3DModel",
+        site_pattern=r"visual_transformer_blocks\.\d+\.self_attention",
+        cross_pattern=r"visual_transformer_blocks\.\d+\.cross_attention",
+        feed_forward_pattern=r"visual_transformer_blocks\.\d+\.feed_forward",
+        block_pattern=r"visual_transformer_blocks\.\d+",
+        per_sample_pattern=r"visual_modulation.*",
+        branch_order=dict.fromkeys(
+            ["Kandinsky5T2VPipeline", "Kandinsky5I2VPipeline", "Kandinsky5T2IPipeline", "Kandinsky5I2IPipeline"], "two_calls"
+        ),
+        tokens=video_of_last_channels_with_text,
+        guided=guidance_above_one,
+        unsupported_transformer=sparse_attention,
+        latent_channels=lambda _: None,
+        left_alone="the text's blocks, embeddings, output layer",
     ),
 )

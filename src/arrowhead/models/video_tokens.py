@@ -63,3 +63,8 @@ def texts_then_video(transformer: Any, call: Mapping[str, Any]) -> Tokens:
 def frames_with_text(transformer: Any, call: Mapping[str, Any]) -> Tokens:
     """A video (B, F, C, H, W) in patches, frame by frame, beside a text (B, T, C) for cross-attention."""
     return video_with_text(transformer, {**call, "hidden_states": call["hidden_states"].transpose(1, 2)})
+
+
+def video_of_last_channels_with_text(transformer: Any, call: Mapping[str, Any]) -> Tokens:
+    """A video (B, F, H, W, C) in patches, frame by frame, beside a text (B, T, C) for cross-attention."""
+    return video_with_text(transformer, {**call, "hidden_states": call["hidden_states"].movedim(-1, 1)})

@@ -43,9 +43,10 @@ from diffusers import (
 )
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.transformers.transformer_hunyuanimage import HunyuanImageByT5TextProjection
-from families import CHANNELS, DIM, HEADS, SECOND, SHARP, TEXT, FamilyBench, flow, inputs_of
+from family_bench import CHANNELS, DIM, HEADS, SHARP, TEXT, FamilyBench, finished, flow, inputs_of
 from pipelines import POOLED, randomise
 
+SECOND = (3, 8)  # text tokens and channels of a second text encoder
 NOT = "not "
 """What negative prompts begin with, where a bench encodes prompts."""
 
@@ -61,12 +62,6 @@ def prompts_of(seed: int, images: int) -> dict[str, list[str]]:
     return {
         name: [f"{prefix}{seed}, {i}" for i in range(images)] for name, prefix in (("prompt", ""), ("negative_prompt", NOT))
     }
-
-
-def finished(pipe: Any, dtype: torch.dtype) -> Any:
-    pipe.to(dtype)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def worded(dtype: torch.dtype, **common: Any) -> Callable[..., dict[str, Any]]:

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 from diffusers import AdaptiveProjectedMixGuidance, HunyuanImageTransformer2DModel
-from families import CHANNELS, DIM, HEADS, SHARP, TEXT, FamilyBench, flow, inputs_of, wan_vae
-from image_benches import bria_fibo, embedded, encode_in_layers, finished, longcat_image
+from families import wan_vae
+from family_bench import CHANNELS, DIM, HEADS, SHARP, TEXT, FamilyBench, finished, flow, inputs_of
+from image_benches import bria_fibo, embedded, encode_in_layers, longcat_image
 from PIL import Image
 from pipelines import randomise, vae
 from transformers import ProcessorMixin

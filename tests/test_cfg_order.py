@@ -16,6 +16,7 @@ import image_variants
 import pipelines
 import pytest
 import torch
+import video_benches
 from budget import flux
 from test_variants import VARIANTS, variant
 
@@ -66,6 +67,12 @@ MADE = {
     "StableAudioPipeline": image_benches.stable_audio,
     "AceStepPipeline": image_benches.ace_step,
     "LongCatAudioDiTPipeline": image_benches.longcat_audio,
+    "HunyuanVideo15Pipeline": video_benches.hunyuan_video15,
+    "EasyAnimatePipeline": video_benches.easy_animate,
+    "ChronoEditPipeline": video_benches.chrono_edit,
+    "Cosmos2_5_PredictBasePipeline": video_benches.cosmos,
+    "Kandinsky5T2VPipeline": video_benches.kandinsky5,
+    "AnyFlowPipeline": video_benches.anyflow,
 }
 VARIANT_OF = {name.split(",")[0]: name for name in reversed(VARIANTS)}  # the first variant of each class
 IN_TABLE = [name for family in FAMILIES for name in family.branch_order]

@@ -87,7 +87,7 @@ def test_every_other_class_is_refused_by_name(name):
 
 
 def test_the_nearest_families_are_named_in_one_line():
-    transformer = CLASSES["HunyuanVideo15Transformer3DModel"].__new__(CLASSES["HunyuanVideo15Transformer3DModel"])
+    transformer = CLASSES["SanaWMLTX2RefinerTransformer3DModel"].__new__(CLASSES["SanaWMLTX2RefinerTransformer3DModel"])
     nn.Module.__init__(transformer)
     with pytest.raises(UnsupportedPipeline, match=r"like HunyuanVideoTransformer3DModel \(HunyuanVideo\)") as caught:
         find(SimpleNamespace(transformer=transformer))

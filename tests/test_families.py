@@ -3,7 +3,7 @@
 import pytest
 import torch
 from budget import final_latents
-from every_family import EVERY
+from families import MORE
 from family_replay import RADII, random_cells, replaying
 from replay import assert_identical, distance, trace
 from seeds import seeds
@@ -21,10 +21,10 @@ from arrowhead.searches.headwise import Headwise
 
 STEPS = 5
 INNER = ALL_KINDS - {"block"}
-every_family = pytest.mark.parametrize("name", EVERY)
+every_family = pytest.mark.parametrize("name", MORE)
 SOONER = "wan22", "lumina2", "mochi", "z_image", "aura_flow"  # two transformers, grouped heads, by sample, lists, one batch
 budgeted_families = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in SOONER else pytest.mark.slow) for name in EVERY]
+    "name", [pytest.param(name, marks=() if name in SOONER else pytest.mark.slow) for name in MORE]
 )
 with_and_without = pytest.mark.parametrize("guidance", [3.0, 1.0], ids=["guided", "unguided"])
 
@@ -37,7 +37,7 @@ def plan_of(bench, model, cells, guided=True):
 
 
 def test_every_family_has_a_bench():
-    tested = {type(make().pipe.transformer).__name__ for make in EVERY.values()}
+    tested = {type(make().pipe.transformer).__name__ for make in MORE.values()}
     assert tested == {family.transformer for family in FAMILIES if family.tested == "essentials"}
 
 
@@ -45,7 +45,7 @@ def test_every_family_has_a_bench():
 @with_and_without
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_full_plan_changes_no_bit(name, guidance, dtype):
-    bench = EVERY[name](dtype)
+    bench = MORE[name](dtype)
     model = find(bench.pipe, INNER)
     inputs = {"images": 2, "guidance": guidance}
     untouched = trace(bench, bench.inputs(**inputs))
@@ -62,7 +62,7 @@ def test_a_full_plan_changes_no_bit(name, guidance, dtype):
 @pytest.mark.parametrize("kinds", [ATTENTION_KINDS, INNER, {"block"}], ids=["attention", "modules", "blocks"])
 @pytest.mark.parametrize("seed", seeds(3))
 def test_random_plans_are_what_a_replay_gives(name, guidance, kinds, seed):
-    bench = EVERY[name]()
+    bench = MORE[name]()
     if kinds == {"block"} and not next(f for f in FAMILIES if f.transformer == type(bench.pipe.transformer).__name__).has(
         "block"
     ):
@@ -91,7 +91,7 @@ def test_random_plans_are_what_a_replay_gives(name, guidance, kinds, seed):
 def test_what_sites_multiply_is_what_torch_counts(name, monkeypatch):
     """Linear layers alone: attention itself gives zeros here, so that its products are not counted."""
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda query, *_, **__: torch.zeros_like(query))
-    bench = EVERY[name]()
+    bench = MORE[name]()
     model, counted = find(bench.pipe, ALL_KINDS), {}
     tokens = Tokens(bench.visual, bench.text_seen, bench.text_first, bench.frames)
     rows = 1 if bench.two_calls else 2
@@ -125,7 +125,7 @@ def test_what_sites_multiply_is_what_torch_counts(name, monkeypatch):
     "strategy", ["greedy", Headwise(radii=RADII, share_cfg=True, residual=True)], ids=["greedy", "headwise"]
 )
 def test_searches_compress_and_their_plans_run(name, strategy, guidance):
-    bench, inputs = EVERY[name](), {"images": 2, "guidance": guidance}
+    bench, inputs = MORE[name](), {"images": 2, "guidance": guidance}
     with left_as_it_was(bench, **inputs):
         plan = ah.search(bench.pipe, bench.inputs(**inputs), strategy=strategy, threshold=0.7, progress=False)
     assert plan.tokens == bench.tokens
@@ -139,7 +139,7 @@ def test_searches_compress_and_their_plans_run(name, strategy, guidance):
 @budgeted_families
 @with_and_without
 def test_a_budget_is_met(name, guidance):
-    bench, inputs = EVERY[name](), {"images": 2, "guidance": guidance}
+    bench, inputs = MORE[name](), {"images": 2, "guidance": guidance}
     asked = "transformer_flops" if find(bench.pipe).family.has("feed_forward") else "module_flops"
     with left_as_it_was(bench, **inputs):
         plan = ah.search(bench.pipe, bench.inputs(**inputs), budget=ah.Budget(**{asked: 0.6}), progress=False)
@@ -158,7 +158,7 @@ def test_predicted_errors_do_not_depend_on_the_variance():
     """Latte's sampler uses the first 4 of 8 output channels: the weights of the others may be anything."""
     tables = []
     for size in (1.0, 100.0):
-        bench = EVERY["latte"]()
+        bench = MORE["latte"]()
         weights = bench.pipe.transformer.proj_out.weight.data.unflatten(0, (-1, 8))  # patches, channels
         weights[:, 4:] *= size
         tables.append(ah.calibrate(bench.pipe, bench.inputs(), progress=False))
@@ -168,7 +168,7 @@ def test_predicted_errors_do_not_depend_on_the_variance():
 
 def test_each_frame_is_a_sequence():
     """Latte's frames attend to one another in temporal blocks alone, which are no sites."""
-    bench = EVERY["latte"]()
+    bench = MORE["latte"]()
     seen = []
     for site, module in find(bench.pipe).modules.items():
         own = module.forward

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from arrowhead.models.family import Family
-from arrowhead.upstream import guider_is_on, guider_predictions, guider_range
+from arrowhead.upstream import guider_predictions, guider_settings
 
 
 def is_modular(pipe: Any) -> bool:
@@ -56,10 +56,8 @@ def second_scale(call: Mapping[str, Any]) -> float:
 def guider_interval(call: Mapping[str, Any]) -> str | None:
     """A guider's guidance in some of the steps only."""
     guider = guider_of(call)
-    start, stop = guider_range(guider) if _guides(guider) else (0.0, 1.0)
-    if start <= 0 and stop >= 1:
-        return None
-    return f"a guider with start={start} and stop={stop}, by which some steps have guidance and some do not"
+    stop = guider_settings(guider).stop if _guides(guider) else 1
+    return f"stop={stop} of the guider, by which some steps have guidance and some do not" if stop < 1 else None
 
 
 def unsupported_guider(call: Mapping[str, Any]) -> str | None:
@@ -76,6 +74,8 @@ def unsupported_guider(call: Mapping[str, Any]) -> str | None:
             return f"a {name}, which leaves out layers of the transformer in one of its calls; {remedy}"
         if _number(guider) is None:
             return f"a {name}, which has several guidance scales; {remedy}"
+        if (start := guider_settings(guider).start) > 0:
+            return f"start={start} of the guider, by which guidance begins on the way"
     if len({_guides(guider) for guider in guiders}) > 1:
         return "a guider for one of two transformers, and none for the other; give both one"
     return None
@@ -88,7 +88,7 @@ def _number(guider: Any) -> float | None:
 
 def _guides(guider: Any) -> bool:
     """Whether a guider is on, and has a scale other than the one that leaves the conditional branch alone."""
-    if guider is None or not guider_is_on(guider):
+    if guider is None or not guider_settings(guider).enabled:
         return False
     scale = _number(guider)
     return scale is None or not math.isclose(scale, 0.0 if guider.use_original_formulation else 1.0)

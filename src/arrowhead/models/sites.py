@@ -76,7 +76,7 @@ def _attends_to_an_image(kind: Kind, module: Any) -> bool:
     Its FLOPs do not follow from the tokens of video and text: it is no site.
     """
     attention = module if kind == "cross_attention" else getattr(module, "attn2", None) if kind == "block" else None
-    return getattr(attention, "add_k_proj", None) is not None
+    return any(getattr(attention, name, None) is not None for name in ("add_k_proj", "k_img"))
 
 
 def custom_attention_site(family: Family, path: str, module: nn.Module, attention: Attention) -> Site:
@@ -129,10 +129,11 @@ def _self_attention(family: Family, path: str, module: Any) -> Site:
         return Site(path, module.heads, module.head_dim, channels, joint, separable_heads=False, weights=weights)
     if (fused := getattr(module, "img_attn_qkv", None)) is not None:  # JoyImage: Q, K and V in one layer, text in another
         return Site(path, module.heads, module.head_dim, fused.in_features, joint, separable_heads=False)
-    channels, text_projection = module.to_q.in_features, getattr(module, "add_k_proj", None) if joint else None
+    query, key, _, _ = _projections(module)
     heads, gate = heads_of(module), getattr(module, "to_gate", None)
-    head_dim = module.to_q.out_features // heads
-    kv_heads = module.to_k.out_features // head_dim
+    channels, text_projection = query.in_features, getattr(module, "add_k_proj", None) if joint else None
+    head_dim = query.out_features // heads
+    kv_heads = key.out_features // head_dim
     text_channels = channels if text_projection is None else text_projection.in_features
     return Site(
         path,
@@ -150,6 +151,14 @@ def _self_attention(family: Family, path: str, module: Any) -> Site:
     )
 
 
+def _projections(module: Any) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear | None]:
+    """The layers that project queries, keys, values and the output; Kandinsky gives them other names than diffusers does."""
+    if hasattr(module, "to_query"):
+        return module.to_query, module.to_key, module.to_value, module.out_layer
+    out = getattr(module, "to_out", None)
+    return module.to_q, module.to_k, module.to_v, out[0] if isinstance(out, nn.ModuleList) else out
+
+
 def _projects_out(module: Any) -> Literal["all", "visual", "none"]:
     if getattr(module, "pre_only", False) or isinstance(getattr(module, "to_out", None), nn.Identity):
         return "none"
@@ -157,17 +166,16 @@ def _projects_out(module: Any) -> Literal["all", "visual", "none"]:
 
 
 def _cross_attention(_: Family, path: str, module: Any) -> Site:
-    image_weights = _size(module.to_q) + _size(module.to_out[0])
-    text_weights = _size(module.to_k) + _size(module.to_v)
+    query, key, value, out = _projections(module)
     return Site(
         path,
         heads=1,
-        head_dim=module.to_q.out_features,
-        channels=module.to_q.in_features,
+        head_dim=query.out_features,
+        channels=query.in_features,
         separable_heads=False,
         kind="cross_attention",
-        weights=image_weights,
-        text_weights=text_weights,
+        weights=_size(query) + (0 if out is None else _size(out)),
+        text_weights=_size(key) + _size(value),
     )
 
 

@@ -1,12 +1,13 @@
-"""How each family lays out its tokens: how many there are, in which grid, and whether the text is before or after them.
+"""How families of images lay out their tokens: how many, in which grid, and whether the text is before or after them.
+
+Those of videos are in `video_tokens`.
 
 Functions get the arguments of a transformer's call by name. Shapes: B samples, V visual tokens, T text tokens, C channels,
-F frames, H × W latents.
+H × W latents.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from arrowhead.errors import InputsInvalid
@@ -67,7 +68,7 @@ def gist_and_image(transformer: Any, call: Mapping[str, Any]) -> Tokens:
     images = call["hidden_states"], *(call["context_latents"] or [])
     visual = sum((image.shape[-2] // patch) * (image.shape[-1] // patch) for image in images)
     sizes = [1, *(size // patch for size in call["hidden_states"].shape[-2:])]
-    return Tokens(visual, max(counts), text_first=min(counts) == max(counts), grid=_grid(sizes, visual))
+    return Tokens(visual, max(counts), text_first=min(counts) == max(counts), grid=grid_of(sizes, visual))
 
 
 def _gist(length: int, settings: Any) -> int:
@@ -82,7 +83,7 @@ def items_then_text(transformer: Any, call: Mapping[str, Any]) -> Tokens:
     _, items, _, *sizes = call["hidden_states"].shape
     frames, rows, columns = (size // patch for size, patch in zip(sizes, transformer.config.patch_size, strict=True))
     visual = items * frames * rows * columns
-    grid = _grid([frames, rows, columns], visual)
+    grid = grid_of([frames, rows, columns], visual)
     return Tokens(visual, call["encoder_hidden_states"].shape[1], grid=grid)
 
 
@@ -94,7 +95,7 @@ def last_item(_: Mapping[str, Any]) -> slice:
 def packed_items_then_text(_: Any, call: Mapping[str, Any]) -> Tokens:
     """Patches of several images, (B, V, C, F, H, W), the one that is drawn first, before a text (B, T, C)."""
     visual, text = call["hidden_states"].shape[1], call["encoder_hidden_states"].shape[1]
-    return Tokens(visual, text, grid=_grid(call["shape_list"][0][0], visual))
+    return Tokens(visual, text, grid=grid_of(call["shape_list"][0][0], visual))
 
 
 def tokens_of_first_item(call: Mapping[str, Any]) -> int:
@@ -169,7 +170,7 @@ def text_then_packed_image(_: Any, call: Mapping[str, Any]) -> Tokens:
     visual, text = call["hidden_states"].shape[1], call["encoder_hidden_states"].shape[1]
     grid = None
     if call.get("img_shapes") is not None:
-        grid = _grid(_image_shape(call["img_shapes"]), visual)
+        grid = grid_of(_image_shape(call["img_shapes"]), visual)
     elif (positions := call.get("img_ids")) is not None:
         grid = _grid_by_positions(positions, visual)
     elif (positions := call.get("position_ids")) is not None:  # of the text, too
@@ -189,41 +190,6 @@ def image_tokens_by_shapes(call: Mapping[str, Any]) -> int | None:
     return None if shapes is None else math.prod(_image_shape(shapes))
 
 
-def video_with_text(transformer: Any, call: Mapping[str, Any]) -> Tokens:
-    """A video (B, C, F, H, W) in patches, frame by frame, beside a text (B, T, C) for cross-attention."""
-    sizes = zip(call["hidden_states"].shape[2:], transformer.config.patch_size, strict=True)
-    return Tokens.of_grid(*(size // patch for size, patch in sizes), text=call["encoder_hidden_states"].shape[1])
-
-
-def video_then_text(transformer: Any, call: Mapping[str, Any]) -> Tokens:
-    """A video (B, C, F, H, W) in patches, frame by frame, before or beside a text (B, T, C) or (B, 1, T, C)."""
-    frames, height, width = call["hidden_states"].shape[2:]
-    patch, patch_frames = transformer.config.patch_size, getattr(transformer.config, "patch_size_t", 1)
-    text = call["encoder_hidden_states"].shape[-2]
-    return Tokens.of_grid(frames // patch_frames, height // patch, width // patch, text=text)
-
-
-def text_then_video(transformer: Any, call: Mapping[str, Any]) -> Tokens:
-    """A text (B, T, C) before a video (B, F, C, H, W) in patches, frame by frame."""
-    frames, _, height, width = call["hidden_states"].shape[1:]
-    patch, patch_frames = transformer.config.patch_size, transformer.config.patch_size_t or 1
-    sizes = -(-frames // patch_frames), height // patch, width // patch
-    return Tokens.of_grid(*sizes, text=call["encoder_hidden_states"].shape[1], text_first=True)
-
-
-def video_by_frames(transformer: Any, call: Mapping[str, Any]) -> Tokens:
-    """A video (B, C, F, H, W) in square patches, each frame a sequence."""
-    frames, height, width = call["hidden_states"].shape[2:]
-    patch = transformer.config.patch_size
-    return replace(Tokens.of_grid(frames, height // patch, width // patch), frames=frames)
-
-
-def packed_video_with_text(_: Any, call: Mapping[str, Any]) -> Tokens:
-    """A video that comes as tokens (B, V, C), with the sizes of its grid, beside a text (B, T, C) for cross-attention."""
-    visual, text = call["hidden_states"].shape[1], call["encoder_hidden_states"].shape[1]
-    return Tokens(visual, text, grid=_grid([call.get(name) for name in ("num_frames", "height", "width")], visual))
-
-
 def _grid_by_positions(positions: Any, visual: int) -> Grid | None:
     """The grid of tokens with these positions, (V, 3) or (B, V, 4): time, row and column come first.
 
@@ -233,7 +199,7 @@ def _grid_by_positions(positions: Any, visual: int) -> Grid | None:
         return None
     first, last = positions.flatten(0, -2)[[0, -1], :3].tolist()
     time, rows, columns = (int(end - begin) for begin, end in zip(first, last, strict=True))
-    return None if time else _grid([1, rows + 1, columns + 1], visual)
+    return None if time else grid_of([1, rows + 1, columns + 1], visual)
 
 
 def _image_shape(shapes: Sequence[Any]) -> Sequence[int]:
@@ -242,6 +208,6 @@ def _image_shape(shapes: Sequence[Any]) -> Sequence[int]:
     return first[0] if isinstance(first, list) else first
 
 
-def _grid(sizes: Sequence[Any], visual: int) -> Grid | None:
+def grid_of(sizes: Sequence[Any], visual: int) -> Grid | None:
     """The grid of these frames, rows and columns; None where a size is not known, or the tokens are not as many."""
     return Grid(*sizes) if None not in sizes and math.prod(sizes) == visual else None

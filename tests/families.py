@@ -87,10 +87,10 @@ def wan22(dtype: torch.dtype = torch.float64, seed: int = 0, **parts: Any) -> Fa
     return bench
 
 
-def qwen(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
+def qwen(dtype: torch.dtype = torch.float64, seed: int = 0, **config: Any) -> FamilyBench:
     """Text before image, padding masked; two calls."""
     sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "num_layers": 2, "axes_dims_rope": (2, 2, 4)}
-    model = QwenImageTransformer2DModel(in_channels=16, out_channels=4, joint_attention_dim=CHANNELS, **sizes)
+    model = QwenImageTransformer2DModel(in_channels=16, out_channels=4, joint_attention_dim=CHANNELS, **sizes, **config)
     randomise(model, seed, SHARP)
     pipe = QwenImagePipeline(flow(), None, None, None, model)
     inputs = inputs_of(dtype, "true_cfg_scale", "{}prompt_embeds_mask", height=64, width=80)

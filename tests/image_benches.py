@@ -98,6 +98,13 @@ def bria_fibo(dtype: torch.dtype = torch.float64, seed: int = 0, in_channels: in
     return FamilyBench(finished(pipe, dtype), False, 4 * 5, inputs, TEXT, text_first=True)
 
 
+class Encoder:
+    """Stands in for a text encoder that is asked for its dtype alone."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+
 def encode_in_layers(pipe: Any, dtype: torch.dtype) -> None:
     """Let a FIBO pipeline encode prompts without an encoder: positive ones have two tokens fewer, the rest is padding."""
 
@@ -108,12 +115,8 @@ def encode_in_layers(pipe: Any, dtype: torch.dtype) -> None:
         mask = torch.arange(TEXT).lt(shown[:, None]).to(dtype).repeat_interleave(num_images_per_prompt, 0)
         return every[:, 0], [every[:, 1], every[:, 2]], mask
 
-    class Encoder:
-        def __init__(self) -> None:
-            self.dtype = dtype
-
-    pipe.get_prompt_embeds, pipe.text_encoder = encode, None
-    object.__setattr__(pipe, "text_encoder", Encoder())
+    pipe.get_prompt_embeds = encode
+    object.__setattr__(pipe, "text_encoder", Encoder(dtype))
 
 
 def ernie_image(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import AdaptiveProjectedMixGuidance, HunyuanImageTransformer2DModel
-from families import wan_vae
+from diffusers import AdaptiveProjectedMixGuidance, AutoencoderKLQwenImage, HunyuanImageTransformer2DModel
+from families import qwen, wan_vae
 from family_bench import CHANNELS, DIM, HEADS, SHARP, TEXT, FamilyBench, finished, flow, inputs_of
-from image_benches import bria_fibo, embedded, encode_in_layers, longcat_image
+from image_benches import Encoder, bria_fibo, embedded, encode_in_layers, longcat_image
 from PIL import Image
 from pipelines import randomise, vae
 from transformers import ProcessorMixin
@@ -76,8 +76,29 @@ def of_hunyuan(cls: Any) -> FamilyBench:
     return FamilyBench(finished(pipe, torch.float64), True, 4 * 5, inputs, TEXT, two_calls=True)
 
 
+def of_layered(cls: Any) -> FamilyBench:
+    """Three images of 3 × 6 tokens drawn, the whole and two layers of it, and one more that is given; one prompt in a call."""
+    base = qwen(use_additional_t_cond=True)
+    means = {"latents_mean": [0.1] * 4, "latents_std": [1.1] * 4}
+    own = AutoencoderKLQwenImage(base_dim=3, z_dim=4, dim_mult=[1] * 4, num_res_blocks=1, input_channels=3, **means)
+    randomise(own, 1)
+    before = base.inputs
+    pipe = cls(scheduler=flow(), vae=own, text_encoder=None, tokenizer=None, processor=None, transformer=base.pipe.transformer)
+    object.__setattr__(pipe, "text_encoder", Encoder(torch.float64))
+    base.pipe, base.visual = finished(pipe, torch.float64), 4 * 3 * 6
+
+    def inputs(seed: int = 0, images: int = 1, **more: Any) -> dict[str, Any]:
+        call = before(seed, **more) | {"image": PHOTO, "layers": 2, "prompt": "a word", "num_images_per_prompt": images}
+        call["output_type"] = "pt"  # of latents diffusers makes no output
+        return {name: value for name, value in call.items() if name not in ("height", "width")}
+
+    base.inputs = inputs
+    return base
+
+
 IMAGE_VARIANTS: dict[str, tuple[Callable[..., FamilyBench], dict[str, Any]]] = {
     "LongCatImageEditPipeline": (of_longcat, {}),
     "BriaFiboEditPipeline": (of_fibo, {}),
     "HunyuanImageRefinerPipeline": (of_hunyuan, {}),
+    "QwenImageLayeredPipeline": (of_layered, {}),
 }

@@ -131,7 +131,8 @@ def trace(bench: Bench, inputs: dict[str, Any]) -> Trace:
     both = (bench.pipe.transformer, getattr(bench.pipe, "transformer_2", None))
     hooks = [t.register_forward_hook(lambda _m, _a, out: outputs.append(_whole(out[0]))) for t in both if t is not None]
     try:
-        return Trace(bench.pipe(**inputs)[0].clone(), outputs)
+        images = bench.pipe(**inputs)[0]
+        return Trace(torch.cat(images) if isinstance(images, list) else images.clone(), outputs)
     finally:
         for hook in hooks:
             hook.remove()

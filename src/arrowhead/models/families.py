@@ -132,6 +132,7 @@ FAMILIES: tuple[Family, ...] = (
                 "QwenImageEditPipeline",
                 "QwenImageEditInpaintPipeline",
                 "QwenImageEditPlusPipeline",
+                "QwenImageLayeredPipeline",
             ],
             "two_calls",
         ),

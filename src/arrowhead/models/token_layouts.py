@@ -185,8 +185,13 @@ def image_tokens_by_positions(call: Mapping[str, Any]) -> int:
 
 
 def image_tokens_by_shapes(call: Mapping[str, Any]) -> int | None:
-    """The number of the image's own tokens in a call of Qwen-Image: the first ones, of the first shape."""
+    """The number of the image's own tokens in a call of Qwen-Image: the first ones, of the first shape.
+
+    Qwen-Image Layered, which conditions on the kind of image, draws all images of a sample but the last.
+    """
     shapes = call["img_shapes"]
+    if shapes is not None and call.get("additional_t_cond") is not None:
+        return sum(map(math.prod, shapes[0][:-1]))
     return None if shapes is None else math.prod(_image_shape(shapes))
 
 

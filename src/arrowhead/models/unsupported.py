@@ -33,7 +33,6 @@ UNSUPPORTED_PIPELINES: dict[str, str] = {
     "CosmosTextToWorldPipeline": TWICE,
     "CosmosVideoToWorldPipeline": TWICE,
     "Cosmos2_5_TransferPipeline": "several chunks of the video in one call, each of them with a loop over the timesteps",
-    "QwenImageLayeredPipeline": "several layers that are drawn at once, each with its shape, which no test covers",
     "ZImageOmniPipeline": CONDITIONS,
     "Flux2KleinKVPipeline": "reference images in the first step alone, whose keys and values the later steps attend to",
     "VisualClozePipeline": "a second pipeline that runs after the first",

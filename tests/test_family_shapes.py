@@ -37,6 +37,7 @@ OBLONG = {  # the size in a call, and its number of visual tokens
     "anyflow": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
     "cosmos": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
     "kandinsky5": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
+    "ltx2": ({"height": 160, "width": 96, "num_frames": 17}, 3 * 5 * 3),
     "wan_vace": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
 }
 SEVERAL = ["qwen", "aura_flow", "allegro", "latte", "hunyuan_dit", "flux2", "z_image"]

@@ -108,7 +108,14 @@ def _self_attention(family: Family, path: str, module: Any) -> Site:
         over=family.over,
         text_channels=0 if text_channels == channels else text_channels,
         by_sample=family.by_sample,
+        weights=_gate(module),
     )
+
+
+def _gate(module: Any) -> int:
+    """The weights of the layer that gates heads in LTX-2, if there is one."""
+    gate = getattr(module, "to_gate_logits", None)
+    return 0 if gate is None else _size(gate)
 
 
 def _projections(module: Any) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear | None]:
@@ -134,7 +141,7 @@ def _cross_attention(_: Family, path: str, module: Any) -> Site:
         channels=query.in_features,
         separable_heads=False,
         kind="cross_attention",
-        weights=_size(query) + _size(out),
+        weights=_size(query) + _size(out) + _gate(module),
         text_weights=_size(key) + _size(value),
     )
 

@@ -5,11 +5,13 @@ from arrowhead.models.guidance import (
     first_step_below_boundary,
     guidance_above_one,
     guidance_by_guider,
+    guidance_by_more_calls,
     guider_scale,
     guider_stops,
     second_or_first_scale,
     true_cfg,
     unsupported_guider,
+    video_or_audio_guidance,
 )
 from arrowhead.models.unsupported import causal_blocks, sparse_attention, temporal_reasoning, text_in_video_layers
 from arrowhead.models.video_tokens import (
@@ -228,5 +230,18 @@ VIDEO_FAMILIES: tuple[Family, ...] = (
         unsupported_transformer=sparse_attention,
         latent_channels=lambda _: None,
         left_alone="the text's blocks, embeddings, output layer",
+    ),
+    Family(
+        name="LTX-2",  # its blocks return video and audio
+        transformer="LTX2VideoTransformer3DModel",
+        site_pattern=r"transformer_blocks\.\d+\.attn1",
+        cross_pattern=r"transformer_blocks\.\d+\.attn2",
+        block_pattern=NONE,
+        branch_order=dict.fromkeys(["LTX2Pipeline", "LTX2ImageToVideoPipeline", "LTX2ConditionPipeline"], "uncond_first"),
+        tokens=packed_video_with_text,
+        guided=video_or_audio_guidance,
+        guidance_changes=guidance_by_more_calls,
+        beside=lambda call: call["isolate_modalities"] or bool(call["spatio_temporal_guidance_blocks"]),
+        left_alone="audio, attention between video and audio, whole blocks, caption projection, embeddings, output layer",
     ),
 )

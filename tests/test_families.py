@@ -8,6 +8,7 @@ from family_replay import RADII, random_cells, replaying
 from replay import assert_identical, distance, trace
 from torch.utils.flop_counter import FlopCounterMode
 from untouched import left_as_it_was
+from video_benches import VIDEO
 
 import arrowhead as ah
 from arrowhead.models.families import FAMILIES
@@ -25,6 +26,13 @@ SOONER = "wan22", "lumina2", "mochi", "z_image", "aura_flow"  # two transformers
 budgeted_families = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in SOONER else pytest.mark.slow) for name in MORE]
 )
+
+
+def fewer(name, now):
+    """The marks of a case: for families that others resemble, some cases are slow tests."""
+    return [pytest.mark.slow] if name in VIDEO and not now else []
+
+
 with_and_without = pytest.mark.parametrize("guidance", [3.0, 1.0], ids=["guided", "unguided"])
 
 
@@ -40,9 +48,15 @@ def test_every_family_has_a_bench():
     assert tested == {family.transformer for family in FAMILIES if family.tested == "essentials"}
 
 
-@every_family
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, id=f"{dtype}-{name}", marks=fewer(name, dtype == torch.bfloat16))
+        for dtype in (torch.float32, torch.bfloat16)
+        for name in MORE
+    ],
+)
 @with_and_without
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_full_plan_changes_no_bit(name, guidance, dtype):
     bench = MORE[name](dtype)
     model = find(bench.pipe, INNER)
@@ -56,10 +70,12 @@ def test_a_full_plan_changes_no_bit(name, guidance, dtype):
         assert run.summary().notes == ()
 
 
-@every_family
+@pytest.mark.parametrize(
+    ("name", "seed"),
+    [pytest.param(name, seed, id=f"{seed}-{name}", marks=fewer(name, seed == 1)) for seed in range(3) for name in MORE],
+)
 @with_and_without
 @pytest.mark.parametrize("kinds", [ATTENTION_KINDS, INNER, {"block"}], ids=["attention", "modules", "blocks"])
-@pytest.mark.parametrize("seed", range(3))
 def test_random_plans_are_what_a_replay_gives(name, guidance, kinds, seed):
     bench = MORE[name]()
     if kinds == {"block"} and not next(f for f in FAMILIES if f.transformer == type(bench.pipe.transformer).__name__).has(

@@ -51,10 +51,10 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from family_bench import CHANNELS, DIM, HEADS, SHARP, TEXT, FamilyBench, finished, flow, inputs_of
+from image_benches import IMAGES, SECOND
 from pipelines import POOLED, randomise, scheduler, vae
 from video_benches import VIDEO, wan_vae
 
-SECOND = (3, 8)  # text tokens and channels of a second text encoder
 HUNYUAN_TEXTS = {
     "cross_attention_dim": CHANNELS,
     "cross_attention_dim_t5": SECOND[1],
@@ -79,9 +79,9 @@ def wan(dtype: torch.dtype = torch.float64, seed: int = 0, **parts: Any) -> Fami
     return FamilyBench(finished(pipe, dtype), True, 2 * 4 * 3, inputs, two_calls=True)
 
 
-def wan22(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
+def wan22(dtype: torch.dtype = torch.float64, seed: int = 0, **parts: Any) -> FamilyBench:
     """As `wan`, with a second transformer at timesteps below 875 (from the third step of five on), at a smaller scale."""
-    bench = wan(dtype, seed, transformer_2=wan_transformer(seed + 1), boundary_ratio=0.875)
+    bench = wan(dtype, seed, **{"transformer_2": wan_transformer(seed + 1), "boundary_ratio": 0.875, **parts})
     own, bench.switch = bench.inputs, 2
     bench.inputs = lambda *args, **more: own(*args, **{"guidance_scale_2": 2.0, **more})
     return bench
@@ -351,5 +351,6 @@ MORE: dict[str, Callable[..., FamilyBench]] = {
     "cogview3": cogview3,
     "skyreels": skyreels,
     "wan_vace": wan_vace,
+    **IMAGES,
     **VIDEO,
 }

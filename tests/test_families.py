@@ -5,7 +5,9 @@ import torch
 from budget import final_latents
 from families import MORE
 from family_replay import RADII, random_cells, replaying
+from image_benches import IMAGES
 from replay import assert_identical, distance, trace
+from seeds import seeds
 from torch.utils.flop_counter import FlopCounterMode
 from untouched import left_as_it_was
 from video_benches import VIDEO
@@ -26,11 +28,12 @@ SOONER = "wan22", "lumina2", "mochi", "z_image", "aura_flow"  # two transformers
 budgeted_families = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in SOONER else pytest.mark.slow) for name in MORE]
 )
+NEWER = {*VIDEO, *IMAGES}
 
 
 def fewer(name, now):
     """The marks of a case: for families that others resemble, some cases are slow tests."""
-    return [pytest.mark.slow] if name in VIDEO and not now else []
+    return [pytest.mark.slow] if name in NEWER and not now else []
 
 
 with_and_without = pytest.mark.parametrize("guidance", [3.0, 1.0], ids=["guided", "unguided"])
@@ -70,12 +73,10 @@ def test_a_full_plan_changes_no_bit(name, guidance, dtype):
         assert run.summary().notes == ()
 
 
-@pytest.mark.parametrize(
-    ("name", "seed"),
-    [pytest.param(name, seed, id=f"{seed}-{name}", marks=fewer(name, seed == 1)) for seed in range(3) for name in MORE],
-)
+@every_family
 @with_and_without
 @pytest.mark.parametrize("kinds", [ATTENTION_KINDS, INNER, {"block"}], ids=["attention", "modules", "blocks"])
+@pytest.mark.parametrize("seed", seeds(3))
 def test_random_plans_are_what_a_replay_gives(name, guidance, kinds, seed):
     bench = MORE[name]()
     if kinds == {"block"} and not next(f for f in FAMILIES if f.transformer == type(bench.pipe.transformer).__name__).has(

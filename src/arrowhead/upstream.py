@@ -142,6 +142,19 @@ def execution_device(pipe: Any) -> torch.device:
     return pipe._execution_device
 
 
+def progress_bars(pipe: Any) -> list[Any]:
+    """What shows progress bars: the pipeline, or a modular pipeline's blocks. Without it a search would show their bars."""
+    found = [blocks] if (blocks := getattr(pipe, "_blocks", None)) is not None else []
+    for block in found:  # which grows
+        found.extend(block.sub_blocks.values())
+    return [block for block in found or [pipe] if hasattr(block, "set_progress_bar_config")]
+
+
+def guider_predictions(guider: Any) -> int:
+    """How often a guider calls the transformer in a step. Without it one with three calls would be taken for plain guidance."""
+    return len(guider._input_predictions)
+
+
 def progress_bar_config(pipe: Any) -> dict[str, Any] | None:
     """The latest arguments of `set_progress_bar_config`, or None. Without it a search would leave the bar switched off."""
     return getattr(pipe, "_progress_bar_config", None)

@@ -1,11 +1,12 @@
 """The calibration run: one generation of a driver, in which a search is called at every denoising step.
 
 The transformer's forward is wrapped. When the pipeline, or the loop, calls the transformer, the wrapper calls the search with a
-`Step`. The search runs the call as often as it needs, with any cells, and finishes the step with the output that the pipeline
-goes on with. Where a step has two calls, one for each CFG branch, the first call gives a placeholder. The second one calls the
-search with both, and fills the placeholder, with what the pipeline has computed with it (`placeholder`).
+`Step`. The search runs the call as often as it needs, with any cells, and finishes the step with the output to go on with.
+Where a step has two calls, one for each CFG branch, the first call gives a placeholder. The second one calls the search with
+both, and fills the placeholder, with what the pipeline has computed with it (`placeholder`).
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
@@ -22,13 +23,14 @@ from arrowhead.calibration.outputs import run_forward, samples_of
 from arrowhead.calibration.paired_calls import run_paired, wait_for_pair
 from arrowhead.calibration.placeholder import Placeholder
 from arrowhead.calibration.step import AtSite, Runs, Step
+from arrowhead.calibration.transformer_call import TransformerCall
 from arrowhead.engine.attention_seen import attention_seen, listed
 from arrowhead.engine.cache import Output
 from arrowhead.engine.changes import Changes
 from arrowhead.engine.compile_boundary import force_eager
 from arrowhead.engine.forward_hooks import replace_forward
 from arrowhead.engine.generation import Generation
-from arrowhead.engine.loop_checks import BranchCheck, Numbers, numbers_of
+from arrowhead.engine.loop_checks import BranchCheck, numbers_of
 from arrowhead.engine.site_calls import SiteCall
 from arrowhead.engine.stats import Stats
 from arrowhead.engine.wrappers import Interception
@@ -66,25 +68,6 @@ class _Stopped(BaseException):
     """Ends the run after its first step; no `except Exception` of a pipeline catches it."""
 
 
-@dataclass(frozen=True)
-class _Call:
-    """A call of a transformer by the pipeline.
-
-    `run` runs it. `latents` are (B, …), or a list with one for each image. `scales` says whether the call scales a LoRA. The
-    pipeline goes on with the first `returned` tokens of the output, or with all. `counted` is the scheduler's count of steps.
-    `numbers` are those among the arguments.
-    """
-
-    transformer: nn.Module
-    tokens: Tokens
-    latents: Any
-    run: Callable[[], Any]
-    scales: bool
-    returned: int | None
-    counted: int | None
-    numbers: Numbers
-
-
 class CalibrationRun:
     """One generation of a driver, with a search at every step of it, see `run`.
 
@@ -107,7 +90,9 @@ class CalibrationRun:
         self._at_site: Callable[[SiteCall], Output] | None = None  # set while the search runs the transformer
         self._first_calls: dict[Site, None] = {}  # the sites in the order of their first calls
         self._generation: Generation | None = None
-        self._waiting: tuple[_Call, Placeholder] | None = None  # the first of a step's two calls, and its placeholder
+        self._waiting: tuple[TransformerCall, Placeholder] | None = None  # the first of a step's two calls, and its placeholder
+        self._apart = all(site.kind == "stack" for site in model.sites)  # two calls share nothing: one runs after the other
+        self._tokens: list[Tokens] = []  # of the running step's calls
         self._example: Any = None  # an output of the transformer, which placeholders are copies of
 
     def run(self, on_step: Callable[[Step], None], *, first_only: bool = False) -> Any:
@@ -138,7 +123,8 @@ class CalibrationRun:
             generate = self._driver.prepare(changes)
             interception.install(changes)
             for transformer in self._model.transformers:
-                called = partial(self._transformer_called, search, transformer, transformer.forward)
+                called: Any = partial(self._transformer_called, search, transformer, transformer.forward)
+                called.__signature__ = inspect.signature(transformer.forward)  # modular pipelines pass what it names
                 replace_forward(transformer, called, changes)
             try:
                 with suppress(_Stopped):
@@ -222,17 +208,22 @@ class CalibrationRun:
         before, self.passes = counts.total(), self.passes + 1
         try:
             with torch.set_grad_enabled(grad), force_eager():
-                if len(runs) == 1:
+                if len(runs) == 1 or self._apart:
                     self._at_site = lambda call: at_site(call, self._begun)
-                    outputs = [runs[0]()]
+                    outputs = [*map(self._one, runs, self._tokens)]
                 else:
                     self._at_site = wait_for_pair
                     outputs = run_paired(runs, lambda call: self._pair_called(call, at_site))
         finally:
             self._at_site = None
-        if (passed := counts.total() - before) != len(self._model.sites):
+        if (passed := counts.total() - before) != len(self._model.sites) * (len(runs) if self._apart else 1):
             raise self._sites_missed(runs[0], passed)
         return outputs
+
+    def _one(self, run: Callable[[], Any], tokens: Tokens) -> Any:
+        """One call of a step that is run by itself."""
+        self._begun.tokens = tokens
+        return run()
 
     @contextmanager
     def traced(self, runs: Runs, at_site: AtSite) -> Iterator[list[Any]]:
@@ -285,25 +276,25 @@ class CalibrationRun:
 
     def _call(
         self, transformer: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> _Call:
+    ) -> TransformerCall:
         model = self._model
         if self.branches.calls == 2:  # the pipeline may change what it gave before the first call runs
             args = tuple(copy(value) if isinstance(value, list) else value for value in args)
             kwargs = {name: copy(value) if isinstance(value, dict | list) else value for name, value in kwargs.items()}
         arguments = model.transformer_arguments(args, kwargs)
         scales = {value.get("scale") for value in kwargs.values() if isinstance(value, dict)} - {None, 1}
-        return _Call(
+        return TransformerCall(
             transformer,
             model.tokens(arguments),
             model.latents(arguments),
             partial(run_forward, forward, args, kwargs),
             bool(scales),
-            model.family.output_tokens(arguments),
+            used if isinstance(used := model.family.output_tokens(arguments), slice) else slice(used),
             model.scheduler_step,
             numbers_of(arguments) if self._branch_check else {},
         )
 
-    def _placeholder(self, call: _Call) -> Placeholder:
+    def _placeholder(self, call: TransformerCall) -> Placeholder:
         """What the first of two calls gives until the second has come; the first placeholder takes a run of the transformer."""
         if self._example is None:
             self.passes += 1
@@ -312,10 +303,11 @@ class CalibrationRun:
             samples_of([self._example])  # refused before the pipeline gets a copy
         return Placeholder(self._example)
 
-    def _searched(self, search: Callable[[Step], None], calls: Sequence[_Call]) -> list[Any]:
+    def _searched(self, search: Callable[[Step], None], calls: Sequence[TransformerCall]) -> list[Any]:
         """On to the next step, of these calls; gives their outputs, which the search decided."""
         self._require_alike(calls)
         runs, latents = [call.run for call in calls], [call.latents for call in calls]
+        self._tokens = [call.tokens for call in calls]
         step = Step(self._advance(calls), self, runs, latents, calls[0].returned)
         self._searching = True
         try:
@@ -330,7 +322,7 @@ class CalibrationRun:
             self._searching = False
         return step.outputs
 
-    def _require_alike(self, calls: Sequence[_Call]) -> None:
+    def _require_alike(self, calls: Sequence[TransformerCall]) -> None:
         """Check that a step's calls can be joined to one batch, and have as many rows as those of the steps before."""
         if not all(isinstance(latents := call.latents, list) or getattr(latents, "ndim", 0) for call in calls):
             raise InputsInvalid(
@@ -344,7 +336,7 @@ class CalibrationRun:
                 "got a LoRA scale among the attention arguments of a pipeline that calls its transformer twice a step, which "
                 "scales its layers in each; wanted none while searching; fuse the LoRA, or set its weight with set_adapters"
             )
-        if any(call.tokens != calls[0].tokens for call in calls):
+        if any(call.tokens != calls[0].tokens for call in calls) and not self._apart:
             raise InputsInvalid(
                 f"got {calls[0].tokens} for the prompt and {calls[1].tokens} for the negative prompt, wanted one length, so "
                 "that they can share; bring both to the same number of tokens"
@@ -355,7 +347,7 @@ class CalibrationRun:
             )
         self.rows = rows
 
-    def _advance(self, calls: Sequence[_Call]) -> int:
+    def _advance(self, calls: Sequence[TransformerCall]) -> int:
         """On to the next step; gives its number."""
         if self._generation is None:
             stats = Stats(self.joined_branches.samples)

@@ -157,9 +157,14 @@ def _hooked_dispatch(dispatch: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _transposed(call: AttentionCall) -> AttentionCall:
-    """The call with tokens and heads exchanged in every tensor but the mask: (B, N, H, D) -> (B, H, N, D)."""
-    q, k, v = call.q.transpose(1, 2), call.k.transpose(1, 2), call.v.transpose(1, 2)
-    return AttentionCall(q, k, v, call.scale, call.mask, call.causal, lambda: call.native().transpose(1, 2))
+    """The call with tokens and heads exchanged in every tensor but the mask: (B, N, H, D) -> (B, H, N, D).
+
+    diffusers takes a mask of two dimensions for one of the keys, (B, N).
+    """
+    q, k, v, mask = call.q.transpose(1, 2), call.k.transpose(1, 2), call.v.transpose(1, 2), call.mask
+    if mask is not None and mask.shape == (k.shape[0], k.shape[2]):
+        mask = mask[:, None, None]
+    return AttentionCall(q, k, v, call.scale, mask, call.causal, lambda: call.native().transpose(1, 2))
 
 
 class _StandInModule(types.ModuleType):

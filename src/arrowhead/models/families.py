@@ -1,6 +1,6 @@
 """The families table: for each transformer class, where its sites are and how its pipelines call it. Data alone.
 
-Families of images are here, those of videos in `video_families`.
+Families of images are here and in `image_families`, those of videos in `video_families`.
 """
 
 from arrowhead.models.family import NONE, Family
@@ -13,6 +13,7 @@ from arrowhead.models.guidance import (
     true_cfg,
     undistilled_guidance,
 )
+from arrowhead.models.image_families import IMAGE_FAMILIES
 from arrowhead.models.token_layouts import (
     image_only,
     image_then_text,
@@ -79,6 +80,7 @@ FAMILIES: tuple[Family, ...] = (
         transformer="FluxTransformer2DModel",  # its single-stream blocks project attention and feed-forward out in one layer
         site_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
         joint_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
+        stack=("transformer_blocks", "single_transformer_blocks"),
         branch_order=dict.fromkeys(
             [
                 "FluxPipeline",
@@ -106,6 +108,7 @@ FAMILIES: tuple[Family, ...] = (
         transformer="ChromaTransformer2DModel",
         site_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
         joint_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
+        stack=("transformer_blocks", "single_transformer_blocks"),
         branch_order=dict.fromkeys(["ChromaPipeline", "ChromaImg2ImgPipeline", "ChromaInpaintPipeline"], "two_calls"),
         tokens=text_then_packed_image,
         guided=guidance_above_one,
@@ -145,6 +148,7 @@ FAMILIES: tuple[Family, ...] = (
         joint_pattern=r"(joint|single)_transformer_blocks\.\d+\.attn|single_transformer_blocks\.\d+\.ff",
         feed_forward_pattern=r"(joint|single)_transformer_blocks\.\d+\.ff",
         block_pattern=r"(joint|single)_transformer_blocks\.\d+",
+        stack=("joint_transformer_blocks", "single_transformer_blocks"),
         branch_order={"AuraFlowPipeline": "uncond_first"},
         tokens=registers_and_text_then_image,
         guided=guidance_above_one,
@@ -157,6 +161,7 @@ FAMILIES: tuple[Family, ...] = (
         cross_pattern=r"blocks\.\d+\.attn2",
         feed_forward_pattern=r"blocks\.\d+\.ff",
         block_pattern=r"blocks\.\d+",
+        stack=("blocks",),
         branch_order={"HunyuanDiTPipeline": "uncond_first", "HunyuanDiTControlNetPipeline": "uncond_first"},
         tokens=image_with_two_texts,
         guided=guidance_above_one,
@@ -169,6 +174,7 @@ FAMILIES: tuple[Family, ...] = (
         joint_pattern=r"layers\.\d+\.(attn|feed_forward)",
         feed_forward_pattern=r"(noise_refiner|layers)\.\d+\.feed_forward",
         block_pattern=r"(noise_refiner|layers)\.\d+",
+        stack=("layers",),
         branch_order={"Lumina2Pipeline": "two_calls"},
         tokens=masked_text_then_image,
         guided=guidance_above_one,
@@ -180,6 +186,7 @@ FAMILIES: tuple[Family, ...] = (
         transformer="Flux2Transformer2DModel",
         site_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
         joint_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
+        stack=("transformer_blocks", "single_transformer_blocks"),
         branch_order=dict.fromkeys(["Flux2KleinPipeline", "Flux2KleinInpaintPipeline", "Flux2Pipeline"], "two_calls"),
         tokens=text_then_packed_image,
         guided=undistilled_guidance,
@@ -195,6 +202,7 @@ FAMILIES: tuple[Family, ...] = (
         block_pattern=r"layers\.\d+",
         per_sample_pattern=r"adaLN_modulation.*",
         latents_argument="x",
+        stack=("layers",),
         branch_order=dict.fromkeys(
             [
                 "ZImagePipeline",
@@ -216,6 +224,7 @@ FAMILIES: tuple[Family, ...] = (
         transformer="OvisImageTransformer2DModel",
         site_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
         joint_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
+        stack=("transformer_blocks", "single_transformer_blocks"),
         branch_order={"OvisImagePipeline": "two_calls"},
         tokens=text_then_packed_image,
         guided=guidance_above_one,
@@ -226,6 +235,7 @@ FAMILIES: tuple[Family, ...] = (
         transformer="BriaTransformer2DModel",
         site_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
         joint_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
+        stack=("transformer_blocks", "single_transformer_blocks"),
         branch_order={"BriaPipeline": "uncond_first"},
         tokens=text_then_packed_image,
         guided=guidance_above_one,
@@ -237,6 +247,7 @@ FAMILIES: tuple[Family, ...] = (
         site_pattern=r"transformer_blocks\.\d+\.attn1",
         joint_pattern=r"transformer_blocks\.\d+\.(attn1|ff)",
         block_pattern=NONE,
+        stack=(),
         branch_order={"CogView3PlusPipeline": "uncond_first"},
         tokens=text_then_image,
         guided=guidance_above_one,
@@ -249,10 +260,12 @@ FAMILIES: tuple[Family, ...] = (
         joint_pattern=r"transformer_blocks\.\d+\.attn1",
         feed_forward_pattern=NONE,
         block_pattern=NONE,
+        stack=(),
         branch_order={"CogView4Pipeline": "two_calls", "CogView4ControlPipeline": "two_calls"},
         tokens=text_then_image,
         guided=guidance_above_one,
         left_alone="feed-forwards, whole blocks, embeddings, output layer",
     ),
+    *IMAGE_FAMILIES,
     *VIDEO_FAMILIES,
 )

@@ -1,16 +1,11 @@
 """How the pipelines of each family do classifier-free guidance: from which arguments, at which scale, and what is unsupported.
 
-Functions get the arguments of a pipeline's call by name.
+Functions get the arguments of a pipeline's call by name, and the pipeline as `pipe`.
 """
 
 import math
 from collections.abc import Mapping
 from typing import Any
-
-from arrowhead.upstream import guider_settings
-
-GUIDERS = ("ClassifierFreeGuidance", "AdaptiveProjectedGuidance")
-"""The guiders that call the transformer once for each branch, and whose output is nearly linear in both."""
 
 
 def guidance_above_one(call: Mapping[str, Any]) -> bool:
@@ -39,34 +34,6 @@ def undistilled_guidance(call: Mapping[str, Any]) -> bool:
     FLUX.2 itself takes no negative prompt: its scale is an input of the transformer.
     """
     return "negative_prompt_embeds" in call and call["guidance_scale"] > 1 and not call["is_distilled"]
-
-
-def guidance_by_guider(call: Mapping[str, Any]) -> bool:
-    """Whether the pipeline's guider asks for both branches: it is on, and its scale changes the output."""
-    return guider_settings(call["guider"]).enabled and not math.isclose(guider_scale(call), 1)
-
-
-def guider_scale(call: Mapping[str, Any]) -> float:
-    """The scale of the pipeline's guider, as that of uncond + scale · (cond - uncond)."""
-    guider = call["guider"]
-    return float(guider.guidance_scale) + bool(guider.use_original_formulation)
-
-
-def unsupported_guider(call: Mapping[str, Any]) -> str | None:
-    """A guider that calls the transformer otherwise than once for each branch, or begins on the way."""
-    guider = call["guider"]
-    kinds = [cls.__name__ for cls in type(guider).__mro__]
-    if not {*GUIDERS} & {*kinds}:
-        return f"a {kinds[0]} as the guider, where {' and '.join(GUIDERS)} are known"
-    start = guider_settings(guider).start
-    return f"start={start} of the guider, by which guidance begins on the way" if start > 0 else None
-
-
-def guider_stops(call: Mapping[str, Any]) -> str | None:
-    """A guider's guidance in some of the steps only."""
-    stop = guider_settings(call["guider"]).stop
-    ends = guidance_by_guider(call) and stop < 1
-    return f"stop={stop} of the guider, by which some steps have guidance and some do not" if ends else None
 
 
 def second_or_first_scale(call: Mapping[str, Any]) -> float:
@@ -112,3 +79,15 @@ def cfg_truncation(call: Mapping[str, Any]) -> str | None:
     limit = call["cfg_truncation"]
     ends = guidance_above_zero(call) and limit is not None and limit < 1
     return f"cfg_truncation={limit}, by which some steps have guidance and some do not" if ends else None
+
+
+def cfg_interval(call: Mapping[str, Any]) -> str | None:
+    """ACE-Step's guidance in some of the steps only."""
+    start, end = call["cfg_interval_start"], call["cfg_interval_end"]
+    named = f"cfg_interval_start={start} and cfg_interval_end={end}, by which some steps have guidance and some do not"
+    return named if ace_step_guidance(call) and (start > 0 or end < 1) else None
+
+
+def ace_step_guidance(call: Mapping[str, Any]) -> bool:
+    """Whether ACE-Step's guidance is on: a scale above 1, and weights into which guidance is not distilled."""
+    return guidance_above_one(call) and not call["pipe"].is_turbo

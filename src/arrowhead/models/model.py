@@ -14,6 +14,7 @@ from arrowhead.errors import InputsInvalid
 from arrowhead.models.custom import CustomModel, Forward
 from arrowhead.models.family import Family
 from arrowhead.models.signatures import method_signature
+from arrowhead.models.sites import stack_blocks
 from arrowhead.plans.layout import Branches, BranchOrder, Site, Tokens, relevant_tokens
 from arrowhead.plans.target import NO_SCHEDULER, Target, to_json_value
 from arrowhead.upstream import uncompiled
@@ -54,9 +55,28 @@ class Model:
 
     @property
     def site_modules(self) -> list[tuple[Site, nn.Module]]:
-        """The sites of every transformer, each with its module there."""
-        found = ((site, transformer.get_submodule(site.path)) for transformer in self.transformers for site in self.sites)
+        """The sites of every transformer, but stacks, each with its module there."""
+        found = (
+            (site, transformer.get_submodule(site.path))
+            for transformer in self.transformers
+            for site in self.sites
+            if site.kind != "stack"
+        )
         return [(site, uncompiled(module) if site.kind == "self_attention" else module) for site, module in found]
+
+    @property
+    def stacks(self) -> list[tuple[Site, list[tuple[Site, nn.Module]]]]:
+        """The stacks of every transformer, each with its blocks and their modules there, in the order they run."""
+        found = []
+        for transformer in self.transformers:
+            for site in self.sites:
+                if site.kind == "stack":
+                    blocks, within = (
+                        stack_blocks(site.path.split("+"), transformer),
+                        {block.path: block for block in site.within},
+                    )
+                    found.append((site, [(within[path], module) for path, module in blocks.items()]))
+        return found
 
     @property
     def called_transformers(self) -> tuple[nn.Module, ...]:
@@ -101,6 +121,9 @@ class Model:
             return None
         whole = scheduler.config.get("num_train_timesteps", 1000)
         steps = torch.as_tensor(timesteps)[self.timesteps_left_out :].tolist()  # one read, as each waits for the device
+        if min(steps, default=0) < 0:  # EDM's timesteps are logarithms of the noise
+            sigmas = torch.as_tensor(scheduler.sigmas)[self.timesteps_left_out :][: len(steps)].tolist()
+            return tuple(sigma / (1 + sigma) for sigma in sigmas)
         return tuple(step / whole for step in steps)
 
     @property
@@ -126,14 +149,13 @@ class Model:
         return self.filtered(separate)
 
     def call_arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the arguments of a call of the pipeline by name, defaults included, and its guider where it has one.
+        """Returns the arguments of a call of the pipeline by name, defaults included.
 
         Raises:
             InputsInvalid: the pipeline's call does not take them.
         """
         signature, name = method_signature(type(self.pipe), "__call__"), type(self.pipe).__name__
-        own = {"guider": guider} if (guider := getattr(self.pipe, "guider", None)) is not None else {}
-        return own | dict([*_by_name(signature, (self.pipe, *args), kwargs, name).items()][1:])  # without the pipeline itself
+        return dict([*_by_name(signature, (self.pipe, *args), kwargs, name).items()][1:])  # without the pipeline itself
 
     def transformer_arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the arguments of a call of the transformer by name, defaults included, with the transformer as the first.
@@ -171,7 +193,7 @@ class Model:
         """The guidance scale in a step of a running pipeline call with these arguments."""
         second = self.family.second_guidance_scale
         scale = self.family.guidance_scale if second is None or self.transformer_at(step) is self.transformer else second
-        return scale(call)
+        return scale({"pipe": self.pipe, **call})
 
     def branches(self, call: Mapping[str, Any], *, follows: bool = False) -> Branches:
         """The CFG branches of a pipeline call with these arguments, at its beginning.
@@ -181,10 +203,11 @@ class Model:
         Raises:
             InputsInvalid: the call has an option that no plan goes with, or a guidance scale that is no number.
         """
+        call = {**getattr(self.pipe, "config", {}), "pipe": self.pipe, **call}
         if unsupported := self.family.unsupported_call(call) or (None if follows else self.family.guidance_changes(call)):
             raise InputsInvalid(f"got {unsupported}; wanted a call without it; leave it out, or remove the plan")
         try:
-            guided = self.family.guided(dict(getattr(self.pipe, "config", {})) | dict(call))
+            guided = self.family.guided(call)
         except (TypeError, ValueError) as error:
             raise InputsInvalid(
                 f"got guidance that is no number ({error}); wanted one; correct the call's arguments"

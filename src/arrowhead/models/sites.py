@@ -1,8 +1,9 @@
 """Makes sites of a transformer's modules: which modules are sites, and which sizes they have."""
 
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import Any, Literal
 
 from torch import nn
@@ -10,7 +11,7 @@ from torch import nn
 from arrowhead.errors import UnsupportedPipeline
 from arrowhead.models.custom import Attention
 from arrowhead.models.family import Family
-from arrowhead.models.head_separation import can_project_heads_separately
+from arrowhead.models.head_separation import can_project_heads_separately, heads_of
 from arrowhead.plans.layout import ALL_KINDS, Kind, Site
 from arrowhead.upstream import named_modules
 
@@ -19,7 +20,15 @@ APART = "arrowhead.Attention(projections=False, head_dim=...), by which the laye
 
 
 def sites_in(family: Family, root: nn.Module, kinds: Collection[Kind], prefix: str = "") -> Iterator[tuple[Site, nn.Module]]:
-    """The sites of these kinds in a module, in the order of its modules: blocks before their parts. `prefix` is its path."""
+    """The sites of these kinds in a module, in the order they run, blocks before their parts. `prefix` is the module's path.
+
+    That is the order of its modules, but a feed-forward runs after attention, though JoyImage names it before.
+    """
+    for _, group in groupby(_sites_in(family, root, kinds, prefix), key=lambda found: found[0].path.rpartition(".")[0]):
+        yield from sorted(group, key=lambda found: found[0].kind == "feed_forward")
+
+
+def _sites_in(family: Family, root: nn.Module, kinds: Collection[Kind], prefix: str) -> Iterator[tuple[Site, nn.Module]]:
     makers: dict[Kind, tuple[str, Callable[[Family, str, Any], Site]]] = {
         "self_attention": (family.site_pattern, _self_attention),
         "cross_attention": (family.cross_pattern, _cross_attention),
@@ -31,6 +40,34 @@ def sites_in(family: Family, root: nn.Module, kinds: Collection[Kind], prefix: s
         for kind, (pattern, make) in makers.items():
             if kind in kinds and re.fullmatch(pattern, path) and not _attends_to_an_image(kind, module):
                 yield make(family, path, module), module
+    if "stack" in kinds and not prefix and (blocks := stack_blocks(family.stack, root)):
+        whole = _stack(family, blocks)
+        if whole is not None:
+            yield whole, nn.ModuleList(blocks.values())
+
+
+def stack_blocks(names: Sequence[str], root: nn.Module) -> dict[str, nn.Module]:
+    """The blocks in the lists of these names, by their paths, in the order they run."""
+    lists = [(name, list_) for name in names if isinstance(list_ := getattr(root, name, None), nn.ModuleList)]
+    return {f"{name}.{i}": block for name, list_ in lists for i, block in enumerate(list_)}
+
+
+def _stack(family: Family, blocks: Mapping[str, nn.Module]) -> Site | None:
+    """The site of these blocks as a stack; None where one of them is no site."""
+    if not all(re.fullmatch(family.block_pattern, path) and not _attends_to_an_image("block", b) for path, b in blocks.items()):
+        return None
+    within = tuple(_block(family, path, module) for path, module in blocks.items())
+    channels = within[0].channels
+    return Site(
+        "+".join(dict.fromkeys(path.rpartition(".")[0] for path in blocks)),
+        heads=1,
+        head_dim=channels,
+        channels=channels,
+        joint=any(site.joint for site in within[0].within if site.kind == "feed_forward"),  # text and image in one sequence
+        separable_heads=False,
+        kind="stack",
+        within=within,
+    )
 
 
 def _attends_to_an_image(kind: Kind, module: Any) -> bool:
@@ -90,8 +127,10 @@ def _self_attention(family: Family, path: str, module: Any) -> Site:
         channels, width = fused.in_features, module.heads * module.head_dim
         weights = _size(fused) + _size(module.to_out) - 4 * channels * width
         return Site(path, module.heads, module.head_dim, channels, joint, separable_heads=False, weights=weights)
+    if (fused := getattr(module, "img_attn_qkv", None)) is not None:  # JoyImage: Q, K and V in one layer, text in another
+        return Site(path, module.heads, module.head_dim, fused.in_features, joint, separable_heads=False)
     query, key, _, _ = _projections(module)
-    heads: int = getattr(module, "heads", None) or module.num_heads
+    heads = heads_of(module)
     channels, text_projection = query.in_features, getattr(module, "add_k_proj", None) if joint else None
     head_dim = query.out_features // heads
     kv_heads = key.out_features // head_dim
@@ -105,17 +144,17 @@ def _self_attention(family: Family, path: str, module: Any) -> Site:
         projects_out=_projects_out(module),
         separable_heads=family.separable_heads and can_project_heads_separately(module),
         kv_heads=None if kv_heads == heads else kv_heads,
+        weights=_gate(module),
         over=family.over,
         text_channels=0 if text_channels == channels else text_channels,
         by_sample=family.by_sample,
-        weights=_gate(module),
     )
 
 
 def _gate(module: Any) -> int:
-    """The weights of the layer that gates heads in LTX-2, if there is one."""
-    gate = getattr(module, "to_gate_logits", None)
-    return 0 if gate is None else _size(gate)
+    """The weights of the layer that gates channels, or in LTX-2 whole heads, if there is one."""
+    gates = (getattr(module, name, None) for name in ("to_gate", "to_gate_logits"))
+    return sum(_size(gate) for gate in gates if gate is not None)
 
 
 def _projections(module: Any) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear | None]:
@@ -127,7 +166,7 @@ def _projections(module: Any) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linea
 
 
 def _projects_out(module: Any) -> Literal["all", "visual", "none"]:
-    if getattr(module, "pre_only", False):
+    if getattr(module, "pre_only", False) or isinstance(getattr(module, "to_out", None), nn.Identity):
         return "none"
     return "visual" if getattr(module, "context_pre_only", False) else "all"
 
@@ -141,7 +180,7 @@ def _cross_attention(_: Family, path: str, module: Any) -> Site:
         channels=query.in_features,
         separable_heads=False,
         kind="cross_attention",
-        weights=_size(query) + _size(out) + _gate(module),
+        weights=_size(query) + (0 if out is None else _size(out)) + _gate(module),
         text_weights=_size(key) + _size(value),
     )
 

@@ -8,6 +8,12 @@ UNSUPPORTED: dict[str, str] = {
     "SanaVideoTransformer3DModel": "linear attention, which has no softmax that a band could limit",
     "SanaWMTransformer3DModel": "linear attention in most of its layers",
     "AnyFlowFARTransformer3DModel": "causal attention, frame by frame",
+    "QwenImage21Transformer2DModel": "causal attention, of text and reference images, in a call for each part of the sequence",
+    "StableAudio3DiTModel": "differential attention, the difference of two attentions in each module",
+    "Ideogram4Transformer2DModel": "a second transformer for the unconditional branch, in every step",
+    "PRXTransformer2DModel": "attention in which the text has keys and values and no queries",
+    "NucleusMoEImageTransformer2DModel": "attention in which the text has keys and values and no queries",
+    "OmniGenTransformer2DModel": "prompt, timestep and images in one sequence, partly causal; guidance that is never off",
 }
 """By the name of the transformer's class, the part of the class that does not fit."""
 

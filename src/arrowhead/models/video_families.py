@@ -4,15 +4,12 @@ from arrowhead.models.family import NONE, Family
 from arrowhead.models.guidance import (
     first_step_below_boundary,
     guidance_above_one,
-    guidance_by_guider,
     guidance_by_more_calls,
-    guider_scale,
-    guider_stops,
     second_or_first_scale,
     true_cfg,
-    unsupported_guider,
     video_or_audio_guidance,
 )
+from arrowhead.models.guiders import guided_by_guider, guider_interval, scale_of_guider, unsupported_guider
 from arrowhead.models.unsupported import causal_blocks, sparse_attention, temporal_reasoning, text_in_video_layers
 from arrowhead.models.video_tokens import (
     frames_with_text,
@@ -33,6 +30,7 @@ VIDEO_FAMILIES: tuple[Family, ...] = (
         site_pattern=r"blocks\.\d+\.attn1",
         cross_pattern=r"blocks\.\d+\.attn2",
         feed_forward_pattern=r"blocks\.\d+\.ffn",
+        stack=("blocks",),
         block_pattern=r"blocks\.\d+",
         branch_order=dict.fromkeys(
             ["WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline", "LucyEditPipeline"], "two_calls"
@@ -48,6 +46,7 @@ VIDEO_FAMILIES: tuple[Family, ...] = (
         transformer="HunyuanVideoTransformer3DModel",
         site_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
         joint_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
+        stack=(),
         block_pattern=NONE,
         branch_order=dict.fromkeys(
             ["HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline", "HunyuanSkyreelsImageToVideoPipeline"], "two_calls"
@@ -72,6 +71,7 @@ VIDEO_FAMILIES: tuple[Family, ...] = (
         transformer="CogVideoXTransformer3DModel",
         site_pattern=r"transformer_blocks\.\d+\.attn1",
         joint_pattern=r"transformer_blocks\.\d+\.(attn1|ff)",
+        stack=(),
         block_pattern=NONE,
         branch_order=dict.fromkeys(
             [
@@ -101,6 +101,7 @@ VIDEO_FAMILIES: tuple[Family, ...] = (
         transformer="LatteTransformer3DModel",
         site_pattern=r"transformer_blocks\.\d+\.attn1",
         feed_forward_pattern=NONE,
+        stack=(),
         block_pattern=NONE,
         over="space",
         branch_order={"LattePipeline": "uncond_first"},
@@ -113,6 +114,7 @@ VIDEO_FAMILIES: tuple[Family, ...] = (
         transformer="MochiTransformer3DModel",
         site_pattern=r"transformer_blocks\.\d+\.attn1",
         joint_pattern=r"transformer_blocks\.\d+\.attn1",
+        stack=(),
         block_pattern=NONE,
         by_sample=True,
         separable_heads=False,
@@ -127,6 +129,7 @@ VIDEO_FAMILIES: tuple[Family, ...] = (
         site_pattern=r"blocks\.\d+\.attn1",
         cross_pattern=r"blocks\.\d+\.attn2",
         feed_forward_pattern=r"blocks\.\d+\.ffn",
+        stack=("blocks",),
         block_pattern=r"blocks\.\d+",
         branch_order={"SkyReelsV2Pipeline": "two_calls", "SkyReelsV2ImageToVideoPipeline": "two_calls"},
         tokens=video_with_text,
@@ -140,6 +143,7 @@ VIDEO_FAMILIES: tuple[Family, ...] = (
         site_pattern=r"blocks\.\d+\.attn1",
         cross_pattern=r"blocks\.\d+\.attn2",
         feed_forward_pattern=r"blocks\.\d+\.ffn",
+        stack=("blocks",),
         block_pattern=r"blocks\.\d+",
         branch_order={"WanVACEPipeline": "two_calls"},
         tokens=video_with_text,
@@ -156,10 +160,10 @@ VIDEO_FAMILIES: tuple[Family, ...] = (
         block_pattern=NONE,
         branch_order=dict.fromkeys(["HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline"], "two_calls"),
         tokens=video_then_texts,
-        guided=guidance_by_guider,
-        guidance_scale=guider_scale,
+        guided=guided_by_guider,
+        guidance_scale=scale_of_guider,
         unsupported_call=unsupported_guider,
-        guidance_changes=guider_stops,
+        guidance_changes=guider_interval,
         left_alone="the text's refiner and feed-forwards, whole blocks, embeddings, output layer",
     ),
     Family(

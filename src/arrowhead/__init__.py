@@ -13,7 +13,9 @@ from arrowhead.analysis.measure import analyze
 from arrowhead.engine.install import applied, apply, remove
 from arrowhead.engine.run import Run
 from arrowhead.engine.stats import Summary
-from arrowhead.models.custom import Adapter, Attention, FusedQKV
+from arrowhead.models import adapters
+from arrowhead.models.custom import Adapter
+from arrowhead.models.custom_attention import Attention, AttentionIn, FusedQKV
 from arrowhead.models.latte import latte
 from arrowhead.models.open_sora import open_sora
 from arrowhead.models.supported import supported
@@ -37,6 +39,7 @@ __all__ = [
     "Adapter",
     "Analysis",
     "Attention",
+    "AttentionIn",
     "Box",
     "Budget",
     "Extent",
@@ -48,6 +51,7 @@ __all__ = [
     "Summary",
     "Table",
     "Tokens",
+    "adapters",
     "analyze",
     "applied",
     "apply",

@@ -269,3 +269,21 @@ class ForwardSiteCall(AttentionSiteCall):
     @property
     def _processor(self) -> str:
         return type(self.module).__name__
+
+
+@dataclass(slots=True)
+class FunctionSiteCall(ForwardSiteCall):
+    """One call of an attention function in a module's code. `original` is the function, `hooked` that with hooked attention."""
+
+    _wanted: ClassVar[str] = "a function that does; where it is the attention itself, say the layout of arrowhead.AttentionIn"
+
+    def attends_twice(self) -> NotIntercepted:
+        """The error of a function that calls attention more than once, or that its module calls more than once."""
+        return NotIntercepted(
+            f"{self.site.path}: {self._processor} is called, or calls attention, twice; wanted attention once in each call of "
+            "the module; name modules that attend once, or leave these out of the adapter"
+        )
+
+    @property
+    def _processor(self) -> str:
+        return f"{self.site.path.rpartition('.')[2]} in a {type(self.module).__name__}"

@@ -10,11 +10,19 @@ from torch import nn
 
 from arrowhead.errors import UnsupportedPipeline
 from arrowhead.models.conflicts import require_no_conflicts
-from arrowhead.models.custom import Adapter, CustomModel, Forward, matching_paths, require_separate, tokens_by_adapter
+from arrowhead.models.custom import (
+    Adapter,
+    CustomModel,
+    function_path,
+    matching_paths,
+    require_separate,
+    tokens_by_adapter,
+)
+from arrowhead.models.custom_attention import CalledFunction, Forward
 from arrowhead.models.families import FAMILIES
 from arrowhead.models.family import NONE, Family
 from arrowhead.models.model import Model, transformers_of
-from arrowhead.models.sites import custom_attention_site, sites_in
+from arrowhead.models.sites import custom_attention_site, function_site, sites_in
 from arrowhead.models.unsupported import UNSUPPORTED, UNSUPPORTED_PIPELINES
 from arrowhead.plans.layout import ALL_KINDS, ATTENTION_KINDS, BranchOrder, Kind
 from arrowhead.upstream import named_modules, uncompiled
@@ -133,17 +141,25 @@ def _find_custom(custom: CustomModel, kinds: Collection[Kind]) -> Model:
     require_separate(adapter, root)
     family = _family_by_adapter(adapter, root)
     modules, forwards = dict(sites_in(family, root, kinds)), dict[str, Forward]()
-    for pattern, attention in adapter.attention.items() if "self_attention" in kinds else ():
+    functions, attends = dict[str, CalledFunction](), "self_attention" in kinds
+    for each in adapter.functions if attends else ():
+        for path in matching_paths(each.pattern, root):
+            module = uncompiled(root.get_submodule(path))
+            modules[site := function_site(function_path(path, each), module, each)] = module
+            functions[site.path] = each.called_function()
+    for pattern, attention in adapter.attention.items() if attends else ():
         for path in matching_paths(pattern, root):
             module = uncompiled(root.get_submodule(path))
             modules[custom_attention_site(family, path, module, attention)] = module
             if (forward := attention.replacement_forward()) is not None:
                 forwards[path] = forward
+            if (function := attention.called_function()) is not None:
+                functions[path] = function
     if not modules:
         raise UnsupportedPipeline(f"got kinds {', '.join(sorted(kinds))}, of which the adapter of a {family.name} names none")
     order = {path: place for place, (path, _) in enumerate(named_modules(root))}
-    in_order = dict(sorted(modules.items(), key=lambda item: order[item[0].path]))
-    model = Model(custom, (root,), family, adapter.cfg or "cond_first", in_order, forwards)
+    in_order = dict(sorted(modules.items(), key=lambda item: order[item[0].module_path]))
+    model = Model(custom, (root,), family, adapter.cfg or "cond_first", in_order, forwards, functions)
     model.require_signatures()
     return model
 

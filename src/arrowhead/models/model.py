@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from arrowhead.errors import InputsInvalid
-from arrowhead.models.custom import CustomModel, Forward
+from arrowhead.models.custom import CustomModel
+from arrowhead.models.custom_attention import CalledFunction, Forward
 from arrowhead.models.family import Family
 from arrowhead.models.signatures import method_signature
 from arrowhead.plans.layout import Branches, BranchOrder, Site, Tokens, relevant_tokens
@@ -33,6 +34,7 @@ class Model:
         branch_order: the order of the CFG branches.
         modules: the sites with their modules in the first transformer, in the order they run.
         forwards: by the site's path, the forwards that replace those of a custom model's attention modules.
+        functions: by the site's path, the functions that a custom model calls for attention in place of torch's.
     """
 
     pipe: "DiffusionPipeline | CustomModel"
@@ -41,6 +43,7 @@ class Model:
     branch_order: BranchOrder
     modules: Mapping[Site, nn.Module]
     forwards: Mapping[str, Forward] = field(default_factory=dict)
+    functions: Mapping[str, CalledFunction] = field(default_factory=dict)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -55,7 +58,9 @@ class Model:
     @property
     def site_modules(self) -> list[tuple[Site, nn.Module]]:
         """The sites of every transformer, each with its module there."""
-        found = ((site, transformer.get_submodule(site.path)) for transformer in self.transformers for site in self.sites)
+        found = (
+            (site, transformer.get_submodule(site.module_path)) for transformer in self.transformers for site in self.sites
+        )
         return [(site, uncompiled(module) if site.kind == "self_attention" else module) for site, module in found]
 
     @property

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from arrowhead.errors import UnsupportedPipeline
-from arrowhead.models.custom import Attention
+from arrowhead.models.custom_attention import Attention, AttentionIn
 from arrowhead.models.family import Family
 from arrowhead.models.head_separation import can_project_heads_separately
 from arrowhead.plans.layout import ALL_KINDS, Kind, Site
@@ -50,7 +50,8 @@ def custom_attention_site(family: Family, path: str, module: nn.Module, attentio
     Raises:
         UnsupportedPipeline: the linear layers are no four projections of heads, or the number of heads is not known.
     """
-    if attention.replacement_forward() is None and hasattr(module, "processor") and hasattr(module, "to_q"):
+    own = attention.replacement_forward() is None and attention.function is None
+    if own and hasattr(module, "processor") and hasattr(module, "to_q"):
         return replace(_self_attention(family, path, module), joint=attention.joint, over=attention.over)
     linears, heads, head_dim = [*_linears(module).values()], attention.head_count(module), attention.head_dim
     weights, kind = sum(map(_size, linears)), type(module).__name__
@@ -82,6 +83,25 @@ def custom_attention_site(family: Family, path: str, module: nn.Module, attentio
             f"Q, K, V and output for {heads} heads of {head_dim} and {channels} channels, which FLOPs would count; or {APART}"
         )
     return Site(path, heads, head_dim, channels, joint=attention.joint, separable_heads=False, over=attention.over)
+
+
+def function_site(path: str, module: nn.Module, function: AttentionIn) -> Site:
+    """The site of a function that a module calls for attention. Nothing is projected in it.
+
+    Raises:
+        UnsupportedPipeline: the module does not say its heads.
+    """
+    heads, head_dim = function.sizes(module)
+    return Site(
+        path,
+        heads,
+        head_dim,
+        channels=heads * head_dim,
+        joint=function.joint,
+        projects_out="outside",
+        separable_heads=False,
+        over=function.over,
+    )
 
 
 def _self_attention(family: Family, path: str, module: Any) -> Site:

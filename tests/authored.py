@@ -89,7 +89,7 @@ def sd3_model() -> Authored:
 
 
 def wan_model() -> Authored:
-    tokens, adapter = ah.Tokens.of_grid(3, 2, 3), ah.adapters.wan(guidance_scale=3.0)
+    tokens, adapter = ah.Tokens.of_grid(3, 2, 3, text=5), ah.adapters.wan(guidance_scale=3.0)
     return Authored(wan.WanModel().double(), adapter, wan.generate, tokens, wan, "flash_attention", tokens_first)
 
 
@@ -150,7 +150,18 @@ def replaying(own: Authored, model: Model, columns: Any, seen: ah.Tokens | None 
             current.append(replayed)
             return forward(*args, **kwargs)
 
+        def block(*args: Any, **kwargs: Any) -> Any:
+            names = model.blocks[replayed.site.path].names
+            if len(names) == 1:
+                return replayed(lambda: forward(*args, **kwargs), args[0])
+            given = args[:2] if args else (kwargs["img"], kwargs["txt"])
+            if replayed.site.joint:
+                return replayed(lambda: forward(*args, **kwargs), given)
+            return None, replayed(lambda: forward(*args, **kwargs)[1], given[1])  # SD3's last one gives no text
+
         def called(*args: Any, **kwargs: Any) -> Any:
+            if replayed.site.kind == "block":
+                return block(*args, **kwargs)
             if replayed.site.is_function:
                 return within(*args, **kwargs)
             if replayed.site.kind != "self_attention":

@@ -37,10 +37,10 @@ def cell_plan(own, cell, steps=None):
 def test_keys_behind_a_sample_s_length_are_hidden(padding):
     """Wan pads videos to `seq_len` tokens: they are queries, and no keys."""
     own = wan_model()
-    tokens = ah.Tokens(18 + padding) if padding else own.tokens
+    tokens = ah.Tokens(18 + padding, text=5)
     model = own.found()
     cells = random_cells(3, model.sites, own.steps, own.guided)
-    plan = replace(own.plan(cells), tokens=tokens.flat)
+    plan = replace(own.plan(cells), tokens=tokens.image)
     with ah.applied(own.model, plan, own.adapter):
         given = own.sample(1, padding=padding)
     with replaying(own, model, plan.columns, tokens):

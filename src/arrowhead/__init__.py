@@ -16,6 +16,7 @@ from arrowhead.engine.stats import Summary
 from arrowhead.models import adapters
 from arrowhead.models.custom import Adapter
 from arrowhead.models.custom_attention import Attention, AttentionIn, FusedQKV
+from arrowhead.models.custom_blocks import Block
 from arrowhead.models.latte import latte
 from arrowhead.models.open_sora import open_sora
 from arrowhead.models.supported import supported
@@ -40,6 +41,7 @@ __all__ = [
     "Analysis",
     "Attention",
     "AttentionIn",
+    "Block",
     "Box",
     "Budget",
     "Extent",

@@ -32,6 +32,7 @@ class WanT2VCrossAttention(WanSelfAttention):
 class WanModel(own_wan.WanModel):
     def __init__(self, layers: int = 2) -> None:
         super().__init__(layers)
+        self.text_len = own_wan.TEXT
         for block in self.blocks:
             block.self_attn, block.cross_attn = WanSelfAttention(), WanT2VCrossAttention()
             nn.init.normal_(block.self_attn.norm_q.weight, std=2.0)

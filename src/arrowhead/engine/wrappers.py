@@ -8,23 +8,34 @@ instance. How attention within the call is intercepted is in `attention_hook`.
 import inspect
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial, wraps
 from typing import Any
 
 from torch import nn
 
-from arrowhead.engine.adapter_checks import require_described
+from arrowhead.engine.adapter_checks import RowsAlone, require_described
 from arrowhead.engine.attention_functions import calling_class, forward_calling, hooked_function
 from arrowhead.engine.attention_hook import HookedProcessors, hooked_attention, twin, under_mode
 from arrowhead.engine.cache import Output
 from arrowhead.engine.changes import Changes
 from arrowhead.engine.compile_boundary import RegistryEntry, SiteHandle, call_operator, compiling, outside_graph
 from arrowhead.engine.forward_hooks import is_reached, restore_forward
-from arrowhead.engine.site_calls import AttentionSiteCall, BlockCall, ForwardSiteCall, FunctionSiteCall, ModuleCall, SiteCall
+from arrowhead.engine.site_calls import (
+    AttentionSiteCall,
+    BlockCall,
+    CustomBlockCall,
+    CustomModuleCall,
+    ForwardSiteCall,
+    FunctionSiteCall,
+    ModuleCall,
+    SiteCall,
+)
 from arrowhead.errors import AlreadyApplied, NotIntercepted, ProcessorReplaced
 from arrowhead.models.custom_attention import CalledFunction, Forward
+from arrowhead.models.custom_blocks import Block
 from arrowhead.models.model import Model
 from arrowhead.models.signatures import method_signature, signature_within
 from arrowhead.plans.layout import Site
@@ -63,7 +74,9 @@ class Interception:
 
         The model's `forwards` replace those of attention modules that call no attention function of torch's.
         """
-        self._model, self._around = model, around
+        self._model, self._answer = model, around
+        self._around = self._answered if model.blocks else around
+        self._muted = False
         self._wrappers: list[_Wrapper] = []
         self._replaced: dict[str, str] | None = None  # when it was removed
 
@@ -94,6 +107,19 @@ class Interception:
             else:
                 self._wrap_forward(site, module, custom)
 
+    def _answered(self, call: SiteCall) -> Output:
+        """The answer to a site call; within a block that is checked, the module's own."""
+        return call.native() if self._muted else self._answer(call)
+
+    @contextmanager
+    def _unanswered(self) -> Iterator[None]:
+        """Within the block of code, sites run as without wrappers."""
+        before, self._muted = self._muted, True
+        try:
+            yield
+        finally:
+            self._muted = before
+
     def _wrap_function(self, site: Site, module: nn.Module) -> None:
         wrapped = function_class(module, site, self._model.functions[site.path], self._around)
         self._put(_Wrapper(site, module, "__class__", type(module), wrapped))
@@ -112,7 +138,12 @@ class Interception:
             hooked = forward_calling(module, forward, function)
         else:
             hooked = under_mode(forward) if custom is None else partial(custom, module, hooked_attention)
-        wrapped: Any = _wrap_forward(module, forward, site, self._around, hooked, custom is not None)
+        wrapped: Any
+        if site.path in self._model.blocks or (site.kind == "cross_attention" and self._model.pipe.scheduler is None):
+            alone = RowsAlone(self._unanswered)
+            wrapped = _wrap_custom(module, forward, site, self._around, self._model.blocks.get(site.path), alone)
+        else:
+            wrapped = _wrap_forward(module, forward, site, self._around, hooked, custom is not None)
         original = vars(module).get("forward") if place == "forward" else compiled
         self._put(_Wrapper(site, module, place, original, wrapped, RegistryEntry(wrapped.arrowhead_handle, site, wrapped)))
 
@@ -199,6 +230,30 @@ def _wrap_forward(
     parameters = _forward_parameters(uncompiled(module), site)
     handle = SiteHandle.of(site, parameters)
     wrapped.arrowhead_around, wrapped.arrowhead_handle = around, handle  # type: ignore[attr-defined]
+    return wrapped
+
+
+def _wrap_custom(
+    module: nn.Module,
+    forward: Callable[..., Output],
+    site: Site,
+    around: Around,
+    block: Block | None,
+    alone: RowsAlone,
+) -> Callable[..., Output]:
+    """The wrapper of a custom model's block, or of a cross-attention."""
+
+    @wraps(forward)
+    def wrapped(*args: Any, **kwargs: Any) -> Output:
+        if compiling():
+            return outside_graph(wrapped)(*args, **kwargs)
+        if block is None:
+            return around(CustomModuleCall(site, module, forward, args, kwargs, alone))
+        return around(CustomBlockCall(site, module, forward, args, kwargs, alone, parameters, block.names))
+
+    parameters = [*inspect.signature(forward).parameters]
+    wrapped.arrowhead_around = around  # type: ignore[attr-defined]
+    wrapped.arrowhead_handle = SiteHandle.of(site, parameters)  # type: ignore[attr-defined]
     return wrapped
 
 

@@ -5,11 +5,13 @@ same names and calls, not with the authors' weights. `describe` makes an adapter
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from arrowhead.errors import InputsInvalid
 from arrowhead.models.custom import Adapter
 from arrowhead.models.custom_attention import Attention, AttentionIn, FusedQKV
+from arrowhead.models.custom_blocks import Block
 from arrowhead.plans.layout import BranchOrder, Grid, Tokens
 
 
@@ -35,6 +37,12 @@ def flux(*, guidance_scale: float = 1.0, cfg: BranchOrder | None = None) -> Adap
     """
     return Adapter(
         functions=[AttentionIn(r"(double|single)_blocks\.\d+", function="attention", joint=True)],
+        blocks={
+            r"double_blocks\.\d+": Block(
+                inputs=("img", "txt"), joint=True, text=r"txt_(attn|mlp)\..*", per_sample=r"(img|txt)_mod\..*"
+            ),
+            r"single_blocks\.\d+": Block(inputs="x", joint=True, per_sample=r"modulation\..*"),
+        },
         tokens=lambda _, call: Tokens(call["img"].shape[1], call["txt"].shape[1], text_first=True),
         cfg=cfg,
         guidance_scale=guidance_scale,
@@ -57,16 +65,29 @@ def sd3(*, guidance_scale: float = 5.0) -> Adapter:
         functions=[
             AttentionIn(r"joint_blocks\.\d+", function="attention", heads="x_block.attn.num_heads", joint=True),
         ],
+        blocks={
+            r"joint_blocks\.\d+": Block(
+                inputs=(0, 1),  # the context, and the image
+                joint=_returns_its_context,
+                text=r"context_block\.(attn|mlp)\..*",
+                per_sample=r".*adaLN_modulation\..*",
+            )
+        },
         tokens=_image_and_text,
         cfg="cond_first",
         guidance_scale=guidance_scale,
     )
 
 
-def wan(*, guidance_scale: float = 5.0) -> Adapter:
+def wan(*, guidance_scale: float = 5.0, image_to_video: bool = False) -> Adapter:
     r"""Returns the adapter of `wan.modules.model.WanModel`: self-attention, which calls `flash_attention`, and feed-forwards.
 
-    The model is called twice a step, with videos `x` in a list, the conditional call first.
+    The model is called twice a step, with videos `x` in a list, the conditional call first. In models from text alone
+    cross-attention and blocks are described, too.
+
+    Args:
+        guidance_scale: that of the sampling loop, for the predicted errors of budgets.
+        image_to_video: whether the model attends to an image besides the text.
 
     Raises:
         InputsInvalid: the scale is not a finite number.
@@ -76,9 +97,11 @@ def wan(*, guidance_scale: float = 5.0) -> Adapter:
     """
     return Adapter(
         {r"blocks\.\d+\.self_attn": Attention(function="flash_attention", layout="BNHD")},
-        tokens=_videos_in_a_list,
+        tokens=_videos_in_a_list if image_to_video else _videos_and_text,
         cfg="two_calls",
         feed_forward=r"blocks\.\d+\.ffn",
+        cross_attention={} if image_to_video else {r"blocks\.\d+\.cross_attn": "[kv]"},
+        blocks={} if image_to_video else {r"blocks\.\d+": Block(inputs="x")},
         guidance_scale=guidance_scale,
     )
 
@@ -99,6 +122,7 @@ def dit(*, guidance_scale: float = 4.0) -> Adapter:
         tokens=_image,
         cfg="cond_first",
         feed_forward=r"blocks\.\d+\.mlp",
+        blocks={r"blocks\.\d+": Block(inputs="x", per_sample=r"adaLN_modulation\..*")},
         guidance_scale=guidance_scale,
         latent_channels=4,
     )
@@ -107,7 +131,8 @@ def dit(*, guidance_scale: float = 4.0) -> Adapter:
 def pixart_sigma(*, guidance_scale: float = 4.5, cfg: BranchOrder | None = "uncond_first") -> Adapter:
     r"""Returns the adapter of PixArt-Σ's `PixArt` and `PixArtMS`: self-attention by xformers' function, and feed-forwards.
 
-    The model is called with latents `x` (B, 4, H, W). Modules that compress keys and values are refused.
+    The model is called with latents `x` (B, 4, H, W). Modules that compress keys and values are refused. Cross-attention and
+    blocks are computed in every step: they take the texts of all samples in one row, so that no branch can run alone.
 
     Args:
         guidance_scale: that of the sampler, for the predicted errors of budgets.
@@ -127,6 +152,11 @@ def pixart_sigma(*, guidance_scale: float = 4.5, cfg: BranchOrder | None = "unco
         guidance_scale=guidance_scale,
         latent_channels=4,
     )
+
+
+def _returns_its_context(block: Any) -> bool:
+    """Whether it is not the last one, which gives the image alone."""
+    return not block.context_block.pre_only
 
 
 def _image(model: Any, call: Mapping[str, Any], text: int = 0) -> Tokens:
@@ -152,3 +182,10 @@ def _videos_in_a_list(model: Any, call: Mapping[str, Any]) -> Tokens:
     """Videos (C, F, H, W) in patches, padded to `seq_len` tokens: on a grid where nothing is padded."""
     grid = Grid(*(size // patch for size, patch in zip(call["x"][0].shape[1:], model.patch_size, strict=True)))
     return Tokens(call["seq_len"], grid=grid if grid.size == call["seq_len"] else None)
+
+
+def _videos_and_text(model: Any, call: Mapping[str, Any]) -> Tokens:
+    """The same with the text, which the model pads to one length."""
+    if getattr(model.blocks[0].cross_attn, "k_img", None) is not None:
+        raise InputsInvalid("got a model that attends to an image, wanted one from text alone; say wan(image_to_video=True)")
+    return replace(_videos_in_a_list(model, call), text=model.text_len)

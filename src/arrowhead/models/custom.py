@@ -4,13 +4,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import pairwise
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import nn
 
 from arrowhead.errors import InputsInvalid, UnsupportedPipeline
 from arrowhead.models.custom_attention import Attention, AttentionIn, at_least_one
+from arrowhead.models.custom_blocks import Block, require_pattern
 from arrowhead.models.family import NONE
 from arrowhead.plans.layout import BranchOrder, Tokens
 from arrowhead.upstream import named_modules
@@ -36,6 +37,10 @@ class Adapter:
             refused. Which branch comes first cannot be told from latents, and is taken as said.
         feed_forward: a regular expression for the paths of feed-forwards of visual tokens (B, N, C), which a budget may then
             reuse, too. By default there are none.
+        cross_attention: by regular expressions for paths, modules that attend from the visual tokens (B, N, C) to the text,
+            which a budget may then reuse, too; each with an expression for the paths, within it, of the linear layers that
+            multiply the text tokens. `tokens` has to count the text.
+        blocks: by regular expressions for paths, blocks, each kind with a `Block`, which a budget may then reuse whole.
         guidance_scale: the scale w of uncond + w · (cond - uncond), for the predicted errors of budgets.
         latent_channels: the number of channels of the output (dimension 1) that the sampler uses, where a variance follows
             them; None: all. Budgets predict errors of these alone.
@@ -61,13 +66,15 @@ class Adapter:
     """
 
     attention: Mapping[str, Attention] = field(default_factory=dict)
-    _: KW_ONLY
-    functions: Sequence[AttentionIn] = ()
-    tokens: Callable[[Any, Mapping[str, Any]], Tokens]
+    tokens: Callable[[Any, Mapping[str, Any]], Tokens] = field(default=cast(Any, None))  # has to be given
     cfg: BranchOrder | None = None
     feed_forward: str = NONE
     guidance_scale: float = 1.0
     latent_channels: int | None = None
+    _: KW_ONLY
+    functions: Sequence[AttentionIn] = ()
+    cross_attention: Mapping[str, str] = field(default_factory=dict)
+    blocks: Mapping[str, Block] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.attention, Mapping) or not all(isinstance(a, Attention) for a in self.attention.values()):
@@ -77,8 +84,17 @@ class Adapter:
         if not isinstance(self.functions, Sequence) or not all(isinstance(each, AttentionIn) for each in self.functions):
             raise InputsInvalid(f"got functions={self.functions!r:.200}, wanted a list of arrowhead.AttentionIn")
         object.__setattr__(self, "functions", tuple(self.functions))
-        for pattern in (*self.attention, *(each.pattern for each in self.functions), self.feed_forward):
-            _require_pattern(pattern)
+        if not isinstance(self.blocks, Mapping) or not all(isinstance(block, Block) for block in self.blocks.values()):
+            raise InputsInvalid(f"got blocks={self.blocks!r:.200}, wanted patterns for paths, each with an arrowhead.Block")
+        if not isinstance(self.cross_attention, Mapping):
+            raise InputsInvalid(
+                f"got cross_attention={self.cross_attention!r:.200}, wanted patterns for paths of modules, each with one for "
+                "its layers that multiply the text"
+            )
+        crossed = (*self.cross_attention, *self.cross_attention.values())
+        functions = (each.pattern for each in self.functions)
+        for pattern in (*self.attention, *functions, self.feed_forward, *crossed, *self.blocks):
+            require_pattern(pattern)
         if not callable(self.tokens):
             raise InputsInvalid(f"got tokens={self.tokens!r:.200}, wanted tokens(model, call), which gives arrowhead.Tokens")
         if self.cfg is not None and not (isinstance(self.cfg, str) and self.cfg in get_args(BranchOrder)):
@@ -92,16 +108,6 @@ class Adapter:
             raise InputsInvalid(
                 f"got latent_channels={self.latent_channels!r:.200}, wanted a number of 1 or more, or None for all channels"
             )
-
-
-def _require_pattern(pattern: Any) -> None:
-    try:
-        if isinstance(pattern, str) and re.compile(pattern):
-            return
-        why = "no text"
-    except (re.error, OverflowError, RecursionError) as error:
-        why = str(error)
-    raise InputsInvalid(f"got the pattern {pattern!r:.200} ({why}), wanted a regular expression for paths of modules")
 
 
 def matching_paths(pattern: str, root: nn.Module) -> list[str]:
@@ -129,9 +135,14 @@ def require_separate(adapter: Adapter, root: nn.Module) -> None:
     Raises:
         UnsupportedPipeline: a module is named twice or lies within another one, or a pattern matches nothing.
     """
-    patterns = [*adapter.attention, *([] if adapter.feed_forward == NONE else [adapter.feed_forward])]
+    patterns = [*adapter.attention, *adapter.cross_attention]
+    patterns += [] if adapter.feed_forward == NONE else [adapter.feed_forward]
     functions = [function_path(path, each) for each in adapter.functions for path in matching_paths(each.pattern, root)]
-    paths = sorted([path for pattern in patterns for path in matching_paths(pattern, root)] + functions)
+    _require_separate(sorted([path for pattern in patterns for path in matching_paths(pattern, root)] + functions), root)
+    _require_separate(sorted(path for pattern in adapter.blocks for path in matching_paths(pattern, root)), root)
+
+
+def _require_separate(paths: list[str], root: nn.Module) -> None:
     named = set(paths)
     within = (path for path in paths if any(path[:place] in named for place, c in enumerate(path) if c == "."))
     if len(paths) > 1 and "" in named:
@@ -143,7 +154,7 @@ def require_separate(adapter: Adapter, root: nn.Module) -> None:
     else:
         return
     raise UnsupportedPipeline(
-        f"got an adapter whose patterns name {wrong}; wanted attention modules and feed-forwards apart from one another"
+        f"got an adapter whose patterns name {wrong}; wanted modules apart from one another; only blocks may be around others"
     )
 
 

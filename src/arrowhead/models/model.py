@@ -13,6 +13,7 @@ from torch import nn
 from arrowhead.errors import InputsInvalid
 from arrowhead.models.custom import CustomModel
 from arrowhead.models.custom_attention import CalledFunction, Forward
+from arrowhead.models.custom_blocks import Block
 from arrowhead.models.family import Family
 from arrowhead.models.signatures import method_signature
 from arrowhead.plans.layout import Branches, BranchOrder, Site, Tokens, relevant_tokens
@@ -35,6 +36,7 @@ class Model:
         modules: the sites with their modules in the first transformer, in the order they run.
         forwards: by the site's path, the forwards that replace those of a custom model's attention modules.
         functions: by the site's path, the functions that a custom model calls for attention in place of torch's.
+        blocks: by the site's path, how the blocks of a custom model are called.
     """
 
     pipe: "DiffusionPipeline | CustomModel"
@@ -44,6 +46,7 @@ class Model:
     modules: Mapping[Site, nn.Module]
     forwards: Mapping[str, Forward] = field(default_factory=dict)
     functions: Mapping[str, CalledFunction] = field(default_factory=dict)
+    blocks: Mapping[str, Block] = field(default_factory=dict)
 
     @property
     def sites(self) -> tuple[Site, ...]:

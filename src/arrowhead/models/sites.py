@@ -1,7 +1,7 @@
 """Makes sites of a transformer's modules: which modules are sites, and which sizes they have."""
 
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -9,6 +9,7 @@ from torch import nn
 
 from arrowhead.errors import UnsupportedPipeline
 from arrowhead.models.custom_attention import Attention, AttentionIn
+from arrowhead.models.custom_blocks import Block
 from arrowhead.models.family import Family
 from arrowhead.models.head_separation import can_project_heads_separately
 from arrowhead.plans.layout import ALL_KINDS, Kind, Site
@@ -101,6 +102,70 @@ def function_site(path: str, module: nn.Module, function: AttentionIn) -> Site:
         projects_out="outside",
         separable_heads=False,
         over=function.over,
+    )
+
+
+def custom_cross_attention_site(path: str, module: nn.Module, text: str) -> Site:
+    """The site of a custom model's cross-attention; `text`: the layers that multiply the text tokens.
+
+    Raises:
+        UnsupportedPipeline: there are no linear layers for the text, or none for the visual tokens.
+    """
+    layers = _linears(module)
+    of_text = [layer for name, layer in layers.items() if re.fullmatch(text, name)]
+    visual = [layer for name, layer in layers.items() if not re.fullmatch(text, name)]
+    if not of_text or not visual:
+        raise UnsupportedPipeline(
+            f"{path}: got {text!r:.200} for the layers of a {type(module).__name__} that multiply the text, wanted some of "
+            f"{', '.join(layers) or 'its linear layers, of which it has none'}, and not all"
+        )
+    return Site(
+        path,
+        heads=1,
+        head_dim=visual[0].out_features,
+        channels=visual[0].in_features,
+        separable_heads=False,
+        kind="cross_attention",
+        weights=sum(map(_size, visual)),
+        text_weights=sum(map(_size, of_text)),
+    )
+
+
+def custom_block_site(path: str, module: nn.Module, block: Block, sites: Iterable[Site]) -> Site:
+    """The site of a custom model's block, with those of these sites that lie within it.
+
+    Where both text and visual tokens go on, the weights of the visual tokens count for all, and `text_weights` is what the
+    text's own layers have more.
+
+    Raises:
+        UnsupportedPipeline: its linear layers do not say its width.
+    """
+    within = tuple(site for site in sites if site.module_path == path or site.path.startswith(f"{path}."))
+    layers, elsewhere = _linears(module), tuple(f"{site.path}." for site in within)
+    own = {
+        name: _size(layer)
+        for name, layer in layers.items()
+        if not (re.fullmatch(block.per_sample, name) or f"{path}.{name}".startswith(elsewhere))
+    }
+    if not within and not own:
+        raise UnsupportedPipeline(
+            f"{path}: got a {type(module).__name__} without linear layers for a block; wanted a pattern for blocks alone"
+        )
+    channels = within[0].channels if within else layers[next(iter(own))].in_features
+    of_text = [name for name in own if re.fullmatch(block.text, name)]
+    text_weights, joint = sum(own[name] for name in of_text), block.gives_text(path, module)
+    weights = sum(own.values()) - text_weights
+    return Site(
+        path,
+        heads=1,
+        head_dim=channels,
+        channels=channels,
+        joint=joint,
+        separable_heads=False,
+        kind="block",
+        weights=weights,
+        text_weights=max(0, text_weights - weights) if joint and of_text else text_weights,
+        within=within,
     )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from arrowhead import tiny
 from arrowhead.analysis.arrays import Analysis
 from arrowhead.analysis.measure import analyze
+from arrowhead.calibration.describe import Description, describe
 from arrowhead.engine.install import applied, apply, remove
 from arrowhead.engine.run import Run
 from arrowhead.engine.stats import Summary
@@ -44,6 +45,7 @@ __all__ = [
     "Block",
     "Box",
     "Budget",
+    "Description",
     "Extent",
     "FusedQKV",
     "Greedy",
@@ -60,6 +62,7 @@ __all__ = [
     "calibrate",
     "calibration_bytes",
     "compare",
+    "describe",
     "evaluate",
     "latte",
     "open_sora",

@@ -45,6 +45,7 @@ def flux(*, guidance_scale: float = 1.0, cfg: BranchOrder | None = None) -> Adap
         },
         tokens=lambda _, call: Tokens(call["img"].shape[1], call["txt"].shape[1], text_first=True),
         cfg=cfg,
+        feed_forward=r"double_blocks\.\d+\.img_mlp",
         guidance_scale=guidance_scale,
     )
 
@@ -75,6 +76,7 @@ def sd3(*, guidance_scale: float = 5.0) -> Adapter:
         },
         tokens=_image_and_text,
         cfg="cond_first",
+        feed_forward=r"joint_blocks\.\d+\.x_block\.mlp",
         guidance_scale=guidance_scale,
     )
 

@@ -243,13 +243,14 @@ def _wrap_custom(
 ) -> Callable[..., Output]:
     """The wrapper of a custom model's block, or of a cross-attention."""
 
-    @wraps(forward)
-    def wrapped(*args: Any, **kwargs: Any) -> Output:
-        if compiling():
-            return outside_graph(wrapped)(*args, **kwargs)
+    def answered(*args: Any, **kwargs: Any) -> Output:
         if block is None:
             return around(CustomModuleCall(site, module, forward, args, kwargs, alone))
         return around(CustomBlockCall(site, module, forward, args, kwargs, alone, parameters, block.names))
+
+    @wraps(forward)
+    def wrapped(*args: Any, **kwargs: Any) -> Output:
+        return (outside_graph(answered, recursive=True) if compiling() else answered)(*args, **kwargs)
 
     parameters = [*inspect.signature(forward).parameters]
     wrapped.arrowhead_around = around  # type: ignore[attr-defined]
@@ -264,16 +265,17 @@ def function_class(module: nn.Module, site: Site, function: CalledFunction, arou
     def instead(own: Callable[..., Any]) -> Callable[..., Any]:
         hooked = hooked_function(own, function)
 
-        @wraps(own)
-        def called(*args: Any, **kwargs: Any) -> Any:
-            if compiling():
-                return outside_graph(called)(*args, **kwargs)
+        def answered(*args: Any, **kwargs: Any) -> Any:
             if (answer := cls.arrowhead_around) is None:  # a hook may have kept the method
                 return own(*args, **kwargs)
             call, calls[0] = FunctionSiteCall(site, module, own, args, kwargs, hooked), calls[0] + 1
             if calls[0] > 1:
                 raise call.attends_twice()
             return answer(call)
+
+        @wraps(own)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            return (outside_graph(answered, recursive=True) if compiling() else answered)(*args, **kwargs)
 
         return called
 

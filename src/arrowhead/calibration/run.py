@@ -107,6 +107,8 @@ class CalibrationRun:
         self._first_calls: dict[Site, None] = {}  # the sites in the order of their first calls
         self._generation: Generation | None = None
         self._waiting: tuple[_Call, Any] | None = None  # the first of a step's two calls, and its placeholder
+        self._apart = all(site.kind == "stack" for site in model.sites)  # two calls share nothing: one runs after the other
+        self._tokens: list[Tokens] = []  # of the running step's calls
         self._example: Any = None  # an output of the transformer, which placeholders are copies of
 
     def run(self, on_step: Callable[[Step], None], *, first_only: bool = False) -> Any:
@@ -217,17 +219,22 @@ class CalibrationRun:
         before, self.passes = counts.total(), self.passes + 1
         try:
             with torch.set_grad_enabled(grad), force_eager():
-                if len(runs) == 1:
+                if len(runs) == 1 or self._apart:
                     self._at_site = lambda call: at_site(call, self._begun)
-                    outputs = [runs[0]()]
+                    outputs = [*map(self._one, runs, self._tokens)]
                 else:
                     self._at_site = wait_for_pair
                     outputs = run_paired(runs, lambda call: self._pair_called(call, at_site))
         finally:
             self._at_site = None
-        if (passed := counts.total() - before) != len(self._model.sites):
+        if (passed := counts.total() - before) != len(self._model.sites) * (len(runs) if self._apart else 1):
             raise self._sites_missed(runs[0], passed)
         return outputs
+
+    def _one(self, run: Callable[[], Any], tokens: Tokens) -> Any:
+        """One call of a step that is run by itself."""
+        self._begun.tokens = tokens
+        return run()
 
     @contextmanager
     def traced(self, runs: Runs, at_site: AtSite) -> Iterator[list[Any]]:
@@ -309,6 +316,7 @@ class CalibrationRun:
         """On to the next step, of these calls; gives their outputs, which the search decided."""
         self._require_alike(calls)
         runs, latents = [call.run for call in calls], [call.latents for call in calls]
+        self._tokens = [call.tokens for call in calls]
         step = Step(self._advance(calls), self, runs, latents, calls[0].returned)
         self._searching = True
         try:
@@ -337,7 +345,7 @@ class CalibrationRun:
                 "got a LoRA scale among the attention arguments of a pipeline that calls its transformer twice a step, which "
                 "scales its layers in each; wanted none while searching; fuse the LoRA, or set its weight with set_adapters"
             )
-        if any(call.tokens != calls[0].tokens for call in calls):
+        if any(call.tokens != calls[0].tokens for call in calls) and not self._apart:
             raise InputsInvalid(
                 f"got {calls[0].tokens} for the prompt and {calls[1].tokens} for the negative prompt, wanted one length, so "
                 "that they can share; bring both to the same number of tokens"

@@ -33,6 +33,7 @@ from arrowhead.engine.site_calls import (
     ModuleCall,
     SiteCall,
 )
+from arrowhead.engine.stack_calls import StackCall, StackMember, members_of
 from arrowhead.errors import AlreadyApplied, NotIntercepted, ProcessorReplaced
 from arrowhead.models.custom_attention import CalledFunction, Forward
 from arrowhead.models.custom_blocks import Block
@@ -78,6 +79,7 @@ class Interception:
         self._around = self._answered if model.blocks else around
         self._muted = False
         self._wrappers: list[_Wrapper] = []
+        self._members: dict[nn.Module, tuple[Site, StackMember]] = {}  # of stacks: each block with its site and its place
         self._replaced: dict[str, str] | None = None  # when it was removed
 
     def install(self, changes: Changes) -> None:
@@ -92,8 +94,13 @@ class Interception:
                 raise _intercepted_already(type(transformer).__name__)
         changes.record(self._remove)
         processors = HookedProcessors()
+        modules = self._model.site_modules
+        for stack, blocks in self._model.stacks:
+            for (block, module), member in zip(blocks, members_of(len(blocks)), strict=True):
+                self._members[module] = block, member
+                modules.append((stack, module))
         # functions first: the wrapper of a block calls the forward that its module has then
-        for site, module in sorted(self._model.site_modules, key=lambda each: not each[0].is_function):
+        for site, module in sorted(modules, key=lambda each: not each[0].is_function):
             custom = self._model.forwards.get(site.path)
             has_processor = site.kind == "self_attention" and custom is None and hasattr(module, "processor")
             has_processor &= site.path not in self._model.functions
@@ -139,7 +146,9 @@ class Interception:
         else:
             hooked = under_mode(forward) if custom is None else partial(custom, module, hooked_attention)
         wrapped: Any
-        if site.path in self._model.blocks or (site.kind == "cross_attention" and self._model.pipe.scheduler is None):
+        if site.kind == "stack":
+            wrapped = _wrap_member(*self._members[module], module, forward, site, self._around)
+        elif site.path in self._model.blocks or (site.kind == "cross_attention" and self._model.pipe.scheduler is None):
             alone = RowsAlone(self._unanswered)
             wrapped = _wrap_custom(module, forward, site, self._around, self._model.blocks.get(site.path), alone)
         else:
@@ -293,6 +302,23 @@ def function_class(module: nn.Module, site: Site, function: CalledFunction, arou
     cls: Any = type(calling.__name__, (calling,), members)
     cls.arrowhead_around = staticmethod(around)
     return cls
+
+
+def _wrap_member(
+    block: Site, member: StackMember, module: nn.Module, forward: Callable[..., Output], stack: Site, around: Around
+) -> Callable[..., Output]:
+    """The wrapper of the forward of a block of a stack."""
+
+    @wraps(forward)
+    def wrapped(*args: Any, **kwargs: Any) -> Output:
+        if compiling():
+            return call_operator(handle, args, kwargs)
+        return around(StackCall(stack, module, forward, args, kwargs, parameters, member))
+
+    parameters = _forward_parameters(uncompiled(module), block)
+    handle = SiteHandle.of(block, parameters)
+    wrapped.arrowhead_around, wrapped.arrowhead_handle = around, handle  # type: ignore[attr-defined]
+    return wrapped
 
 
 def _wrap_processor(processor: Any, site: Site, around: Around, processors: HookedProcessors) -> Any:

@@ -1,11 +1,12 @@
 """The calibration run: one generation of a driver, in which a search is called at every denoising step.
 
 The transformer's forward is wrapped. When the pipeline, or the loop, calls the transformer, the wrapper calls the search with a
-`Step`. The search runs the call as often as it needs, with any cells, and finishes the step with the output that the pipeline
-goes on with. Where a step has two calls, one for each CFG branch, the first call gives a placeholder. The second one calls the
-search with both, and fills the placeholder before the pipeline reads it.
+`Step`. The search runs the call as often as it needs, with any cells, and finishes the step with the output to go on with.
+Where a step has two calls, one for each CFG branch, the first call gives a placeholder. The second one calls the search with
+both, and fills the placeholder, with what the pipeline has computed with it (`placeholder`).
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
@@ -19,15 +20,17 @@ from torch import nn
 
 from arrowhead.calibration.driver import Driver
 from arrowhead.calibration.outputs import run_forward, samples_of
-from arrowhead.calibration.paired_calls import fill_placeholder, placeholder_output, run_paired, wait_for_pair
+from arrowhead.calibration.paired_calls import run_paired, wait_for_pair
+from arrowhead.calibration.placeholder import Placeholder
 from arrowhead.calibration.step import AtSite, Runs, Step
+from arrowhead.calibration.transformer_call import TransformerCall
 from arrowhead.engine.attention_seen import attention_seen, listed
 from arrowhead.engine.cache import Output
 from arrowhead.engine.changes import Changes
 from arrowhead.engine.compile_boundary import force_eager
 from arrowhead.engine.forward_hooks import replace_forward
 from arrowhead.engine.generation import Generation
-from arrowhead.engine.loop_checks import BranchCheck, Numbers, numbers_of
+from arrowhead.engine.loop_checks import BranchCheck, numbers_of
 from arrowhead.engine.site_calls import SiteCall
 from arrowhead.engine.stats import Stats
 from arrowhead.engine.wrappers import Interception
@@ -65,25 +68,6 @@ class _Stopped(BaseException):
     """Ends the run after its first step; no `except Exception` of a pipeline catches it."""
 
 
-@dataclass(frozen=True)
-class _Call:
-    """A call of a transformer by the pipeline.
-
-    `run` runs it. `latents` are (B, …), or a list with one for each image. `scales` says whether the call scales a LoRA. The
-    pipeline goes on with the first `returned` tokens of the output, or with all. `counted` is the scheduler's count of steps.
-    `numbers` are those among the arguments.
-    """
-
-    transformer: nn.Module
-    tokens: Tokens
-    latents: Any
-    run: Callable[[], Any]
-    scales: bool
-    returned: int | None
-    counted: int | None
-    numbers: Numbers
-
-
 class CalibrationRun:
     """One generation of a driver, with a search at every step of it, see `run`.
 
@@ -106,7 +90,7 @@ class CalibrationRun:
         self._at_site: Callable[[SiteCall], Output] | None = None  # set while the search runs the transformer
         self._first_calls: dict[Site, None] = {}  # the sites in the order of their first calls
         self._generation: Generation | None = None
-        self._waiting: tuple[_Call, Any] | None = None  # the first of a step's two calls, and its placeholder
+        self._waiting: tuple[TransformerCall, Placeholder] | None = None  # the first of a step's two calls, and its placeholder
         self._apart = all(site.kind == "stack" for site in model.sites)  # two calls share nothing: one runs after the other
         self._tokens: list[Tokens] = []  # of the running step's calls
         self._example: Any = None  # an output of the transformer, which placeholders are copies of
@@ -139,10 +123,15 @@ class CalibrationRun:
             generate = self._driver.prepare(changes)
             interception.install(changes)
             for transformer in self._model.transformers:
-                called = partial(self._transformer_called, search, transformer, transformer.forward)
+                called: Any = partial(self._transformer_called, search, transformer, transformer.forward)
+                called.__signature__ = inspect.signature(transformer.forward)  # modular pipelines pass what it names
                 replace_forward(transformer, called, changes)
-            with suppress(_Stopped):
-                result = generate()
+            try:
+                with suppress(_Stopped):
+                    result = generate()
+            finally:
+                if self._waiting is not None:
+                    self._waiting[1].__exit__(None, None, None)
         interception.warn_of_replaced()
         if self._failure is not None:
             raise self._failure
@@ -275,44 +264,46 @@ class CalibrationRun:
             return self._searched(search, [call])[0]
         if self._waiting is None:
             self._waiting = call, self._placeholder(call)
-            return self._waiting[1]
+            self._waiting[1].__enter__()
+            return self._waiting[1].output
         (first, placeholder), self._waiting = self._waiting, None
+        placeholder.__exit__(None, None, None)
         if call.counted != first.counted:
             raise _call_missing()
         outputs = self._searched(search, [first, call])
-        fill_placeholder(placeholder, outputs[0])
+        placeholder.fill(outputs[0])
         return outputs[1]
 
     def _call(
         self, transformer: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> _Call:
+    ) -> TransformerCall:
         model = self._model
         if self.branches.calls == 2:  # the pipeline may change what it gave before the first call runs
             args = tuple(copy(value) if isinstance(value, list) else value for value in args)
             kwargs = {name: copy(value) if isinstance(value, dict | list) else value for name, value in kwargs.items()}
         arguments = model.transformer_arguments(args, kwargs)
         scales = {value.get("scale") for value in kwargs.values() if isinstance(value, dict)} - {None, 1}
-        return _Call(
+        return TransformerCall(
             transformer,
             model.tokens(arguments),
             model.latents(arguments),
             partial(run_forward, forward, args, kwargs),
             bool(scales),
-            model.family.output_tokens(arguments),
+            used if isinstance(used := model.family.output_tokens(arguments), slice) else slice(used),
             model.scheduler_step,
             numbers_of(arguments) if self._branch_check else {},
         )
 
-    def _placeholder(self, call: _Call) -> Any:
+    def _placeholder(self, call: TransformerCall) -> Placeholder:
         """What the first of two calls gives until the second has come; the first placeholder takes a run of the transformer."""
         if self._example is None:
             self.passes += 1
             with torch.no_grad(), force_eager():
                 self._example = call.run()
             samples_of([self._example])  # refused before the pipeline gets a copy
-        return placeholder_output(self._example)
+        return Placeholder(self._example)
 
-    def _searched(self, search: Callable[[Step], None], calls: Sequence[_Call]) -> list[Any]:
+    def _searched(self, search: Callable[[Step], None], calls: Sequence[TransformerCall]) -> list[Any]:
         """On to the next step, of these calls; gives their outputs, which the search decided."""
         self._require_alike(calls)
         runs, latents = [call.run for call in calls], [call.latents for call in calls]
@@ -331,7 +322,7 @@ class CalibrationRun:
             self._searching = False
         return step.outputs
 
-    def _require_alike(self, calls: Sequence[_Call]) -> None:
+    def _require_alike(self, calls: Sequence[TransformerCall]) -> None:
         """Check that a step's calls can be joined to one batch, and have as many rows as those of the steps before."""
         if not all(isinstance(latents := call.latents, list) or getattr(latents, "ndim", 0) for call in calls):
             raise InputsInvalid(
@@ -356,7 +347,7 @@ class CalibrationRun:
             )
         self.rows = rows
 
-    def _advance(self, calls: Sequence[_Call]) -> int:
+    def _advance(self, calls: Sequence[TransformerCall]) -> int:
         """On to the next step; gives its number."""
         if self._generation is None:
             stats = Stats(self.joined_branches.samples)

@@ -9,7 +9,7 @@ a torch function.
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar, Token
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, wraps
 from typing import Any
 
@@ -151,7 +151,7 @@ def _hooked_dispatch(dispatch: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def hooked(*args: Any, **kwargs: Any) -> Tensor:
         if (handler := asked_handler()) is None:
             return dispatch(*args, **kwargs)
-        return handler(transposed(_described(partial(dispatch, *args, **kwargs), *args, **kwargs))).transpose(1, 2)
+        return handler(_transposed_dispatch(_described(partial(dispatch, *args, **kwargs), *args, **kwargs))).transpose(1, 2)
 
     return hooked
 
@@ -160,6 +160,14 @@ def transposed(call: AttentionCall) -> AttentionCall:
     """The call with tokens and heads exchanged in every tensor but the mask: (B, N, H, D) -> (B, H, N, D)."""
     q, k, v = call.q.transpose(1, 2), call.k.transpose(1, 2), call.v.transpose(1, 2)
     return AttentionCall(q, k, v, call.scale, call.mask, call.causal, lambda: call.native().transpose(1, 2))
+
+
+def _transposed_dispatch(call: AttentionCall) -> AttentionCall:
+    """`transposed` for a call of diffusers' dispatch, which takes a mask of two dimensions for one of the keys, (B, N)."""
+    mask = call.mask
+    if mask is not None and mask.shape == (call.k.shape[0], call.k.shape[1]):
+        call = replace(call, mask=mask[:, None, None])
+    return transposed(call)
 
 
 class StandInModule(types.ModuleType):

@@ -80,7 +80,12 @@ class SiteCall(ABC):
 
 
 def _part(value: Any, rows: slice, batch: int) -> Any:
-    """These rows of a tensor that has the batch's; of a tuple, the same of its tensors, such as rotary embeddings (B, N, C)."""
+    """These rows of a tensor that has the batch's; of a tuple, the same of its tensors, such as rotary embeddings (B, N, C).
+
+    Of a dictionary, such as a block's attention arguments, the same of its values.
+    """
+    if isinstance(value, dict):
+        return {name: _part(item, rows, batch) for name, item in value.items()}
     if isinstance(value, tuple):  # tensors of (N, C) or (N, H, C) are for all samples
         return tuple(_part(item, rows, batch) if isinstance(item, Tensor) and item.ndim > 2 else item for item in value)
     return value[rows] if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch else value

@@ -22,6 +22,7 @@ from arrowhead.models.custom import (
 from arrowhead.models.custom_attention import CalledFunction, Forward
 from arrowhead.models.families import FAMILIES
 from arrowhead.models.family import NONE, Family
+from arrowhead.models.guiders import is_modular, modular
 from arrowhead.models.model import Model, transformers_of
 from arrowhead.models.sites import (
     custom_attention_site,
@@ -51,11 +52,16 @@ def find(pipe: "DiffusionPipeline | CustomModel", kinds: Collection[Kind] = ATTE
     """
     if isinstance(pipe, CustomModel):
         return _find_custom(pipe, kinds)
+    order: BranchOrder
     transformers = transformers_of(pipe)
     family = _family_of(pipe, transformers)
     _require_same_config(family, pipe, transformers)
     require_no_conflicts(transformers)
-    order, (transformer, *_) = _branch_order_of(pipe, family), transformers
+    transformer, *_ = transformers
+    if is_modular(pipe):  # its guider calls the transformer once for each branch
+        family, order = modular(family), "two_calls"
+    else:
+        order = _branch_order_of(pipe, family)
     modules = dict(sites_in(family, transformer, kinds))
     if not modules:
         there = ", ".join(sorted({site.kind for site, _ in sites_in(family, transformer, ALL_KINDS)})) or "none"

@@ -2,7 +2,7 @@
 
 from arrowhead.models.custom import Adapter
 from arrowhead.models.custom_attention import Attention
-from arrowhead.models.token_layouts import video_by_frames
+from arrowhead.models.video_tokens import video_by_frames
 
 
 def latte(*, guidance_scale: float = 7.5) -> Adapter:

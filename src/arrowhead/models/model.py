@@ -127,6 +127,9 @@ class Model:
             return None
         whole = scheduler.config.get("num_train_timesteps", 1000)
         steps = torch.as_tensor(timesteps)[self.timesteps_left_out :].tolist()  # one read, as each waits for the device
+        if min(steps, default=0) < 0:  # EDM's timesteps are logarithms of the noise
+            sigmas = torch.as_tensor(scheduler.sigmas)[self.timesteps_left_out :][: len(steps)].tolist()
+            return tuple(sigma / (1 + sigma) for sigma in sigmas)
         return tuple(step / whole for step in steps)
 
     @property
@@ -196,7 +199,7 @@ class Model:
         """The guidance scale in a step of a running pipeline call with these arguments."""
         second = self.family.second_guidance_scale
         scale = self.family.guidance_scale if second is None or self.transformer_at(step) is self.transformer else second
-        return scale(call)
+        return scale({"pipe": self.pipe, **call})
 
     def branches(self, call: Mapping[str, Any], *, follows: bool = False) -> Branches:
         """The CFG branches of a pipeline call with these arguments, at its beginning.
@@ -206,10 +209,11 @@ class Model:
         Raises:
             InputsInvalid: the call has an option that no plan goes with, or a guidance scale that is no number.
         """
+        call = {**getattr(self.pipe, "config", {}), "pipe": self.pipe, **call}
         if unsupported := self.family.unsupported_call(call) or (None if follows else self.family.guidance_changes(call)):
             raise InputsInvalid(f"got {unsupported}; wanted a call without it; leave it out, or remove the plan")
         try:
-            guided = self.family.guided(dict(getattr(self.pipe, "config", {})) | dict(call))
+            guided = self.family.guided(call)
         except (TypeError, ValueError) as error:
             raise InputsInvalid(
                 f"got guidance that is no number ({error}); wanted one; correct the call's arguments"

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import Any, Literal
 
 from torch import nn
@@ -11,7 +12,7 @@ from arrowhead.errors import UnsupportedPipeline
 from arrowhead.models.custom_attention import Attention, AttentionIn
 from arrowhead.models.custom_blocks import Block
 from arrowhead.models.family import Family
-from arrowhead.models.head_separation import can_project_heads_separately
+from arrowhead.models.head_separation import can_project_heads_separately, heads_of
 from arrowhead.plans.layout import ALL_KINDS, Kind, Site
 from arrowhead.upstream import named_modules
 
@@ -20,7 +21,15 @@ APART = "arrowhead.Attention(projections=False, head_dim=...), by which the laye
 
 
 def sites_in(family: Family, root: nn.Module, kinds: Collection[Kind], prefix: str = "") -> Iterator[tuple[Site, nn.Module]]:
-    """The sites of these kinds in a module, in the order of its modules: blocks before their parts. `prefix` is its path."""
+    """The sites of these kinds in a module, in the order they run, blocks before their parts. `prefix` is the module's path.
+
+    That is the order of its modules, but a feed-forward runs after attention, though JoyImage names it before.
+    """
+    for _, group in groupby(_sites_in(family, root, kinds, prefix), key=lambda found: found[0].path.rpartition(".")[0]):
+        yield from sorted(group, key=lambda found: found[0].kind == "feed_forward")
+
+
+def _sites_in(family: Family, root: nn.Module, kinds: Collection[Kind], prefix: str) -> Iterator[tuple[Site, nn.Module]]:
     makers: dict[Kind, tuple[str, Callable[[Family, str, Any], Site]]] = {
         "self_attention": (family.site_pattern, _self_attention),
         "cross_attention": (family.cross_pattern, _cross_attention),
@@ -68,7 +77,7 @@ def _attends_to_an_image(kind: Kind, module: Any) -> bool:
     Its FLOPs do not follow from the tokens of video and text: it is no site.
     """
     attention = module if kind == "cross_attention" else getattr(module, "attn2", None) if kind == "block" else None
-    return getattr(attention, "add_k_proj", None) is not None
+    return any(getattr(attention, name, None) is not None for name in ("add_k_proj", "k_img"))
 
 
 def custom_attention_site(family: Family, path: str, module: nn.Module, attention: Attention) -> Site:
@@ -203,43 +212,55 @@ def _self_attention(family: Family, path: str, module: Any) -> Site:
         channels, width = fused.in_features, module.heads * module.head_dim
         weights = _size(fused) + _size(module.to_out) - 4 * channels * width
         return Site(path, module.heads, module.head_dim, channels, joint, separable_heads=False, weights=weights)
-    channels, text_projection = module.to_q.in_features, getattr(module, "add_k_proj", None) if joint else None
-    head_dim = module.to_q.out_features // module.heads
-    kv_heads = module.to_k.out_features // head_dim
+    if (fused := getattr(module, "img_attn_qkv", None)) is not None:  # JoyImage: Q, K and V in one layer, text in another
+        return Site(path, module.heads, module.head_dim, fused.in_features, joint, separable_heads=False)
+    query, key, _, _ = _projections(module)
+    heads, gate = heads_of(module), getattr(module, "to_gate", None)
+    channels, text_projection = query.in_features, getattr(module, "add_k_proj", None) if joint else None
+    head_dim = query.out_features // heads
+    kv_heads = key.out_features // head_dim
     text_channels = channels if text_projection is None else text_projection.in_features
     return Site(
         path,
-        heads=module.heads,
+        heads=heads,
         head_dim=head_dim,
         channels=channels,
         joint=joint,
         projects_out=_projects_out(module),
         separable_heads=family.separable_heads and can_project_heads_separately(module),
-        kv_heads=None if kv_heads == module.heads else kv_heads,
+        kv_heads=None if kv_heads == heads else kv_heads,
+        weights=0 if gate is None else _size(gate),
         over=family.over,
         text_channels=0 if text_channels == channels else text_channels,
         by_sample=family.by_sample,
     )
 
 
+def _projections(module: Any) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear | None]:
+    """The layers that project queries, keys, values and the output; Kandinsky gives them other names than diffusers does."""
+    if hasattr(module, "to_query"):
+        return module.to_query, module.to_key, module.to_value, module.out_layer
+    out = getattr(module, "to_out", None)
+    return module.to_q, module.to_k, module.to_v, out[0] if isinstance(out, nn.ModuleList) else out
+
+
 def _projects_out(module: Any) -> Literal["all", "visual", "none"]:
-    if getattr(module, "pre_only", False):
+    if getattr(module, "pre_only", False) or isinstance(getattr(module, "to_out", None), nn.Identity):
         return "none"
     return "visual" if getattr(module, "context_pre_only", False) else "all"
 
 
 def _cross_attention(_: Family, path: str, module: Any) -> Site:
-    image_weights = _size(module.to_q) + _size(module.to_out[0])
-    text_weights = _size(module.to_k) + _size(module.to_v)
+    query, key, value, out = _projections(module)
     return Site(
         path,
         heads=1,
-        head_dim=module.to_q.out_features,
-        channels=module.to_q.in_features,
+        head_dim=query.out_features,
+        channels=query.in_features,
         separable_heads=False,
         kind="cross_attention",
-        weights=image_weights,
-        text_weights=text_weights,
+        weights=_size(query) + (0 if out is None else _size(out)),
+        text_weights=_size(key) + _size(value),
     )
 
 

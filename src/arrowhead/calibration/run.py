@@ -19,15 +19,17 @@ from torch import nn
 
 from arrowhead.calibration.driver import Driver
 from arrowhead.calibration.outputs import run_forward, samples_of
-from arrowhead.calibration.paired_calls import fill_placeholder, placeholder_output, run_paired, wait_for_pair
+from arrowhead.calibration.pair_of_lengths import Lengths, PairOfLengths
+from arrowhead.calibration.paired_calls import fill_placeholder, join_lengths, placeholder_output, run_paired, wait_for_pair
 from arrowhead.calibration.step import AtSite, Runs, Step
+from arrowhead.calibration.transformer_call import LEAVE_OUT, TransformerCall, call_missing, require_one_image
 from arrowhead.engine.attention_seen import attention_seen, listed
 from arrowhead.engine.cache import Output
 from arrowhead.engine.changes import Changes
 from arrowhead.engine.compile_boundary import force_eager
 from arrowhead.engine.forward_hooks import replace_forward
 from arrowhead.engine.generation import Generation
-from arrowhead.engine.loop_checks import BranchCheck, Numbers, numbers_of
+from arrowhead.engine.loop_checks import BranchCheck, numbers_of
 from arrowhead.engine.site_calls import SiteCall
 from arrowhead.engine.stats import Stats
 from arrowhead.engine.wrappers import Interception
@@ -58,37 +60,17 @@ class SearchResult:
     switch: int | None
 
 
-LEAVE_OUT = "leave out what changes the run on its way, such as a callback that ends guidance, or interrupts it"
-
-
 class _Stopped(BaseException):
     """Ends the run after its first step; no `except Exception` of a pipeline catches it."""
-
-
-@dataclass(frozen=True)
-class _Call:
-    """A call of a transformer by the pipeline.
-
-    `run` runs it. `latents` are (B, …), or a list with one for each image. `scales` says whether the call scales a LoRA. The
-    pipeline goes on with the first `returned` tokens of the output, or with all. `counted` is the scheduler's count of steps.
-    `numbers` are those among the arguments.
-    """
-
-    transformer: nn.Module
-    tokens: Tokens
-    latents: Any
-    run: Callable[[], Any]
-    scales: bool
-    returned: int | None
-    counted: int | None
-    numbers: Numbers
 
 
 class CalibrationRun:
     """One generation of a driver, with a search at every step of it, see `run`.
 
-    `branches` are those of the run's calls. `passes` counts the transformer's runs, two calls of a step as one. `rows` are the
-    batch rows of all calls of a step, known from the first step on. What is compiled with torch.compile runs eagerly.
+    `branches` are those of the run's calls, `of_calls` the tokens of each call of a step. With `other_texts` these have texts
+    of two lengths, in this process or another one, so that branches share no text. `passes` counts the transformer's runs, two
+    calls of a step as one. `rows` are the batch rows of all calls of a step, known from the first step on. What is compiled
+    with torch.compile runs eagerly.
     """
 
     def __init__(self, driver: Driver, model: Model) -> None:
@@ -105,8 +87,11 @@ class CalibrationRun:
         self._failure: Exception | None = None  # what `on_step` raised; a loop might catch it, and go on
         self._at_site: Callable[[SiteCall], Output] | None = None  # set while the search runs the transformer
         self._first_calls: dict[Site, None] = {}  # the sites in the order of their first calls
+        self.of_calls: tuple[Tokens, ...] = ()
+        self.other_texts = False
+        self._lengths: dict[str, tuple[Lengths, ...]] = {}  # of sites' outputs, where the calls' texts have two
         self._generation: Generation | None = None
-        self._waiting: tuple[_Call, Any] | None = None  # the first of a step's two calls, and its placeholder
+        self._waiting: tuple[TransformerCall, Any] | None = None  # the first of a step's two calls, and its placeholder
         self._example: Any = None  # an output of the transformer, which placeholders are copies of
 
     def run(self, on_step: Callable[[Step], None], *, first_only: bool = False) -> Any:
@@ -145,7 +130,7 @@ class CalibrationRun:
         if self._failure is not None:
             raise self._failure
         if self._waiting is not None:
-            raise _call_missing()
+            raise call_missing()
         done = self._begun.step + 1
         if not first_only and self.step_count not in (None, done):
             raise InputsInvalid(
@@ -222,7 +207,9 @@ class CalibrationRun:
                     outputs = [runs[0]()]
                 else:
                     self._at_site = wait_for_pair
-                    outputs = run_paired(runs, lambda call: self._pair_called(call, at_site))
+                    called = partial(self._pair_called, at_site)
+                    join = join_lengths(self.of_calls, self._lengths, called) if len({*self.of_calls}) > 1 else None
+                    outputs = run_paired(runs, called, join)
         finally:
             self._at_site = None
         if (passed := counts.total() - before) != len(self._model.sites):
@@ -271,21 +258,21 @@ class CalibrationRun:
             return self._waiting[1]
         (first, placeholder), self._waiting = self._waiting, None
         if call.counted != first.counted:
-            raise _call_missing()
+            raise call_missing()
         outputs = self._searched(search, [first, call])
         fill_placeholder(placeholder, outputs[0])
         return outputs[1]
 
     def _call(
         self, transformer: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> _Call:
+    ) -> TransformerCall:
         model = self._model
         if self.branches.calls == 2:  # the pipeline may change what it gave before the first call runs
             args = tuple(copy(value) if isinstance(value, list) else value for value in args)
             kwargs = {name: copy(value) if isinstance(value, dict | list) else value for name, value in kwargs.items()}
         arguments = model.transformer_arguments(args, kwargs)
         scales = {value.get("scale") for value in kwargs.values() if isinstance(value, dict)} - {None, 1}
-        return _Call(
+        return TransformerCall(
             transformer,
             model.tokens(arguments),
             model.latents(arguments),
@@ -296,7 +283,7 @@ class CalibrationRun:
             numbers_of(arguments) if self._branch_check else {},
         )
 
-    def _placeholder(self, call: _Call) -> Any:
+    def _placeholder(self, call: TransformerCall) -> Any:
         """What the first of two calls gives until the second has come; the first placeholder takes a run of the transformer."""
         if self._example is None:
             self.passes += 1
@@ -305,7 +292,7 @@ class CalibrationRun:
             samples_of([self._example])  # refused before the pipeline gets a copy
         return placeholder_output(self._example)
 
-    def _searched(self, search: Callable[[Step], None], calls: Sequence[_Call]) -> list[Any]:
+    def _searched(self, search: Callable[[Step], None], calls: Sequence[TransformerCall]) -> list[Any]:
         """On to the next step, of these calls; gives their outputs, which the search decided."""
         self._require_alike(calls)
         runs, latents = [call.run for call in calls], [call.latents for call in calls]
@@ -323,7 +310,7 @@ class CalibrationRun:
             self._searching = False
         return step.outputs
 
-    def _require_alike(self, calls: Sequence[_Call]) -> None:
+    def _require_alike(self, calls: Sequence[TransformerCall]) -> None:
         """Check that a step's calls can be joined to one batch, and have as many rows as those of the steps before."""
         if not all(isinstance(latents := call.latents, list) or getattr(latents, "ndim", 0) for call in calls):
             raise InputsInvalid(
@@ -337,24 +324,24 @@ class CalibrationRun:
                 "got a LoRA scale among the attention arguments of a pipeline that calls its transformer twice a step, which "
                 "scales its layers in each; wanted none while searching; fuse the LoRA, or set its weight with set_adapters"
             )
-        if any(call.tokens != calls[0].tokens for call in calls):
-            raise InputsInvalid(
-                f"got {calls[0].tokens} for the prompt and {calls[1].tokens} for the negative prompt, wanted one length, so "
-                "that they can share; bring both to the same number of tokens"
-            )
+        require_one_image(calls)
         if rows != (self.rows or rows):
             raise InputsInvalid(
                 f"got a batch of {rows} in step {self._begun.step + 1}, wanted {self.rows} as before; {LEAVE_OUT}"
             )
         self.rows = rows
 
-    def _advance(self, calls: Sequence[_Call]) -> int:
-        """On to the next step; gives its number."""
+    def _advance(self, calls: Sequence[TransformerCall]) -> int:
+        """On to the next step; gives its number. Two calls have the tokens of the longer text, see `pair_of_lengths`."""
+        self.of_calls, share = tuple(call.tokens for call in calls), self._driver.share
+        tokens = max(self.of_calls, key=lambda tokens: tokens.text)
         if self._generation is None:
+            other = len({*self.of_calls}) > 1
+            self.other_texts = other if share.alone else any(share.each(other))
             stats = Stats(self.joined_branches.samples)
-            self._generation = Generation.begin(self.joined_branches, calls[0].tokens, "auto", stats)
+            self._generation = Generation.begin(self.joined_branches, tokens, "auto", stats)
         else:
-            self._generation.advance(calls[0].tokens)
+            self._generation.advance(tokens)
         step = self._generation.step
         if any(call.transformer is not self._model.transformer_at(step) for call in calls):
             raise NotIntercepted(
@@ -383,17 +370,12 @@ class CalibrationRun:
         self._first_calls.setdefault(call.site)
         return call.native() if self._at_site is None else self._at_site(call)
 
-    def _pair_called(self, call: SiteCall, at_site: AtSite) -> Output:
+    def _pair_called(self, at_site: AtSite, call: SiteCall) -> Output:
         """A site's output for both calls of a step; so for the sites within a block, which run meanwhile."""
-        before, self._at_site = self._at_site, lambda inner: at_site(inner, self._begun)
+        before = self._at_site
+        if not isinstance(call, PairOfLengths):
+            self._at_site = lambda inner: at_site(inner, self._begun)
         try:
             return at_site(call, self._begun)
         finally:
             self._at_site = before
-
-
-def _call_missing() -> InputsInvalid:
-    return InputsInvalid(
-        "got one call of the transformer in a step, wanted one for each CFG branch; where both come in one batch, say so: cfg "
-        f"of the adapter; {LEAVE_OUT}"
-    )

@@ -14,7 +14,7 @@ from untouched import left_as_it_was
 import arrowhead as ah
 from arrowhead.calibration.paired_calls import run_paired, wait_for_pair
 from arrowhead.engine.site_calls import AttentionSiteCall
-from arrowhead.errors import InputsInvalid, NotIntercepted, PlanInvalid, PlanMismatch
+from arrowhead.errors import NotIntercepted, PlanInvalid, PlanMismatch
 from arrowhead.models import families
 from arrowhead.plans.layout import Site
 from arrowhead.searches.headwise import Headwise

@@ -1,11 +1,13 @@
 """Fixtures: every pipeline in turn, fresh for each test."""
 
 import os
+import tempfile
 from typing import Any
 
 import pytest
 import torch
 
+os.environ["ARROWHEAD_CACHE"] = tempfile.mkdtemp()  # no test reads or writes the user's
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, as diffusers does
 

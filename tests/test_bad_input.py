@@ -40,6 +40,14 @@ def is_flag(value):
     return value is True or value is False
 
 
+def coefficient(least, most):
+    def allowed(v):
+        pair = v if isinstance(v, tuple) else (v, v)
+        return len(pair) == 2 and all(isinstance(part, int | float) and least <= part <= most for part in pair)
+
+    return allowed
+
+
 def whole(least, most=math.inf):
     return lambda value: isinstance(value, int) and not is_flag(value) and least <= value <= most
 
@@ -109,7 +117,7 @@ CHECKS = {
     Arrow: {"radius": radius, "residual": is_flag, "precision": among("native", "int8")},
     Full: {"precision": among("native", "int8")},
     Attend: {"method": lambda v: isinstance(v, Full | Cached), "share_cfg": is_flag},
-    Reuse: {"extrapolate": lambda v: isinstance(v, int | float) and 0 <= v <= 1},
+    Reuse: {"extrapolate": coefficient(-4, 4), "scale": coefficient(0, 2)},
     ah.Attention: {
         "heads": lambda v: isinstance(v, str) or whole(1)(v),
         "head_dim": or_none(whole(1)),

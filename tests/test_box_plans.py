@@ -12,6 +12,7 @@ from family_replay import replaying
 from own import replaying as replaying_own
 from pipelines import dit, pixart_sigma, sd3
 from replay import distance, trace
+from seeds import seeds
 from test_families import STEPS, plan_of
 from test_own import fused, sites_of
 from test_own import plan_of as own_plan
@@ -128,7 +129,7 @@ def test_tokens_stand_frame_by_frame_and_row_by_row(name):
 
 
 @pytest.mark.parametrize("name", ["dit", "sd3", "qwen", "wan", "cogvideox", "latte", "mochi", "lumina2", "flux2"])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", seeds(2))
 def test_plans_are_what_a_replay_gives(name, seed):
     bench, inputs = bench_of(name), {"seed": seed, "images": 2}
     model = find(bench.pipe)
@@ -147,7 +148,7 @@ def test_plans_are_what_a_replay_gives(name, seed):
     assert summary.peak_cache_bytes == max(plan.cache_bytes(2, 8))
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", seeds(2))
 def test_boxes_where_frames_and_places_are_sequences(seed):
     """Within a frame a box has its rows and columns, along time its frames."""
     own = fused(temporal=True)

@@ -13,6 +13,7 @@ from family_replay import random_cells, replaying
 from independent import reads, renews
 from pipelines import dit, pixart_sigma
 from replay import assert_same, cell, distance, plan, random_grid, replay, trace
+from seeds import seeds
 from test_families import plan_of
 from test_variants import VARIANTS
 from untouched import left_as_it_was
@@ -183,7 +184,7 @@ def cut(inputs, prompt, negative):
     return inputs
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", seeds(3))
 @pytest.mark.parametrize("lengths", [(3, 3), (3, 6), (6, 2)], ids=str)
 @pytest.mark.parametrize("make", [qwen, lumina2])
 def test_prompts_of_any_length(make, lengths, seed):
@@ -215,7 +216,7 @@ def test_prompts_of_any_length(make, lengths, seed):
         assert spent == pytest.approx(replace(own, tokens=text).flops().module)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", seeds(3))
 @pytest.mark.parametrize("name", ["z_image", "lumina2"])
 def test_guidance_that_ends_on_the_way(name, seed):
     bench = MORE[name]()

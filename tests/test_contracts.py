@@ -25,6 +25,7 @@ from replay import (
     rows_held,
     trace,
 )
+from seeds import seeds
 from untouched import left_as_it_was, parts, tensors_like
 
 import arrowhead as ah
@@ -158,7 +159,7 @@ def held_after(grid, bench, images, itemsize=8):
 
 
 @pytest.mark.parametrize("images", [1, 3])
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
+@pytest.mark.parametrize("seed", seeds(3))
 def test_only_what_is_read_later_stays_alive(either, seed, images):
     """Live tensors are counted by the garbage collector after every step, and their whole storage."""
     grid = random_grid(seed + 20, 7, 3)
@@ -193,7 +194,7 @@ def test_only_what_is_read_later_stays_alive(either, seed, images):
 
 
 @pytest.mark.parametrize("images", [1, 2])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", seeds(3))
 def test_the_summary_counts_what_the_plan_promised(any64, seed, images):
     grid = random_grid(seed + 30, 6, 3)
     the_plan = plan(any64, grid)

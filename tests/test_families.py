@@ -6,6 +6,7 @@ from budget import final_latents
 from families import MORE
 from family_replay import RADII, random_cells, replaying
 from replay import assert_identical, distance, trace
+from seeds import seeds
 from torch.utils.flop_counter import FlopCounterMode
 from untouched import left_as_it_was
 
@@ -59,7 +60,7 @@ def test_a_full_plan_changes_no_bit(name, guidance, dtype):
 @every_family
 @with_and_without
 @pytest.mark.parametrize("kinds", [ATTENTION_KINDS, INNER, {"block"}], ids=["attention", "modules", "blocks"])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", seeds(3))
 def test_random_plans_are_what_a_replay_gives(name, guidance, kinds, seed):
     bench = MORE[name]()
     if kinds == {"block"} and not next(f for f in FAMILIES if f.transformer == type(bench.pipe.transformer).__name__).has(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from pipelines import BENCHES, JOINT
 from replay import assert_identical, assert_same, compressed, distance, trace
+from seeds import seeds
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from untouched import left_as_it_was
@@ -93,7 +94,7 @@ def assert_as_by_hand(bench, rows, seed):
     assert distance(got, trace(bench, bench.inputs(**inputs))) > 0.01
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", seeds(3))
 def test_cells_of_feed_forwards(any_bench, seed):
     rows = random_rows(seed, 5, len(any_bench.pipe.transformer.transformer_blocks))
     assert_as_by_hand(any_bench, rows, seed)

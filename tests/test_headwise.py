@@ -23,6 +23,7 @@ from headwise import (
 )
 from pipelines import JOINT, dit, pixart_sigma, sd3, sd35, tiny_mmdit
 from replay import GRIDS, assert_identical, assert_same, compressed, distance, rows_held, trace
+from seeds import seeds
 from torch import nn
 from untouched import left_as_it_was, tensors_like
 
@@ -51,7 +52,7 @@ def test_the_replay_without_compression_is_the_pipeline(bench):
 
 
 @pytest.mark.parametrize("images", [1, 3])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", seeds(3))
 def test_random_grid(bench, seed, images):
     grid = random_grid(seed + 10 * images, 7, bench, lines=True)
     inputs = {"seed": seed, "images": images, "steps": 7}
@@ -60,7 +61,7 @@ def test_random_grid(bench, seed, images):
     assert distance(got, trace(bench, bench.inputs(**inputs))) > 0.05
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", seeds(2))
 def test_without_guidance(bench, seed):
     """One branch in the batch: all of it is conditional."""
     grid = unshared(random_grid(seed, 5, bench, lines=True))
@@ -165,7 +166,7 @@ def test_a_plan_of_heads_leaves_nothing(joint):
 
 
 @pytest.mark.parametrize("images", [1, 2])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", seeds(2))
 def test_the_summary_counts_what_was_done(bench, seed, images):
     grid = random_grid(seed + 30, 6, bench, lines=True)
     the_plan = plan(bench, grid)
@@ -321,7 +322,7 @@ def held_after(bench, grid, images, itemsize=8):
 
 
 @pytest.mark.parametrize("make", [dit, sd3, sd35])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", seeds(2))
 def test_only_what_is_read_later_is_remembered(make, seed):
     bench = make()
     grid, said = random_grid(seed + 20, 7, bench, lines=True), []

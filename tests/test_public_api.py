@@ -70,7 +70,7 @@ def test_no_function_hides_a_module():
     "order",
     [
         pytest.param(sorted, id="first to last", marks=pytest.mark.slow),
-        pytest.param(lambda names: sorted(names, reverse=True), id="last to first"),
+        pytest.param(lambda names: sorted(names, reverse=True), id="last to first", marks=pytest.mark.slow),
     ],
 )
 def test_modules_are_imported_by_their_names(order):

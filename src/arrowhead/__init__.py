@@ -20,13 +20,14 @@ from arrowhead.models.supported import supported
 from arrowhead.plans.cells import Box
 from arrowhead.plans.layout import Tokens
 from arrowhead.plans.plan import Plan
-from arrowhead.searches.api import search
+from arrowhead.searches.api import profile, search, solve, sweep
 from arrowhead.searches.budget.api import calibrate, calibration_bytes
 from arrowhead.searches.budget.config import Budget, Extent
 from arrowhead.searches.budget.sensitivity.table import Table
-from arrowhead.searches.budget.solver.solution import solve, sweep
 from arrowhead.searches.greedy import Greedy
 from arrowhead.searches.headwise import Headwise
+from arrowhead.searches.speedup import Speedup, speedup
+from arrowhead.searches.stack.profile import Profile
 
 if TYPE_CHECKING:
     from arrowhead.evaluation.side_by_side import evaluate
@@ -44,7 +45,9 @@ __all__ = [
     "Greedy",
     "Headwise",
     "Plan",
+    "Profile",
     "Run",
+    "Speedup",
     "Summary",
     "Table",
     "Tokens",
@@ -57,9 +60,11 @@ __all__ = [
     "evaluate",
     "latte",
     "open_sora",
+    "profile",
     "remove",
     "search",
     "solve",
+    "speedup",
     "supported",
     "sweep",
     "tiny",

@@ -76,6 +76,10 @@ class NothingCompressed(ArrowheadWarning):
     """A search with a positive threshold found nothing to compress. Search with a larger threshold."""
 
 
+class NothingLearnt(ArrowheadWarning):
+    """Nothing could be learnt from a generation that `speedup` watched: it ran without a plan."""
+
+
 class ShareCfgIgnored(ArrowheadWarning):
     """The plan shares attention between the CFG branches, but a generation has one branch, and nothing to share.
 

@@ -92,6 +92,7 @@ class CalibrationRun:
         self._lengths: dict[str, tuple[Lengths, ...]] = {}  # of sites' outputs, where the calls' texts have two
         self._generation: Generation | None = None
         self._waiting: tuple[TransformerCall, Any] | None = None  # the first of a step's two calls, and its placeholder
+        self._apart = all(site.kind == "stack" for site in model.sites)  # two calls share nothing: one runs after the other
         self._example: Any = None  # an output of the transformer, which placeholders are copies of
 
     def run(self, on_step: Callable[[Step], None], *, first_only: bool = False) -> Any:
@@ -202,9 +203,9 @@ class CalibrationRun:
         before, self.passes = counts.total(), self.passes + 1
         try:
             with torch.set_grad_enabled(grad), force_eager():
-                if len(runs) == 1:
+                if len(runs) == 1 or self._apart:
                     self._at_site = lambda call: at_site(call, self._begun)
-                    outputs = [runs[0]()]
+                    outputs = [*map(self._one, runs, self.of_calls)]
                 else:
                     self._at_site = wait_for_pair
                     called = partial(self._pair_called, at_site)
@@ -212,9 +213,14 @@ class CalibrationRun:
                     outputs = run_paired(runs, called, join)
         finally:
             self._at_site = None
-        if (passed := counts.total() - before) != len(self._model.sites):
+        if (passed := counts.total() - before) != len(self._model.sites) * (len(runs) if self._apart else 1):
             raise self._sites_missed(runs[0], passed)
         return outputs
+
+    def _one(self, run: Callable[[], Any], tokens: Tokens) -> Any:
+        """One call of a step that is run by itself."""
+        self._begun.tokens = tokens
+        return run()
 
     @contextmanager
     def traced(self, runs: Runs, at_site: AtSite) -> Iterator[list[Any]]:
@@ -324,7 +330,8 @@ class CalibrationRun:
                 "got a LoRA scale among the attention arguments of a pipeline that calls its transformer twice a step, which "
                 "scales its layers in each; wanted none while searching; fuse the LoRA, or set its weight with set_adapters"
             )
-        require_one_image(calls)
+        if not self._apart:
+            require_one_image(calls)
         if rows != (self.rows or rows):
             raise InputsInvalid(
                 f"got a batch of {rows} in step {self._begun.step + 1}, wanted {self.rows} as before; {LEAVE_OUT}"
@@ -334,7 +341,7 @@ class CalibrationRun:
     def _advance(self, calls: Sequence[TransformerCall]) -> int:
         """On to the next step; gives its number. Two calls have the tokens of the longer text, see `pair_of_lengths`."""
         self.of_calls, share = tuple(call.tokens for call in calls), self._driver.share
-        tokens = max(self.of_calls, key=lambda tokens: tokens.text)
+        tokens = calls[0].tokens if self._apart else max(self.of_calls, key=lambda tokens: tokens.text)
         if self._generation is None:
             other = len({*self.of_calls}) > 1
             self.other_texts = other if share.alone else any(share.each(other))

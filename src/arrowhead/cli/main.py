@@ -89,7 +89,8 @@ def search(
         ),
     ] = None,
     strategy: Annotated[
-        str | None, typer.Option(help="greedy (DiTFastAttn), headwise (DiTFastAttnV2) or budget; default: by the other options")
+        str | None,
+        typer.Option(help="greedy (DiTFastAttn), headwise (DiTFastAttnV2), budget or stack; default: by the other options"),
     ] = None,
     threshold: Annotated[
         str | None, typer.Option(help=f"greedy: a number, or one of {', '.join(THRESHOLDS)} (D4); headwise: a number (0.6)")

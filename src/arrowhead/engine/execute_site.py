@@ -99,12 +99,32 @@ def execute_site(call: SiteCall, plan: SitePlan, generation: Generation) -> Outp
 
 
 def _reused(call: SiteCall, plan: ReusePlan, generation: Generation) -> Output:
-    """The stored output, with its change since where it is extrapolated."""
+    """The stored output, scaled, and with its change since where it is extrapolated."""
     cache, step = generation.cache, generation.step
-    if not plan.extrapolate:
+    if plan.plain:
         return call.restore(cache.read(plan.output, step))
-    ahead = plan.extrapolate * cache.age(plan.output, step)
-    return call.restore(add_scaled(cache.read(plan.output, step), cache.read(plan.slope, step), ahead))
+    age, rows = cache.age(plan.output, step), call.batch
+    out = scaled_rows(cache.read(plan.output, step), plan.scale, generation, rows)
+    if any(plan.extrapolate):
+        ahead = plan.extrapolate[0] * age, plan.extrapolate[1] * age
+        out = add_scaled(out, scaled_rows(cache.read(plan.slope, step), ahead, generation, rows), 1)
+    return call.restore(out)
+
+
+def scaled_rows(value: Output, weights: tuple[float, float], generation: Generation, batch: int) -> Output:
+    """A value (B, N, C): the conditional branch's rows times the first weight, the unconditional branch's times the second."""
+    if generation.branches.calls > 1:
+        weights = (weights[generation.call],) * 2
+    if weights[0] == weights[1]:
+        return value if weights[0] == 1 else map_output(value, lambda tensor: tensor * weights[0])
+    conditional = generation.branches.conditional(batch)
+
+    def scaled(tensor: Tensor) -> Tensor:
+        out = tensor * weights[1]
+        out[conditional] = tensor[conditional] * weights[0]
+        return out
+
+    return map_output(value, scaled)
 
 
 def _run(site_pass: SitePass) -> Output:

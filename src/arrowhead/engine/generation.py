@@ -1,6 +1,7 @@
 """The state of one generation, from the first call of the transformer to the end of the pipeline's call."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from arrowhead.engine.cache import Cache, held_bytes
 from arrowhead.engine.cache_encoding import NATIVE, CacheEncoding
@@ -34,6 +35,8 @@ class Generation:
     rows: int | None = None
     latents: int | None = None
     strict: bool = False
+    stack_passes: dict[str, Any] = field(default_factory=dict)
+    """By the stack's path, the `StackPass` that is going on."""
     _of_calls: dict[int, Tokens] = field(default_factory=dict)
     _plans: dict[tuple[Site, Cell, Writes], SitePlan] = field(default_factory=dict)
 

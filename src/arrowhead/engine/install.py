@@ -86,6 +86,10 @@ def remove(pipe: "DiffusionPipeline | nn.Module") -> None:
     Raises:
         ArrowheadError: there is no plan on it.
     """
+    sped = getattr(pipe, "__dict__", {}).get("_arrowhead_speedup")
+    if sped is not None:
+        sped.close()
+        return
     run = run_on(pipe)
     if run is None:
         raise ArrowheadError("this pipeline carries no plan; apply one with arrowhead.apply(pipe, plan)")

@@ -19,6 +19,7 @@ from arrowhead.engine.generation import Generation
 from arrowhead.engine.plan_warnings import warn_of_derived, warn_of_other_weights, warn_of_wide_bands
 from arrowhead.engine.prepared import Inseparable, PreparedPlans, SitePlans
 from arrowhead.engine.site_calls import SiteCall
+from arrowhead.engine.stack_calls import StackCall, execute_stack
 from arrowhead.engine.stats import Stats, Summary
 from arrowhead.engine.step_clock import StepClock
 from arrowhead.engine.wrappers import Interception, uncopied
@@ -355,7 +356,8 @@ class Run:
         generation = self._generation
         if generation is None:
             return call.native()
-        return execute_site(call, self._site_plans[generation.step][call.site.path], generation)
+        plan = self._site_plans[generation.step][call.site.path]
+        return execute_stack(call, plan, generation) if isinstance(call, StackCall) else execute_site(call, plan, generation)
 
 
 _MARK = "_arrowhead_run"

@@ -11,7 +11,21 @@ from functools import lru_cache
 from arrowhead.engine.cache import Key
 from arrowhead.engine.stats import AttentionWork, PassCount, Work
 from arrowhead.kernels.call import Policy
-from arrowhead.plans.cells import FULL, Arrow, Attend, Cached, Cell, Full, Method, Reuse, method_name, paper_name, precision_of
+from arrowhead.plans.cells import (
+    AST,
+    FULL,
+    Arrow,
+    Attend,
+    Cached,
+    Cell,
+    Full,
+    Method,
+    Reuse,
+    branch_coefficients,
+    method_name,
+    paper_name,
+    precision_of,
+)
 from arrowhead.plans.flops import Flops, computed_heads, head_flops, projection_flops, site_flops
 from arrowhead.plans.layout import Branches, Site, Tokens
 from arrowhead.plans.lifetimes import HeadOutput, Residual, Writes
@@ -62,12 +76,18 @@ class HeadWrite:
 
 @dataclass(frozen=True, eq=False)
 class ReusePlan:
-    """A pass that repeats the stored output, or extrapolates it by a part of its change per step."""
+    """A pass that repeats the stored output, or extrapolates it by a part of its change per step.
+
+    `scale` and `extrapolate` are those of the cell, for the conditional and the unconditional branch. `plain`: it is repeated
+    as it is.
+    """
 
     site: Site
     count: PassCount
     sequences: int
-    extrapolate: float
+    plain: bool
+    scale: tuple[float, float]
+    extrapolate: tuple[float, float]
     output: Key
     slope: Key
 
@@ -130,7 +150,10 @@ def prepare(site: Site, cell: Cell, writes: Writes, tokens: Tokens, branches: Br
     count, sequences = _pass_count(site, cell, tokens, branches), site.sequences(tokens)
     output, slope, head_outputs = Key(site.path), Key(site.path, "slope"), Key(site.path, "heads")
     if isinstance(cell, Reuse):
-        return ReusePlan(site, count, sequences, cell.extrapolate, output, slope)
+        scale, extrapolate = branch_coefficients(cell.scale), branch_coefficients(cell.extrapolate)
+        if not branches.guided:
+            scale, extrapolate = (scale[0], scale[0]), (extrapolate[0], extrapolate[0])
+        return ReusePlan(site, count, sequences, cell == AST, scale, extrapolate, output, slope)
     every, methods = tuple(range(site.heads)), cell.methods(site.heads)
     heads = computed_heads(site, cell) if separable else every
     cached = tuple(head for head in every if isinstance(methods[head], Cached))

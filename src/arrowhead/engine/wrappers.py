@@ -21,6 +21,7 @@ from arrowhead.engine.changes import Changes
 from arrowhead.engine.compile_boundary import RegistryEntry, SiteHandle, call_operator, compiling
 from arrowhead.engine.forward_hooks import is_reached, restore_forward
 from arrowhead.engine.site_calls import AttentionSiteCall, BlockCall, ForwardSiteCall, ModuleCall, SiteCall
+from arrowhead.engine.stack_calls import StackCall, StackMember, members_of
 from arrowhead.errors import AlreadyApplied, NotIntercepted, ProcessorReplaced
 from arrowhead.models.custom import Forward
 from arrowhead.models.model import Model
@@ -48,6 +49,7 @@ class Interception:
         self._originals: dict[nn.Module, Any] = {}  # what the attribute held before
         self._wrapped: dict[nn.Module, Any] = {}
         self._entries: dict[nn.Module, RegistryEntry] = {}
+        self._members: dict[nn.Module, tuple[Site, StackMember]] = {}  # of stacks: each block with its site and its place
         self._replaced: dict[str, str] | None = None  # when it was removed
 
     def install(self, changes: Changes) -> None:
@@ -62,7 +64,12 @@ class Interception:
                 raise _intercepted_already(type(transformer).__name__)
         changes.record(self._remove)
         processors = HookedProcessors()
-        for site, module in self._model.site_modules:
+        modules = self._model.site_modules
+        for stack, blocks in self._model.stacks:
+            for (block, module), member in zip(blocks, members_of(len(blocks)), strict=True):
+                self._members[module] = block, member
+                modules.append((stack, module))
+        for site, module in modules:
             custom = self._model.forwards.get(site.path)
             has_processor = site.kind == "self_attention" and custom is None and hasattr(module, "processor")
             place = "processor" if has_processor else "forward"
@@ -88,7 +95,10 @@ class Interception:
         site, compiled = self._sites[module], vars(module).get(COMPILED)
         place = self._places[module] = "forward" if compiled is None or site.kind == "self_attention" else COMPILED
         forward = module.forward if place == "forward" or compiled is None else compiled
-        wrapped: Any = _wrap_forward(module, forward, site, self._around, custom)
+        if site.kind == "stack":
+            wrapped: Any = _wrap_member(*self._members[module], module, forward, site, self._around)
+        else:
+            wrapped = _wrap_forward(module, forward, site, self._around, custom)
         self._originals[module] = vars(module).get("forward") if place == "forward" else compiled
         self._entries[module] = RegistryEntry(wrapped.arrowhead_handle, site, wrapped)
         self._wrapped[module] = wrapped
@@ -174,6 +184,23 @@ def _wrap_forward(
 
     parameters = _forward_parameters(uncompiled(module), site)
     handle = SiteHandle.of(site, parameters)
+    wrapped.arrowhead_around, wrapped.arrowhead_handle = around, handle  # type: ignore[attr-defined]
+    return wrapped
+
+
+def _wrap_member(
+    block: Site, member: StackMember, module: nn.Module, forward: Callable[..., Output], stack: Site, around: Around
+) -> Callable[..., Output]:
+    """The wrapper of the forward of a block of a stack."""
+
+    @wraps(forward)
+    def wrapped(*args: Any, **kwargs: Any) -> Output:
+        if compiling():
+            return call_operator(handle, args, kwargs)
+        return around(StackCall(stack, module, forward, args, kwargs, parameters, member))
+
+    parameters = _forward_parameters(uncompiled(module), block)
+    handle = SiteHandle.of(block, parameters)
     wrapped.arrowhead_around, wrapped.arrowhead_handle = around, handle  # type: ignore[attr-defined]
     return wrapped
 

@@ -14,6 +14,7 @@ from arrowhead.errors import InputsInvalid
 from arrowhead.models.custom import CustomModel, Forward
 from arrowhead.models.family import Family
 from arrowhead.models.signatures import method_signature
+from arrowhead.models.sites import stack_blocks
 from arrowhead.plans.layout import Branches, BranchOrder, Site, Tokens, relevant_tokens
 from arrowhead.plans.target import NO_SCHEDULER, Target, to_json_value
 from arrowhead.upstream import uncompiled
@@ -54,9 +55,28 @@ class Model:
 
     @property
     def site_modules(self) -> list[tuple[Site, nn.Module]]:
-        """The sites of every transformer, each with its module there."""
-        found = ((site, transformer.get_submodule(site.path)) for transformer in self.transformers for site in self.sites)
+        """The sites of every transformer, but stacks, each with its module there."""
+        found = (
+            (site, transformer.get_submodule(site.path))
+            for transformer in self.transformers
+            for site in self.sites
+            if site.kind != "stack"
+        )
         return [(site, uncompiled(module) if site.kind == "self_attention" else module) for site, module in found]
+
+    @property
+    def stacks(self) -> list[tuple[Site, list[tuple[Site, nn.Module]]]]:
+        """The stacks of every transformer, each with its blocks and their modules there, in the order they run."""
+        found = []
+        for transformer in self.transformers:
+            for site in self.sites:
+                if site.kind == "stack":
+                    blocks, within = (
+                        stack_blocks(site.path.split("+"), transformer),
+                        {block.path: block for block in site.within},
+                    )
+                    found.append((site, [(within[path], module) for path, module in blocks.items()]))
+        return found
 
     @property
     def called_transformers(self) -> tuple[nn.Module, ...]:

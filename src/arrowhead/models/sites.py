@@ -1,7 +1,7 @@
 """Makes sites of a transformer's modules: which modules are sites, and which sizes they have."""
 
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -31,6 +31,34 @@ def sites_in(family: Family, root: nn.Module, kinds: Collection[Kind], prefix: s
         for kind, (pattern, make) in makers.items():
             if kind in kinds and re.fullmatch(pattern, path) and not _attends_to_an_image(kind, module):
                 yield make(family, path, module), module
+    if "stack" in kinds and not prefix and (blocks := stack_blocks(family.stack, root)):
+        whole = _stack(family, blocks)
+        if whole is not None:
+            yield whole, nn.ModuleList(blocks.values())
+
+
+def stack_blocks(names: Sequence[str], root: nn.Module) -> dict[str, nn.Module]:
+    """The blocks in the lists of these names, by their paths, in the order they run."""
+    lists = [(name, list_) for name in names if isinstance(list_ := getattr(root, name, None), nn.ModuleList)]
+    return {f"{name}.{i}": block for name, list_ in lists for i, block in enumerate(list_)}
+
+
+def _stack(family: Family, blocks: Mapping[str, nn.Module]) -> Site | None:
+    """The site of these blocks as a stack; None where one of them is no site."""
+    if not all(re.fullmatch(family.block_pattern, path) and not _attends_to_an_image("block", b) for path, b in blocks.items()):
+        return None
+    within = tuple(_block(family, path, module) for path, module in blocks.items())
+    channels = within[0].channels
+    return Site(
+        "+".join(dict.fromkeys(path.rpartition(".")[0] for path in blocks)),
+        heads=1,
+        head_dim=channels,
+        channels=channels,
+        joint=any(site.joint for site in within[0].within if site.kind == "feed_forward"),  # text and image in one sequence
+        separable_heads=False,
+        kind="stack",
+        within=within,
+    )
 
 
 def _attends_to_an_image(kind: Kind, module: Any) -> bool:

@@ -26,7 +26,7 @@ extrapolated instead of repeated (``EXTRAPOLATE``).
 import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 Precision = Literal["native", "int8"]
 """How the scores Q·Kᵀ are multiplied: in the pipeline's own dtype, or in 8-bit integers (see `kernels/int8.py`)."""
@@ -165,21 +165,29 @@ class Reuse:
     With `extrapolate` the output is extrapolated from the last two computed ones: the later one, plus `extrapolate` times the
     change per step between them, times the steps since the later one (the first order of TaylorSeer, arXiv:2503.06923).
     Fractions damp the change, because outputs hold noise, and extrapolation multiplies it. Where the later output was shared
-    by both CFG branches, the change is that of the conditional branch.
+    by both CFG branches, the change is that of the conditional branch. With `scale` the later output is multiplied by it.
+
+    Either is one number, or a pair: for the conditional branch, and for the unconditional one. The output is
+
+        scale · O_j + extrapolate · (t − j) · (O_j − O_i) / (j − i)
+
+    in step t, where i < j are the last two steps that computed an output.
 
     Raises:
-        ValueError: `extrapolate` is not between 0 (repeat) and 1 (the whole change).
+        ValueError: `extrapolate` is not within −4 to 4, or `scale` not within 0 to 2.
 
     >>> paper_name(Reuse()), paper_name(Reuse(extrapolate=0.5))
     ('AST', 'extrapolate')
+    >>> Reuse(extrapolate=(0.8, 0.8)) == Reuse(extrapolate=0.8)
+    True
     """
 
-    extrapolate: float = 0.0
+    extrapolate: "Coefficient" = 0.0
+    scale: "Coefficient" = 1.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.extrapolate, int | float) or not 0 <= self.extrapolate <= 1:
-            raise ValueError(f"got extrapolate={self.extrapolate!r}, wanted the part of a slope: 0 (repeat) to 1")
-        object.__setattr__(self, "extrapolate", float(self.extrapolate))
+        object.__setattr__(self, "extrapolate", _coefficient("extrapolate", self.extrapolate, -4, 4))
+        object.__setattr__(self, "scale", _coefficient("scale", self.scale, 0, 2))
 
     def of_head(self, _head: int) -> "Reuse":
         """The cell for one head: the same for all heads."""
@@ -188,6 +196,31 @@ class Reuse:
 
 Cell = Attend | Reuse
 """What one site does in one step."""
+Coefficient = float | tuple[float, float]
+"""A number for both CFG branches, or one for the conditional and one for the unconditional branch."""
+
+
+def _coefficient(name: str, value: Any, least: float, most: float) -> Coefficient:
+    """A coefficient as it is kept: equal numbers for both branches become one.
+
+    Raises:
+        ValueError: it is neither a number nor a pair of numbers, or outside of the bounds.
+    """
+    pair = value if isinstance(value, tuple) else (value, value)
+    if len(pair) != 2 or not all(isinstance(part, int | float) and least <= part <= most for part in pair):
+        raise ValueError(f"got {name}={value!r}, wanted a number from {least} to {most}, or one for each CFG branch")
+    return float(pair[0]) if pair[0] == pair[1] else (float(pair[0]), float(pair[1]))
+
+
+def branch_coefficients(value: Coefficient) -> tuple[float, float]:
+    """A coefficient's numbers for the conditional and the unconditional branch.
+
+    >>> branch_coefficients(0.5)
+    (0.5, 0.5)
+    """
+    return value if isinstance(value, tuple) else (value, value)
+
+
 FULL = Attend()
 ASC = Attend(share_cfg=True)
 AST = Reuse()
@@ -235,7 +268,7 @@ def reads_head_output(cell: Cell) -> bool:
 
 def extrapolates(cell: Cell) -> bool:
     """Whether a cell extrapolates from two earlier outputs."""
-    return isinstance(cell, Reuse) and cell.extrapolate > 0
+    return isinstance(cell, Reuse) and cell.extrapolate != 0
 
 
 def uses_box(method: Method) -> bool:

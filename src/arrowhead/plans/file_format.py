@@ -41,9 +41,10 @@ from arrowhead.plans.target import Target
 if TYPE_CHECKING:  # plan.py imports this file
     from arrowhead.plans.plan import Plan
 
-FORMAT = 5
-READABLE = (2, 3, 4, FORMAT)
-"""Format 4 has no noise levels, format 3 no slopes, grids or second transformer, format 2 no precisions either."""
+FORMAT = 6
+READABLE = (2, 3, 4, 5, FORMAT)
+"""Format 5 has no stacks, and one slope for both branches; format 4 no noise levels; format 3 no slopes, grids or second
+transformer; format 2 no precisions either."""
 SYMBOLS = {  # by the papers' names
     "full": "F",
     "ASC": "C",
@@ -125,20 +126,22 @@ class _CellModel(pydantic.BaseModel, extra="forbid"):
     `does` is "attend", "reuse" or "extrapolate". A cell that attends has in `heads` one word for all heads, or one for each:
     full, cached, arrow:R or arrow:R+residual, where R is the radius in tokens, or a box such as 1x4xall (frames, rows,
     columns); full and arrow with +int8 in that precision. A cell that extrapolates has in `slope` the part of the change per
-    step that it takes, unless that is 1.
+    step that it takes, unless that is 1; one that does not compute has in `scale` what the output is multiplied by, unless that
+    is 1. Either is a number, or a list of two: for the conditional and for the unconditional branch.
     """
 
     does: Literal["attend", "reuse", "extrapolate"]
     heads: str | None = None
     share_cfg: bool | None = None
-    slope: float | None = None
+    slope: float | tuple[float, float] | None = None
+    scale: float | tuple[float, float] | None = None
 
     @classmethod
     def of(cls, cell: Cell) -> "_CellModel":
         """The spelling of a cell."""
         if isinstance(cell, Reuse):
-            slope = None if cell.extrapolate in (0, 1) else cell.extrapolate
-            return cls(does="extrapolate" if extrapolates(cell) else "reuse", slope=slope)
+            slope, scale = None if cell.extrapolate in (0, 1) else cell.extrapolate, None if cell.scale == 1 else cell.scale
+            return cls(does="extrapolate" if extrapolates(cell) else "reuse", slope=slope, scale=scale)
         methods = cell.method if isinstance(cell.method, tuple) else (cell.method,)
         return cls(does="attend", heads=" ".join(map(_word, methods)), share_cfg=cell.share_cfg)
 
@@ -148,15 +151,18 @@ class _CellModel(pydantic.BaseModel, extra="forbid"):
             raise ValueError("got heads for a cell that reuses, or none for one that attends; wanted them where it attends")
         if self.share_cfg and self.does != "attend":
             raise ValueError("got share_cfg=true for a cell that reuses; wanted it only where a cell attends")
-        if self.slope is not None and (self.does != "extrapolate" or not 0 < self.slope < 1):
-            raise ValueError(f"got slope={self.slope}, wanted one between 0 and 1, and only where a cell extrapolates")
+        if self.slope is not None and (self.does != "extrapolate" or self.slope in (0, 1)):
+            raise ValueError(f"got slope={self.slope}, wanted one that is neither 0 nor 1, and only where a cell extrapolates")
+        if self.scale is not None and (self.does == "attend" or self.scale == 1):
+            raise ValueError(f"got scale={self.scale}, wanted another than 1, and only where a cell does not compute")
         self.cell()  # refuses unknown words
         return self
 
     def cell(self) -> Cell:
         """The cell that is spelt."""
         if self.heads is None:
-            return Reuse((self.slope or 1.0) if self.does == "extrapolate" else 0.0)
+            slope = 1.0 if self.slope is None else self.slope
+            return Reuse(slope if self.does == "extrapolate" else 0.0, 1.0 if self.scale is None else self.scale)
         return Attend(tuple(map(_method, self.heads.split())), bool(self.share_cfg))
 
 

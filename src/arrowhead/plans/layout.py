@@ -103,7 +103,7 @@ class Tokens:
         return slice(0, self.text) if self.text_first else slice(self.visual, self.total)
 
 
-Kind = Literal["self_attention", "cross_attention", "feed_forward", "block"]
+Kind = Literal["self_attention", "cross_attention", "feed_forward", "block", "stack"]
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,8 @@ class Site:
     """One module that a plan has cells for: its path in the transformer, and the sizes that its FLOPs and bytes follow from.
 
     Attributes:
-        path: the module's name in the transformer, such as "transformer_blocks.0.attn".
+        path: the module's name in the transformer, such as "transformer_blocks.0.attn". A stack has the names of the lists of
+            its blocks, joined by "+".
         heads: heads of queries, H. Sites of other kinds than self-attention have 1.
         head_dim: channels of a head, D. Sites of other kinds have the width of their output.
         channels: channels of the visual tokens at the input and output.
@@ -121,12 +122,13 @@ class Site:
         separable_heads: Q, K and V of single heads can be computed without those of the others. A LoRA can change this while
             a pipeline is used, so it is no part of what a plan is bound to. Called "heads_apart" in files.
         kv_heads: heads of keys and values, a divisor of `heads`, where several heads of queries share them; else None.
-        kind: self-attention, cross-attention from the image to the text, feed-forward, or a whole block. The output of a block
-            is what it adds to its input.
+        kind: self-attention, cross-attention from the image to the text, feed-forward, a whole block, or a stack: all blocks of
+            a transformer, one after another. The output of a block or a stack is what it adds to its input; that of a stack is
+            of the visual tokens alone, unless `joint`.
         weights: weights, besides those of the Q, K, V and output projections, that multiply each of the site's tokens. A
             self-attention has such weights where one layer also projects for the feed-forward beside it (FLUX.2).
         text_weights: weights of a site of another kind that multiply each text token of the call.
-        within: the sites inside a block.
+        within: the sites inside a block; the blocks of a stack.
         over: the axis that the site attends along: all tokens of a sample; "space", one frame, so that a sample has one
             sequence for each frame; "time", one position of all frames, so that a sample has one sequence for each position.
         text_channels: channels of the text tokens at a joint site, where they are not `channels`; else 0.
@@ -174,7 +176,7 @@ class Site:
 
     def contains(self, other: "Site") -> bool:
         """Whether the other site lies within this one."""
-        return other.path.startswith(f"{self.path}.")
+        return other.path.startswith(tuple(f"{path}." for path in self.path.split("+")))
 
     def made_of(self, sites: Iterable["Site"]) -> bool:
         """Whether the site is a block, and the sites within it are all among `sites`, and all of those in it."""
@@ -204,8 +206,8 @@ def relevant_tokens(tokens: Tokens, sites: Iterable[Site]) -> Tokens:
 def outermost(sites: Iterable[Site]) -> tuple[Site, ...]:
     """The sites that lie within no other of them."""
     sites = tuple(sites)
-    blocks = [site for site in sites if site.kind == "block"]
-    return tuple(site for site in sites if not any(block.contains(site) for block in blocks))
+    outer = [site for site in sites if site.kind in ("block", "stack")]
+    return tuple(site for site in sites if not any(block.contains(site) for block in outer))
 
 
 BranchOrder = Literal["cond_first", "uncond_first", "two_calls"]
@@ -252,3 +254,4 @@ class Branches:
 
 ATTENTION_KINDS: frozenset[Kind] = frozenset({"self_attention"})
 ALL_KINDS: frozenset[Kind] = frozenset({"self_attention", "cross_attention", "feed_forward", "block"})
+"""The kinds of sites that are one module."""

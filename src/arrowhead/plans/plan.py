@@ -112,6 +112,8 @@ class Plan:
 
     def _require_column(self, site: Site, column: tuple[Cell, ...]) -> None:
         attends = [cell for cell in column if isinstance(cell, Attend)]
+        if site.kind == "stack" and any(cell.share_cfg for cell in attends):
+            raise PlanInvalid(f"site {site.path}: got share_cfg for a stack; wanted both CFG branches computed, or reused")
         if site.kind != "self_attention" and any(cell.method != Full() for cell in attends):
             raise PlanInvalid(f"site {site.path}: a {site.kind} has no heads; wanted it computed in full, or reused")
         if wrong := {len(cell.method) for cell in attends if isinstance(cell.method, tuple)} - {site.heads}:
@@ -326,7 +328,7 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
-        """Read a plan that `save` wrote, in this version or an earlier one (formats 2, 3 and 4).
+        """Read a plan that `save` wrote, in this version or an earlier one (formats 2 to 5).
 
         Raises:
             PlanInvalid: the file cannot be read, is not JSON, not a plan, of an unknown format, contradicts itself, or is

@@ -5,7 +5,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from arrowhead.analysis.palette import COLOURS, MEANINGS, ink, opacity
-from arrowhead.plans.cells import Arrow, Attend, Box, Cell, Method, Radius, Reuse, method_name, paper_name
+from arrowhead.plans.cells import (
+    Arrow,
+    Attend,
+    Box,
+    Cell,
+    Coefficient,
+    Method,
+    Radius,
+    Reuse,
+    branch_coefficients,
+    method_name,
+    paper_name,
+)
 from arrowhead.plans.layout import Site
 from arrowhead.plans.plan import Plan
 
@@ -124,11 +136,17 @@ def _map(rows: Sequence[str], labels: Sequence[str], cells: Sequence[Sequence[Ce
     return Map(tuple(rows), tuple(labels), len(cells[0]), areas)
 
 
+def _numbers(coefficient: Coefficient) -> str:
+    conditional, unconditional = branch_coefficients(coefficient)
+    return f"{conditional:.3g}" if conditional == unconditional else f"{conditional:.3g} and {unconditional:.3g}"
+
+
 def _description(cell: Cell) -> str:
     """A cell in words: its name and meaning, its radius, and how much of the slope it extrapolates."""
     name = paper_name(cell)
     if isinstance(cell, Reuse):
-        return f"{name}: {MEANINGS[name]}" + (f", {cell.extrapolate:g} of the slope" if 0 < cell.extrapolate < 1 else "")
+        slope = "" if cell.extrapolate in (0, 1) else f", {_numbers(cell.extrapolate)} of the slope"
+        return f"{name}: {MEANINGS[name]}{slope}" + ("" if cell.scale == 1 else f", the output times {_numbers(cell.scale)}")
     if isinstance(cell.method, tuple):
         count = Counter(map(_method_text, cell.method))
         return f"{name}: " + ", ".join(f"{n} × {text}" for text, n in count.most_common())

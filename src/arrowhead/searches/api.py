@@ -19,9 +19,11 @@ from arrowhead.plans.plan import Plan
 from arrowhead.searches.budget.api import budgeted, calibrate, calibration_bytes
 from arrowhead.searches.budget.config import PRESETS, Budget, Extent
 from arrowhead.searches.budget.sensitivity.table import Table
-from arrowhead.searches.budget.solver.solution import solve, sweep
+from arrowhead.searches.budget.solver.solution import solve as solve_table
 from arrowhead.searches.greedy import Greedy, Trial, greedy_search
 from arrowhead.searches.headwise import Choice, Headwise, headwise_search
+from arrowhead.searches.stack.api import planned, profile, solve_profile
+from arrowhead.searches.stack.profile import Profile
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
     from diffusers import DiffusionPipeline
@@ -34,7 +36,7 @@ def search(
     inputs: Mapping[str, Any] | Callable[[], Any],
     *,
     adapter: Adapter | None = None,
-    strategy: Literal["greedy", "headwise", "budget"] | Greedy | Headwise | None = None,
+    strategy: Literal["greedy", "headwise", "budget", "stack"] | Greedy | Headwise | None = None,
     budget: Budget | Literal["light", "balanced", "strong"] | None = None,
     threshold: float | str | None = None,
     loss: LossForm = "paper",
@@ -59,6 +61,8 @@ def search(
         adapter: describes a custom model.
         strategy: `greedy` is DiTFastAttn's Algorithm 1, `headwise` DiTFastAttnV2's choice for single heads; a `Greedy` or a
             `Headwise` holds the candidates of these; `budget` keeps the whole generation to a budget, with the least error.
+            `stack` does so by skipping all blocks of a step at once: it needs one generation without gradients, and two or
+            three to check plans, and takes a budget of the transformer's FLOPs, a speedup or an error.
         budget: for `budget`: the cost or the error that is allowed, or the name of an error: `light` 0.03, `balanced` 0.07,
             `strong` 0.15. None: `balanced`.
         threshold: for `greedy`, the error allowed at the last layer of a step, or one of D1 … D6 (0.025 … 0.15); for
@@ -86,9 +90,12 @@ def search(
     named = strategy if strategy is not None else ("greedy" if threshold is not None and budget is None else "budget")
     _check_arguments(named, budget, threshold, loss, extent, table)
     driver = driver_of(pipe, inputs, adapter, shard)
-    if named == "budget":
+    if named in ("budget", "stack"):
         wanted = Budget(error=PRESETS[budget or "balanced"]) if budget is None or isinstance(budget, str) else budget
-        plan = budgeted(driver, wanted, extent=extent, table=table, progress=progress)
+        if named == "stack":
+            plan = planned(driver, wanted, progress)
+        else:
+            plan = budgeted(driver, wanted, extent=extent, table=table, progress=progress)
         (asked, value), may_lose = wanted.asked, wanted.error is not None or wanted.asked[1] < 1
     else:
         settings = Greedy() if named == "greedy" else Headwise() if isinstance(named, str) else named
@@ -105,6 +112,35 @@ def search(
     return plan
 
 
+def solve(learnt: Table | Profile, budget: Budget) -> Plan:
+    """Find the plan for a budget from what a calibration learnt. The model is not run.
+
+    Args:
+        learnt: a `Table`, from `arrowhead.calibrate`, or a `Profile`, from `arrowhead.profile`; or one that was loaded.
+        budget: of FLOPs; with a profile, of the transformer's FLOPs, a speedup or an error.
+
+    Raises:
+        InputsInvalid: these are no table or profile and budget, nothing is as cheap, or the budget is one that only the
+            pipeline can show.
+
+    Examples:
+        >>> plan = ah.solve(table, ah.Budget(module_flops=0.4))
+        >>> plan = ah.solve(profile, ah.Budget(transformer_flops=0.4))
+    """
+    return solve_profile(learnt, budget) if isinstance(learnt, Profile) else solve_table(learnt, budget)
+
+
+def sweep(learnt: Table | Profile, budgets: Sequence[Budget]) -> list[Plan]:
+    """Find a plan for each budget from one table or profile. Raises what `solve` raises.
+
+    Examples:
+        >>> plans = ah.sweep(table, [ah.Budget(module_flops=left) for left in (0.6, 0.4, 0.2)])
+    """
+    if not isinstance(budgets, Sequence):
+        raise InputsInvalid(f"got budgets of type {type(budgets).__name__}, wanted a list of them; solve takes a single one")
+    return [solve(learnt, budget) for budget in budgets]
+
+
 def _check_arguments(
     named: str | Greedy | Headwise,
     budget: Budget | str | None,
@@ -113,9 +149,9 @@ def _check_arguments(
     extent: Extent | None,
     table: Table | None,
 ) -> None:
-    known = isinstance(named, str) and named in ("greedy", "headwise", "budget")
+    known = isinstance(named, str) and named in ("greedy", "headwise", "budget", "stack")
     if not isinstance(named, Greedy | Headwise) and not known:
-        raise InputsInvalid(f"got strategy={named!r}, wanted 'greedy', 'headwise', a Greedy or a Headwise, or 'budget'")
+        raise InputsInvalid(f"got strategy={named!r}, wanted 'greedy', 'headwise', a Greedy or a Headwise, 'budget' or 'stack'")
     if not isinstance(loss, str) or loss not in ("paper", "signed"):
         raise InputsInvalid(f"got loss={loss!r}, wanted 'paper' or 'signed'")
     if not (isinstance(named, Greedy) or named == "greedy") and (loss != "paper" or isinstance(threshold, str)):
@@ -123,10 +159,11 @@ def _check_arguments(
             f"got loss={loss!r} and threshold={threshold!r} with strategy={named!r}; the signed loss and D1 … D6 are "
             "greedy's; leave out the loss, and give the threshold as a number, such as 0.6"
         )
-    if (budget is not None and named != "budget") or (threshold is not None and named == "budget"):
+    budgets = named in ("budget", "stack")
+    if (budget is not None and not budgets) or (threshold is not None and budgets):
         raise InputsInvalid(
             f"got budget={budget!r} and threshold={threshold!r} with strategy={named!r}; wanted a threshold for 'greedy' and "
-            "'headwise', a budget for 'budget'; leave the other one out"
+            "'headwise', a budget for 'budget' and 'stack'; leave the other one out"
         )
     if not isinstance(extent, Extent | None) or not isinstance(table, Table | None):
         raise InputsInvalid(f"got extent={extent!r} and a {type(table).__name__} for a table, wanted an Extent, or a Table")
@@ -184,6 +221,7 @@ __all__ = [
     "calibration_bytes",
     "greedy_search",
     "headwise_search",
+    "profile",
     "search",
     "solve",
     "sweep",

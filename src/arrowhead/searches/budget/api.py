@@ -20,7 +20,7 @@ from arrowhead.searches.budget.sensitivity.recording import Recording, record, s
 from arrowhead.searches.budget.sensitivity.site_history import held_elements
 from arrowhead.searches.budget.sensitivity.table import Table
 from arrowhead.searches.budget.solver.head_groups import group_size
-from arrowhead.searches.budget.solver.solution import solve, sweep, with_provenance
+from arrowhead.searches.budget.solver.solution import solve, with_provenance
 from arrowhead.searches.budget.validation import corrected, fast_enough, within_error
 from arrowhead.searches.settings import require_a
 
@@ -152,4 +152,4 @@ def _recorded(driver: Driver, extent: Extent, progress: bool) -> Recording:
         return record(driver, extent, show)
 
 
-__all__ = ["PRESETS", "Budget", "budgeted", "calibrate", "calibration_bytes", "solve", "sweep"]
+__all__ = ["PRESETS", "Budget", "budgeted", "calibrate", "calibration_bytes", "solve"]

@@ -31,17 +31,18 @@ class Guidance:
 
     def guided(self, outputs: Sequence[Tensor]) -> Tensor:
         """The guided output (images, C, …) of the outputs (B, C, …) of a step's calls."""
-        conditional, other = self.halves(self._latent(torch.cat(tuple(outputs))))
+        conditional, other = self.halves(self.latent(torch.cat(tuple(outputs))))
         return conditional if other is None else other + self.scale * (conditional - other)
 
     def cotangents(self, outputs: Sequence[Tensor], vector: Tensor) -> list[Tensor]:
         """The gradients of vector·guided(outputs) with respect to each of the outputs (B, C, …)."""
         whole = torch.zeros_like(torch.cat(tuple(outputs)))
-        conditional, other = self.halves(self._latent(whole))
+        conditional, other = self.halves(self.latent(whole))
         conditional += vector if other is None else self.scale * vector
         if other is not None:
             other += (1 - self.scale) * vector
         return list(whole.chunk(len(outputs)))
 
-    def _latent(self, whole: Tensor) -> Tensor:
+    def latent(self, whole: Tensor) -> Tensor:
+        """The channels of a batch (B, C, …) that count."""
         return whole if self.channels is None else whole[:, : self.channels]

@@ -134,6 +134,7 @@ def site_outputs_of(column: Sequence[Cell]) -> list[SiteOutput]:
     for step, cell in enumerate(column):
         if isinstance(cell, Reuse):
             of_head, stored, earlier = of_head.aged(), stored.aged(), earlier.aged() if earlier else None
+            assert isinstance(cell.extrapolate, float)  # one coefficient for both branches: others are a stack's
             if earlier and cell.extrapolate:
                 found.append(ExtrapolatedOutput(stored, earlier, cell.extrapolate, step - computed, gap))
             else:

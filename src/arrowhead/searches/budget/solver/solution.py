@@ -1,6 +1,5 @@
 """Plans from a sensitivity table and a budget, without the model."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -38,17 +37,6 @@ def solve(table: Table, budget: Budget) -> Plan:
         )
     problem = problem_of(budget, table)
     return plan_of(problem, budget, within(problem, budget))
-
-
-def sweep(table: Table, budgets: Sequence[Budget]) -> list[Plan]:
-    """Find a plan for each budget of FLOPs from one table. Raises what `solve` raises.
-
-    Examples:
-        >>> plans = ah.sweep(table, [ah.Budget(module_flops=left) for left in (0.6, 0.4, 0.2)])
-    """
-    if not isinstance(budgets, Sequence):
-        raise InputsInvalid(f"got budgets of type {type(budgets).__name__}, wanted a list of them; solve takes a single one")
-    return [solve(table, budget) for budget in budgets]
 
 
 def within(problem: Problem, budget: Budget) -> Allocation:

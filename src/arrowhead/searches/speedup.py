@@ -1,0 +1,238 @@
+"""`speedup`: a pipeline's first generation is watched, and those after it are compressed."""
+
+import time
+import warnings
+from typing import TYPE_CHECKING, Any, Literal
+
+from arrowhead.calibration.driver import PipelineDriver
+from arrowhead.calibration.isolation import exclusive_call, preserve_rng
+from arrowhead.engine.changes import Changes
+from arrowhead.engine.install import apply
+from arrowhead.engine.run import Run, carries_plan, run_on
+from arrowhead.engine.wrappers import uncopied
+from arrowhead.errors import AlreadyApplied, ArrowheadError, InputsInvalid, NothingLearnt
+from arrowhead.models.find import find
+from arrowhead.plans.plan import Plan
+from arrowhead.searches.budget.config import PRESETS, Budget
+from arrowhead.searches.stack.api import solve_profile
+from arrowhead.searches.stack.profile import Profile
+from arrowhead.searches.stack.profile_cache import cached_path
+from arrowhead.searches.stack.watch import watch
+from arrowhead.upstream import execution_device
+
+if TYPE_CHECKING:  # diffusers takes seconds to import
+    from diffusers import DiffusionPipeline
+
+
+def speedup(
+    pipe: "DiffusionPipeline",
+    times: float | None = None,
+    *,
+    quality: Literal["light", "balanced", "strong"] | None = None,
+    budget: Budget | None = None,
+    profile: Profile | None = None,
+    cache: bool = True,
+) -> "Speedup":
+    """Make a pipeline faster from the second generation on.
+
+    The first generation runs in full, and is watched: it takes about 1.2 times as long as a plain one. A plan is solved from
+    what was seen, and put on the pipeline. With a `profile` the first generation is compressed, too. `remove` takes the plan
+    off.
+
+    Args:
+        pipe: a diffusers pipeline whose transformer is a plain chain of blocks.
+        times: how much faster the transformer has to be, such as 2.0.
+        quality: in place of it, the name of an error that is allowed: light 0.03, balanced 0.07, strong 0.15.
+        budget: in place of these, a budget of the transformer's FLOPs, of a speedup or of an error.
+        profile: what an earlier generation showed, see `arrowhead.profile`.
+        cache: whether to keep what the first generation shows in a folder, and to use what is there for these weights, this
+            scheduler and such a call. The folder is `ARROWHEAD_CACHE`, or the platform's folder for caches.
+
+    Returns:
+        The pipeline's speedup. `print` it for what was done. As a context manager it takes the plan off at the end.
+
+    Raises:
+        InputsInvalid: not one of times, quality and budget is given, or it is out of range.
+        UnsupportedPipeline: the transformer is no plain chain of blocks; `arrowhead.search` finds plans for single sites.
+        AlreadyApplied: the pipeline carries a plan.
+
+    Warns:
+        NothingLearnt: nothing could be learnt from a generation, or nothing is as cheap as was asked for: it ran in full.
+
+    Examples:
+        >>> ah.speedup(pipe, 2.0)
+        >>> image = pipe("a cat").images[0]   # in full, and watched
+        >>> image = pipe("a dog").images[0]   # twice as fast
+        >>> ah.remove(pipe)
+    """
+    given = [value for value in (times, quality, budget) if value is not None]
+    if len(given) != 1 or (quality is not None and quality not in PRESETS) or not isinstance(budget, Budget | None):
+        raise InputsInvalid(
+            f"got times={times!r}, quality={quality!r} and budget={budget!r}, wanted one of them: a number above 1, one of "
+            f"{', '.join(PRESETS)}, or a Budget"
+        )
+    if budget is None:
+        budget = Budget(speedup=times) if quality is None else Budget(error=PRESETS[quality])
+    find(pipe, {"stack"})
+    if run_on(pipe) is not None:
+        raise carries_plan()
+    return Speedup(pipe, budget, profile, cache=cache)
+
+
+class Speedup:
+    """A pipeline that becomes faster, from `speedup` to `remove`.
+
+    Attributes:
+        plan: the plan that is on the pipeline; None before the first generation has ended.
+        profile: what the first generation showed.
+    """
+
+    def __init__(self, pipe: "DiffusionPipeline", budget: Budget, profile: Profile | None, *, cache: bool) -> None:
+        self.profile = profile
+        self.plan: Plan | None = None
+        self._pipe, self._budget, self._cache = pipe, budget, cache
+        self._run: Run | None = None
+        self._learns = profile is None  # whether the next generation is to be watched, or a kept profile looked for
+        self._seconds: list[float] = []  # of the first generation, without what watching took, and of the latest
+        self._changes = Changes()
+        try:
+            self._install()
+            if profile is not None:
+                self._compress(profile)
+        except BaseException:
+            self.close()
+            raise
+
+    def _install(self) -> None:
+        pipe, base = self._pipe, type(self._pipe)
+        if not self._changes.claim(pipe, MARK, self):
+            raise AlreadyApplied("this pipeline has a speedup already; call arrowhead.remove(pipe) first")
+        called = _sped_class(base, self)
+
+        def restore() -> None:
+            if type(pipe) is called:
+                pipe.__class__ = base
+
+        self._changes.record(restore)
+        pipe.__class__ = called
+
+    def close(self) -> None:
+        """Take the plan off; the pipeline is as it was before `speedup`."""
+        if self._run is not None and self._run.on:
+            self._run.close()
+        self._changes.undo()
+
+    def __enter__(self) -> "Speedup":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def called(self, base: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of the pipeline: the first one is watched."""
+        if self._learns:
+            self._learns = False
+            try:
+                return self._first(base, args, kwargs)
+            except BaseException:
+                self._learns = True
+                raise
+        started = time.perf_counter()
+        out = base.__call__(self._pipe, *args, **kwargs)
+        self._seconds = [*self._seconds[:1], time.perf_counter() - started]
+        return out
+
+    def _first(self, base: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The first generation: compressed by a profile that was kept, or else watched, with the result of an untouched one."""
+        model = find(self._pipe, {"stack"})
+        inputs = model.call_arguments(args, kwargs)
+        kept = cached_path(model, inputs) if self._cache else None
+        if kept is not None and kept.exists():
+            try:
+                self._compress(Profile.load(kept))
+                return self._pipe(*args, **kwargs)
+            except InputsInvalid as error:
+                self._tell(error, "this generation is watched, and the file is written anew")
+        started, driver = time.perf_counter(), _FirstGeneration(self._pipe, inputs)
+        try:
+            watched = watch(driver)
+        except ArrowheadError as error:
+            self._tell(error, "this generation ran again without a plan; the next one is watched")
+            driver.rewind()
+            result = base.__call__(self._pipe, *args, **kwargs)
+            self._learns = True
+            return result
+        self._seconds = [time.perf_counter() - started - watched.extra_seconds]
+        if kept is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            watched.profile.save(kept)
+        self._compress(watched.profile)
+        return driver.result
+
+    def _compress(self, profile: Profile) -> None:
+        """Put the plan for the budget on the pipeline; warn where nothing is as cheap."""
+        self.profile = profile
+        try:
+            plan = solve_profile(profile, self._budget)
+        except InputsInvalid as error:
+            self._tell(error, "the pipeline runs in full; take the speedup off, and ask for less")
+            return
+        self._run = apply(self._pipe, plan)
+        self.plan = plan
+
+    def _tell(self, error: ArrowheadError, what: str) -> None:
+        warnings.warn(f"no plan was put on the pipeline: {error}; {what}", NothingLearnt, stacklevel=5)
+
+    def __reduce_ex__(self, _: Any) -> Any:
+        """Refuse to copy a pipeline that is to be watched: the copy's calls would be taken for the original's."""
+        raise uncopied(type(self._pipe).__name__)
+
+    def __str__(self) -> str:
+        """What was done in the latest generation, by its counters."""
+        if self.plan is None or self._run is None:
+            return "no generation has been watched yet: the next one runs in full"
+        plan, search = self.plan, self.plan.about["search"]
+        said = f"{plan.steps} steps, {plan.count()['full']} computed, {search['transformer_flops']:.0%} of the FLOPs"
+        if len(self._seconds) == 2:
+            said += f", {self._seconds[0] / self._seconds[1]:.1f} × faster than the first generation"
+        return f"{said}; expected error {search['predicted_error']}"
+
+
+MARK = "_arrowhead_speedup"
+"""The attribute of a pipeline that holds its speedup."""
+
+
+class _FirstGeneration(PipelineDriver):
+    """Drives the user's own call of the pipeline, whose result is theirs, and whose generators go on as in any call."""
+
+    def __init__(self, pipe: Any, inputs: dict[str, Any]) -> None:
+        super().__init__(pipe, inputs)
+        self.result: Any = None
+        self._states = Changes()
+        preserve_rng(inputs.get("generator"), execution_device(pipe), self._states)
+
+    def rewind(self) -> None:
+        """Set the random states back to those before the call."""
+        self._states.undo()
+
+    def prepare(self, changes: Changes) -> Any:
+        """Any other call of the pipeline is refused."""
+        call = exclusive_call(self.pipe, changes)
+
+        def generate() -> Any:
+            self.result = call(**self._inputs)
+            return self.result
+
+        return generate
+
+
+def _sped_class(base: type, owner: Speedup) -> type:
+    """A subclass whose calls the speedup answers; Python looks `__call__` up on the class alone."""
+
+    def __call__(_: Any, *args: Any, **kwargs: Any) -> Any:
+        return owner.called(base, args, kwargs)
+
+    __call__.__wrapped__ = base.__call__  # type: ignore[attr-defined]  # inspect.signature follows it
+    members = {"__call__": __call__, "__module__": base.__module__, "__doc__": base.__doc__}
+    members["__reduce_ex__"] = lambda _, protocol: owner.__reduce_ex__(protocol)
+    return type(base.__name__, (base,), members)

@@ -1,0 +1,211 @@
+"""Watches one plain generation, and measures what skipping its steps would change: gives a `Profile`.
+
+Where all blocks of a step are skipped, their changes add up: to extrapolate each block's output is to extrapolate the sum,
+which is what the whole stack adds to its input. So that one tensor is watched, in every step. What an extrapolation from
+earlier steps would change in the guided output is measured by the model's last layers alone.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from arrowhead.calibration.driver import Driver
+from arrowhead.calibration.provenance import provenance
+from arrowhead.calibration.run import CalibrationRun
+from arrowhead.calibration.step import Step
+from arrowhead.engine.cache import Output
+from arrowhead.engine.generation import Generation
+from arrowhead.engine.site_calls import SiteCall
+from arrowhead.engine.stack_calls import StackCall
+from arrowhead.errors import InputsInvalid
+from arrowhead.models.find import find
+from arrowhead.plans.cells import FULL
+from arrowhead.plans.lifetimes import Writes
+from arrowhead.searches.budget.sensitivity.cfg import Guidance
+from arrowhead.searches.budget.sensitivity.outside_flops import flop_counter
+from arrowhead.searches.budget.sensitivity.sampler_gain import run_scheduler
+from arrowhead.searches.stack.profile import AGES, SKETCH, Profile
+
+NUDGE = 0.1
+"""The part of a change of the stack's output that is tried, where the model computes in at least 32 bits: the last layers are
+nearly linear for so small a change. In 16 bits the whole change is tried, because a small one would be lost in rounding."""
+
+
+@dataclass(frozen=True)
+class Watched:
+    """The result of a watched generation: the profile, the final latents (B, C, …), and the seconds that watching took."""
+
+    profile: Profile
+    final: Tensor
+    extra_seconds: float
+
+
+def watch(driver: Driver, on_step: Callable[[int, int | None], None] = lambda *_: None, *, ages: int = AGES) -> Watched:
+    """Generate once, in full, and call `on_step` with the step and the number of steps after each step.
+
+    Held meanwhile: the stack's outputs of the last `ages` steps. No gradient is taken.
+
+    Raises:
+        UnsupportedPipeline: the model is no plain chain of blocks.
+        InputsInvalid: the run changes on its way, or an output is not finite.
+    """
+    model = find(driver.pipe, {"stack"})
+    calibration = CalibrationRun(driver, model)
+    recorder = _Recorder(calibration, model.latent_channels, ages)
+
+    def follow(step: Step) -> None:
+        recorder.follow(step)
+        on_step(step.index, calibration.step_count)
+
+    with torch.no_grad():
+        replay = run_scheduler(driver, calibration, follow)
+        images = recorder.images
+        gains, feedback = replay.gains_and_feedback(len(recorder.changes), images)
+    final = replay.latents()
+    profile = Profile(
+        target=calibration.target,
+        tokens=calibration.tokens,
+        branches=calibration.branches,
+        changes=torch.stack(recorder.changes),
+        products=torch.stack(recorder.products),
+        sampler_gains=gains,
+        model_feedback=feedback,
+        final=float(final[:images].norm()),
+        flops=(recorder.flops[0] / images, recorder.flops[1] / images),
+        seconds=recorder.seconds(),
+        switch=calibration.switch,
+        about=provenance(driver, {"ages": ages}, "watched"),
+    )
+    return Watched(profile, final, recorder.extra_seconds)
+
+
+class _StackAt:
+    """What a site's calls are answered with in one pass: every block runs, or `put` stands for what the stack adds.
+
+    `outputs` are those of each call: what the stack added to its input.
+    """
+
+    def __init__(self, put: Sequence[Tensor] | None = None) -> None:
+        self._put, self._began = put, list[Tensor]()
+        self.outputs: list[Tensor] = []
+
+    def __call__(self, call: SiteCall, state: Generation) -> Output:
+        assert isinstance(call, StackCall)
+        if call.member.place == 0:
+            self._began.append(call.image)
+        if not call.member.last:
+            return call.run() if self._put is None else call.handed_on()
+        call.began, call.visual = self._began[-1], state.tokens.visual_slice
+        state.stats.record_pass(state.prepared(call.site, FULL, Writes()).count)
+        if self._put is not None:
+            return call.restore(self._put[len(self._began) - 1])
+        out = call.run()
+        added = call.storable(out)
+        assert isinstance(added, Tensor)
+        self.outputs.append(added)
+        return out
+
+
+class _Recorder:
+    """Measures, in each step, the change of the guided output for each change of the stack's output."""
+
+    def __init__(self, calibration: CalibrationRun, channels: int | None, ages: int) -> None:
+        self._calibration, self._channels, self._ages = calibration, channels, ages
+        self._history: deque[list[Tensor]] = deque(maxlen=ages)
+        self._sketch: _Sketch | None = None
+        self._full: list[float] = []
+        self._skipped: list[float] = []
+        self.changes: list[Tensor] = []  # of each step: (ages + 1, branches, SKETCH)
+        self.products: list[Tensor] = []  # of each step: (branches, ages + 1, ages + 1)
+        self.images = 0
+        self.extra_seconds = 0.0
+        self.flops = 0.0, 0.0  # of the first step, in full and with all blocks skipped
+
+    def follow(self, step: Step) -> None:
+        """Let the step run in full, and try what skipping it would change."""
+        if step.first:
+            self._history.clear()
+        guidance = Guidance(self._calibration.joined_branches, self._calibration.guidance_scale(step.index), self._channels)
+        counting = not self.changes  # FLOPs, in the first step
+        whole, started = _StackAt(), time.perf_counter()
+        with flop_counter() if counting else nullcontext() as full:
+            parts = _parts(step.finish_by(whole), guidance)
+        self._full.append(time.perf_counter() - started)
+        if not all(part.isfinite().all() for part in parts):
+            raise InputsInvalid(
+                f"got values that are not finite from the transformer in step {step.index}, wanted finite ones; nothing can be "
+                "learnt from this generation; use bfloat16 or float32"
+            )
+        now, self.images = whole.outputs, len(parts[0])
+        if self._sketch is None:
+            self._sketch = _Sketch(parts[0].numel(), parts[0].device)
+        trying = time.perf_counter()
+        nudge = NUDGE if now[0].dtype.itemsize >= 4 else 1.0
+        changes = torch.zeros(self._ages + 1, len(parts), SKETCH)
+        for age, earlier in enumerate([None, *self._history]):
+            tried = [each * (1 + nudge) if earlier is None else each.lerp(earlier[i], nudge) for i, each in enumerate(now)]
+            put, started = _StackAt(tried), time.perf_counter()
+            with flop_counter() if counting else nullcontext() as skipped:
+                samples = step.tried(put)
+            if full is not None and skipped is not None:
+                self.flops = full.get_total_flops(), skipped.get_total_flops()
+            self._skipped.append(time.perf_counter() - started)
+            for b, (part, before) in enumerate(zip(_parts(samples, guidance), parts, strict=True)):
+                changes[age, b] = self._sketch((part - before) / nudge)
+        self.changes.append(changes)
+        self._multiply(now, guidance)
+        self._history.appendleft(now)
+        self.extra_seconds += time.perf_counter() - trying
+
+    def _multiply(self, now: list[Tensor], guidance: Guidance) -> None:
+        """Note the scalar products of the stack's outputs of this step and of those before, of each branch."""
+        products = torch.zeros(1 + guidance.branches.batched, self._ages + 1, self._ages + 1)
+        if self._history:
+            products[:, 1:, 1:] = self.products[-1][:, :-1, :-1]
+        mine = _of_branches(now, guidance)
+        for age, earlier in enumerate([now, *self._history]):
+            for b, (a, other) in enumerate(zip(mine, _of_branches(earlier, guidance), strict=True)):
+                products[b, age, 0] = products[b, 0, age] = float((a.flatten() * other.flatten()).sum(dtype=torch.float32))
+        self.products.append(products)
+
+    def seconds(self) -> tuple[float, float]:
+        """Seconds of the transformer's calls in a step that computes, and in one that skips all blocks: medians."""
+        full, skipped = (torch.tensor(times or [0.0]).median() for times in (self._full, self._skipped))
+        return float(full), float(skipped)
+
+
+def _of_branches(outputs: Sequence[Tensor], guidance: Guidance) -> list[Tensor]:
+    """The rows of the conditional branch, and those of the unconditional one, of the outputs (B, N, C) of a step's calls."""
+    if len(outputs) > 1:
+        return list(outputs)
+    conditional, other = guidance.halves(outputs[0])
+    return [conditional] if other is None else [conditional, other]
+
+
+def _parts(samples: Sequence[Tensor], guidance: Guidance) -> list[Tensor]:
+    """What each branch contributes to the guided output, (images, C, …), float32: s · c and (1 − s) · u; c without guidance."""
+    conditional, other = guidance.halves(guidance.latent(torch.cat(tuple(samples)).float()))
+    return [conditional] if other is None else [guidance.scale * conditional, (1 - guidance.scale) * other]
+
+
+class _Sketch:
+    """A random projection to `SKETCH` numbers that keeps norms: each element goes, with a random sign, into one of them.
+
+    Norms of sums of changes are then those of sums of sketches, but for a relative error of √(2 / SKETCH) in the square
+    (count sketch; Charikar, Chen and Farach-Colton 2002).
+    """
+
+    def __init__(self, elements: int, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(0xC0DE)
+        self._place = torch.randint(SKETCH, (elements,), generator=generator).to(device)
+        self._sign = (torch.randint(2, (elements,), generator=generator) * 2 - 1).to(device, torch.float32)
+
+    def __call__(self, value: Tensor) -> Tensor:
+        """The sketch of a tensor of so many elements: (SKETCH,), on the CPU."""
+        out = torch.zeros(SKETCH, device=value.device)
+        return out.index_add_(0, self._place, value.flatten() * self._sign).cpu()

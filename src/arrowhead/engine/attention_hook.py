@@ -29,7 +29,8 @@ class AttentionCall:
 
     k and v may have fewer heads, each for as many heads of q that follow one another. `mask` is the model's own, (B or 1, H or
     1, N or 1, N), or None. `causal`: the call asks for a causal mask, or for dropout, which no mask can express. `native()`
-    computes the attention as the model would, (B, H, N, D).
+    computes the attention as the model would, (B, H, N, D). `padding`, (B, N), is true for tokens that no call of the model
+    has, where calls of several lengths are one batch: the output is 0 there.
     """
 
     q: Tensor
@@ -39,6 +40,7 @@ class AttentionCall:
     mask: Tensor | None
     causal: bool
     native: Callable[[], Tensor]
+    padding: Tensor | None = None
 
 
 def batch_calls(calls: Sequence[AttentionCall], length: int) -> AttentionCall:

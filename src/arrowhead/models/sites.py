@@ -240,7 +240,7 @@ def _projections(module: Any) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linea
     """The layers that project queries, keys, values and the output; Kandinsky gives them other names than diffusers does."""
     if hasattr(module, "to_query"):
         return module.to_query, module.to_key, module.to_value, module.out_layer
-    out = getattr(module, "to_out", None)
+    out: Any = getattr(module, "to_out", None)
     return module.to_q, module.to_k, module.to_v, out[0] if isinstance(out, nn.ModuleList) else out
 
 

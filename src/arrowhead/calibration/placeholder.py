@@ -66,7 +66,7 @@ class Placeholder(TorchFunctionMode):
                 "search knows that output afterwards; wanted a pipeline that keeps the output until then, or computes new "
                 "tensors of it"
             )
-        made = [*_tensors(result)] if name != "__setitem__" else [first]
+        made = [*_tensors(result)] if name != "__setitem__" or first is None else [first]
         if made:
             self._derived |= {id(tensor): tensor for tensor in made}
             self._tape.append((function, args, kwargs, result))

@@ -240,8 +240,9 @@ def _projections(module: Any) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linea
     """The layers that project queries, keys, values and the output; Kandinsky gives them other names than diffusers does."""
     if hasattr(module, "to_query"):
         return module.to_query, module.to_key, module.to_value, module.out_layer
-    out: Any = getattr(module, "to_out", None)
-    return module.to_q, module.to_k, module.to_v, out[0] if isinstance(out, nn.ModuleList) else out
+    out = getattr(module, "to_out", None)
+    last: Any = out[0] if isinstance(out, nn.ModuleList) else out
+    return module.to_q, module.to_k, module.to_v, last
 
 
 def _projects_out(module: Any) -> Literal["all", "visual", "none"]:

@@ -41,7 +41,7 @@ def _sites_in(family: Family, root: nn.Module, kinds: Collection[Kind], prefix: 
         for kind, (pattern, make) in makers.items():
             if kind in kinds and re.fullmatch(pattern, path) and not _attends_to_an_image(kind, module):
                 yield make(family, path, module), module
-    if "stack" in kinds and not prefix and (blocks := stack_blocks(family.stack, root)):
+    if "stack" in kinds and not prefix and (blocks := stack_blocks(_stack_lists(family, root), root)):
         whole = _stack(family, blocks)
         if whole is not None:
             yield whole, nn.ModuleList(blocks.values())
@@ -51,6 +51,12 @@ def stack_blocks(names: Sequence[str], root: nn.Module) -> dict[str, nn.Module]:
     """The blocks in the lists of these names, by their paths, in the order they run."""
     lists = [(name, list_) for name in names if isinstance(list_ := getattr(root, name, None), nn.ModuleList)]
     return {f"{name}.{i}": block for name, list_ in lists for i, block in enumerate(list_)}
+
+
+def _stack_lists(family: Family, root: nn.Module) -> list[str]:
+    """The names of the lists of a stack's blocks, in the order of the transformer's modules."""
+    lists = [name for name, module in root.named_children() if isinstance(module, nn.ModuleList)]
+    return [name for name in lists if re.fullmatch(family.block_pattern, f"{name}.0") and name in (family.stack or lists)]
 
 
 def _stack(family: Family, blocks: Mapping[str, nn.Module]) -> Site | None:

@@ -90,7 +90,7 @@ class PairOfLengths(SiteCall):
                 for part, of_part in zip(parts, lengths, strict=True)
             ]
             alone: Any = tuple(own) if isinstance(out, tuple) else own[0]
-            return alone  # type: ignore[no-any-return]
+            return alone
 
         return [of_call(number) for number in range(2)]
 
@@ -151,8 +151,8 @@ class PairOfLengths(SiteCall):
         missing = self._missing(number, lengths)
         if not missing:
             return tensor
-        length = tensor.shape[axis]
-        before, after = tensor.split([end := self._end_of_text(number, length), length - end], axis)
+        end = self._end_of_text(number, length := tensor.shape[axis])
+        before, after = tensor.narrow(axis, 0, end), tensor.narrow(axis, end, length - end)
         padding = tensor.new_full([missing if i == axis % tensor.ndim else n for i, n in enumerate(tensor.shape)], value)
         return torch.cat([before, padding, after], axis)
 
@@ -161,9 +161,8 @@ class PairOfLengths(SiteCall):
         missing = self._missing(number, lengths)
         if not missing:
             return tensor
-        length = tensor.shape[axis] - missing
-        before, _, after = tensor.split([end := self._end_of_text(number, length), missing, length - end], axis)
-        return torch.cat([before, after], axis)
+        end = self._end_of_text(number, length := tensor.shape[axis] - missing)
+        return torch.cat([tensor.narrow(axis, 0, end), tensor.narrow(axis, end + missing, length - end)], axis)
 
     def _missing(self, number: int, lengths: Lengths) -> int:
         """How many text tokens the other call has more."""

@@ -1,7 +1,6 @@
 """Small pipelines of the families other than DiT, PixArt, SD3 and FLUX: diffusers' classes, random weights, no text encoder."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from diffusers import (
     AuraFlowPipeline,
     AuraFlowTransformer2DModel,
     AutoencoderKLFlux2,
-    AutoencoderKLWan,
     BriaPipeline,
     BriaTransformer2DModel,
     ChromaPipeline,
@@ -25,7 +23,6 @@ from diffusers import (
     CogView4Transformer2DModel,
     DDIMScheduler,
     EulerAncestralDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
     HunyuanDiT2DModel,
@@ -53,14 +50,11 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from pipelines import CAPTION, POOLED, Bench, randomise, scheduler, vae
+from family_bench import CHANNELS, DIM, HEADS, SHARP, TEXT, FamilyBench, finished, flow, inputs_of
+from image_benches import IMAGES, SECOND
+from pipelines import POOLED, randomise, scheduler, vae
+from video_benches import VIDEO, wan_vae
 
-from arrowhead.models.find import find
-from arrowhead.plans.layout import Grid, Tokens
-
-TEXT, CHANNELS = CAPTION
-HEADS, DIM = 2, 8
-SECOND = (3, 8)  # text tokens and channels of a second text encoder
 HUNYUAN_TEXTS = {
     "cross_attention_dim": CHANNELS,
     "cross_attention_dim_t5": SECOND[1],
@@ -68,74 +62,6 @@ HUNYUAN_TEXTS = {
     "text_len_t5": SECOND[0],
     "pooled_projection_dim": 12,
 }
-SHARP = (".attn1.", ".attn.")
-
-
-@dataclass
-class FamilyBench(Bench):
-    """A bench of a family.
-
-    Attributes:
-        text_first: whether the text tokens come before the visual ones.
-        text_seen: the text tokens that some site attends to, jointly or by cross-attention.
-        two_calls: whether the CFG branches come in two calls.
-        switch: the step, of five, from which a second transformer is called; None without one.
-        distilled: whether the pipeline has no unconditional branch at any scale.
-        single: whether the pipeline takes one prompt and generates one sample, at any number of images that is asked for.
-        frames: the number of sequences that the visual tokens are for sites that attend within a frame.
-        grid: the grid of the visual tokens where boxes are tested.
-    """
-
-    text_first: bool = False
-    text_seen: int = TEXT
-    two_calls: bool = False
-    switch: int | None = None
-    distilled: bool = False
-    single: bool = False
-    frames: int = 1
-    grid: Grid | None = None
-
-    @property
-    def attentions(self) -> list[Any]:
-        """The self-attention modules in the order they run."""
-        return list(find(self.pipe).modules.values())
-
-    @property
-    def tokens(self) -> Tokens:
-        return Tokens(self.visual, self.text, self.text_first, self.frames)
-
-
-def _finished(pipe: Any, dtype: torch.dtype) -> Any:
-    pipe.to(dtype)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def _inputs(
-    dtype: torch.dtype, scale: str, mask: str | None, pooled: bool = False, channels: int = CHANNELS, **common: Any
-) -> Callable[..., dict[str, Any]]:
-    """The arguments of a call of a pipeline: `scale` is the name of its guidance scale, `mask` that of the prompts' masks.
-
-    The last two tokens of the prompt are padding.
-    """
-
-    def inputs(seed: int = 0, images: int = 1, guidance: float = 3.0, steps: int = 5, **more: Any) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(seed)
-        call: dict[str, Any] = {}
-        for prefix, shown in (("", TEXT - 2), ("negative_", TEXT)):
-            call[f"{prefix}prompt_embeds"] = torch.randn(images, TEXT, channels, generator=generator).to(dtype)
-            if pooled:
-                call[f"{prefix}pooled_prompt_embeds"] = torch.randn(images, POOLED, generator=generator).to(dtype)
-            if mask:
-                call[mask.format(prefix)] = torch.arange(TEXT).lt(shown).expand(images, TEXT)
-        call |= {scale: guidance, "num_inference_steps": steps, "generator": generator, "output_type": "latent"}
-        return call | common | more
-
-    return inputs
-
-
-def flow() -> FlowMatchEulerDiscreteScheduler:
-    return FlowMatchEulerDiscreteScheduler(shift=3.0)
 
 
 def wan_transformer(seed: int, **config: Any) -> WanTransformer3DModel:
@@ -149,13 +75,13 @@ def wan_transformer(seed: int, **config: Any) -> WanTransformer3DModel:
 def wan(dtype: torch.dtype = torch.float64, seed: int = 0, **parts: Any) -> FamilyBench:
     """Frames × height × width beside a text; two calls."""
     pipe = WanPipeline(None, None, None, flow(), **{"transformer": wan_transformer(seed), **parts})
-    inputs = _inputs(dtype, "guidance_scale", None, height=64, width=48, num_frames=5)
-    return FamilyBench(_finished(pipe, dtype), True, 2 * 4 * 3, inputs, two_calls=True)
+    inputs = inputs_of(dtype, "guidance_scale", None, height=64, width=48, num_frames=5)
+    return FamilyBench(finished(pipe, dtype), True, 2 * 4 * 3, inputs, two_calls=True)
 
 
-def wan22(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
+def wan22(dtype: torch.dtype = torch.float64, seed: int = 0, **parts: Any) -> FamilyBench:
     """As `wan`, with a second transformer at timesteps below 875 (from the third step of five on), at a smaller scale."""
-    bench = wan(dtype, seed, transformer_2=wan_transformer(seed + 1), boundary_ratio=0.875)
+    bench = wan(dtype, seed, **{"transformer_2": wan_transformer(seed + 1), "boundary_ratio": 0.875, **parts})
     own, bench.switch = bench.inputs, 2
     bench.inputs = lambda *args, **more: own(*args, **{"guidance_scale_2": 2.0, **more})
     return bench
@@ -167,8 +93,8 @@ def qwen(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     model = QwenImageTransformer2DModel(in_channels=16, out_channels=4, joint_attention_dim=CHANNELS, **sizes)
     randomise(model, seed, SHARP)
     pipe = QwenImagePipeline(flow(), None, None, None, model)
-    inputs = _inputs(dtype, "true_cfg_scale", "{}prompt_embeds_mask", height=64, width=80)
-    return FamilyBench(_finished(pipe, dtype), True, 4 * 5, inputs, TEXT, text_first=True, two_calls=True)
+    inputs = inputs_of(dtype, "true_cfg_scale", "{}prompt_embeds_mask", height=64, width=80)
+    return FamilyBench(finished(pipe, dtype), True, 4 * 5, inputs, TEXT, text_first=True, two_calls=True)
 
 
 def chroma(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
@@ -178,8 +104,8 @@ def chroma(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     model = ChromaTransformer2DModel(in_channels=16, joint_attention_dim=CHANNELS, axes_dims_rope=(2, 2, 4), **sizes, **guide)
     randomise(model, seed, SHARP)
     pipe = ChromaPipeline(flow(), None, None, None, model)
-    inputs = _inputs(dtype, "guidance_scale", "{}prompt_attention_mask", height=64, width=80)
-    return FamilyBench(_finished(pipe, dtype), True, 4 * 5, inputs, TEXT, text_first=True, two_calls=True)
+    inputs = inputs_of(dtype, "guidance_scale", "{}prompt_attention_mask", height=64, width=80)
+    return FamilyBench(finished(pipe, dtype), True, 4 * 5, inputs, TEXT, text_first=True, two_calls=True)
 
 
 def hunyuan_video(dtype: torch.dtype = torch.float64, seed: int = 0, **config: Any) -> FamilyBench:
@@ -191,8 +117,8 @@ def hunyuan_video(dtype: torch.dtype = torch.float64, seed: int = 0, **config: A
     randomise(model, seed, SHARP)
     pipe = HunyuanVideoPipeline(None, None, model, None, flow(), None, None)
     size = {"height": 64, "width": 48, "num_frames": 5}
-    inputs = _inputs(dtype, "true_cfg_scale", "{}prompt_attention_mask", pooled=True, **size)
-    return FamilyBench(_finished(pipe, dtype), True, 2 * 4 * 3, inputs, TEXT, two_calls=True)
+    inputs = inputs_of(dtype, "true_cfg_scale", "{}prompt_attention_mask", pooled=True, **size)
+    return FamilyBench(finished(pipe, dtype), True, 2 * 4 * 3, inputs, TEXT, two_calls=True)
 
 
 def ltx(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
@@ -201,8 +127,8 @@ def ltx(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     model = LTXVideoTransformer3DModel(in_channels=4, out_channels=4, caption_channels=CHANNELS, **sizes)
     randomise(model, seed, SHARP)
     pipe = LTXPipeline(flow(), None, None, None, model)
-    inputs = _inputs(dtype, "guidance_scale", "{}prompt_attention_mask", height=128, width=96, num_frames=9)
-    return FamilyBench(_finished(pipe, dtype), False, 2 * 4 * 3, inputs)
+    inputs = inputs_of(dtype, "guidance_scale", "{}prompt_attention_mask", height=128, width=96, num_frames=9)
+    return FamilyBench(finished(pipe, dtype), False, 2 * 4 * 3, inputs)
 
 
 def cogvideox(dtype: torch.dtype = torch.float64, seed: int = 0, in_channels: int = 4) -> FamilyBench:
@@ -212,8 +138,8 @@ def cogvideox(dtype: torch.dtype = torch.float64, seed: int = 0, in_channels: in
     model = CogVideoXTransformer3DModel(in_channels=in_channels, out_channels=4, text_embed_dim=CHANNELS, **sizes, **shape)
     randomise(model, seed, SHARP)
     pipe = CogVideoXPipeline(None, None, None, model, CogVideoXDDIMScheduler(prediction_type="v_prediction"))
-    inputs = _inputs(dtype, "guidance_scale", None, height=64, width=48, num_frames=5)
-    return FamilyBench(_finished(pipe, dtype), False, 2 * 4 * 3, inputs, TEXT, text_first=True)
+    inputs = inputs_of(dtype, "guidance_scale", None, height=64, width=48, num_frames=5)
+    return FamilyBench(finished(pipe, dtype), False, 2 * 4 * 3, inputs, TEXT, text_first=True)
 
 
 def allegro(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
@@ -223,8 +149,8 @@ def allegro(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     randomise(model, seed, SHARP)
     pipe = AllegroPipeline(None, None, None, model, EulerAncestralDiscreteScheduler(prediction_type="v_prediction"))
     size = {"height": 64, "width": 48, "num_frames": 5, "negative_prompt": None}
-    inputs = _inputs(dtype, "guidance_scale", "{}prompt_attention_mask", **size)
-    return FamilyBench(_finished(pipe, dtype), False, 2 * 4 * 3, inputs)
+    inputs = inputs_of(dtype, "guidance_scale", "{}prompt_attention_mask", **size)
+    return FamilyBench(finished(pipe, dtype), False, 2 * 4 * 3, inputs)
 
 
 def latte(dtype: torch.dtype = torch.float64, seed: int = 0, frames: int = 3) -> FamilyBench:
@@ -236,8 +162,8 @@ def latte(dtype: torch.dtype = torch.float64, seed: int = 0, frames: int = 3) ->
     randomise(model, seed, SHARP)
     pipe = LattePipeline(None, None, None, model, DDIMScheduler(prediction_type="v_prediction"))
     size = {"height": 64, "width": 48, "video_length": frames, "negative_prompt": None, "clean_caption": False}
-    inputs = _inputs(dtype, "guidance_scale", None, **size)
-    return FamilyBench(_finished(pipe, dtype), False, frames * 4 * 3, inputs, frames=frames)
+    inputs = inputs_of(dtype, "guidance_scale", None, **size)
+    return FamilyBench(finished(pipe, dtype), False, frames * 4 * 3, inputs, frames=frames)
 
 
 def mochi(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
@@ -248,8 +174,8 @@ def mochi(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     randomise(model, seed, SHARP)
     pipe = MochiPipeline(flow(), None, None, None, model)
     size = {"height": 64, "width": 48, "num_frames": 7}
-    inputs = _inputs(dtype, "guidance_scale", "{}prompt_attention_mask", channels=16, **size)
-    return FamilyBench(_finished(pipe, dtype), False, 2 * 4 * 3, inputs, TEXT)
+    inputs = inputs_of(dtype, "guidance_scale", "{}prompt_attention_mask", channels=16, **size)
+    return FamilyBench(finished(pipe, dtype), False, 2 * 4 * 3, inputs, TEXT)
 
 
 def aura_flow(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
@@ -259,8 +185,8 @@ def aura_flow(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     model = AuraFlowTransformer2DModel(sample_size=8, in_channels=4, out_channels=4, pos_embed_max_size=64, **sizes, **text)
     randomise(model, seed, SHARP)
     pipe = AuraFlowPipeline(None, None, None, model, flow())
-    inputs = _inputs(dtype, "guidance_scale", "{}prompt_attention_mask", height=64, width=80)
-    return FamilyBench(_finished(pipe, dtype), False, 4 * 5, inputs, TEXT + 8, text_first=True, text_seen=TEXT + 8)
+    inputs = inputs_of(dtype, "guidance_scale", "{}prompt_attention_mask", height=64, width=80)
+    return FamilyBench(finished(pipe, dtype), False, 4 * 5, inputs, TEXT + 8, text_first=True, text_seen=TEXT + 8)
 
 
 def hunyuan_dit(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
@@ -271,7 +197,7 @@ def hunyuan_dit(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBenc
     parts: dict[str, Any] = dict.fromkeys(["vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"])
     pipe = HunyuanDiTPipeline(transformer=model, scheduler=scheduler(), requires_safety_checker=False, **parts)
     shared = {"height": 64, "width": 80, "use_resolution_binning": False}
-    first = _inputs(dtype, "guidance_scale", "{}prompt_attention_mask", **shared)
+    first = inputs_of(dtype, "guidance_scale", "{}prompt_attention_mask", **shared)
 
     def inputs(seed: int = 0, images: int = 1, **more: Any) -> dict[str, Any]:
         other = torch.Generator().manual_seed(10**6 + seed)
@@ -282,7 +208,7 @@ def hunyuan_dit(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBenc
             call[f"{prefix}prompt_attention_mask_2"] = torch.arange(SECOND[0]).lt(2).expand(rows, -1)
         return call
 
-    return FamilyBench(_finished(pipe, dtype), False, 4 * 5, inputs, text_seen=TEXT + SECOND[0])
+    return FamilyBench(finished(pipe, dtype), False, 4 * 5, inputs, text_seen=TEXT + SECOND[0])
 
 
 def lumina2(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
@@ -293,7 +219,7 @@ def lumina2(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     randomise(model, seed, SHARP)
     pipe = Lumina2Pipeline(model, flow(), None, None, None)
     masks = ("prompt_attention_mask", "negative_prompt_attention_mask")
-    own = _inputs(dtype, "guidance_scale", None, height=64, width=80)
+    own = inputs_of(dtype, "guidance_scale", None, height=64, width=80)
 
     def inputs(seed: int = 0, images: int = 1, **more: Any) -> dict[str, Any]:
         shown = torch.arange(TEXT + 2).lt(TEXT).expand(images, -1)  # the pipeline removes the padding
@@ -302,7 +228,7 @@ def lumina2(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
             call[name] = torch.nn.functional.pad(call[name], (0, 0, 0, 2))
         return call
 
-    return FamilyBench(_finished(pipe, dtype), True, 4 * 5, inputs, TEXT, text_first=True, two_calls=True)
+    return FamilyBench(finished(pipe, dtype), True, 4 * 5, inputs, TEXT, text_first=True, two_calls=True)
 
 
 def flux2(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
@@ -312,8 +238,8 @@ def flux2(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     model = Flux2Transformer2DModel(in_channels=16, joint_attention_dim=CHANNELS, **sizes, **more)
     randomise(model, seed + 3, SHARP)  # with other weights a headwise search saves little
     pipe = Flux2KleinPipeline(flow(), vae(seed + 1, halvings=3, cls=AutoencoderKLFlux2), None, None, model)
-    inputs = _inputs(dtype, "guidance_scale", None, height=64, width=80)
-    return FamilyBench(_finished(pipe, dtype), True, 4 * 5, inputs, TEXT, text_first=True, two_calls=True)
+    inputs = inputs_of(dtype, "guidance_scale", None, height=64, width=80)
+    return FamilyBench(finished(pipe, dtype), True, 4 * 5, inputs, TEXT, text_first=True, two_calls=True)
 
 
 def z_image(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
@@ -323,13 +249,13 @@ def z_image(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     model = ZImageTransformer2DModel(in_channels=4, cap_feat_dim=CHANNELS, **sizes, **rope)
     randomise(model, seed + 2, (".attention.",))  # with other weights a headwise search saves little
     pipe = ZImagePipeline(flow(), None, None, None, model)
-    own = _inputs(dtype, "guidance_scale", None, height=64, width=80)
+    own = inputs_of(dtype, "guidance_scale", None, height=64, width=80)
 
     def inputs(seed: int = 0, images: int = 1, guidance: float = 3.0, **more: Any) -> dict[str, Any]:
         call = own(seed, images, guidance - 1, **more)
         return call | {name: list(call[name]) for name in ("prompt_embeds", "negative_prompt_embeds")}
 
-    return FamilyBench(_finished(pipe, dtype), True, 32, inputs, 32, text_seen=32)
+    return FamilyBench(finished(pipe, dtype), True, 32, inputs, 32, text_seen=32)
 
 
 def ovis_image(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
@@ -339,8 +265,8 @@ def ovis_image(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench
     model = OvisImageTransformer2DModel(in_channels=16, out_channels=16, joint_attention_dim=CHANNELS, **sizes, **rope)
     randomise(model, seed, SHARP)
     pipe = OvisImagePipeline(flow(), None, None, None, model)
-    inputs = _inputs(dtype, "guidance_scale", None, height=64, width=80, negative_prompt=None)
-    return FamilyBench(_finished(pipe, dtype), True, 4 * 5, inputs, TEXT, text_first=True, two_calls=True)
+    inputs = inputs_of(dtype, "guidance_scale", None, height=64, width=80, negative_prompt=None)
+    return FamilyBench(finished(pipe, dtype), True, 4 * 5, inputs, TEXT, text_first=True, two_calls=True)
 
 
 def bria(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
@@ -349,8 +275,8 @@ def bria(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     model = BriaTransformer2DModel(in_channels=16, joint_attention_dim=CHANNELS, axes_dims_rope=[2, 2, 4], **sizes)
     randomise(model, seed, SHARP)
     pipe = BriaPipeline(model, flow(), vae(seed + 1, halvings=3), None, None)
-    inputs = _inputs(dtype, "guidance_scale", None, height=64, width=80)
-    return FamilyBench(_finished(pipe, dtype), False, 4 * 5, inputs, TEXT, text_first=True)
+    inputs = inputs_of(dtype, "guidance_scale", None, height=64, width=80)
+    return FamilyBench(finished(pipe, dtype), False, 4 * 5, inputs, TEXT, text_first=True)
 
 
 def cogview4(dtype: torch.dtype = torch.float64, seed: int = 0, in_channels: int = 4) -> FamilyBench:
@@ -360,8 +286,8 @@ def cogview4(dtype: torch.dtype = torch.float64, seed: int = 0, in_channels: int
     model = CogView4Transformer2DModel(in_channels=in_channels, out_channels=4, **sizes, **more)
     randomise(model, seed, SHARP)
     pipe = CogView4Pipeline(None, None, None, model, flow())
-    inputs = _inputs(dtype, "guidance_scale", None, height=64, width=80)
-    return FamilyBench(_finished(pipe, dtype), True, 4 * 5, inputs, TEXT, text_first=True, two_calls=True)
+    inputs = inputs_of(dtype, "guidance_scale", None, height=64, width=80)
+    return FamilyBench(finished(pipe, dtype), True, 4 * 5, inputs, TEXT, text_first=True, two_calls=True)
 
 
 def cogview3(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
@@ -371,8 +297,8 @@ def cogview3(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     model = CogView3PlusTransformer2DModel(in_channels=4, out_channels=4, **sizes, **more)
     randomise(model, seed, SHARP)
     pipe = CogView3PlusPipeline(None, None, None, model, CogVideoXDDIMScheduler(prediction_type="v_prediction"))
-    inputs = _inputs(dtype, "guidance_scale", None, height=64, width=80)
-    return FamilyBench(_finished(pipe, dtype), False, 4 * 5, inputs, TEXT, text_first=True)
+    inputs = inputs_of(dtype, "guidance_scale", None, height=64, width=80)
+    return FamilyBench(finished(pipe, dtype), False, 4 * 5, inputs, TEXT, text_first=True)
 
 
 def skyreels(dtype: torch.dtype = torch.float64, seed: int = 0, **config: Any) -> FamilyBench:
@@ -382,8 +308,8 @@ def skyreels(dtype: torch.dtype = torch.float64, seed: int = 0, **config: Any) -
     model = SkyReelsV2Transformer3DModel(**standard | config)
     randomise(model, seed, SHARP)
     pipe = SkyReelsV2Pipeline(None, None, model, None, flow())
-    inputs = _inputs(dtype, "guidance_scale", None, height=64, width=48, num_frames=5)
-    return FamilyBench(_finished(pipe, dtype), True, 2 * 4 * 3, inputs, two_calls=True)
+    inputs = inputs_of(dtype, "guidance_scale", None, height=64, width=48, num_frames=5)
+    return FamilyBench(finished(pipe, dtype), True, 2 * 4 * 3, inputs, two_calls=True)
 
 
 def wan_vace(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
@@ -393,21 +319,14 @@ def wan_vace(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     model = WanVACETransformer3DModel(vace_layers=[0], vace_in_channels=2 * 4 + 8 * 8, **shape, **sizes)
     randomise(model, seed, SHARP)
     pipe = WanVACEPipeline(None, None, wan_vae(seed + 1), flow(), model)
-    own = _inputs(dtype, "guidance_scale", None, height=64, width=48, num_frames=5)
+    own = inputs_of(dtype, "guidance_scale", None, height=64, width=48, num_frames=5)
 
     def inputs(seed: int = 0, images: int = 1, **more: Any) -> dict[str, Any]:
         return own(seed, 1, **more)
 
-    bench = FamilyBench(_finished(pipe, dtype), True, 2 * 4 * 3, inputs, two_calls=True, single=True)
+    bench = FamilyBench(finished(pipe, dtype), True, 2 * 4 * 3, inputs, two_calls=True, single=True)
     pipe.vae.float()  # the pipeline gives it the video in 32 bits
     return bench
-
-
-def wan_vae(seed: int = 1) -> AutoencoderKLWan:
-    means = {"latents_mean": [0.1] * 4, "latents_std": [1.1] * 4}
-    made = AutoencoderKLWan(base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, **means)
-    randomise(made, seed)
-    return made
 
 
 MORE: dict[str, Callable[..., FamilyBench]] = {
@@ -432,4 +351,6 @@ MORE: dict[str, Callable[..., FamilyBench]] = {
     "cogview3": cogview3,
     "skyreels": skyreels,
     "wan_vace": wan_vace,
+    **IMAGES,
+    **VIDEO,
 }

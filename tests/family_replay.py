@@ -110,6 +110,7 @@ class Replayed:
     def attention(self, q: Tensor, k: Tensor, v: Tensor, own: Tensor | None, scale: float | None) -> Tensor:
         """Attention by the step's cell: tensors are (B, H, N, D), `own` is the mask that the model gives."""
         length, tokens = q.shape[2], self.tokens
+        k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], 1) for tensor in (k, v))  # shared by heads
         if self.site.joint and not self.site.by_sample:  # the text may have any length
             tokens = replace(tokens, text=length - tokens.visual)
         n = tokens.total
@@ -157,6 +158,8 @@ def processor_of(processor: Any, replayed: Replayed) -> Any:
 
     def of_dispatch(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, scale: Any = None, **_: Any) -> Tensor:
         q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        if attn_mask is not None and attn_mask.ndim == 2:  # of the keys (B, N)
+            attn_mask = attn_mask[:, None, None]
         return replayed.attention(q, k, v, attn_mask, scale).transpose(1, 2)
 
     functional = types.SimpleNamespace(**vars(F) | {"scaled_dot_product_attention": of_functional})

@@ -11,9 +11,12 @@ from types import SimpleNamespace
 
 import diffusers
 import families
+import image_benches
+import image_variants
 import pipelines
 import pytest
 import torch
+import video_benches
 from budget import flux
 from test_variants import VARIANTS, variant
 
@@ -50,6 +53,26 @@ MADE = {
     "CogView3PlusPipeline": families.cogview3,
     "SkyReelsV2Pipeline": families.skyreels,
     "WanVACEPipeline": families.wan_vace,
+    "LongCatImagePipeline": image_benches.longcat_image,
+    "BriaFiboPipeline": image_benches.bria_fibo,
+    "ErnieImagePipeline": image_benches.ernie_image,
+    "Krea2Pipeline": image_benches.krea2,
+    "GlmImagePipeline": image_benches.glm_image,
+    "HunyuanImagePipeline": image_benches.hunyuan_image,
+    "HiDreamImagePipeline": image_benches.hidream,
+    "LuminaPipeline": image_benches.lumina_next,
+    "BriaFibo2Pipeline": image_benches.fibo2,
+    "JoyImageEditPipeline": image_benches.joy_image,
+    "JoyImageEditPlusPipeline": image_benches.joy_image_plus,
+    "StableAudioPipeline": image_benches.stable_audio,
+    "AceStepPipeline": image_benches.ace_step,
+    "LongCatAudioDiTPipeline": image_benches.longcat_audio,
+    "HunyuanVideo15Pipeline": video_benches.hunyuan_video15,
+    "EasyAnimatePipeline": video_benches.easy_animate,
+    "ChronoEditPipeline": video_benches.chrono_edit,
+    "Cosmos2_5_PredictBasePipeline": video_benches.cosmos,
+    "Kandinsky5T2VPipeline": video_benches.kandinsky5,
+    "AnyFlowPipeline": video_benches.anyflow,
 }
 VARIANT_OF = {name.split(",")[0]: name for name in reversed(VARIANTS)}  # the first variant of each class
 IN_TABLE = [name for family in FAMILIES for name in family.branch_order]
@@ -67,6 +90,7 @@ MARKED = (  # arguments of transformers that carry a prompt
     "encoder_hidden_states_t5",
     "pooled_projections",
     "cap_feats",
+    "text_bth",
     "class_labels",
 )
 
@@ -75,7 +99,15 @@ class Seen(Exception):
     """Ends a pipeline's call once its transformer has been called twice."""
 
 
+def marked(prompts, *shape):
+    """Embeddings of the benches' prompts: 1 for a prompt, -1 for a negative one."""
+    marks = [torch.full(shape, UNCOND if image_benches.NOT in prompt else COND) for prompt in prompts]
+    return torch.stack(marks).double()
+
+
 def bench_of(name, monkeypatch):
+    for module in (image_benches, image_variants):
+        monkeypatch.setattr(module, "embedded", marked)
     bench = MADE[name]() if name in MADE else variant(VARIANT_OF[name], monkeypatch)
     assert type(bench.pipe).__name__ == name
     return bench
@@ -107,6 +139,7 @@ def mark_of(row, no_class):
     """The mark that a row of a transformer's argument carries: a label, or embeddings that are all 1, or all -1."""
     if not row.dtype.is_floating_point:
         return UNCOND if row == no_class else COND
+    row = row[: pipelines.CAPTION[0]]  # StableAudio's duration comes after it
     (mark,) = row[row != 0].unique().tolist() or [UNCOND]  # padding may be zero, and so is CogView3-Plus' missing prompt
     assert mark in (COND, UNCOND)
     return int(mark)

@@ -4,35 +4,52 @@ import pytest
 import torch
 from families import MORE
 from family_replay import random_cells, replaying
+from image_benches import IMAGES
 from replay import distance, trace
 from test_families import INNER, STEPS, plan_of, with_and_without
 
 from arrowhead import applied
 from arrowhead.models.find import find
 
-OBLONG = {  # the size in a call, and its number of visual tokens
-    "wan": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
-    "wan22": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
-    "qwen": ({"height": 48, "width": 112}, 3 * 7),
-    "chroma": ({"height": 48, "width": 112}, 3 * 7),
-    "hunyuan_video": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
-    "ltx": ({"height": 160, "width": 96, "num_frames": 17}, 3 * 5 * 3),
-    "cogvideox": ({"height": 48, "width": 80, "num_frames": 9}, 3 * 3 * 5),
-    "allegro": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
-    "latte": ({"height": 80, "width": 48}, 3 * 5 * 3),
-    "mochi": ({"height": 80, "width": 48, "num_frames": 13}, 3 * 5 * 3),
-    "aura_flow": ({"height": 48, "width": 112}, 3 * 7),
-    "hunyuan_dit": ({"height": 48, "width": 112}, 3 * 7),
-    "lumina2": ({"height": 48, "width": 112}, 3 * 7),
-    "flux2": ({"height": 48, "width": 112}, 3 * 7),
-    "z_image": ({"height": 80, "width": 112}, 64),  # 5 × 7, padded
-    "ovis_image": ({"height": 48, "width": 112}, 3 * 7),
-    "bria": ({"height": 48, "width": 112}, 3 * 7),
-    "cogview4": ({"height": 48, "width": 112}, 3 * 7),
-    "cogview3": ({"height": 48, "width": 112}, 3 * 7),
-    "skyreels": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
-    "wan_vace": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
-}
+OBLONG = (
+    {  # the size in a call, and its number of visual tokens
+        "wan": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
+        "wan22": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
+        "qwen": ({"height": 48, "width": 112}, 3 * 7),
+        "chroma": ({"height": 48, "width": 112}, 3 * 7),
+        "hunyuan_video": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
+        "ltx": ({"height": 160, "width": 96, "num_frames": 17}, 3 * 5 * 3),
+        "cogvideox": ({"height": 48, "width": 80, "num_frames": 9}, 3 * 3 * 5),
+        "allegro": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
+        "latte": ({"height": 80, "width": 48}, 3 * 5 * 3),
+        "mochi": ({"height": 80, "width": 48, "num_frames": 13}, 3 * 5 * 3),
+        "aura_flow": ({"height": 48, "width": 112}, 3 * 7),
+        "hunyuan_dit": ({"height": 48, "width": 112}, 3 * 7),
+        "lumina2": ({"height": 48, "width": 112}, 3 * 7),
+        "flux2": ({"height": 48, "width": 112}, 3 * 7),
+        "z_image": ({"height": 80, "width": 112}, 64),  # 5 × 7, padded
+        "ovis_image": ({"height": 48, "width": 112}, 3 * 7),
+        "bria": ({"height": 48, "width": 112}, 3 * 7),
+        "cogview4": ({"height": 48, "width": 112}, 3 * 7),
+        "cogview3": ({"height": 48, "width": 112}, 3 * 7),
+        "skyreels": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
+        "hunyuan_video15": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
+        "easy_animate": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
+        "chrono_edit": ({"height": 80, "width": 48, "num_frames": 5}, 2 * 5 * 3),
+        "anyflow": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
+        "cosmos": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
+        "kandinsky5": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
+        "wan_vace": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
+    }
+    | dict.fromkeys(IMAGES, ({"height": 48, "width": 112}, 3 * 7))
+    | {
+        "hunyuan_image": ({"height": 96, "width": 224}, 3 * 7),
+        "hidream": ({"height": 48, "width": 112}, 16),  # 2 × 6, padded to the largest image
+        "stable_audio": ({}, 20),  # of one length
+        "ace_step": ({"audio_duration": 2.0}, 25),
+        "longcat_audio": ({"audio_duration_s": 2.5}, 25),
+    }
+)
 SEVERAL = ["qwen", "aura_flow", "allegro", "latte", "hunyuan_dit", "flux2", "z_image"]
 """The families whose pipelines repeat embeddings and masks for several images of a prompt."""
 

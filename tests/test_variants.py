@@ -20,6 +20,7 @@ from diffusers import (
 )
 from families import HUNYUAN_TEXTS, FamilyBench, chroma, cogview4, flow, flux2, hunyuan_dit, qwen, wan, wan_transformer, z_image
 from family_replay import random_cells, replaying
+from image_variants import IMAGE_VARIANTS
 from PIL import Image
 from pipelines import CAPTION, POOLED, randomise, sd3, vae
 from replay import assert_identical, distance, trace
@@ -181,42 +182,49 @@ def made(cls, base, channels, more, parts, bench, halvings=1, one_prompt=False):
     return bench
 
 
-VARIANTS: dict[str, tuple[Callable[..., FamilyBench], dict[str, Any]]] = {
-    "StableDiffusion3Img2ImgPipeline": (of_sd3, {"parts": "image"}),
-    "StableDiffusion3InpaintPipeline": (of_sd3, {"parts": "mask", "channels": 16}),
-    "StableDiffusion3ControlNetPipeline": (of_sd3, {"parts": "control", "controlnet": True}),
-    "StableDiffusion3ControlNetInpaintingPipeline": (of_sd3, {"parts": "control, its mask", "controlnet": True, "extra": 1}),
-    "FluxImg2ImgPipeline": (of_flux, {"parts": "image"}),
-    "FluxInpaintPipeline": (of_flux, {"parts": "mask"}),
-    "FluxFillPipeline": (of_flux, {"parts": "mask", "in_channels": 48, "distilled": True}),
-    "FluxControlPipeline": (of_flux, {"parts": "control", "in_channels": 32, "distilled": True}),
-    "FluxControlNetPipeline": (of_flux, {"parts": "control", "controlnet": True}),
-    "FluxControlImg2ImgPipeline": (of_flux, {"parts": "image, control", "in_channels": 32, "distilled": True}),
-    "FluxControlInpaintPipeline": (of_flux, {"parts": "mask, control", "in_channels": 32, "distilled": True}),
-    "FluxControlNetImg2ImgPipeline": (of_flux, {"parts": "image, control", "controlnet": True, "distilled": True}),
-    "FluxControlNetInpaintPipeline": (of_flux, {"parts": "mask, control", "controlnet": True, "distilled": True}),
-    "FluxKontextPipeline": (of_flux, {"parts": "picture", "pictures": 2 * 2}),
-    "FluxKontextInpaintPipeline": (of_flux, {"parts": "picture, mask", "pictures": 4 * 4}),
-    "ChromaImg2ImgPipeline": (of_chroma, {"parts": "image"}),
-    "ChromaInpaintPipeline": (of_chroma, {"parts": "mask"}),
-    "QwenImageImg2ImgPipeline": (of_qwen, {"parts": "image"}),
-    "QwenImageInpaintPipeline": (of_qwen, {"parts": "mask"}),
-    "QwenImageControlNetPipeline": (of_qwen, {"parts": "control", "controlnet": True}),
-    "QwenImageControlNetInpaintPipeline": (of_qwen, {"parts": "control, its mask", "controlnet": True, "extra": 4}),
-    "QwenImageEditPipeline": (of_qwen, {"parts": "photo", "visual": 16 + 2 * 6}),
-    "QwenImageEditInpaintPipeline": (of_qwen, {"parts": "photo, mask", "visual": 2 * 6 + 2 * 6}),
-    "QwenImageEditPlusPipeline": (of_qwen, {"parts": "photo", "visual": 16 + 2 * 6, "one_prompt": True}),
-    "Flux2Pipeline": (of_flux2, {"parts": "nothing"}),
-    "Flux2KleinInpaintPipeline": (of_flux2, {"parts": "mask", "visual": 16 + 16, "two_calls": True}),
-    "ZImageImg2ImgPipeline": (of_z_image, {"parts": "image"}),
-    "ZImageInpaintPipeline": (of_z_image, {"parts": "mask"}),
-    "ZImageControlNetPipeline": (of_z_image, {"parts": "control", "controls": 4}),
-    "ZImageControlNetInpaintPipeline": (of_z_image, {"parts": "mask, control", "controls": 9}),
-    "CogView4ControlPipeline": (of_cogview4, {"parts": "control"}),
-    "HunyuanDiTControlNetPipeline": (of_hunyuan_dit, {"parts": "control"}),
-    "WanImageToVideoPipeline": (of_wan, {"parts": "image", "second": True}),
-    "WanImageToVideoPipeline, 5B": (of_wan, {"parts": "image", "frames": True}),
-} | VIDEO_VARIANTS
+VARIANTS: dict[str, tuple[Callable[..., FamilyBench], dict[str, Any]]] = (
+    {
+        "StableDiffusion3Img2ImgPipeline": (of_sd3, {"parts": "image"}),
+        "StableDiffusion3InpaintPipeline": (of_sd3, {"parts": "mask", "channels": 16}),
+        "StableDiffusion3ControlNetPipeline": (of_sd3, {"parts": "control", "controlnet": True}),
+        "StableDiffusion3ControlNetInpaintingPipeline": (
+            of_sd3,
+            {"parts": "control, its mask", "controlnet": True, "extra": 1},
+        ),
+        "FluxImg2ImgPipeline": (of_flux, {"parts": "image"}),
+        "FluxInpaintPipeline": (of_flux, {"parts": "mask"}),
+        "FluxFillPipeline": (of_flux, {"parts": "mask", "in_channels": 48, "distilled": True}),
+        "FluxControlPipeline": (of_flux, {"parts": "control", "in_channels": 32, "distilled": True}),
+        "FluxControlNetPipeline": (of_flux, {"parts": "control", "controlnet": True}),
+        "FluxControlImg2ImgPipeline": (of_flux, {"parts": "image, control", "in_channels": 32, "distilled": True}),
+        "FluxControlInpaintPipeline": (of_flux, {"parts": "mask, control", "in_channels": 32, "distilled": True}),
+        "FluxControlNetImg2ImgPipeline": (of_flux, {"parts": "image, control", "controlnet": True, "distilled": True}),
+        "FluxControlNetInpaintPipeline": (of_flux, {"parts": "mask, control", "controlnet": True, "distilled": True}),
+        "FluxKontextPipeline": (of_flux, {"parts": "picture", "pictures": 2 * 2}),
+        "FluxKontextInpaintPipeline": (of_flux, {"parts": "picture, mask", "pictures": 4 * 4}),
+        "ChromaImg2ImgPipeline": (of_chroma, {"parts": "image"}),
+        "ChromaInpaintPipeline": (of_chroma, {"parts": "mask"}),
+        "QwenImageImg2ImgPipeline": (of_qwen, {"parts": "image"}),
+        "QwenImageInpaintPipeline": (of_qwen, {"parts": "mask"}),
+        "QwenImageControlNetPipeline": (of_qwen, {"parts": "control", "controlnet": True}),
+        "QwenImageControlNetInpaintPipeline": (of_qwen, {"parts": "control, its mask", "controlnet": True, "extra": 4}),
+        "QwenImageEditPipeline": (of_qwen, {"parts": "photo", "visual": 16 + 2 * 6}),
+        "QwenImageEditInpaintPipeline": (of_qwen, {"parts": "photo, mask", "visual": 2 * 6 + 2 * 6}),
+        "QwenImageEditPlusPipeline": (of_qwen, {"parts": "photo", "visual": 16 + 2 * 6, "one_prompt": True}),
+        "Flux2Pipeline": (of_flux2, {"parts": "nothing"}),
+        "Flux2KleinInpaintPipeline": (of_flux2, {"parts": "mask", "visual": 16 + 16, "two_calls": True}),
+        "ZImageImg2ImgPipeline": (of_z_image, {"parts": "image"}),
+        "ZImageInpaintPipeline": (of_z_image, {"parts": "mask"}),
+        "ZImageControlNetPipeline": (of_z_image, {"parts": "control", "controls": 4}),
+        "ZImageControlNetInpaintPipeline": (of_z_image, {"parts": "mask, control", "controls": 9}),
+        "CogView4ControlPipeline": (of_cogview4, {"parts": "control"}),
+        "HunyuanDiTControlNetPipeline": (of_hunyuan_dit, {"parts": "control"}),
+        "WanImageToVideoPipeline": (of_wan, {"parts": "image", "second": True}),
+        "WanImageToVideoPipeline, 5B": (of_wan, {"parts": "image", "frames": True}),
+    }
+    | IMAGE_VARIANTS
+    | VIDEO_VARIANTS
+)
 LONG = {  # a budget search with these is a slow test; similar ones are tested always
     "StableDiffusion3ControlNetInpaintingPipeline",
     "FluxControlImg2ImgPipeline",

@@ -4,9 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLCogVideoX, AutoencoderKLHunyuanVideo, AutoencoderKLLTXVideo
-from families import FamilyBench, cogvideox, hunyuan_video, ltx, skyreels, wan, wan_transformer, wan_vae
-from pipelines import randomise
+from diffusers import AutoencoderKLCogVideoX, AutoencoderKLHunyuanVideo, AutoencoderKLLTXVideo, FlowMatchEulerDiscreteScheduler
+from families import cogvideox, hunyuan_video, ltx, skyreels, wan, wan_transformer
+from family_bench import FamilyBench
+from PIL import Image
+from pipelines import randomise, vae
+from video_benches import cosmos, cosmos_transformer, easy_animate, hunyuan_vae15, hunyuan_video15, kandinsky5, magvit, wan_vae
 
 HEIGHT, WIDTH = 64, 48
 
@@ -113,6 +116,59 @@ def of_skyreels(cls: Any) -> FamilyBench:
     return image_to_video(cls, skyreels(in_channels=12, **TO_IMAGE))
 
 
+def of_hunyuan15(cls: Any) -> FamilyBench:
+    """Image to video: the image is in further channels, and its embeddings are attended to beside the text."""
+    bench = hunyuan_video15()
+    more = {"image_encoder": None, "feature_extractor": None, "guider": bench.pipe.guider}
+    picture = Image.linear_gradient("L").resize((48, 64)).convert("RGB")
+    around(cls, bench, hunyuan_vae15(), {"image": picture}, **more)
+    embeds = torch.randn(1, 2, 10, generator=torch.Generator().manual_seed(2)).double()
+    bench.pipe.encode_image = lambda batch_size, **_: embeds.repeat(batch_size, 1, 1)
+    own = bench.inputs
+
+    def inputs(*args: Any, **more: Any) -> dict[str, Any]:
+        return {name: value for name, value in own(*args, **more).items() if name not in ("height", "width")}
+
+    bench.inputs = inputs
+    return bench
+
+
+def of_easy_animate(cls: Any, parts: dict[str, Any], extra: int) -> FamilyBench:
+    bench = around(cls, easy_animate(extra=extra), magvit(), parts, each=True)
+    own, encode = bench.inputs, bench.pipe.encode_prompt
+    # diffusers 0.42.1 calls it for control videos with an argument that it does not take
+    bench.pipe.encode_prompt = lambda text_encoder_index=0, **more: encode(**more)
+
+    def inputs(seed: int = 0, *args: Any, **more: Any) -> dict[str, Any]:
+        torch.manual_seed(seed)  # the VAE takes a sample with the global generator
+        return own(seed, *args, **more | ({"strength": 0.8} if "video" in parts else {}))
+
+    bench.inputs = inputs
+    return bench
+
+
+def of_cosmos2(cls: Any, parts: dict[str, Any]) -> FamilyBench:
+    """A picture, or a video that begins with frames of another one."""
+    base, scheduler = cosmos(), FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
+    base.pipe.transformer = cosmos_transformer(0, in_channels=5 if parts else 4)
+    around(cls, base, wan_vae(), parts, each=True, without="" if parts else "num_frames", scheduler=scheduler)
+    base.visual = 2 * 4 * 3 if parts else 4 * 3
+    return base
+
+
+def of_kandinsky5(cls: Any, parts: dict[str, Any], pictures: bool) -> FamilyBench:
+    """A video whose first frame is given, or a picture, alone or from another one."""
+    own = vae(1, 3) if pictures else hunyuan_vae()
+    bench = around(cls, kandinsky5(visual_cond=bool(parts)), own, parts, each=True, without="num_frames" if pictures else "")
+    bench.pipe.transformer.time_embeddings.float()
+    bench.pipe.resolutions = [(WIDTH, HEIGHT)]
+    bench.visual = 4 * 3
+    if not pictures:  # the pipeline brings the first four frames to the level of those that follow
+        own_inputs, bench.visual = bench.inputs, 5 * 2 * 3
+        bench.inputs = lambda *args, **more: own_inputs(*args, **{"height": 32, "num_frames": 17} | more)
+    return bench
+
+
 TO_IMAGE = {"image_dim": 16, "added_kv_proj_dim": 16}
 
 VIDEO_VARIANTS: dict[str, tuple[Callable[..., FamilyBench], dict[str, Any]]] = {
@@ -128,4 +184,12 @@ VIDEO_VARIANTS: dict[str, tuple[Callable[..., FamilyBench], dict[str, Any]]] = {
     "LTXConditionPipeline": (of_ltx, {"each": False}),
     "WanImageToVideoPipeline, 2.1": (of_wan21, {}),
     "SkyReelsV2ImageToVideoPipeline": (of_skyreels, {}),
+    "Cosmos2TextToImagePipeline": (of_cosmos2, {"parts": {}}),
+    "Cosmos2VideoToWorldPipeline": (of_cosmos2, {"parts": {"image": image()}}),
+    "Kandinsky5I2VPipeline": (of_kandinsky5, {"parts": {"image": image(32)}, "pictures": False}),
+    "Kandinsky5T2IPipeline": (of_kandinsky5, {"parts": {}, "pictures": True}),
+    "Kandinsky5I2IPipeline": (of_kandinsky5, {"parts": {"image": image()}, "pictures": True}),
+    "HunyuanVideo15ImageToVideoPipeline": (of_hunyuan15, {}),
+    "EasyAnimateControlPipeline": (of_easy_animate, {"parts": {"control_video": video().transpose(1, 2)}, "extra": 8}),
+    "EasyAnimateInpaintPipeline": (of_easy_animate, {"parts": {"video": video().transpose(1, 2)}, "extra": 5}),
 }

@@ -6,7 +6,7 @@ No other file uses such a name (`tests/test_import_law.py`), so that a new versi
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -142,6 +142,19 @@ def execution_device(pipe: Any) -> torch.device:
     return pipe._execution_device
 
 
+def progress_bars(pipe: Any) -> list[Any]:
+    """What shows progress bars: the pipeline, or a modular pipeline's blocks. Without it a search would show their bars."""
+    found = [blocks] if (blocks := getattr(pipe, "_blocks", None)) is not None else []
+    for block in found:  # which grows
+        found.extend(block.sub_blocks.values())
+    return [block for block in found or [pipe] if hasattr(block, "set_progress_bar_config")]
+
+
+def guider_predictions(guider: Any) -> int:
+    """How often a guider calls the transformer in a step. Without it one with three calls would be taken for plain guidance."""
+    return len(guider._input_predictions)
+
+
 def progress_bar_config(pipe: Any) -> dict[str, Any] | None:
     """The latest arguments of `set_progress_bar_config`, or None. Without it a search would leave the bar switched off."""
     return getattr(pipe, "_progress_bar_config", None)
@@ -158,3 +171,16 @@ def restore_progress_bar_config(pipe: Any, config: dict[str, Any] | None) -> Non
 def name_or_path(pipe: Any) -> str:
     """Where a pipeline was loaded from; empty if it was not. Without it provenance would lack the model's name."""
     return str(pipe.config.get("_name_or_path") or "")
+
+
+class GuiderSettings(NamedTuple):
+    """Whether a guider of diffusers is on, and the parts of the steps, between 0 and 1, at which it starts and stops."""
+
+    enabled: bool
+    start: float
+    stop: float
+
+
+def guider_settings(guider: Any) -> GuiderSettings:
+    """When a guider of diffusers guides. Without it a pipeline with a guider would not be known to have two CFG branches."""
+    return GuiderSettings(guider._enabled, guider._start, guider._stop)

@@ -7,7 +7,7 @@ import torch
 
 from arrowhead.engine.changes import Changes
 from arrowhead.errors import AlreadyGenerating, InputsInvalid
-from arrowhead.upstream import progress_bar_config, restore_progress_bar_config
+from arrowhead.upstream import progress_bar_config, progress_bars, restore_progress_bar_config
 
 
 def exclusive_call(pipe: Any, changes: Changes) -> Callable[..., Any]:
@@ -61,6 +61,7 @@ def preserve_rng(generator: torch.Generator | Sequence[torch.Generator] | None, 
 
 def hide_progress_bar(pipe: Any, changes: Changes) -> None:
     """Hide the pipeline's progress bar; its configuration is as before when the changes are undone."""
-    before = progress_bar_config(pipe)
-    changes.record(restore_progress_bar_config, pipe, before)
-    pipe.set_progress_bar_config(**(before or {}) | {"disable": True})
+    for shown in progress_bars(pipe):
+        before = progress_bar_config(shown)
+        changes.record(restore_progress_bar_config, shown, before)
+        shown.set_progress_bar_config(**(before or {}) | {"disable": True})

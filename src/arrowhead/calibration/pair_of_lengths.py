@@ -151,8 +151,8 @@ class PairOfLengths(SiteCall):
         missing = self._missing(number, lengths)
         if not missing:
             return tensor
-        end = self._end_of_text(number, length := tensor.shape[axis])
-        before, after = tensor.narrow(axis, 0, end), tensor.narrow(axis, end, length - end)
+        length = tensor.shape[axis]
+        before, after = torch.split(tensor, [end := self._end_of_text(number, length), length - end], axis)
         padding = tensor.new_full([missing if i == axis % tensor.ndim else n for i, n in enumerate(tensor.shape)], value)
         return torch.cat([before, padding, after], axis)
 
@@ -161,8 +161,9 @@ class PairOfLengths(SiteCall):
         missing = self._missing(number, lengths)
         if not missing:
             return tensor
-        end = self._end_of_text(number, length := tensor.shape[axis] - missing)
-        return torch.cat([tensor.narrow(axis, 0, end), tensor.narrow(axis, end + missing, length - end)], axis)
+        length = tensor.shape[axis] - missing
+        before, _, after = torch.split(tensor, [end := self._end_of_text(number, length), missing, length - end], axis)
+        return torch.cat([before, after], axis)
 
     def _missing(self, number: int, lengths: Lengths) -> int:
         """How many text tokens the other call has more."""

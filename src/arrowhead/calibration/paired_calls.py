@@ -5,7 +5,7 @@ is known. So a search judges both branches of a step at once, whether a pipeline
 Inputs that are no batch, because the texts have two lengths, are in `pair_of_lengths`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -101,24 +101,3 @@ def _alike(a: Any, b: Any) -> bool:
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(map(_alike, a, b))
     return a is b or (type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b))
-
-
-def placeholder_output(output: Any) -> Any:
-    """A copy of an output, given to the pipeline for the first of two calls until the second one has come."""
-    if isinstance(output, Tensor):
-        return output.clone()
-    if isinstance(output, tuple | list):
-        return type(output)(map(placeholder_output, output))
-    if isinstance(output, Mapping):
-        return type(output)(**{name: placeholder_output(value) for name, value in output.items()})
-    return output
-
-
-def fill_placeholder(placeholder: Any, output: Any) -> None:
-    """Copy an output into the placeholder, which the pipeline holds and has not read yet."""
-    if isinstance(output, Tensor):
-        placeholder.copy_(output)
-    elif isinstance(output, tuple | list | Mapping):
-        places, values = (each.values() if isinstance(each, Mapping) else each for each in (placeholder, output))
-        for place, value in zip(places, values, strict=True):
-            fill_placeholder(place, value)

@@ -1,11 +1,12 @@
 """The calibration run: one generation of a driver, in which a search is called at every denoising step.
 
 The transformer's forward is wrapped. When the pipeline, or the loop, calls the transformer, the wrapper calls the search with a
-`Step`. The search runs the call as often as it needs, with any cells, and finishes the step with the output that the pipeline
-goes on with. Where a step has two calls, one for each CFG branch, the first call gives a placeholder. The second one calls the
-search with both, and fills the placeholder before the pipeline reads it.
+`Step`. The search runs the call as often as it needs, with any cells, and finishes the step with the output to go on with.
+Where a step has two calls, one for each CFG branch, the first call gives a placeholder. The second one calls the search with
+both, and fills the placeholder, with what the pipeline has computed with it (`placeholder`).
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
@@ -20,7 +21,8 @@ from torch import nn
 from arrowhead.calibration.driver import Driver
 from arrowhead.calibration.outputs import run_forward, samples_of
 from arrowhead.calibration.pair_of_lengths import Lengths, PairOfLengths
-from arrowhead.calibration.paired_calls import fill_placeholder, join_lengths, placeholder_output, run_paired, wait_for_pair
+from arrowhead.calibration.paired_calls import join_lengths, run_paired, wait_for_pair
+from arrowhead.calibration.placeholder import Placeholder
 from arrowhead.calibration.step import AtSite, Runs, Step
 from arrowhead.calibration.transformer_call import LEAVE_OUT, TransformerCall, call_missing, require_one_image
 from arrowhead.engine.attention_seen import attention_seen, listed
@@ -91,7 +93,7 @@ class CalibrationRun:
         self.other_texts = False
         self._lengths: dict[str, tuple[Lengths, ...]] = {}  # of sites' outputs, where the calls' texts have two
         self._generation: Generation | None = None
-        self._waiting: tuple[TransformerCall, Any] | None = None  # the first of a step's two calls, and its placeholder
+        self._waiting: tuple[TransformerCall, Placeholder] | None = None  # the first of a step's two calls, and its placeholder
         self._apart = all(site.kind == "stack" for site in model.sites)  # two calls share nothing: one runs after the other
         self._example: Any = None  # an output of the transformer, which placeholders are copies of
 
@@ -123,10 +125,15 @@ class CalibrationRun:
             generate = self._driver.prepare(changes)
             interception.install(changes)
             for transformer in self._model.transformers:
-                called = partial(self._transformer_called, search, transformer, transformer.forward)
+                called: Any = partial(self._transformer_called, search, transformer, transformer.forward)
+                called.__signature__ = inspect.signature(transformer.forward)  # modular pipelines pass what it names
                 replace_forward(transformer, called, changes)
-            with suppress(_Stopped):
-                result = generate()
+            try:
+                with suppress(_Stopped):
+                    result = generate()
+            finally:
+                if self._waiting is not None:
+                    self._waiting[1].end()
         interception.warn_of_replaced()
         if self._failure is not None:
             raise self._failure
@@ -261,12 +268,13 @@ class CalibrationRun:
             return self._searched(search, [call])[0]
         if self._waiting is None:
             self._waiting = call, self._placeholder(call)
-            return self._waiting[1]
+            return self._waiting[1].watch()
         (first, placeholder), self._waiting = self._waiting, None
+        placeholder.end()
         if call.counted != first.counted:
             raise call_missing()
         outputs = self._searched(search, [first, call])
-        fill_placeholder(placeholder, outputs[0])
+        placeholder.fill(outputs[0])
         return outputs[1]
 
     def _call(
@@ -284,19 +292,19 @@ class CalibrationRun:
             model.latents(arguments),
             partial(run_forward, forward, args, kwargs),
             bool(scales),
-            model.family.output_tokens(arguments),
+            used if isinstance(used := model.family.output_tokens(arguments), slice) else slice(used),
             model.scheduler_step,
             numbers_of(arguments) if self._branch_check else {},
         )
 
-    def _placeholder(self, call: TransformerCall) -> Any:
+    def _placeholder(self, call: TransformerCall) -> Placeholder:
         """What the first of two calls gives until the second has come; the first placeholder takes a run of the transformer."""
         if self._example is None:
             self.passes += 1
             with torch.no_grad(), force_eager():
                 self._example = call.run()
             samples_of([self._example])  # refused before the pipeline gets a copy
-        return placeholder_output(self._example)
+        return Placeholder(self._example)
 
     def _searched(self, search: Callable[[Step], None], calls: Sequence[TransformerCall]) -> list[Any]:
         """On to the next step, of these calls; gives their outputs, which the search decided."""

@@ -38,9 +38,7 @@ class Step:
         outputs: of each call, set once the step is finished.
     """
 
-    def __init__(
-        self, index: int, calibration: "CalibrationRun", runs: Runs, latents: Sequence[Any], returned: int | None
-    ) -> None:
+    def __init__(self, index: int, calibration: "CalibrationRun", runs: Runs, latents: Sequence[Any], returned: slice) -> None:
         self.index, self.latents = index, latents
         self.outputs: list[Any] = []
         self._calibration, self._runs, self._returned = calibration, runs, returned
@@ -95,7 +93,7 @@ class Step:
                 f"the transformer gave samples of {got[0]} images for latents of {wanted[0]}; wanted as many, in a tensor "
                 "(B, …), in a list with one for each image, or in a tuple that begins with either"
             )
-        return [sample[:, : self._returned] for sample in samples]
+        return [sample[:, self._returned] for sample in samples]
 
     def _by(self, cells: Sequence[Cell], writes: Callable[[Site, Cell], Writes]) -> AtSite:
         cell_of = dict(zip(self.sites, cells, strict=True))

@@ -18,8 +18,8 @@ class TransformerCall:
     """A call of a transformer by the pipeline.
 
     `run` runs it. `latents` are (B, …), or a list with one for each image. `scales` says whether the call scales a LoRA. The
-    pipeline goes on with the first `returned` tokens of the output, or with all. `counted` is the scheduler's count of steps.
-    `numbers` are those among the arguments.
+    pipeline goes on with the tokens `returned` of the output. `counted` is the scheduler's count of steps. `numbers` are those
+    among the arguments.
     """
 
     transformer: nn.Module
@@ -27,7 +27,7 @@ class TransformerCall:
     latents: Any
     run: Callable[[], Any]
     scales: bool
-    returned: int | None
+    returned: slice
     counted: int | None
     numbers: Numbers
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arrowhead.kernels.head_index import head_index, serving
-from arrowhead.models.head_separation import QKV
+from arrowhead.models.head_separation import QKV, heads_of
 from arrowhead.upstream import child_modules
 
 
@@ -20,14 +20,15 @@ class ProjectedHeads:
     """
 
     def __init__(self, module: Any, heads: Sequence[int]) -> None:
-        layers, every = child_modules(module), module.heads
+        layers, every = child_modules(module), heads_of(module)
         width = module.to_q.out_features // every
         some, count = tuple(heads), len(heads)
         view = dict(layers)  # found without a detour over `__getattr__`
         for name in QKV:
             if (linear := layers.get(name)) is not None:
                 view[name] = partial(_project, linear, some, every, width)
-        view |= {"heads": count, "inner_dim": width * count, "_module": module}
+        view |= dict.fromkeys(("heads", "num_heads", "kv_heads", "num_kv_heads"), count)
+        view |= {"inner_dim": width * count, "_module": module}
         self.__dict__ = view
 
     def prepare_attention_mask(self, *args: Any, **kwargs: Any) -> Any:

@@ -80,7 +80,12 @@ class SiteCall(ABC):
 
 
 def _part(value: Any, rows: slice, batch: int) -> Any:
-    """These rows of a tensor that has the batch's; of a tuple, the same of its tensors, such as rotary embeddings (B, N, C)."""
+    """These rows of a tensor that has the batch's; of a tuple, the same of its tensors, such as rotary embeddings (B, N, C).
+
+    Of a dictionary, such as a block's attention arguments, the same of its values.
+    """
+    if isinstance(value, dict):
+        return {name: _part(item, rows, batch) for name, item in value.items()}
     if isinstance(value, tuple):  # tensors of (N, C) or (N, H, C) are for all samples
         return tuple(_part(item, rows, batch) if isinstance(item, Tensor) and item.ndim > 2 else item for item in value)
     return value[rows] if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch else value
@@ -128,6 +133,76 @@ class BlockCall(ModuleCall):
     def _argument(self, name: str, rows: slice | None) -> Tensor:
         value = self.kwargs[name] if name in self.kwargs else self.args[self.parameters.index(name)]
         return value if rows is None else _part(value, rows, self.batch)
+
+
+@dataclass(slots=True)
+class CustomModuleCall(ModuleCall):
+    """One call of a custom model's block or cross-attention, whose arguments may be of any form.
+
+    `rows_alone` is asked before the module runs on some rows of its input.
+    """
+
+    rows_alone: Callable[[SiteCall, slice], None]
+
+    def run(self, answer: AttentionHandler, rows: slice | None = None, heads: Sequence[int] | None = None) -> Output:
+        """Run the module on `rows` of its input.
+
+        Raises:
+            NotIntercepted: it gives something else for rows alone.
+        """
+        if rows is not None:
+            self.rows_alone(self, rows)
+        return ModuleCall.run(self, answer, rows, heads)
+
+
+@dataclass(slots=True)
+class CustomBlockCall(CustomModuleCall):
+    """One call of a custom model's block. What is stored is what its outputs add to the arguments `continued`.
+
+    `parameters` are the names of the forward's parameters.
+    """
+
+    parameters: Sequence[str]
+    continued: Sequence[str | int]
+
+    def storable(self, out: Output, rows: slice | None = None) -> Output:
+        """What the block added to its inputs."""
+        return add_scaled(out, self._inputs(out, rows), -1)
+
+    def restore(self, stored: Output) -> Output:
+        """The block's inputs, with this added."""
+        return add_scaled(stored, self._inputs(stored, None), 1)
+
+    def _inputs(self, like: Output, rows: slice | None) -> Output:
+        """The inputs that outputs of this form continue.
+
+        Raises:
+            NotIntercepted: the block gives something else than the adapter says, or is called without such an argument.
+        """
+        outs = like if isinstance(like, tuple) else (like,)
+        found = [self._argument(name) for name in self.continued]
+        if isinstance(like, Tensor | tuple) and len(outs) == len(found):
+            pairs = [
+                (out, each if rows is None else _part(each, rows, self.batch)) for out, each in zip(outs, found, strict=True)
+            ]
+            if all(out is None or _alike(out, each) for out, each in pairs):
+                return tuple(each for _, each in pairs) if isinstance(like, tuple) else pairs[0][1]
+        got = ", ".join(f"{tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__ for out in outs)
+        raise NotIntercepted(
+            f"{self.site.path}: got {got} from a {type(self.module).__name__}, wanted an output like each of the arguments "
+            f"{', '.join(map(str, self.continued))}; correct `inputs` of arrowhead.Block, or leave these blocks out"
+        )
+
+    def _argument(self, name: str | int) -> Any:
+        place = name if isinstance(name, int) else self.parameters.index(name) if name in self.parameters else len(self.args)
+        named = name if isinstance(name, str) else self.parameters[name] if name < len(self.parameters) else ""
+        if named in self.kwargs:
+            return self.kwargs[named]
+        return self.args[place] if place < len(self.args) else None
+
+
+def _alike(out: Any, given: Any) -> bool:
+    return isinstance(out, Tensor) and isinstance(given, Tensor) and out.shape == given.shape
 
 
 @dataclass(slots=True)
@@ -269,3 +344,21 @@ class ForwardSiteCall(AttentionSiteCall):
     @property
     def _processor(self) -> str:
         return type(self.module).__name__
+
+
+@dataclass(slots=True)
+class FunctionSiteCall(ForwardSiteCall):
+    """One call of an attention function in a module's code. `original` is the function, `hooked` that with hooked attention."""
+
+    _wanted: ClassVar[str] = "a function that does; where it is the attention itself, say the layout of arrowhead.AttentionIn"
+
+    def attends_twice(self) -> NotIntercepted:
+        """The error of a function that calls attention more than once, or that its module calls more than once."""
+        return NotIntercepted(
+            f"{self.site.path}: {self._processor} is called, or calls attention, twice; wanted attention once in each call of "
+            "the module; name modules that attend once, or leave these out of the adapter"
+        )
+
+    @property
+    def _processor(self) -> str:
+        return f"{self.site.path.rpartition('.')[2]} in a {type(self.module).__name__}"

@@ -1,6 +1,6 @@
 """The families table: for each transformer class, where its sites are and how its pipelines call it. Data alone.
 
-Families of images are here, those of videos in `video_families`.
+Families of images are here and in `image_families`, those of videos in `video_families`.
 """
 
 from arrowhead.models.family import NONE, Family
@@ -13,6 +13,7 @@ from arrowhead.models.guidance import (
     true_cfg,
     undistilled_guidance,
 )
+from arrowhead.models.image_families import IMAGE_FAMILIES
 from arrowhead.models.token_layouts import (
     image_only,
     image_then_text,
@@ -265,5 +266,6 @@ FAMILIES: tuple[Family, ...] = (
         guided=guidance_above_one,
         left_alone="feed-forwards, whole blocks, embeddings, output layer",
     ),
+    *IMAGE_FAMILIES,
     *VIDEO_FAMILIES,
 )

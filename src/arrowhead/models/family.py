@@ -31,7 +31,7 @@ class Family:
         branch_order: by the name of each pipeline's class, the order of its CFG branches; tests/test_cfg_order.py compares it
             with what the pipelines do.
         tokens: `tokens(transformer, call)`, the tokens of a sample.
-        guided: whether the call has both CFG branches; the pipeline's config is among its arguments.
+        guided: whether the call has both CFG branches; its arguments have the pipeline's config, and the pipeline as `pipe`.
         joint_pattern: those of the sites that work on text and visual tokens together.
         cross_pattern: the cross-attention sites, from the image to the text.
         feed_forward_pattern: the feed-forward sites of the visual tokens.
@@ -48,7 +48,7 @@ class Family:
         beside: whether a call of the transformer stands beside the steps' own, and runs in full.
         unsupported_transformer: the part of a transformer that no plan goes with, likewise.
         latents_argument: the transformer's argument that holds a latent for each sample.
-        output_tokens: the number of tokens at the beginning of the output that the pipeline uses; None: all of them.
+        output_tokens: the number of tokens at the beginning of the output that the pipeline uses, or a slice; None: all.
         latent_channels: the channels of the output (dimension 1) that a sampler uses, where others follow; None: all of them.
         second_from: where a pipeline may have a second transformer, the step from which the pipeline, in the midst of its call,
             runs that one; None where it never does.
@@ -79,7 +79,7 @@ class Family:
     beside: Callable[[Mapping[str, Any]], bool] = lambda _: False
     unsupported_transformer: Callable[[Any], str | None] = lambda _: None
     latents_argument: str = "hidden_states"
-    output_tokens: Callable[[Mapping[str, Any]], int | None] = lambda _: None
+    output_tokens: Callable[[Mapping[str, Any]], int | slice | None] = lambda _: None
     latent_channels: Callable[[Any], int | None] = channels_before_variance
     second_from: Callable[[Any], int | None] | None = None
     second_guidance_scale: Callable[[Mapping[str, Any]], float] | None = None

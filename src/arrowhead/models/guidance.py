@@ -1,6 +1,6 @@
 """How the pipelines of each family do classifier-free guidance: from which arguments, at which scale, and what is unsupported.
 
-Functions get the arguments of a pipeline's call by name.
+Functions get the arguments of a pipeline's call by name, and the pipeline as `pipe`.
 """
 
 import math
@@ -67,3 +67,15 @@ def cfg_truncation(call: Mapping[str, Any]) -> str | None:
     limit = call["cfg_truncation"]
     ends = guidance_above_zero(call) and limit is not None and limit < 1
     return f"cfg_truncation={limit}, by which some steps have guidance and some do not" if ends else None
+
+
+def cfg_interval(call: Mapping[str, Any]) -> str | None:
+    """ACE-Step's guidance in some of the steps only."""
+    start, end = call["cfg_interval_start"], call["cfg_interval_end"]
+    named = f"cfg_interval_start={start} and cfg_interval_end={end}, by which some steps have guidance and some do not"
+    return named if ace_step_guidance(call) and (start > 0 or end < 1) else None
+
+
+def ace_step_guidance(call: Mapping[str, Any]) -> bool:
+    """Whether ACE-Step's guidance is on: a scale above 1, and weights into which guidance is not distilled."""
+    return guidance_above_one(call) and not call["pipe"].is_turbo

@@ -9,6 +9,11 @@ from arrowhead.upstream import has_hooks
 QKV = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 
 
+def heads_of(module: Any) -> int:
+    """The number of heads (of queries) of an attention module of diffusers."""
+    return int(module.heads if hasattr(module, "heads") else module.num_heads)
+
+
 def can_project_heads_separately(module: Any) -> bool:
     """Whether Q, K and V of single heads can be projected alone: by plain linear layers, without norms across heads.
 
@@ -18,10 +23,11 @@ def can_project_heads_separately(module: Any) -> bool:
         return False
     linears = [linear for name in QKV if (linear := getattr(module, name, None)) is not None]
     norms = [norm for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k") if (norm := getattr(module, name, None))]
-    width = module.to_q.out_features // module.heads
+    heads = heads_of(module)
+    width = module.to_q.out_features // heads
     own_width = all(w.numel() == width for norm in norms for w in norm.parameters())
     known = all(map(is_plain, linears)) and not getattr(module, "fused_projections", False)
-    return known and own_width and all(module.heads * width % linear.out_features == 0 for linear in linears)
+    return known and own_width and all(heads * width % linear.out_features == 0 for linear in linears)
 
 
 def is_plain(linear: Any) -> bool:

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from arrowhead.errors import InputsInvalid
-from arrowhead.models.custom import CustomModel, Forward
+from arrowhead.models.custom import CustomModel
+from arrowhead.models.custom_attention import CalledFunction, Forward
+from arrowhead.models.custom_blocks import Block
 from arrowhead.models.family import Family
 from arrowhead.models.signatures import method_signature
 from arrowhead.models.sites import stack_blocks
@@ -34,6 +36,8 @@ class Model:
         branch_order: the order of the CFG branches.
         modules: the sites with their modules in the first transformer, in the order they run.
         forwards: by the site's path, the forwards that replace those of a custom model's attention modules.
+        functions: by the site's path, the functions that a custom model calls for attention in place of torch's.
+        blocks: by the site's path, how the blocks of a custom model are called.
     """
 
     pipe: "DiffusionPipeline | CustomModel"
@@ -42,6 +46,8 @@ class Model:
     branch_order: BranchOrder
     modules: Mapping[Site, nn.Module]
     forwards: Mapping[str, Forward] = field(default_factory=dict)
+    functions: Mapping[str, CalledFunction] = field(default_factory=dict)
+    blocks: Mapping[str, Block] = field(default_factory=dict)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -57,7 +63,7 @@ class Model:
     def site_modules(self) -> list[tuple[Site, nn.Module]]:
         """The sites of every transformer, but stacks, each with its module there."""
         found = (
-            (site, transformer.get_submodule(site.path))
+            (site, transformer.get_submodule(site.module_path))
             for transformer in self.transformers
             for site in self.sites
             if site.kind != "stack"
@@ -121,6 +127,9 @@ class Model:
             return None
         whole = scheduler.config.get("num_train_timesteps", 1000)
         steps = torch.as_tensor(timesteps)[self.timesteps_left_out :].tolist()  # one read, as each waits for the device
+        if min(steps, default=0) < 0:  # EDM's timesteps are logarithms of the noise
+            sigmas = torch.as_tensor(scheduler.sigmas)[self.timesteps_left_out :][: len(steps)].tolist()
+            return tuple(sigma / (1 + sigma) for sigma in sigmas)
         return tuple(step / whole for step in steps)
 
     @property
@@ -190,7 +199,7 @@ class Model:
         """The guidance scale in a step of a running pipeline call with these arguments."""
         second = self.family.second_guidance_scale
         scale = self.family.guidance_scale if second is None or self.transformer_at(step) is self.transformer else second
-        return scale(call)
+        return scale({"pipe": self.pipe, **call})
 
     def branches(self, call: Mapping[str, Any], *, follows: bool = False) -> Branches:
         """The CFG branches of a pipeline call with these arguments, at its beginning.
@@ -200,10 +209,11 @@ class Model:
         Raises:
             InputsInvalid: the call has an option that no plan goes with, or a guidance scale that is no number.
         """
+        call = {**getattr(self.pipe, "config", {}), "pipe": self.pipe, **call}
         if unsupported := self.family.unsupported_call(call) or (None if follows else self.family.guidance_changes(call)):
             raise InputsInvalid(f"got {unsupported}; wanted a call without it; leave it out, or remove the plan")
         try:
-            guided = self.family.guided(dict(getattr(self.pipe, "config", {})) | dict(call))
+            guided = self.family.guided(call)
         except (TypeError, ValueError) as error:
             raise InputsInvalid(
                 f"got guidance that is no number ({error}); wanted one; correct the call's arguments"

@@ -1,16 +1,18 @@
 """Makes sites of a transformer's modules: which modules are sites, and which sizes they have."""
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import Any, Literal
 
 from torch import nn
 
 from arrowhead.errors import UnsupportedPipeline
-from arrowhead.models.custom import Attention
+from arrowhead.models.custom_attention import Attention, AttentionIn
+from arrowhead.models.custom_blocks import Block
 from arrowhead.models.family import Family
-from arrowhead.models.head_separation import can_project_heads_separately
+from arrowhead.models.head_separation import can_project_heads_separately, heads_of
 from arrowhead.plans.layout import ALL_KINDS, Kind, Site
 from arrowhead.upstream import named_modules
 
@@ -19,7 +21,15 @@ APART = "arrowhead.Attention(projections=False, head_dim=...), by which the laye
 
 
 def sites_in(family: Family, root: nn.Module, kinds: Collection[Kind], prefix: str = "") -> Iterator[tuple[Site, nn.Module]]:
-    """The sites of these kinds in a module, in the order of its modules: blocks before their parts. `prefix` is its path."""
+    """The sites of these kinds in a module, in the order they run, blocks before their parts. `prefix` is the module's path.
+
+    That is the order of its modules, but a feed-forward runs after attention, though JoyImage names it before.
+    """
+    for _, group in groupby(_sites_in(family, root, kinds, prefix), key=lambda found: found[0].path.rpartition(".")[0]):
+        yield from sorted(group, key=lambda found: found[0].kind == "feed_forward")
+
+
+def _sites_in(family: Family, root: nn.Module, kinds: Collection[Kind], prefix: str) -> Iterator[tuple[Site, nn.Module]]:
     makers: dict[Kind, tuple[str, Callable[[Family, str, Any], Site]]] = {
         "self_attention": (family.site_pattern, _self_attention),
         "cross_attention": (family.cross_pattern, _cross_attention),
@@ -67,7 +77,7 @@ def _attends_to_an_image(kind: Kind, module: Any) -> bool:
     Its FLOPs do not follow from the tokens of video and text: it is no site.
     """
     attention = module if kind == "cross_attention" else getattr(module, "attn2", None) if kind == "block" else None
-    return getattr(attention, "add_k_proj", None) is not None
+    return any(getattr(attention, name, None) is not None for name in ("add_k_proj", "k_img"))
 
 
 def custom_attention_site(family: Family, path: str, module: nn.Module, attention: Attention) -> Site:
@@ -78,7 +88,8 @@ def custom_attention_site(family: Family, path: str, module: nn.Module, attentio
     Raises:
         UnsupportedPipeline: the linear layers are no four projections of heads, or the number of heads is not known.
     """
-    if attention.replacement_forward() is None and hasattr(module, "processor") and hasattr(module, "to_q"):
+    own = attention.replacement_forward() is None and attention.function is None
+    if own and hasattr(module, "processor") and hasattr(module, "to_q"):
         return replace(_self_attention(family, path, module), joint=attention.joint, over=attention.over)
     linears, heads, head_dim = [*_linears(module).values()], attention.head_count(module), attention.head_dim
     weights, kind = sum(map(_size, linears)), type(module).__name__
@@ -112,49 +123,145 @@ def custom_attention_site(family: Family, path: str, module: nn.Module, attentio
     return Site(path, heads, head_dim, channels, joint=attention.joint, separable_heads=False, over=attention.over)
 
 
+def function_site(path: str, module: nn.Module, function: AttentionIn) -> Site:
+    """The site of a function that a module calls for attention. Nothing is projected in it.
+
+    Raises:
+        UnsupportedPipeline: the module does not say its heads.
+    """
+    heads, head_dim = function.sizes(module)
+    return Site(
+        path,
+        heads,
+        head_dim,
+        channels=heads * head_dim,
+        joint=function.joint,
+        projects_out="outside",
+        separable_heads=False,
+        over=function.over,
+    )
+
+
+def custom_cross_attention_site(path: str, module: nn.Module, text: str) -> Site:
+    """The site of a custom model's cross-attention; `text`: the layers that multiply the text tokens.
+
+    Raises:
+        UnsupportedPipeline: there are no linear layers for the text, or none for the visual tokens.
+    """
+    layers = _linears(module)
+    of_text = [layer for name, layer in layers.items() if re.fullmatch(text, name)]
+    visual = [layer for name, layer in layers.items() if not re.fullmatch(text, name)]
+    if not of_text or not visual:
+        raise UnsupportedPipeline(
+            f"{path}: got {text!r:.200} for the layers of a {type(module).__name__} that multiply the text, wanted some of "
+            f"{', '.join(layers) or 'its linear layers, of which it has none'}, and not all"
+        )
+    return Site(
+        path,
+        heads=1,
+        head_dim=visual[0].out_features,
+        channels=visual[0].in_features,
+        separable_heads=False,
+        kind="cross_attention",
+        weights=sum(map(_size, visual)),
+        text_weights=sum(map(_size, of_text)),
+    )
+
+
+def custom_block_site(path: str, module: nn.Module, block: Block, sites: Iterable[Site]) -> Site:
+    """The site of a custom model's block, with those of these sites that lie within it.
+
+    Where both text and visual tokens go on, the weights of the visual tokens count for all, and `text_weights` is what the
+    text's own layers have more.
+
+    Raises:
+        UnsupportedPipeline: its linear layers do not say its width.
+    """
+    within = tuple(site for site in sites if site.module_path == path or site.path.startswith(f"{path}."))
+    layers, elsewhere = _linears(module), tuple(f"{site.path}." for site in within)
+    own = {
+        name: _size(layer)
+        for name, layer in layers.items()
+        if not (re.fullmatch(block.per_sample, name) or f"{path}.{name}".startswith(elsewhere))
+    }
+    if not within and not own:
+        raise UnsupportedPipeline(
+            f"{path}: got a {type(module).__name__} without linear layers for a block; wanted a pattern for blocks alone"
+        )
+    channels = within[0].channels if within else layers[next(iter(own))].in_features
+    of_text = [name for name in own if re.fullmatch(block.text, name)]
+    text_weights, joint = sum(own[name] for name in of_text), block.gives_text(path, module)
+    weights = sum(own.values()) - text_weights
+    return Site(
+        path,
+        heads=1,
+        head_dim=channels,
+        channels=channels,
+        joint=joint,
+        separable_heads=False,
+        kind="block",
+        weights=weights,
+        text_weights=max(0, text_weights - weights) if joint and of_text else text_weights,
+        within=within,
+    )
+
+
 def _self_attention(family: Family, path: str, module: Any) -> Site:
     joint = bool(re.fullmatch(family.joint_pattern, path))
     if (fused := getattr(module, "to_qkv_mlp_proj", None)) is not None:  # FLUX.2: Q, K, V and the feed-forward in one layer
         channels, width = fused.in_features, module.heads * module.head_dim
         weights = _size(fused) + _size(module.to_out) - 4 * channels * width
         return Site(path, module.heads, module.head_dim, channels, joint, separable_heads=False, weights=weights)
-    channels, text_projection = module.to_q.in_features, getattr(module, "add_k_proj", None) if joint else None
-    head_dim = module.to_q.out_features // module.heads
-    kv_heads = module.to_k.out_features // head_dim
+    if (fused := getattr(module, "img_attn_qkv", None)) is not None:  # JoyImage: Q, K and V in one layer, text in another
+        return Site(path, module.heads, module.head_dim, fused.in_features, joint, separable_heads=False)
+    query, key, _, _ = _projections(module)
+    heads, gate = heads_of(module), getattr(module, "to_gate", None)
+    channels, text_projection = query.in_features, getattr(module, "add_k_proj", None) if joint else None
+    head_dim = query.out_features // heads
+    kv_heads = key.out_features // head_dim
     text_channels = channels if text_projection is None else text_projection.in_features
     return Site(
         path,
-        heads=module.heads,
+        heads=heads,
         head_dim=head_dim,
         channels=channels,
         joint=joint,
         projects_out=_projects_out(module),
         separable_heads=family.separable_heads and can_project_heads_separately(module),
-        kv_heads=None if kv_heads == module.heads else kv_heads,
+        kv_heads=None if kv_heads == heads else kv_heads,
+        weights=0 if gate is None else _size(gate),
         over=family.over,
         text_channels=0 if text_channels == channels else text_channels,
         by_sample=family.by_sample,
     )
 
 
+def _projections(module: Any) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear | None]:
+    """The layers that project queries, keys, values and the output; Kandinsky gives them other names than diffusers does."""
+    if hasattr(module, "to_query"):
+        return module.to_query, module.to_key, module.to_value, module.out_layer
+    out = getattr(module, "to_out", None)
+    last: Any = out[0] if isinstance(out, nn.ModuleList) else out
+    return module.to_q, module.to_k, module.to_v, last
+
+
 def _projects_out(module: Any) -> Literal["all", "visual", "none"]:
-    if getattr(module, "pre_only", False):
+    if getattr(module, "pre_only", False) or isinstance(getattr(module, "to_out", None), nn.Identity):
         return "none"
     return "visual" if getattr(module, "context_pre_only", False) else "all"
 
 
 def _cross_attention(_: Family, path: str, module: Any) -> Site:
-    image_weights = _size(module.to_q) + _size(module.to_out[0])
-    text_weights = _size(module.to_k) + _size(module.to_v)
+    query, key, value, out = _projections(module)
     return Site(
         path,
         heads=1,
-        head_dim=module.to_q.out_features,
-        channels=module.to_q.in_features,
+        head_dim=query.out_features,
+        channels=query.in_features,
         separable_heads=False,
         kind="cross_attention",
-        weights=image_weights,
-        text_weights=text_weights,
+        weights=_size(query) + (0 if out is None else _size(out)),
+        text_weights=_size(key) + _size(value),
     )
 
 

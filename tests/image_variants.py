@@ -1,0 +1,83 @@
+"""Further pipelines of the families in `image_families`, with small random weights: they edit or refine an image."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import AdaptiveProjectedMixGuidance, HunyuanImageTransformer2DModel
+from families import wan_vae
+from family_bench import CHANNELS, DIM, HEADS, SHARP, TEXT, FamilyBench, finished, flow, inputs_of
+from image_benches import bria_fibo, embedded, encode_in_layers, longcat_image
+from PIL import Image
+from pipelines import randomise, vae
+from transformers import ProcessorMixin
+
+PHOTO = Image.linear_gradient("L").resize((128, 64)).convert("RGB")
+
+
+class Processor(ProcessorMixin):
+    """Stands in for a processor of texts and images."""
+
+    image_processor = None
+
+    def __init__(self) -> None:
+        pass
+
+
+def of_longcat(cls: Any) -> FamilyBench:
+    """Beside the image drawn, of 3 × 6 tokens, one to edit of as many; one prompt in a call."""
+    base = longcat_image()
+    own, transformer = base.inputs, base.pipe.transformer
+    pipe = cls(flow(), vae(1, 3, latent_channels=16, shift_factor=0.1), None, None, Processor(), transformer)
+    pipe._encode_prompt = lambda prompt, image: embedded(prompt, TEXT, CHANNELS)
+    base.pipe, base.visual = finished(pipe, torch.float64), 3 * 6 + 3 * 6
+
+    def inputs(seed: int = 0, images: int = 1, **more: Any) -> dict[str, Any]:
+        call = own(seed, image=PHOTO, num_images_per_prompt=images, **more)
+        return {name: value for name, value in call.items() if name not in ("height", "width", "enable_prompt_rewrite")}
+
+    base.inputs = inputs
+    return base
+
+
+def of_fibo(cls: Any) -> FamilyBench:
+    """Beside the image drawn, of 4 × 4 tokens, one to edit of 8 × 16."""
+    base = bria_fibo(in_channels=4)
+    own, transformer = base.inputs, base.pipe.transformer
+    pipe = cls(transformer, flow(), wan_vae(), None, None)
+    encode_in_layers(pipe, torch.float64)
+    base.pipe, base.visual = finished(pipe, torch.float64), 4 * 4 + 8 * 16
+
+    def inputs(*args: Any, **more: Any) -> dict[str, Any]:
+        call = own(*args, image=PHOTO, **{"height": 64, "width": 64, **more})
+        texts = (f'{{"edit_instruction": "{prompt}"}}' for prompt in call["prompt"])
+        return call | {"prompt": [*texts]}
+
+    base.inputs = inputs
+    return base
+
+
+def of_hunyuan(cls: Any) -> FamilyBench:
+    """An image to refine in further channels, beside one text; the last dimensions are frames, rows and columns."""
+    sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "num_layers": 1, "num_single_layers": 1}
+    shape = {"in_channels": 8, "out_channels": 4, "num_refiner_layers": 1, "rope_axes_dim": (2, 2, 4), "patch_size": (1, 1, 1)}
+    model = HunyuanImageTransformer2DModel(text_embed_dim=CHANNELS, guidance_embeds=True, **sizes, **shape)
+    randomise(model, 0, SHARP)
+    pipe = cls(flow(), None, None, None, model, AdaptiveProjectedMixGuidance(guidance_scale=3.0))
+    own = inputs_of(torch.float64, "guidance", "{}prompt_embeds_mask", height=64, width=80)
+
+    def inputs(seed: int = 0, images: int = 1, guidance: float = 3.0, **more: Any) -> dict[str, Any]:
+        call = own(seed, images, **more)
+        del call["guidance"]
+        pipe.guider.guidance_scale = guidance
+        latents = torch.randn(images, 4, 1, 4, 5, generator=torch.Generator().manual_seed(10**6 + seed))
+        return call | {"image": latents.double()}
+
+    return FamilyBench(finished(pipe, torch.float64), True, 4 * 5, inputs, TEXT, two_calls=True)
+
+
+IMAGE_VARIANTS: dict[str, tuple[Callable[..., FamilyBench], dict[str, Any]]] = {
+    "LongCatImageEditPipeline": (of_longcat, {}),
+    "BriaFiboEditPipeline": (of_fibo, {}),
+    "HunyuanImageRefinerPipeline": (of_hunyuan, {}),
+}

@@ -14,7 +14,7 @@ from untouched import left_as_it_was
 import arrowhead as ah
 from arrowhead.calibration.paired_calls import run_paired, wait_for_pair
 from arrowhead.engine.site_calls import AttentionSiteCall
-from arrowhead.errors import InputsInvalid, NotIntercepted, PlanInvalid, PlanMismatch
+from arrowhead.errors import NotIntercepted, PlanInvalid, PlanMismatch
 from arrowhead.models import families
 from arrowhead.plans.layout import Site
 from arrowhead.searches.headwise import Headwise
@@ -151,13 +151,18 @@ def test_plans_for_one_call_and_for_two_are_not_exchanged(benches):
         replace(grid_plan(twice, grid), calls=2, guided=False)
 
 
-def test_prompts_of_different_lengths_cannot_share(benches):
+def test_prompts_of_different_lengths_share_no_text(benches):
     _, twice = benches
     inputs = twice.inputs()
     inputs["text"][1] = inputs["text"][1][:, :-2]
     with left_as_it_was(twice):
-        with pytest.raises(InputsInvalid, match="one length"):
-            ah.search(twice.pipe, inputs, strategy="headwise", threshold=0.5, progress=False)
+        how = Headwise(radii=(1, 3), share_cfg=True)
+        found = ah.search(twice.pipe, inputs, strategy=how, threshold=0.6, progress=False)
+        assert found.flops().module < 1
+        for site, column in zip(found.target.sites, found.columns, strict=True):
+            assert not (site.joint and any(cell.share_cfg for cell in column))
+        with ah.applied(twice.pipe, found, changes="refuse"):
+            twice.pipe(**inputs)
         with ah.applied(twice.pipe, two_call_plan(twice, random_grid(1, STEPS, twice)), changes="refuse") as run:
             with pytest.raises(PlanMismatch, match="one length"):
                 twice.pipe(**inputs)

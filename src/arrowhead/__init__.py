@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING, Any
 from arrowhead import tiny
 from arrowhead.analysis.arrays import Analysis
 from arrowhead.analysis.measure import analyze
+from arrowhead.calibration.describe import Description, describe
 from arrowhead.engine.install import applied, apply, remove
 from arrowhead.engine.run import Run
 from arrowhead.engine.stats import Summary
-from arrowhead.models.custom import Adapter, Attention, FusedQKV
+from arrowhead.models import adapters
+from arrowhead.models.custom import Adapter
+from arrowhead.models.custom_attention import Attention, AttentionIn, FusedQKV
+from arrowhead.models.custom_blocks import Block
 from arrowhead.models.latte import latte
 from arrowhead.models.open_sora import open_sora
 from arrowhead.models.supported import supported
@@ -38,8 +42,11 @@ __all__ = [
     "Adapter",
     "Analysis",
     "Attention",
+    "AttentionIn",
+    "Block",
     "Box",
     "Budget",
+    "Description",
     "Extent",
     "FusedQKV",
     "Greedy",
@@ -51,12 +58,14 @@ __all__ = [
     "Summary",
     "Table",
     "Tokens",
+    "adapters",
     "analyze",
     "applied",
     "apply",
     "calibrate",
     "calibration_bytes",
     "compare",
+    "describe",
     "evaluate",
     "latte",
     "open_sora",

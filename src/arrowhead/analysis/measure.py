@@ -269,7 +269,8 @@ def _map(call: AttentionCall, row: int, heads: Sequence[int]) -> Floats:
     total = call.q.shape[2]
     rows = slice(row, row + 1)
     found = [_weights(call, queries, rows, heads)[0].float().cpu() for queries in _chunks(slice(0, total), len(heads) * total)]
-    return torch.cat(found, 1).numpy()
+    whole = torch.cat(found, 1)
+    return (whole if call.padding is None else whole.masked_fill_(call.padding[row].cpu()[:, None], 0)).numpy()
 
 
 def _parts(only: Collection[Part] | None, guided: bool) -> frozenset[Part]:

@@ -2,6 +2,7 @@
 
 Each call runs in a greenlet. At every site both greenlets wait until their inputs have been joined to one batch, and its output
 is known. So a search judges both branches of a step at once, whether a pipeline brings them in one batch or in two calls.
+Inputs that are no batch, because the texts have two lengths, are in `pair_of_lengths`.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,9 +13,14 @@ import greenlet
 import torch
 from torch import Tensor
 
+from arrowhead.calibration.pair_of_lengths import Lengths, PairOfLengths
 from arrowhead.engine.cache import Output, map_output
 from arrowhead.engine.site_calls import SiteCall
 from arrowhead.errors import NotIntercepted
+from arrowhead.plans.layout import Tokens
+
+AtSite = Callable[[SiteCall], Output]
+Join = Callable[[SiteCall, SiteCall], SiteCall]
 
 
 def wait_for_pair(call: SiteCall) -> Output:
@@ -22,8 +28,10 @@ def wait_for_pair(call: SiteCall) -> Output:
     return greenlet.getcurrent().parent.switch(call)
 
 
-def run_paired(runs: Sequence[Callable[[], Any]], at_site: Callable[[SiteCall], Output]) -> list[Any]:
-    """Run both calls, with `at_site` called once for every site, for the joined batch; gives the two calls' outputs.
+def run_paired(runs: Sequence[Callable[[], Any]], at_site: AtSite, join: Join | None = None) -> list[Any]:
+    """Run both calls, with `at_site` called once for every site, for both calls of it; gives the two calls' outputs.
+
+    `join` makes one call of two; None joins their inputs to a batch.
 
     Raises:
         NotIntercepted: the two calls do not pass the same sites.
@@ -35,9 +43,10 @@ def run_paired(runs: Sequence[Callable[[], Any]], at_site: Callable[[SiteCall], 
             if met[0].site != met[1].site:
                 paths = f"{met[0].site.path} and {met[1].site.path}"
                 raise NotIntercepted(f"the two calls of a step met at {paths}; wanted one site for both")
-            out = at_site(_joined(*met))
-            halves = map_output(out, lambda tensor: tensor.chunk(2)[0]), map_output(out, lambda tensor: tensor.chunk(2)[1])
-            met = [lane.switch(half) for lane, half in zip(lanes, halves, strict=True)]
+            call = (join or _joined)(*met)
+            out = at_site(call)
+            outs = call.split(out) if isinstance(call, PairOfLengths) else _halves(out)
+            met = [lane.switch(own) for lane, own in zip(lanes, outs, strict=True)]
         if not all(lane.dead for lane in lanes):
             raise NotIntercepted("one of the two calls of a step passed more sites than the other; wanted the same ones")
         return met
@@ -45,6 +54,21 @@ def run_paired(runs: Sequence[Callable[[], Any]], at_site: Callable[[SiteCall], 
         for lane in lanes:
             if lane and not lane.dead:
                 lane.throw(greenlet.GreenletExit)
+
+
+def join_lengths(tokens: Sequence[Tokens], lengths: dict[str, tuple[Lengths, ...]], at_site: AtSite) -> Join:
+    """Joins calls of transformer calls with these tokens, whose texts have two lengths; `lengths` as in `PairOfLengths`."""
+
+    def join(first: SiteCall, second: SiteCall) -> SiteCall:
+        site, one, other = first.site, *(first.site.tokens(own) for own in tokens)
+        of_first = site, first.module, first.original, first.args, first.kwargs
+        return PairOfLengths(*of_first, (first, second), (one, other), lengths, lambda runs: run_paired(runs, at_site, join))
+
+    return join
+
+
+def _halves(out: Output) -> tuple[Output, Output]:
+    return map_output(out, lambda tensor: tensor.chunk(2)[0]), map_output(out, lambda tensor: tensor.chunk(2)[1])
 
 
 def _joined(first: SiteCall, second: SiteCall) -> SiteCall:

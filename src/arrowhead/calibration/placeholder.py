@@ -36,6 +36,15 @@ class Placeholder(TorchFunctionMode):
         self._tape: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any]] = []
         self._derived = {id(tensor): tensor for tensor in _tensors(self.output)}  # kept alive, so that ids stay theirs
 
+    def watch(self) -> Any:
+        """Record from now on what the pipeline computes with the output; gives the output."""
+        self.__enter__()  # type: ignore[no-untyped-call]
+        return self.output
+
+    def end(self) -> None:
+        """Record no longer."""
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Do an operation of the pipeline's, and record it where it uses the placeholder, or what was computed with it.
 
@@ -57,7 +66,7 @@ class Placeholder(TorchFunctionMode):
                 "search knows that output afterwards; wanted a pipeline that keeps the output until then, or computes new "
                 "tensors of it"
             )
-        made = [*_tensors(result)] if name != "__setitem__" else [first]
+        made = [*_tensors(result)] if name != "__setitem__" or first is None else [first]
         if made:
             self._derived |= {id(tensor): tensor for tensor in made}
             self._tape.append((function, args, kwargs, result))

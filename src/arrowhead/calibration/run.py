@@ -20,10 +20,11 @@ from torch import nn
 
 from arrowhead.calibration.driver import Driver
 from arrowhead.calibration.outputs import run_forward, samples_of
-from arrowhead.calibration.paired_calls import run_paired, wait_for_pair
+from arrowhead.calibration.pair_of_lengths import Lengths, PairOfLengths
+from arrowhead.calibration.paired_calls import join_lengths, run_paired, wait_for_pair
 from arrowhead.calibration.placeholder import Placeholder
 from arrowhead.calibration.step import AtSite, Runs, Step
-from arrowhead.calibration.transformer_call import TransformerCall
+from arrowhead.calibration.transformer_call import LEAVE_OUT, TransformerCall, call_missing, require_one_image
 from arrowhead.engine.attention_seen import attention_seen, listed
 from arrowhead.engine.cache import Output
 from arrowhead.engine.changes import Changes
@@ -61,9 +62,6 @@ class SearchResult:
     switch: int | None
 
 
-LEAVE_OUT = "leave out what changes the run on its way, such as a callback that ends guidance, or interrupts it"
-
-
 class _Stopped(BaseException):
     """Ends the run after its first step; no `except Exception` of a pipeline catches it."""
 
@@ -71,8 +69,10 @@ class _Stopped(BaseException):
 class CalibrationRun:
     """One generation of a driver, with a search at every step of it, see `run`.
 
-    `branches` are those of the run's calls. `passes` counts the transformer's runs, two calls of a step as one. `rows` are the
-    batch rows of all calls of a step, known from the first step on. What is compiled with torch.compile runs eagerly.
+    `branches` are those of the run's calls, `of_calls` the tokens of each call of a step. With `other_texts` these have texts
+    of two lengths, in this process or another one, so that branches share no text. `passes` counts the transformer's runs, two
+    calls of a step as one. `rows` are the batch rows of all calls of a step, known from the first step on. What is compiled
+    with torch.compile runs eagerly.
     """
 
     def __init__(self, driver: Driver, model: Model) -> None:
@@ -89,10 +89,12 @@ class CalibrationRun:
         self._failure: Exception | None = None  # what `on_step` raised; a loop might catch it, and go on
         self._at_site: Callable[[SiteCall], Output] | None = None  # set while the search runs the transformer
         self._first_calls: dict[Site, None] = {}  # the sites in the order of their first calls
+        self.of_calls: tuple[Tokens, ...] = ()
+        self.other_texts = False
+        self._lengths: dict[str, tuple[Lengths, ...]] = {}  # of sites' outputs, where the calls' texts have two
         self._generation: Generation | None = None
         self._waiting: tuple[TransformerCall, Placeholder] | None = None  # the first of a step's two calls, and its placeholder
         self._apart = all(site.kind == "stack" for site in model.sites)  # two calls share nothing: one runs after the other
-        self._tokens: list[Tokens] = []  # of the running step's calls
         self._example: Any = None  # an output of the transformer, which placeholders are copies of
 
     def run(self, on_step: Callable[[Step], None], *, first_only: bool = False) -> Any:
@@ -131,12 +133,12 @@ class CalibrationRun:
                     result = generate()
             finally:
                 if self._waiting is not None:
-                    self._waiting[1].__exit__(None, None, None)
+                    self._waiting[1].end()
         interception.warn_of_replaced()
         if self._failure is not None:
             raise self._failure
         if self._waiting is not None:
-            raise _call_missing()
+            raise call_missing()
         done = self._begun.step + 1
         if not first_only and self.step_count not in (None, done):
             raise InputsInvalid(
@@ -210,10 +212,12 @@ class CalibrationRun:
             with torch.set_grad_enabled(grad), force_eager():
                 if len(runs) == 1 or self._apart:
                     self._at_site = lambda call: at_site(call, self._begun)
-                    outputs = [*map(self._one, runs, self._tokens)]
+                    outputs = [*map(self._one, runs, self.of_calls)]
                 else:
                     self._at_site = wait_for_pair
-                    outputs = run_paired(runs, lambda call: self._pair_called(call, at_site))
+                    called = partial(self._pair_called, at_site)
+                    join = join_lengths(self.of_calls, self._lengths, called) if len({*self.of_calls}) > 1 else None
+                    outputs = run_paired(runs, called, join)
         finally:
             self._at_site = None
         if (passed := counts.total() - before) != len(self._model.sites) * (len(runs) if self._apart else 1):
@@ -264,12 +268,11 @@ class CalibrationRun:
             return self._searched(search, [call])[0]
         if self._waiting is None:
             self._waiting = call, self._placeholder(call)
-            self._waiting[1].__enter__()
-            return self._waiting[1].output
+            return self._waiting[1].watch()
         (first, placeholder), self._waiting = self._waiting, None
-        placeholder.__exit__(None, None, None)
+        placeholder.end()
         if call.counted != first.counted:
-            raise _call_missing()
+            raise call_missing()
         outputs = self._searched(search, [first, call])
         placeholder.fill(outputs[0])
         return outputs[1]
@@ -307,7 +310,6 @@ class CalibrationRun:
         """On to the next step, of these calls; gives their outputs, which the search decided."""
         self._require_alike(calls)
         runs, latents = [call.run for call in calls], [call.latents for call in calls]
-        self._tokens = [call.tokens for call in calls]
         step = Step(self._advance(calls), self, runs, latents, calls[0].returned)
         self._searching = True
         try:
@@ -336,11 +338,8 @@ class CalibrationRun:
                 "got a LoRA scale among the attention arguments of a pipeline that calls its transformer twice a step, which "
                 "scales its layers in each; wanted none while searching; fuse the LoRA, or set its weight with set_adapters"
             )
-        if any(call.tokens != calls[0].tokens for call in calls) and not self._apart:
-            raise InputsInvalid(
-                f"got {calls[0].tokens} for the prompt and {calls[1].tokens} for the negative prompt, wanted one length, so "
-                "that they can share; bring both to the same number of tokens"
-            )
+        if not self._apart:
+            require_one_image(calls)
         if rows != (self.rows or rows):
             raise InputsInvalid(
                 f"got a batch of {rows} in step {self._begun.step + 1}, wanted {self.rows} as before; {LEAVE_OUT}"
@@ -348,12 +347,16 @@ class CalibrationRun:
         self.rows = rows
 
     def _advance(self, calls: Sequence[TransformerCall]) -> int:
-        """On to the next step; gives its number."""
+        """On to the next step; gives its number. Two calls have the tokens of the longer text, see `pair_of_lengths`."""
+        self.of_calls, share = tuple(call.tokens for call in calls), self._driver.share
+        tokens = calls[0].tokens if self._apart else max(self.of_calls, key=lambda tokens: tokens.text)
         if self._generation is None:
+            other = len({*self.of_calls}) > 1
+            self.other_texts = other if share.alone else any(share.each(other))
             stats = Stats(self.joined_branches.samples)
-            self._generation = Generation.begin(self.joined_branches, calls[0].tokens, "auto", stats)
+            self._generation = Generation.begin(self.joined_branches, tokens, "auto", stats)
         else:
-            self._generation.advance(calls[0].tokens)
+            self._generation.advance(tokens)
         step = self._generation.step
         if any(call.transformer is not self._model.transformer_at(step) for call in calls):
             raise NotIntercepted(
@@ -382,17 +385,12 @@ class CalibrationRun:
         self._first_calls.setdefault(call.site)
         return call.native() if self._at_site is None else self._at_site(call)
 
-    def _pair_called(self, call: SiteCall, at_site: AtSite) -> Output:
+    def _pair_called(self, at_site: AtSite, call: SiteCall) -> Output:
         """A site's output for both calls of a step; so for the sites within a block, which run meanwhile."""
-        before, self._at_site = self._at_site, lambda inner: at_site(inner, self._begun)
+        before = self._at_site
+        if not isinstance(call, PairOfLengths):
+            self._at_site = lambda inner: at_site(inner, self._begun)
         try:
             return at_site(call, self._begun)
         finally:
             self._at_site = before
-
-
-def _call_missing() -> InputsInvalid:
-    return InputsInvalid(
-        "got one call of the transformer in a step, wanted one for each CFG branch; where both come in one batch, say so: cfg "
-        f"of the adapter; {LEAVE_OUT}"
-    )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from arrowhead.calibration.outputs import output_with, samples_of
 from arrowhead.engine.cache import Output
+from arrowhead.engine.circumstances import works_on_text
 from arrowhead.engine.execute_site import execute_site
 from arrowhead.engine.generation import Generation
 from arrowhead.engine.site_calls import SiteCall
@@ -51,6 +52,10 @@ class Step:
     def first(self) -> bool:
         """Whether a transformer runs for the first time: caches hold nothing for it."""
         return self.index in (0, self._calibration.switch)
+
+    def may_share(self, site: Site) -> bool:
+        """Whether the site may compute the conditional branch alone: there are two, and what it works on has one length."""
+        return self._calibration.branches.guided and not (self._calibration.other_texts and works_on_text(site))
 
     def full(self) -> Tensor:
         """The transformer's sample (B, …) with full attention everywhere, both branches."""

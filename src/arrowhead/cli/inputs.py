@@ -9,11 +9,15 @@ import typer
 
 from arrowhead import tiny
 from arrowhead.errors import InputsInvalid
+from arrowhead.evaluation.request import captions
 from arrowhead.plans.plan import Plan
 
 ModelName = Annotated[str, typer.Argument(help="a Hub id, a local folder, tiny:dit or tiny:mmdit")]
 INPUT = typer.Option(
-    "--input", "-i", metavar="NAME=VALUE", help="an argument of the pipeline's call, e.g. num_inference_steps=50; repeat"
+    "--input",
+    "-i",
+    metavar="NAME=VALUE",
+    help="an argument of the pipeline's call, e.g. num_inference_steps=50; prompt=@FILE: a line each; repeat",
 )
 Inputs = Annotated[list[str], INPUT]
 Seeds = Annotated[int, typer.Option(help="how many seeds to generate the inputs with, from 0 on", min=1)]
@@ -45,12 +49,18 @@ def load(name: str, device: str, dtype: str) -> Any:
 
 
 def parse(inputs: list[str]) -> dict[str, Any]:
-    """Parse `NAME=VALUE` pairs into arguments. A value that is valid JSON is parsed; any other value is text."""
+    """Parse `NAME=VALUE` pairs into arguments.
+
+    `@FILE` stands for the list of the lines of a file. A value that is valid JSON is parsed; any other value is text.
+    """
     parsed: dict[str, Any] = {}
     for pair in inputs:
         name, equals, value = pair.partition("=")
         if not equals:
             raise InputsInvalid(f"got --input {pair!r}, wanted NAME=VALUE, such as num_inference_steps=50")
+        if value.startswith("@"):
+            parsed[name] = lines_of(value[1:])
+            continue
         try:
             parsed[name] = json.loads(value)
         except json.JSONDecodeError:
@@ -60,6 +70,16 @@ def parse(inputs: list[str]) -> dict[str, Any]:
                 f"got --input {pair[:50]!r} … of {len(pair)} characters, which cannot be read ({error}); wanted a shorter value"
             ) from error
     return parsed
+
+
+def lines_of(path: str) -> list[str]:
+    """The lines of a file that stands for a value; captions of a JSON in COCO's format."""
+    if not Path(path).is_file():
+        raise InputsInvalid(
+            f"got the value @{path:.200}, and no file of that name; wanted a file with an item in each line; or text in "
+            "quotes, as JSON has it, where it begins with @"
+        )
+    return captions(Path(path))
 
 
 def by_name(paths: list[Path]) -> dict[str, Plan]:

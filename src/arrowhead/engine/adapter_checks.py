@@ -1,5 +1,7 @@
 """Checks, on one row of a module's first input, that an attention module is what the adapter says, and no whole block."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +10,7 @@ from torch import Tensor
 
 from arrowhead.engine.attention_hook import AttentionCall, attention_handler
 from arrowhead.engine.attention_seen import listed, running_module
-from arrowhead.engine.site_calls import ForwardSiteCall
+from arrowhead.engine.site_calls import ForwardSiteCall, SiteCall
 from arrowhead.errors import ArrowheadError, NotIntercepted
 from arrowhead.upstream import no_dispatch_modes
 
@@ -53,6 +55,55 @@ def _require_alike(call: ForwardSiteCall) -> None:
         f"{call.site.path}: the forward given for a {type(call.module).__name__} gives {found}; wanted what the module itself "
         "gives; look at the order of norms and rotary embeddings, at the scale, and at the order of heads in its projection"
     ) from (got if isinstance(got, Exception) else None)
+
+
+class RowsAlone:
+    """Checks, once, that a custom model's module gives the same for some rows of its input as among all rows.
+
+    A module whose arguments do not have a row for each sample, such as texts that are packed into one, does not.
+    """
+
+    def __init__(self, unanswered: Callable[[], AbstractContextManager[None]]) -> None:
+        """Within `unanswered()` no site within the module is answered by a plan or a search."""
+        self._unanswered, self._checked = unanswered, False
+
+    @torch.no_grad()
+    def __call__(self, call: SiteCall, rows: slice) -> None:
+        """Check it for these rows, the first time.
+
+        Raises:
+            NotIntercepted: the module gives something else, or fails.
+        """
+        if self._checked:
+            return
+        with no_dispatch_modes(), self._unanswered():
+            whole = call.native()
+            try:
+                part: Any = call.native(rows)
+            except ArrowheadError:
+                raise
+            except Exception as error:  # a module may fail in any way
+                part = error
+        failed = isinstance(part, Exception)
+        if failed or not all(map(_close, _tensors(part), (tensor[rows] for tensor in _tensors(whole)))):
+            found = _described(part) if failed else "something else"
+            raise NotIntercepted(
+                f"{call.site.path}: a {type(call.module).__name__} gives {found} for the rows of one CFG branch alone; wanted "
+                "arguments with a row for each sample; search with share_cfg=False, or leave these modules out of the adapter"
+            ) from (part if failed else None)
+        self._checked = True
+
+
+def _tensors(out: Any) -> list[Tensor]:
+    return [each for each in (out if isinstance(out, tuple) else (out,)) if isinstance(each, Tensor)]
+
+
+def _close(got: Tensor, wanted: Tensor) -> bool:
+    """Whether two outputs are the same but for rounding."""
+    if got.shape != wanted.shape:
+        return False
+    off = float((got - wanted).float().norm() / wanted.float().norm().clamp_min(1e-12))
+    return off <= max(TOLERANCE, 8 * torch.finfo(wanted.dtype).eps) or not bool(wanted.isfinite().all())
 
 
 def _require_no_block(call: ForwardSiteCall) -> None:

@@ -9,7 +9,7 @@ a torch function.
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar, Token
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, wraps
 from typing import Any
 
@@ -29,7 +29,8 @@ class AttentionCall:
 
     k and v may have fewer heads, each for as many heads of q that follow one another. `mask` is the model's own, (B or 1, H or
     1, N or 1, N), or None. `causal`: the call asks for a causal mask, or for dropout, which no mask can express. `native()`
-    computes the attention as the model would, (B, H, N, D).
+    computes the attention as the model would, (B, H, N, D). `padding`, (B, N), is true for tokens that no call of the model
+    has, where calls of several lengths are one batch: the output is 0 there.
     """
 
     q: Tensor
@@ -39,6 +40,7 @@ class AttentionCall:
     mask: Tensor | None
     causal: bool
     native: Callable[[], Tensor]
+    padding: Tensor | None = None
 
 
 def batch_calls(calls: Sequence[AttentionCall], length: int) -> AttentionCall:
@@ -100,7 +102,7 @@ def hooked_attention(*args: Any, **kwargs: Any) -> Tensor:
     return _answered(F.scaled_dot_product_attention, args, kwargs)
 
 
-def _asked() -> AttentionHandler | None:
+def asked_handler() -> AttentionHandler | None:
     """The handler that a call of attention is described to; None where the model's own function runs, which is counted."""
     # a graph of torch.compile holds torch's attention: handlers change from step to step
     if compiling() or (handler := _handler.get()) is None:
@@ -113,7 +115,7 @@ def _asked() -> AttentionHandler | None:
 
 def _answered(own: Callable[..., Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """The handler's answer to a call of `own`, which takes what torch's function takes; without a handler, what `own` gives."""
-    if (handler := _asked()) is None:
+    if (handler := asked_handler()) is None:
         return own(*args, **kwargs)
     return handler(_described(partial(own, *args, **kwargs), *args, **kwargs))
 
@@ -149,25 +151,28 @@ def _hooked_dispatch(dispatch: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @wraps(dispatch)
     def hooked(*args: Any, **kwargs: Any) -> Tensor:
-        if (handler := _asked()) is None:
+        if (handler := asked_handler()) is None:
             return dispatch(*args, **kwargs)
-        return handler(_transposed(_described(partial(dispatch, *args, **kwargs), *args, **kwargs))).transpose(1, 2)
+        return handler(_transposed_dispatch(_described(partial(dispatch, *args, **kwargs), *args, **kwargs))).transpose(1, 2)
 
     return hooked
 
 
-def _transposed(call: AttentionCall) -> AttentionCall:
-    """The call with tokens and heads exchanged in every tensor but the mask: (B, N, H, D) -> (B, H, N, D).
-
-    diffusers takes a mask of two dimensions for one of the keys, (B, N).
-    """
-    q, k, v, mask = call.q.transpose(1, 2), call.k.transpose(1, 2), call.v.transpose(1, 2), call.mask
-    if mask is not None and mask.shape == (k.shape[0], k.shape[2]):
-        mask = mask[:, None, None]
-    return AttentionCall(q, k, v, call.scale, mask, call.causal, lambda: call.native().transpose(1, 2))
+def transposed(call: AttentionCall) -> AttentionCall:
+    """The call with tokens and heads exchanged in every tensor but the mask: (B, N, H, D) -> (B, H, N, D)."""
+    q, k, v = call.q.transpose(1, 2), call.k.transpose(1, 2), call.v.transpose(1, 2)
+    return AttentionCall(q, k, v, call.scale, call.mask, call.causal, lambda: call.native().transpose(1, 2))
 
 
-class _StandInModule(types.ModuleType):
+def _transposed_dispatch(call: AttentionCall) -> AttentionCall:
+    """`transposed` for a call of diffusers' dispatch, which takes a mask of two dimensions for one of the keys, (B, N)."""
+    mask = call.mask
+    if mask is not None and mask.shape == (call.k.shape[0], call.k.shape[1]):
+        call = replace(call, mask=mask[:, None, None])
+    return transposed(call)
+
+
+class StandInModule(types.ModuleType):
     """A module with some members exchanged. All others are looked up in the module when they are used."""
 
     def __init__(self, module: types.ModuleType, **members: Any) -> None:
@@ -179,9 +184,9 @@ class _StandInModule(types.ModuleType):
 
 
 SDPA = "scaled_dot_product_attention"
-_functional = _StandInModule(F, **{SDPA: hooked_attention})
-_nn = _StandInModule(nn, functional=_functional)
-_MODULES = (F, _functional), (nn, _nn), (torch, _StandInModule(torch, nn=_nn))
+_functional = StandInModule(F, **{SDPA: hooked_attention})
+_nn = StandInModule(nn, functional=_functional)
+_MODULES = (F, _functional), (nn, _nn), (torch, StandInModule(torch, nn=_nn))
 
 
 def _stand_in(name: str, value: Any, function: types.FunctionType) -> Any:

@@ -1,7 +1,7 @@
 """Carries a plan over to what a generation really runs: its noise levels, its tokens, its scheduler and its guidance."""
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from arrowhead.errors import InputsInvalid, PlanMismatch
 from arrowhead.models.model import Model
@@ -10,8 +10,9 @@ from arrowhead.plans.layout import Site, Tokens
 from arrowhead.plans.plan import Plan
 from arrowhead.plans.resample import Conditions, same_levels
 
-Adaptation = Literal["adapt", "refuse"]
-"""What is done where a generation's circumstances are other ones than the plan's: the plan is carried over, or refused."""
+Adaptation = Literal["adapt", "texts", "refuse"]
+"""What is done where a generation's circumstances are other ones than the plan's: the plan is carried over, or carried over to
+texts of two lengths alone, or refused."""
 
 
 def require_adaptation(changes: Any) -> Adaptation:
@@ -20,8 +21,8 @@ def require_adaptation(changes: Any) -> Adaptation:
     Raises:
         InputsInvalid: it is not.
     """
-    if changes not in ("adapt", "refuse"):
-        raise InputsInvalid(f"got changes={changes!r}, wanted 'adapt' or 'refuse'")
+    if changes not in get_args(Adaptation):
+        raise InputsInvalid(f"got changes={changes!r}, wanted 'adapt' or 'refuse', or 'texts'")
     found: Adaptation = changes
     return found
 
@@ -62,7 +63,7 @@ def without_shared_text(plan: Plan) -> Plan:
     """
     rows = tuple(
         tuple(
-            replace(cell, share_cfg=False) if isinstance(cell, Attend) and _works_on_text(site) else cell
+            replace(cell, share_cfg=False) if isinstance(cell, Attend) and works_on_text(site) else cell
             for site, cell in zip(plan.target.sites, row, strict=True)
         )
         for row in plan.cells
@@ -70,5 +71,6 @@ def without_shared_text(plan: Plan) -> Plan:
     return plan if rows == plan.cells else replace(plan, cells=rows)
 
 
-def _works_on_text(site: Site) -> bool:
-    return site.joint or any(map(_works_on_text, site.within))
+def works_on_text(site: Site) -> bool:
+    """Whether a site gives outputs for text tokens, which CFG branches can share where their texts have one length."""
+    return site.joint or any(map(works_on_text, site.within))

@@ -288,10 +288,13 @@ BREAK_REASON = "arrowhead counts calls of the model, which a graph cannot; compi
 """Why a graph ends where a model with a plan is called in it. Where the graph has to be whole, this is the error."""
 
 
-def outside_graph(function: Callable[..., Any]) -> Callable[..., Any]:
-    """End the graph that is being made. Returns the function for eager calls; what the function calls may have graphs."""
+def outside_graph(function: Callable[..., Any], recursive: bool = False) -> Callable[..., Any]:
+    """End the graph that is being made. Returns the function for eager calls.
+
+    What the function calls may have graphs, unless `recursive`.
+    """
     graph_break(BREAK_REASON)
-    return torch.compiler.disable(function, recursive=False, reason=BREAK_REASON)  # type: ignore[no-untyped-call]
+    return torch.compiler.disable(function, recursive=recursive, reason=BREAK_REASON)  # type: ignore[no-untyped-call]
 
 
 def never_compiled(function: Callable[..., Any]) -> Callable[..., Any]:

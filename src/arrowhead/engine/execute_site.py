@@ -311,7 +311,7 @@ def _attend(call: AttentionCall, group: HeadGroup, rows: slice, site_pass: SiteP
     kernel = dispatch.resolve(site_pass.generation.kernel, asked)
     out = dispatch.attend(asked, kernel)
     site_pass.record_attention(q.shape[0], kernel, group.work, way_of(kernel, asked))
-    return out
+    return out if call.padding is None else out.masked_fill(call.padding[rows, None, :, None], 0)
 
 
 def require_token_sizes(call: AttentionCall, site_pass: SitePass) -> None:

@@ -52,7 +52,8 @@ def apply(
         cache_device: the device on which they are kept, such as `cpu`; None: the one on which they were computed.
         changes: what to do where a generation is not what the plan was made for, by its steps, strength, noise schedule, size
             or scheduler, or where its guidance ends on the way. "adapt" carries the plan over, and warns once for each new
-            circumstance (`PlanAdapted`); "refuse" raises PlanMismatch. The length of the text is no part of a plan.
+            circumstance (`PlanAdapted`); "refuse" raises PlanMismatch. "texts" carries it over to a prompt and a negative
+            prompt of two lengths in two calls, and refuses all else. Otherwise a text's length is no part of a plan.
 
     Returns:
         The run: its `summary()` says what the latest generation computed, and `step(i)` tells a custom loop's steps.

@@ -37,7 +37,7 @@ class PreparedPlans:
             (later > 0, site.path)
             for later, transformer in enumerate(self._model.transformers)
             for site in caching
-            if not can_project_heads_separately(uncompiled(transformer.get_submodule(site.path)))
+            if not can_project_heads_separately(uncompiled(transformer.get_submodule(site.module_path)))
         )
 
     def of(self, plan: Plan, tokens: Tokens, branches: Branches, inseparable: Inseparable) -> SitePlans:

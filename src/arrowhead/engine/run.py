@@ -11,7 +11,7 @@ from torch import nn
 from arrowhead.engine.cache import Output
 from arrowhead.engine.cache_encoding import NATIVE, CacheEncoding
 from arrowhead.engine.changes import Changes
-from arrowhead.engine.circumstances import Adaptation, require_adaptation
+from arrowhead.engine.circumstances import Adaptation, require_adaptation, without_shared_text
 from arrowhead.engine.compile_boundary import CallWrapper
 from arrowhead.engine.execute_site import execute_site
 from arrowhead.engine.following import Following
@@ -99,7 +99,7 @@ class Run:
 
     def _require_target(self) -> None:
         """Check that the plan is for this model, and, unless it adapts, for this scheduler."""
-        self.plan.require(target_of(self._model), scheduler=self.changes == "refuse")
+        self.plan.require(target_of(self._model), scheduler=self.changes != "adapt")
 
     @property
     def on(self) -> bool:
@@ -330,7 +330,7 @@ class Run:
         if generation is None:
             self._following.begin(tokens, branches)
             self._inseparable = self._prepared.inseparable(self._following.plan)
-            strict = self.changes == "refuse"
+            strict = self.changes == "refuse" and without_shared_text(self.plan) is not self.plan
             generation = Generation.begin(branches, tokens, self.kernel, stats, self.encoding, strict=strict)
         else:
             self._require_passed(stats, stats.calls)
@@ -354,8 +354,8 @@ class Run:
 
     def _around(self, call: SiteCall) -> Output:
         generation = self._generation
-        if generation is None:
-            return call.native()
+        if generation is None:  # LTX-2's guidance leaves out attention in a call beside the plan
+            return call.original(*call.args, **call.kwargs)
         plan = self._site_plans[generation.step][call.site.path]
         return execute_stack(call, plan, generation) if isinstance(call, StackCall) else execute_site(call, plan, generation)
 

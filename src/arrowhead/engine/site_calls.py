@@ -136,6 +136,76 @@ class BlockCall(ModuleCall):
 
 
 @dataclass(slots=True)
+class CustomModuleCall(ModuleCall):
+    """One call of a custom model's block or cross-attention, whose arguments may be of any form.
+
+    `rows_alone` is asked before the module runs on some rows of its input.
+    """
+
+    rows_alone: Callable[[SiteCall, slice], None]
+
+    def run(self, answer: AttentionHandler, rows: slice | None = None, heads: Sequence[int] | None = None) -> Output:
+        """Run the module on `rows` of its input.
+
+        Raises:
+            NotIntercepted: it gives something else for rows alone.
+        """
+        if rows is not None:
+            self.rows_alone(self, rows)
+        return ModuleCall.run(self, answer, rows, heads)
+
+
+@dataclass(slots=True)
+class CustomBlockCall(CustomModuleCall):
+    """One call of a custom model's block. What is stored is what its outputs add to the arguments `continued`.
+
+    `parameters` are the names of the forward's parameters.
+    """
+
+    parameters: Sequence[str]
+    continued: Sequence[str | int]
+
+    def storable(self, out: Output, rows: slice | None = None) -> Output:
+        """What the block added to its inputs."""
+        return add_scaled(out, self._inputs(out, rows), -1)
+
+    def restore(self, stored: Output) -> Output:
+        """The block's inputs, with this added."""
+        return add_scaled(stored, self._inputs(stored, None), 1)
+
+    def _inputs(self, like: Output, rows: slice | None) -> Output:
+        """The inputs that outputs of this form continue.
+
+        Raises:
+            NotIntercepted: the block gives something else than the adapter says, or is called without such an argument.
+        """
+        outs = like if isinstance(like, tuple) else (like,)
+        found = [self._argument(name) for name in self.continued]
+        if isinstance(like, Tensor | tuple) and len(outs) == len(found):
+            pairs = [
+                (out, each if rows is None else _part(each, rows, self.batch)) for out, each in zip(outs, found, strict=True)
+            ]
+            if all(out is None or _alike(out, each) for out, each in pairs):
+                return tuple(each for _, each in pairs) if isinstance(like, tuple) else pairs[0][1]
+        got = ", ".join(f"{tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__ for out in outs)
+        raise NotIntercepted(
+            f"{self.site.path}: got {got} from a {type(self.module).__name__}, wanted an output like each of the arguments "
+            f"{', '.join(map(str, self.continued))}; correct `inputs` of arrowhead.Block, or leave these blocks out"
+        )
+
+    def _argument(self, name: str | int) -> Any:
+        place = name if isinstance(name, int) else self.parameters.index(name) if name in self.parameters else len(self.args)
+        named = name if isinstance(name, str) else self.parameters[name] if name < len(self.parameters) else ""
+        if named in self.kwargs:
+            return self.kwargs[named]
+        return self.args[place] if place < len(self.args) else None
+
+
+def _alike(out: Any, given: Any) -> bool:
+    return isinstance(out, Tensor) and isinstance(given, Tensor) and out.shape == given.shape
+
+
+@dataclass(slots=True)
 class AttentionSiteCall(SiteCall):
     """One call of an attention processor; the module is its first argument."""
 
@@ -274,3 +344,21 @@ class ForwardSiteCall(AttentionSiteCall):
     @property
     def _processor(self) -> str:
         return type(self.module).__name__
+
+
+@dataclass(slots=True)
+class FunctionSiteCall(ForwardSiteCall):
+    """One call of an attention function in a module's code. `original` is the function, `hooked` that with hooked attention."""
+
+    _wanted: ClassVar[str] = "a function that does; where it is the attention itself, say the layout of arrowhead.AttentionIn"
+
+    def attends_twice(self) -> NotIntercepted:
+        """The error of a function that calls attention more than once, or that its module calls more than once."""
+        return NotIntercepted(
+            f"{self.site.path}: {self._processor} is called, or calls attention, twice; wanted attention once in each call of "
+            "the module; name modules that attend once, or leave these out of the adapter"
+        )
+
+    @property
+    def _processor(self) -> str:
+        return f"{self.site.path.rpartition('.')[2]} in a {type(self.module).__name__}"

@@ -8,22 +8,35 @@ instance. How attention within the call is intercepted is in `attention_hook`.
 import inspect
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache, partial, wraps
 from typing import Any
 
 from torch import nn
 
-from arrowhead.engine.adapter_checks import require_described
+from arrowhead.engine.adapter_checks import RowsAlone, require_described
+from arrowhead.engine.attention_functions import calling_class, forward_calling, hooked_function
 from arrowhead.engine.attention_hook import HookedProcessors, hooked_attention, twin, under_mode
 from arrowhead.engine.cache import Output
 from arrowhead.engine.changes import Changes
-from arrowhead.engine.compile_boundary import RegistryEntry, SiteHandle, call_operator, compiling
+from arrowhead.engine.compile_boundary import RegistryEntry, SiteHandle, call_operator, compiling, outside_graph
 from arrowhead.engine.forward_hooks import is_reached, restore_forward
-from arrowhead.engine.site_calls import AttentionSiteCall, BlockCall, ForwardSiteCall, ModuleCall, SiteCall
+from arrowhead.engine.site_calls import (
+    AttentionSiteCall,
+    BlockCall,
+    CustomBlockCall,
+    CustomModuleCall,
+    ForwardSiteCall,
+    FunctionSiteCall,
+    ModuleCall,
+    SiteCall,
+)
 from arrowhead.engine.stack_calls import StackCall, StackMember, members_of
 from arrowhead.errors import AlreadyApplied, NotIntercepted, ProcessorReplaced
-from arrowhead.models.custom import Forward
+from arrowhead.models.custom_attention import CalledFunction, Forward
+from arrowhead.models.custom_blocks import Block
 from arrowhead.models.model import Model
 from arrowhead.models.signatures import method_signature, signature_within
 from arrowhead.plans.layout import Site
@@ -35,6 +48,25 @@ SLOTS = ("arrowhead_site", "arrowhead_around", "arrowhead_handle", "arrowhead_or
 """What the wrapper of a processor has of its own. All its other attributes are the processor's."""
 
 
+@dataclass
+class _Wrapper:
+    """What stands in the attribute `place` of a site's module, where `original` was before."""
+
+    site: Site
+    module: nn.Module
+    place: str
+    original: Any
+    value: Any
+    entry: RegistryEntry | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether calls of the module reach the wrapper."""
+        return (
+            is_reached(self.module, self.value) if self.place == "forward" else getattr(self.module, self.place) is self.value
+        )
+
+
 class Interception:
     """The wrappers of one model's modules, from `install` on. A site has a module in every transformer."""
 
@@ -43,12 +75,10 @@ class Interception:
 
         The model's `forwards` replace those of attention modules that call no attention function of torch's.
         """
-        self._model, self._around = model, around
-        self._sites: dict[nn.Module, Site] = {}
-        self._places: dict[nn.Module, str] = {}  # the attribute of each module that holds its wrapper
-        self._originals: dict[nn.Module, Any] = {}  # what the attribute held before
-        self._wrapped: dict[nn.Module, Any] = {}
-        self._entries: dict[nn.Module, RegistryEntry] = {}
+        self._model, self._answer = model, around
+        self._around = self._answered if model.blocks else around
+        self._muted = False
+        self._wrappers: list[_Wrapper] = []
         self._members: dict[nn.Module, tuple[Site, StackMember]] = {}  # of stacks: each block with its site and its place
         self._replaced: dict[str, str] | None = None  # when it was removed
 
@@ -57,7 +87,7 @@ class Interception:
 
         Raises:
             AlreadyApplied: a plan or a search has wrapped the model, or a module of it.
-            NotIntercepted: a processor cannot be wrapped.
+            NotIntercepted: a processor cannot be wrapped, or a module does not call the function that the adapter names.
         """
         for transformer in self._model.transformers:
             if not changes.claim(transformer, "_arrowhead_interception", self):
@@ -69,76 +99,100 @@ class Interception:
             for (block, module), member in zip(blocks, members_of(len(blocks)), strict=True):
                 self._members[module] = block, member
                 modules.append((stack, module))
-        for site, module in modules:
+        # functions first: the wrapper of a block calls the forward that its module has then
+        for site, module in sorted(modules, key=lambda each: not each[0].is_function):
             custom = self._model.forwards.get(site.path)
             has_processor = site.kind == "self_attention" and custom is None and hasattr(module, "processor")
-            place = "processor" if has_processor else "forward"
-            held = getattr(module, place), vars(module).get(COMPILED)
-            if any(hasattr(function, "arrowhead_around") for function in held):
+            has_processor &= site.path not in self._model.functions
+            held = type(module) if site.is_function else getattr(module, "processor" if has_processor else "forward")
+            if any(hasattr(function, "arrowhead_around") for function in (held, vars(module).get(COMPILED))):
                 raise _intercepted_already(site.path)
-            self._sites[module], self._places[module] = site, place
-            if has_processor:
-                self._wrap_processor(module, processors)
+            if site.is_function:
+                self._wrap_function(site, module)
+            elif has_processor:
+                self._wrap_processor(site, module, processors)
             else:
-                self._wrap_forward(module, custom)
+                self._wrap_forward(site, module, custom)
 
-    def _wrap_processor(self, module: nn.Module, processors: HookedProcessors) -> None:
-        site, processor = self._sites[module], module.processor
-        wrapped = _wrap_processor(processor, site, self._around, processors)
-        self._originals[module] = processor
-        self._entries[module] = RegistryEntry(wrapped.arrowhead_handle, site, partial(wrapped, module))
-        self._wrapped[module] = wrapped  # last before it is there: what is wrapped has an original and an entry
-        module.processor = wrapped
+    def _answered(self, call: SiteCall) -> Output:
+        """The answer to a site call; within a block that is checked, the module's own."""
+        return call.native() if self._muted else self._answer(call)
 
-    def _wrap_forward(self, module: nn.Module, custom: Forward | None = None) -> None:
+    @contextmanager
+    def _unanswered(self) -> Iterator[None]:
+        """Within the block of code, sites run as without wrappers."""
+        before, self._muted = self._muted, True
+        try:
+            yield
+        finally:
+            self._muted = before
+
+    def _wrap_function(self, site: Site, module: nn.Module) -> None:
+        wrapped = function_class(module, site, self._model.functions[site.path], self._around)
+        self._put(_Wrapper(site, module, "__class__", type(module), wrapped))
+
+    def _wrap_processor(self, site: Site, module: nn.Module, processors: HookedProcessors) -> None:
+        wrapped = _wrap_processor(module.processor, site, self._around, processors)
+        entry = RegistryEntry(wrapped.arrowhead_handle, site, partial(wrapped, module))
+        self._put(_Wrapper(site, module, "processor", module.processor, wrapped, entry))
+
+    def _wrap_forward(self, site: Site, module: nn.Module, custom: Forward | None = None) -> None:
         """Wrap a module's forward; or, of a site that is compiled on its own, what torch calls in its place."""
-        site, compiled = self._sites[module], vars(module).get(COMPILED)
-        place = self._places[module] = "forward" if compiled is None or site.kind == "self_attention" else COMPILED
+        compiled = vars(module).get(COMPILED)
+        place = "forward" if compiled is None or site.kind == "self_attention" else COMPILED
         forward = module.forward if place == "forward" or compiled is None else compiled
-        if site.kind == "stack":
-            wrapped: Any = _wrap_member(*self._members[module], module, forward, site, self._around)
+        if (function := self._model.functions.get(site.path)) is not None:
+            hooked = forward_calling(module, forward, function)
         else:
-            wrapped = _wrap_forward(module, forward, site, self._around, custom)
-        self._originals[module] = vars(module).get("forward") if place == "forward" else compiled
-        self._entries[module] = RegistryEntry(wrapped.arrowhead_handle, site, wrapped)
-        self._wrapped[module] = wrapped
-        setattr(module, place, wrapped)
+            hooked = under_mode(forward) if custom is None else partial(custom, module, hooked_attention)
+        wrapped: Any
+        if site.kind == "stack":
+            wrapped = _wrap_member(*self._members[module], module, forward, site, self._around)
+        elif site.path in self._model.blocks or (site.kind == "cross_attention" and self._model.pipe.scheduler is None):
+            alone = RowsAlone(self._unanswered)
+            wrapped = _wrap_custom(module, forward, site, self._around, self._model.blocks.get(site.path), alone)
+        else:
+            wrapped = _wrap_forward(module, forward, site, self._around, hooked, custom is not None)
+        original = vars(module).get("forward") if place == "forward" else compiled
+        self._put(_Wrapper(site, module, place, original, wrapped, RegistryEntry(wrapped.arrowhead_handle, site, wrapped)))
+
+    def _put(self, wrapper: _Wrapper) -> None:
+        """Set a wrapper in its place. The list has the wrapper first, so that an interruption leaves none that is not known."""
+        self._wrappers.append(wrapper)
+        setattr(wrapper.module, wrapper.place, wrapper.value)
 
     def renew(self) -> None:
         """Wrap anew the sites that were compiled on their own since, so that the wrapper is outside of their graphs."""
-        for module, wrapped in [*self._wrapped.items()]:
-            if self._sites[module].kind == "self_attention" or vars(module).get(COMPILED) in (None, wrapped):
+        for wrapper in [*self._wrappers]:
+            module = wrapper.module
+            if wrapper.site.kind == "self_attention" or vars(module).get(COMPILED) in (None, wrapper.value):
                 continue
-            if self._places[module] == "forward" and not restore_forward(module, wrapped, self._originals[module]):
+            if wrapper.place == "forward" and not restore_forward(module, wrapper.value, wrapper.original):
                 continue
-            self._entries[module].close()
-            self._wrap_forward(module)
+            if wrapper.entry is not None:
+                wrapper.entry.close()
+            self._wrappers.remove(wrapper)
+            self._wrap_forward(wrapper.site, module)
 
     def replaced(self) -> dict[str, str]:
         """The paths of sites whose wrapper is no longer there, each with the type of what is there now."""
-        return {
-            self._sites[module].path: type(getattr(module, self._places[module])).__name__
-            for module, wrapped in self._wrapped.items()
-            if not self._holds(module, wrapped)
-        }
-
-    def _holds(self, module: nn.Module, wrapped: Any) -> bool:
-        place = self._places[module]
-        return is_reached(module, wrapped) if place == "forward" else getattr(module, place) is wrapped
+        gone = [wrapper for wrapper in self._wrappers if not wrapper.holds]
+        return {wrapper.site.path: type(getattr(wrapper.module, wrapper.place)).__name__ for wrapper in gone}
 
     def _remove(self) -> None:
         """Put every processor and forward back. What replaced a wrapper stays, see `warn_of_replaced`."""
         if self._replaced is None:
             self.renew()
             self._replaced = self.replaced()
-        for module, wrapped in self._wrapped.items():
-            place = self._places[module]
-            if place == "forward":
-                restore_forward(module, wrapped, self._originals[module])
-            elif getattr(module, place) is wrapped:
-                setattr(module, place, self._originals[module])
-        for entry in self._entries.values():
-            entry.close()
+        for wrapper in reversed(self._wrappers):
+            if wrapper.place == "forward":
+                restore_forward(wrapper.module, wrapper.value, wrapper.original)
+            elif getattr(wrapper.module, wrapper.place) is wrapper.value:
+                setattr(wrapper.module, wrapper.place, wrapper.original)
+            if wrapper.site.is_function:
+                wrapper.value.arrowhead_around = None
+            if wrapper.entry is not None:
+                wrapper.entry.close()
 
     def warn_of_replaced(self) -> None:
         """Warn, when the wrappers are off, of what had replaced some of them."""
@@ -162,9 +216,9 @@ def _intercepted_already(what: str) -> AlreadyApplied:
 
 
 def _wrap_forward(
-    module: nn.Module, forward: Callable[..., Output], site: Site, around: Around, custom: Forward | None
+    module: nn.Module, forward: Callable[..., Output], site: Site, around: Around, hooked: Callable[..., Output], custom: bool
 ) -> Callable[..., Output]:
-    hooked = under_mode(forward) if custom is None else partial(custom, module, hooked_attention)
+    """The wrapper of a forward; `hooked` is that with hooked attention, `custom`: which an adapter has put together."""
     unchecked = True
 
     @wraps(forward)
@@ -178,7 +232,7 @@ def _wrap_forward(
             return around(ModuleCall(site, module, forward, args, kwargs))
         call = ForwardSiteCall(site, module, forward, args, kwargs, hooked)
         if unchecked:
-            require_described(call, replaced=custom is not None)
+            require_described(call, replaced=custom)
             unchecked = False
         return around(call)
 
@@ -186,6 +240,68 @@ def _wrap_forward(
     handle = SiteHandle.of(site, parameters)
     wrapped.arrowhead_around, wrapped.arrowhead_handle = around, handle  # type: ignore[attr-defined]
     return wrapped
+
+
+def _wrap_custom(
+    module: nn.Module,
+    forward: Callable[..., Output],
+    site: Site,
+    around: Around,
+    block: Block | None,
+    alone: RowsAlone,
+) -> Callable[..., Output]:
+    """The wrapper of a custom model's block, or of a cross-attention."""
+
+    def answered(*args: Any, **kwargs: Any) -> Output:
+        if block is None:
+            return around(CustomModuleCall(site, module, forward, args, kwargs, alone))
+        return around(CustomBlockCall(site, module, forward, args, kwargs, alone, parameters, block.names))
+
+    @wraps(forward)
+    def wrapped(*args: Any, **kwargs: Any) -> Output:
+        return (outside_graph(answered, recursive=True) if compiling() else answered)(*args, **kwargs)
+
+    parameters = [*inspect.signature(forward).parameters]
+    wrapped.arrowhead_around = around  # type: ignore[attr-defined]
+    wrapped.arrowhead_handle = SiteHandle.of(site, parameters)  # type: ignore[attr-defined]
+    return wrapped
+
+
+def function_class(module: nn.Module, site: Site, function: CalledFunction, around: Around) -> type:
+    """A class for a module, in which calls of an attention function are site calls, until `arrowhead_around` is None."""
+    calls = [0]
+
+    def instead(own: Callable[..., Any]) -> Callable[..., Any]:
+        hooked = hooked_function(own, function)
+
+        def answered(*args: Any, **kwargs: Any) -> Any:
+            if (answer := cls.arrowhead_around) is None:  # a hook may have kept the method
+                return own(*args, **kwargs)
+            call, calls[0] = FunctionSiteCall(site, module, own, args, kwargs, hooked), calls[0] + 1
+            if calls[0] > 1:
+                raise call.attends_twice()
+            return answer(call)
+
+        @wraps(own)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            return (outside_graph(answered, recursive=True) if compiling() else answered)(*args, **kwargs)
+
+        return called
+
+    calling: Any = calling_class(module, function.name, instead)
+
+    @wraps(calling.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls[0] = 0
+        return calling.forward(self, *args, **kwargs)
+
+    def __reduce_ex__(self: Any, _: Any) -> Any:
+        raise uncopied(type(self).__name__)
+
+    members = {"forward": forward, "__reduce_ex__": __reduce_ex__, "__module__": calling.__module__}
+    cls: Any = type(calling.__name__, (calling,), members)
+    cls.arrowhead_around = staticmethod(around)
+    return cls
 
 
 def _wrap_member(

@@ -76,7 +76,7 @@ def _generate(
         InputsInvalid: the pipeline gave another number of images, or values that are not finite.
     """
     call = request.call(images)
-    with nullcontext() if plan is None else applied(pipe, plan, changes="refuse") as run:
+    with nullcontext() if plan is None else applied(pipe, plan, changes="texts") as run:
         started = time.perf_counter()
         made = pipe(**{**call, "output_type": "pt"})
         values: Tensor = made.images if hasattr(made, "images") else made.frames

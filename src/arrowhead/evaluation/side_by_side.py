@@ -122,11 +122,11 @@ def evaluate(
     seconds: dict[str, list[float]] = {name: [] for name in settings}
     summaries: dict[str, Summary] = {}
     for plan in (None, next(iter(plans.values()))):
-        with nullcontext() if plan is None else applied(pipe, plan, changes="refuse"):
+        with nullcontext() if plan is None else applied(pipe, plan, changes="texts"):
             generate(pipe, inputs, seeds[0])
     for seed in tqdm(seeds, desc="evaluate", unit="seed", disable=not progress):
         for name, plan in settings.items():
-            with nullcontext() if plan is None else applied(pipe, plan, changes="refuse") as run:
+            with nullcontext() if plan is None else applied(pipe, plan, changes="texts") as run:
                 started = time.perf_counter()
                 images[name].append(generate(pipe, inputs, seed))
                 seconds[name].append(time.perf_counter() - started)
@@ -189,7 +189,7 @@ def require_fit(pipe: "DiffusionPipeline", plan: Plan, inputs: Mapping[str, Any]
     def stop(*_: Any) -> None:
         raise _TransformerReached
 
-    with applied(pipe, plan, changes="refuse"), force_eager(), suppress(_TransformerReached), ExitStack() as hooks:
+    with applied(pipe, plan, changes="texts"), force_eager(), suppress(_TransformerReached), ExitStack() as hooks:
         for transformer in transformers_of(pipe):  # a pipeline may begin with either of two
             hook = transformer.register_forward_pre_hook(stop)  # runs after the plan's hook, which checks steps and tokens
             hooks.callback(hook.remove)

@@ -1,6 +1,7 @@
 """Finds the family and the sites of a pipeline or a custom model."""
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
 from os import PathLike
@@ -10,14 +11,28 @@ from torch import nn
 
 from arrowhead.errors import UnsupportedPipeline
 from arrowhead.models.conflicts import require_no_conflicts
-from arrowhead.models.custom import Adapter, CustomModel, Forward, matching_paths, require_separate, tokens_by_adapter
+from arrowhead.models.custom import (
+    Adapter,
+    CustomModel,
+    function_path,
+    matching_paths,
+    require_separate,
+    tokens_by_adapter,
+)
+from arrowhead.models.custom_attention import CalledFunction, Forward
 from arrowhead.models.families import FAMILIES
 from arrowhead.models.family import NONE, Family
 from arrowhead.models.guiders import is_modular, modular
 from arrowhead.models.model import Model, transformers_of
-from arrowhead.models.sites import custom_attention_site, sites_in
+from arrowhead.models.sites import (
+    custom_attention_site,
+    custom_block_site,
+    custom_cross_attention_site,
+    function_site,
+    sites_in,
+)
 from arrowhead.models.unsupported import UNSUPPORTED, UNSUPPORTED_PIPELINES
-from arrowhead.plans.layout import ALL_KINDS, ATTENTION_KINDS, BranchOrder, Kind
+from arrowhead.plans.layout import ALL_KINDS, ATTENTION_KINDS, BranchOrder, Kind, Site
 from arrowhead.upstream import named_modules, uncompiled
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
@@ -139,19 +154,45 @@ def _find_custom(custom: CustomModel, kinds: Collection[Kind]) -> Model:
     require_separate(adapter, root)
     family = _family_by_adapter(adapter, root)
     modules, forwards = dict(sites_in(family, root, kinds)), dict[str, Forward]()
-    for pattern, attention in adapter.attention.items() if "self_attention" in kinds else ():
+    functions, attends = dict[str, CalledFunction](), "self_attention" in kinds
+    for each in adapter.functions if attends else ():
+        for path in matching_paths(each.pattern, root):
+            module = uncompiled(root.get_submodule(path))
+            modules[site := function_site(function_path(path, each), module, each)] = module
+            functions[site.path] = each.called_function()
+    for pattern, attention in adapter.attention.items() if attends else ():
         for path in matching_paths(pattern, root):
             module = uncompiled(root.get_submodule(path))
             modules[custom_attention_site(family, path, module, attention)] = module
             if (forward := attention.replacement_forward()) is not None:
                 forwards[path] = forward
+            if (function := attention.called_function()) is not None:
+                functions[path] = function
+    modules |= _besides(adapter, root, kinds)
     if not modules:
         raise UnsupportedPipeline(f"got kinds {', '.join(sorted(kinds))}, of which the adapter of a {family.name} names none")
     order = {path: place for place, (path, _) in enumerate(named_modules(root))}
-    in_order = dict(sorted(modules.items(), key=lambda item: order[item[0].path]))
-    model = Model(custom, (root,), family, adapter.cfg or "cond_first", in_order, forwards)
+    in_order = dict(sorted(modules.items(), key=lambda item: (order[item[0].module_path], item[0].kind != "block")))
+    blocks = {path: block for pattern, block in adapter.blocks.items() for path in matching_paths(pattern, root)}
+    model = Model(custom, (root,), family, adapter.cfg or "cond_first", in_order, forwards, functions, blocks)
     model.require_signatures()
     return model
+
+
+def _besides(adapter: Adapter, root: nn.Module, kinds: Collection[Kind]) -> dict[Site, nn.Module]:
+    """The cross-attention sites that an adapter names, and the blocks with the sites within them."""
+    found = {}
+    for pattern, text in adapter.cross_attention.items() if "cross_attention" in kinds else ():
+        for path in matching_paths(pattern, root):
+            module = root.get_submodule(path)
+            found[custom_cross_attention_site(path, module, text)] = module
+    if "block" in kinds and adapter.blocks:
+        within = _find_custom(CustomModel(root, replace(adapter, blocks={})), ALL_KINDS).sites
+        for pattern, block in adapter.blocks.items():
+            for path in matching_paths(pattern, root):
+                module = root.get_submodule(path)
+                found[custom_block_site(path, module, block, within)] = module
+    return found
 
 
 def _family_by_adapter(adapter: Adapter, root: nn.Module) -> Family:

@@ -1,6 +1,7 @@
 """The adapter of Latte's transformer: attention within frames and along time. Plans for the pipeline have the former alone."""
 
-from arrowhead.models.custom import Adapter, Attention
+from arrowhead.models.custom import Adapter
+from arrowhead.models.custom_attention import Attention
 from arrowhead.models.video_tokens import video_by_frames
 
 

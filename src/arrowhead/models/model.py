@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from arrowhead.errors import InputsInvalid
-from arrowhead.models.custom import CustomModel, Forward
+from arrowhead.models.custom import CustomModel
+from arrowhead.models.custom_attention import CalledFunction, Forward
+from arrowhead.models.custom_blocks import Block
 from arrowhead.models.family import Family
 from arrowhead.models.signatures import method_signature
 from arrowhead.models.sites import stack_blocks
@@ -34,6 +36,8 @@ class Model:
         branch_order: the order of the CFG branches.
         modules: the sites with their modules in the first transformer, in the order they run.
         forwards: by the site's path, the forwards that replace those of a custom model's attention modules.
+        functions: by the site's path, the functions that a custom model calls for attention in place of torch's.
+        blocks: by the site's path, how the blocks of a custom model are called.
     """
 
     pipe: "DiffusionPipeline | CustomModel"
@@ -42,6 +46,8 @@ class Model:
     branch_order: BranchOrder
     modules: Mapping[Site, nn.Module]
     forwards: Mapping[str, Forward] = field(default_factory=dict)
+    functions: Mapping[str, CalledFunction] = field(default_factory=dict)
+    blocks: Mapping[str, Block] = field(default_factory=dict)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -57,7 +63,7 @@ class Model:
     def site_modules(self) -> list[tuple[Site, nn.Module]]:
         """The sites of every transformer, but stacks, each with its module there."""
         found = (
-            (site, transformer.get_submodule(site.path))
+            (site, transformer.get_submodule(site.module_path))
             for transformer in self.transformers
             for site in self.sites
             if site.kind != "stack"

@@ -1,7 +1,7 @@
 """Makes sites of a transformer's modules: which modules are sites, and which sizes they have."""
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Any, Literal
@@ -9,7 +9,8 @@ from typing import Any, Literal
 from torch import nn
 
 from arrowhead.errors import UnsupportedPipeline
-from arrowhead.models.custom import Attention
+from arrowhead.models.custom_attention import Attention, AttentionIn
+from arrowhead.models.custom_blocks import Block
 from arrowhead.models.family import Family
 from arrowhead.models.head_separation import can_project_heads_separately, heads_of
 from arrowhead.plans.layout import ALL_KINDS, Kind, Site
@@ -40,7 +41,7 @@ def _sites_in(family: Family, root: nn.Module, kinds: Collection[Kind], prefix: 
         for kind, (pattern, make) in makers.items():
             if kind in kinds and re.fullmatch(pattern, path) and not _attends_to_an_image(kind, module):
                 yield make(family, path, module), module
-    if "stack" in kinds and not prefix and (blocks := stack_blocks(family.stack, root)):
+    if "stack" in kinds and not prefix and (blocks := stack_blocks(_stack_lists(family, root), root)):
         whole = _stack(family, blocks)
         if whole is not None:
             yield whole, nn.ModuleList(blocks.values())
@@ -50,6 +51,12 @@ def stack_blocks(names: Sequence[str], root: nn.Module) -> dict[str, nn.Module]:
     """The blocks in the lists of these names, by their paths, in the order they run."""
     lists = [(name, list_) for name in names if isinstance(list_ := getattr(root, name, None), nn.ModuleList)]
     return {f"{name}.{i}": block for name, list_ in lists for i, block in enumerate(list_)}
+
+
+def _stack_lists(family: Family, root: nn.Module) -> list[str]:
+    """The names of the lists of a stack's blocks, in the order of the transformer's modules."""
+    lists = [name for name, module in root.named_children() if isinstance(module, nn.ModuleList)]
+    return [name for name in lists if re.fullmatch(family.block_pattern, f"{name}.0") and name in (family.stack or lists)]
 
 
 def _stack(family: Family, blocks: Mapping[str, nn.Module]) -> Site | None:
@@ -87,7 +94,8 @@ def custom_attention_site(family: Family, path: str, module: nn.Module, attentio
     Raises:
         UnsupportedPipeline: the linear layers are no four projections of heads, or the number of heads is not known.
     """
-    if attention.replacement_forward() is None and hasattr(module, "processor") and hasattr(module, "to_q"):
+    own = attention.replacement_forward() is None and attention.function is None
+    if own and hasattr(module, "processor") and hasattr(module, "to_q"):
         return replace(_self_attention(family, path, module), joint=attention.joint, over=attention.over)
     linears, heads, head_dim = [*_linears(module).values()], attention.head_count(module), attention.head_dim
     weights, kind = sum(map(_size, linears)), type(module).__name__
@@ -121,6 +129,89 @@ def custom_attention_site(family: Family, path: str, module: nn.Module, attentio
     return Site(path, heads, head_dim, channels, joint=attention.joint, separable_heads=False, over=attention.over)
 
 
+def function_site(path: str, module: nn.Module, function: AttentionIn) -> Site:
+    """The site of a function that a module calls for attention. Nothing is projected in it.
+
+    Raises:
+        UnsupportedPipeline: the module does not say its heads.
+    """
+    heads, head_dim = function.sizes(module)
+    return Site(
+        path,
+        heads,
+        head_dim,
+        channels=heads * head_dim,
+        joint=function.joint,
+        projects_out="outside",
+        separable_heads=False,
+        over=function.over,
+    )
+
+
+def custom_cross_attention_site(path: str, module: nn.Module, text: str) -> Site:
+    """The site of a custom model's cross-attention; `text`: the layers that multiply the text tokens.
+
+    Raises:
+        UnsupportedPipeline: there are no linear layers for the text, or none for the visual tokens.
+    """
+    layers = _linears(module)
+    of_text = [layer for name, layer in layers.items() if re.fullmatch(text, name)]
+    visual = [layer for name, layer in layers.items() if not re.fullmatch(text, name)]
+    if not of_text or not visual:
+        raise UnsupportedPipeline(
+            f"{path}: got {text!r:.200} for the layers of a {type(module).__name__} that multiply the text, wanted some of "
+            f"{', '.join(layers) or 'its linear layers, of which it has none'}, and not all"
+        )
+    return Site(
+        path,
+        heads=1,
+        head_dim=visual[0].out_features,
+        channels=visual[0].in_features,
+        separable_heads=False,
+        kind="cross_attention",
+        weights=sum(map(_size, visual)),
+        text_weights=sum(map(_size, of_text)),
+    )
+
+
+def custom_block_site(path: str, module: nn.Module, block: Block, sites: Iterable[Site]) -> Site:
+    """The site of a custom model's block, with those of these sites that lie within it.
+
+    Where both text and visual tokens go on, the weights of the visual tokens count for all, and `text_weights` is what the
+    text's own layers have more.
+
+    Raises:
+        UnsupportedPipeline: its linear layers do not say its width.
+    """
+    within = tuple(site for site in sites if site.module_path == path or site.path.startswith(f"{path}."))
+    layers, elsewhere = _linears(module), tuple(f"{site.path}." for site in within)
+    own = {
+        name: _size(layer)
+        for name, layer in layers.items()
+        if not (re.fullmatch(block.per_sample, name) or f"{path}.{name}".startswith(elsewhere))
+    }
+    if not within and not own:
+        raise UnsupportedPipeline(
+            f"{path}: got a {type(module).__name__} without linear layers for a block; wanted a pattern for blocks alone"
+        )
+    channels = within[0].channels if within else layers[next(iter(own))].in_features
+    of_text = [name for name in own if re.fullmatch(block.text, name)]
+    text_weights, joint = sum(own[name] for name in of_text), block.gives_text(path, module)
+    weights = sum(own.values()) - text_weights
+    return Site(
+        path,
+        heads=1,
+        head_dim=channels,
+        channels=channels,
+        joint=joint,
+        separable_heads=False,
+        kind="block",
+        weights=weights,
+        text_weights=max(0, text_weights - weights) if joint and of_text else text_weights,
+        within=within,
+    )
+
+
 def _self_attention(family: Family, path: str, module: Any) -> Site:
     joint = bool(re.fullmatch(family.joint_pattern, path))
     if (fused := getattr(module, "to_qkv_mlp_proj", None)) is not None:  # FLUX.2: Q, K, V and the feed-forward in one layer
@@ -130,7 +221,7 @@ def _self_attention(family: Family, path: str, module: Any) -> Site:
     if (fused := getattr(module, "img_attn_qkv", None)) is not None:  # JoyImage: Q, K and V in one layer, text in another
         return Site(path, module.heads, module.head_dim, fused.in_features, joint, separable_heads=False)
     query, key, _, _ = _projections(module)
-    heads, gate = heads_of(module), getattr(module, "to_gate", None)
+    heads = heads_of(module)
     channels, text_projection = query.in_features, getattr(module, "add_k_proj", None) if joint else None
     head_dim = query.out_features // heads
     kv_heads = key.out_features // head_dim
@@ -144,11 +235,17 @@ def _self_attention(family: Family, path: str, module: Any) -> Site:
         projects_out=_projects_out(module),
         separable_heads=family.separable_heads and can_project_heads_separately(module),
         kv_heads=None if kv_heads == heads else kv_heads,
-        weights=0 if gate is None else _size(gate),
+        weights=_gate(module),
         over=family.over,
         text_channels=0 if text_channels == channels else text_channels,
         by_sample=family.by_sample,
     )
+
+
+def _gate(module: Any) -> int:
+    """The weights of the layer that gates channels, or in LTX-2 whole heads, if there is one."""
+    gates = (getattr(module, name, None) for name in ("to_gate", "to_gate_logits"))
+    return sum(_size(gate) for gate in gates if gate is not None)
 
 
 def _projections(module: Any) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear | None]:
@@ -156,7 +253,8 @@ def _projections(module: Any) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linea
     if hasattr(module, "to_query"):
         return module.to_query, module.to_key, module.to_value, module.out_layer
     out = getattr(module, "to_out", None)
-    return module.to_q, module.to_k, module.to_v, out[0] if isinstance(out, nn.ModuleList) else out
+    last: Any = out[0] if isinstance(out, nn.ModuleList) else out
+    return module.to_q, module.to_k, module.to_v, last
 
 
 def _projects_out(module: Any) -> Literal["all", "visual", "none"]:
@@ -174,7 +272,7 @@ def _cross_attention(_: Family, path: str, module: Any) -> Site:
         channels=query.in_features,
         separable_heads=False,
         kind="cross_attention",
-        weights=_size(query) + (0 if out is None else _size(out)),
+        weights=_size(query) + (0 if out is None else _size(out)) + _gate(module),
         text_weights=_size(key) + _size(value),
     )
 

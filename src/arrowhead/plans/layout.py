@@ -111,8 +111,9 @@ class Site:
     """One module that a plan has cells for: its path in the transformer, and the sizes that its FLOPs and bytes follow from.
 
     Attributes:
-        path: the module's name in the transformer, such as "transformer_blocks.0.attn". A stack has the names of the lists of
-            its blocks, joined by "+".
+        path: the module's name in the transformer, such as "transformer_blocks.0.attn". Of attention that is a function in a
+            module, the module's name and the function's, such as "double_blocks.0.attention()". A stack has the
+            names of the lists of its blocks, joined by "+".
         heads: heads of queries, H. Sites of other kinds than self-attention have 1.
         head_dim: channels of a head, D. Sites of other kinds have the width of their output.
         channels: channels of the visual tokens at the input and output.
@@ -168,6 +169,16 @@ class Site:
     def sequences(self, of_call: Tokens) -> int:
         """How many sequences, rows of the site's input, one sample has in a call with the tokens `of_call`."""
         return {"all": 1, "space": of_call.frames, "time": of_call.visual // of_call.frames}[self.over]
+
+    @property
+    def module_path(self) -> str:
+        """The path of the module that the site is, or, of a function, of the module that calls it."""
+        return self.path.rpartition(".")[0] if self.is_function else self.path
+
+    @property
+    def is_function(self) -> bool:
+        """Whether the site is the call of a function, and no module."""
+        return self.path.endswith("()")
 
     @property
     def sees_text(self) -> bool:

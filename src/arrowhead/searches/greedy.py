@@ -80,8 +80,8 @@ def greedy_search(
     rows: list[tuple[Cell, ...]] = []
 
     def choose(step: Step) -> None:
-        sites, tokens, guided = step.sites, calibration.tokens, calibration.branches.guided
-        candidates = {site: settings.candidates(site.tokens(tokens), guided) for site in sites}
+        sites, tokens = step.sites, calibration.tokens
+        candidates = {site: settings.candidates(site.tokens(tokens), step.may_share(site)) for site in sites}
         chosen: list[Cell] = [FULL] * len(sites)
         if not step.first and threshold > 0:
             reference = share.joined(step.full())

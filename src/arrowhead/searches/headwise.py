@@ -101,7 +101,7 @@ def headwise_search(
     rows: list[list[Cell]] = []
 
     def choose(step: Step) -> None:
-        chooser = Chooser(settings, 0.0 if step.first else threshold, driver.share)
+        chooser = Chooser(settings, 0.0 if step.first else threshold, step.may_share, driver.share)
         step.finish_by(chooser.at_site)
         rows.append([chooser.chosen[site][0] for site in step.sites])
         for site, (cell, error) in chooser.chosen.items():
@@ -114,9 +114,9 @@ def headwise_search(
 class Chooser:
     """The choices of one step, made at each site when it is called; `chosen` are the cells with their sums of errors."""
 
-    def __init__(self, settings: Headwise, threshold: float, share: Share = ALONE) -> None:
+    def __init__(self, settings: Headwise, threshold: float, may_share: Callable[[Site], bool], share: Share = ALONE) -> None:
         self.chosen: dict[Site, tuple[Attend, float]] = {}
-        self._settings, self._threshold, self._share = settings, threshold, share
+        self._settings, self._threshold, self._may_share, self._share = settings, threshold, may_share, share
 
     def at_site(self, call: SiteCall, state: Generation) -> Output:
         """Run the site's module with the methods chosen for its heads; write what later steps may read to the cache."""
@@ -130,7 +130,8 @@ class Chooser:
         full = attention.native()  # (B, H, N, D)
         require_finite(full, site_pass.call, site_pass.generation)
         site_pass.record_attention(len(full))
-        candidates = _Candidates(self._settings, attention, site_pass, full, self._share)
+        may_share = self._settings.share_cfg and self._may_share(site_pass.call.site)
+        candidates = _Candidates(self._settings, attention, site_pass, full, may_share, self._share)
         cell, error = candidates.choose(self._threshold) if self._threshold > 0 else (FULL, 0.0)
         self.chosen[site_pass.call.site] = cell, error
         out = full if cell == FULL else candidates.output(cell)
@@ -146,6 +147,7 @@ class _Candidates:
     attention: AttentionCall
     site_pass: SitePass
     full: Tensor  # (B, H, N, D)
+    may_share: bool  # branches
     share: Share
 
     @property
@@ -159,7 +161,7 @@ class _Candidates:
     def choose(self, threshold: float) -> tuple[Attend, float]:
         """The cell that saves most with errors of at most `threshold` in sum, and that sum."""
         site, heads = self.site_pass.call.site, self.site_pass.call.site.heads
-        shares = (False, True) if self.settings.share_cfg and self.site_pass.generation.branches.guided else (False,)
+        shares = (False, True) if self.may_share else (False,)
         errors = self._errors(shares)
         if self.settings.prefilter is not None:
             errors[errors >= self.settings.prefilter * threshold / heads] = torch.inf
@@ -180,14 +182,20 @@ class _Candidates:
         """The error of every candidate, (shares, H, methods), on the CPU: relative squared errors of a head's output."""
         heads = self.site_pass.call.site.heads
         found = torch.zeros(3, len(shares), heads, len(self.methods))
+        full = self._unpadded(self.full)
         for m, method in enumerate(self.methods):
             for some in _runs(heads, HEADS_AT_ONCE):
                 candidate = self._heads(method, some, slice(None))
                 for s, share in enumerate(shares):
                     other = both_branches(candidate[self.conditional]) if share else candidate
                     assert isinstance(other, Tensor)
-                    found[:, s, some[0] : some[-1] + 1, m] = error_moments(self.full[:, some], other).cpu()
+                    found[:, s, some[0] : some[-1] + 1, m] = error_moments(full[:, some], self._unpadded(other)).cpu()
         return self.share.agreed(error_from_moments(self.share.pooled(found)))
+
+    def _unpadded(self, heads: Tensor) -> Tensor:
+        """Outputs (B, h, N, D) without padding, of M tokens in all: (1, h, M, D); as they are where there is none."""
+        padding = self.attention.padding
+        return heads if padding is None else heads.transpose(1, 2)[~padding].transpose(0, 1)[None]
 
     def output(self, cell: Attend) -> Tensor:
         """The heads' outputs under a cell, for both branches: (B, H, N, D)."""

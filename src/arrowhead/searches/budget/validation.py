@@ -63,7 +63,7 @@ class Errors:
 
 def measured_errors(driver: Driver, plan: Plan, raw: Tensor) -> Errors:
     """The errors of one generation with the plan; `raw` are the final latents without it."""
-    with applied(driver.pipe, plan, changes="refuse"):
+    with applied(driver.pipe, plan, changes="texts"):
         return driver.share.agreed(errors_of(driver.final_latents(), raw))
 
 
@@ -95,7 +95,7 @@ def measured_seconds(driver: Driver, plan: Plan) -> tuple[float, float]:
     for chosen in (None, plan):
         seconds.append(0.0)
         changes = Changes()
-        with nullcontext() if chosen is None else applied(driver.pipe, chosen, changes="refuse"), changes, changes:
+        with nullcontext() if chosen is None else applied(driver.pipe, chosen, changes="texts"), changes, changes:
             generate = driver.prepare(changes)
             for transformer in transformers_of(driver.pipe):
                 replace_forward(transformer, partial(timing, transformer.forward), changes)

@@ -68,6 +68,8 @@ class Recorder:
         blocks: tuple[Site, ...],
         about: Mapping[str, Any],
         switch: int | None,
+        of_calls: Sequence[Tokens],
+        other_texts: bool,
     ) -> Table:
         """The table of all steps.
 
@@ -99,7 +101,8 @@ class Recorder:
             blocks=blocks,
             final=float(final.square().mean()),
             elements=final[0].numel(),
-            other_flops=self._other_flops(branches),
+            other_flops=self._other_flops(branches, of_calls),
+            other_texts=other_texts,
             images=self._images,
             regions=self._regions,
             itemsize=self.history.steps_of(self.history.sites[0])[0].output.itemsize,
@@ -109,9 +112,10 @@ class Recorder:
             quantisation_errors=quantisation_errors if self.history.precisions else None,
         )
 
-    def _other_flops(self, branches: Branches) -> float:
+    def _other_flops(self, branches: Branches, of_calls: Sequence[Tokens]) -> float:
         """FLOPs outside of all sites, per image and step, of a run whose two calls of a step (if there are two) run as one."""
-        known = full_flops(outermost(self.history.sites), self._tokens, 2 if branches.guided else 1).module
+        sites, samples = outermost(self.history.sites), 2 if branches.guided else 1
+        known = sum(full_flops(sites, tokens, samples // len(of_calls)).module for tokens in of_calls)
         return max(self.history.flops.total / self._source.images - known, 0.0)
 
     def _of_all_processes(self, products: Tensor) -> Tensor:

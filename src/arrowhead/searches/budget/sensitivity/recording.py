@@ -87,7 +87,8 @@ def record(driver: Driver, extent: Extent, on_step: Callable[[int, int | None], 
     assert recorder is not None  # the run had a step
     target = calibration.target
     blocks, about = blocks_of(driver, extent, target.sites), provenance(driver, vars(extent))
-    table = share.agreed(recorder.table(replay, calibration.branches, target, blocks, about, calibration.switch))
+    run = calibration.switch, calibration.of_calls, calibration.other_texts
+    table = share.agreed(recorder.table(replay, calibration.branches, target, blocks, about, *run))
     return Recording(table, replay.latents(), calibration.passes, calibration.cost)
 
 

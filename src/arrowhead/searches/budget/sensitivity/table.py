@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from arrowhead.engine.circumstances import works_on_text
 from arrowhead.errors import InputsInvalid
 from arrowhead.plans import flops
 from arrowhead.plans.about import about_in_file
@@ -75,6 +76,8 @@ class Table:
         about: the provenance: how the table was made.
         switch: the step from which on a second transformer computes; None for one transformer. Nothing older is of use to it.
         precisions: those other than native that the table has.
+        other_texts: whether prompt and negative prompt had two lengths. Then a site that works on text shares no branches: the
+            predicted error of sharing is infinite. FLOPs are those of the longer text.
 
     Examples:
         >>> table = ah.calibrate(pipe, inputs)
@@ -103,6 +106,7 @@ class Table:
     switch: int | None = None
     precisions: tuple[Precision, ...] = ()
     quantisation_errors: Tensor | None = None
+    other_texts: bool = False
 
     @property
     def steps(self) -> int:
@@ -180,7 +184,12 @@ class Table:
         )
         wanted = dict.fromkeys(outputs)
         found = {output: error for output, error in self._along_runs(of_columns, wanted) if output in wanted}
-        return np.stack([found[output] for output in outputs], 1)
+        errors = np.stack([found[output] for output in outputs], 1)
+        if self.other_texts:
+            shared = [any(source.share for source in _sources(output)) for output in outputs]
+            of_text = {head for i, site in enumerate(self.target.sites) if works_on_text(site) for head in self.heads(i)}
+            errors[:, np.outer(shared, [not of_text.isdisjoint(heads) for heads in columns])] = np.inf
+        return errors
 
     def predicted_error(self, columns: Sequence[Sequence[Cell] | None]) -> Floats:
         """The predicted error of a plan in each step: (S,), see the class. Its columns are one for each site.

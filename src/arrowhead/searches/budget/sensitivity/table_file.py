@@ -47,6 +47,7 @@ class _Header(pydantic.BaseModel, extra="forbid"):
     blocks: tuple[Site, ...]
     switch: int | None = None
     precisions: tuple[Precision, ...] = ()
+    other_texts: bool = False
     about: About
 
 

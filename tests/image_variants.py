@@ -77,7 +77,7 @@ def of_hunyuan(cls: Any) -> FamilyBench:
 
 
 def of_layered(cls: Any) -> FamilyBench:
-    """Three images of 3 × 6 tokens drawn, the whole and two layers of it, and one more that is given; one prompt in a call."""
+    """Three images of 2 × 4 tokens drawn, the whole and two layers of it, and one more that is given; one prompt in a call."""
     base = qwen(use_additional_t_cond=True)
     means = {"latents_mean": [0.1] * 4, "latents_std": [1.1] * 4}
     own = AutoencoderKLQwenImage(base_dim=3, z_dim=4, dim_mult=[1] * 4, num_res_blocks=1, input_channels=3, **means)
@@ -85,7 +85,7 @@ def of_layered(cls: Any) -> FamilyBench:
     before = base.inputs
     pipe = cls(scheduler=flow(), vae=own, text_encoder=None, tokenizer=None, processor=None, transformer=base.pipe.transformer)
     object.__setattr__(pipe, "text_encoder", Encoder(torch.float64))
-    base.pipe, base.visual = finished(pipe, torch.float64), 4 * 3 * 6
+    base.pipe, base.visual = finished(pipe, torch.float64), 4 * 2 * 4
 
     def inputs(seed: int = 0, images: int = 1, **more: Any) -> dict[str, Any]:
         call = before(seed, **more) | {"image": PHOTO, "layers": 2, "prompt": "a word", "num_images_per_prompt": images}

@@ -84,7 +84,8 @@ def latents_of(bench: Bench) -> Iterator[list[Tensor]]:
     @wraps(own)  # pipelines look whether it takes a generator
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         out = own(self, *args, **kwargs)
-        seen.append(out[0].clone())
+        if self is bench.pipe.scheduler:  # a copy steps LTX-2's audio
+            seen.append(out[0].clone())
         return out
 
     type(bench.pipe.scheduler).step = step

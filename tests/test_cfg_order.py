@@ -72,6 +72,7 @@ MADE = {
     "ChronoEditPipeline": video_benches.chrono_edit,
     "Cosmos2_5_PredictBasePipeline": video_benches.cosmos,
     "Kandinsky5T2VPipeline": video_benches.kandinsky5,
+    "LTX2Pipeline": video_benches.ltx2,
     "AnyFlowPipeline": video_benches.anyflow,
 }
 VARIANT_OF = {name.split(",")[0]: name for name in reversed(VARIANTS)}  # the first variant of each class

@@ -134,7 +134,7 @@ class Inline(nn.Module):
 
 class ByTorch(Inline):
     def attended(self, q, k, v):
-        return F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(query=q, key=k, value=v)
 
 
 class Twice(ByTorch):

@@ -5,10 +5,12 @@ import torch
 from budget import final_latents
 from families import MORE
 from family_replay import RADII, random_cells, replaying
+from image_benches import IMAGES
 from replay import assert_identical, distance, trace
 from seeds import seeds
 from torch.utils.flop_counter import FlopCounterMode
 from untouched import left_as_it_was
+from video_benches import VIDEO
 
 import arrowhead as ah
 from arrowhead.models.families import FAMILIES
@@ -26,6 +28,14 @@ SOONER = "wan22", "lumina2", "mochi", "z_image", "aura_flow"  # two transformers
 budgeted_families = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in SOONER else pytest.mark.slow) for name in MORE]
 )
+NEWER = {*VIDEO, *IMAGES}
+
+
+def fewer(name, now):
+    """The marks of a case: for families that others resemble, some cases are slow tests."""
+    return [pytest.mark.slow] if name in NEWER and not now else []
+
+
 with_and_without = pytest.mark.parametrize("guidance", [3.0, 1.0], ids=["guided", "unguided"])
 
 
@@ -41,9 +51,15 @@ def test_every_family_has_a_bench():
     assert tested == {family.transformer for family in FAMILIES if family.tested == "essentials"}
 
 
-@every_family
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, id=f"{dtype}-{name}", marks=fewer(name, dtype == torch.bfloat16))
+        for dtype in (torch.float32, torch.bfloat16)
+        for name in MORE
+    ],
+)
 @with_and_without
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_full_plan_changes_no_bit(name, guidance, dtype):
     bench = MORE[name](dtype)
     model = find(bench.pipe, INNER)

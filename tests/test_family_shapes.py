@@ -6,7 +6,7 @@ from families import MORE
 from family_replay import random_cells, replaying
 from image_benches import IMAGES
 from replay import distance, trace
-from test_families import INNER, STEPS, plan_of, with_and_without
+from test_families import INNER, STEPS, fewer, plan_of, with_and_without
 
 from arrowhead import applied
 from arrowhead.models.find import find
@@ -39,6 +39,7 @@ OBLONG = (
         "anyflow": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
         "cosmos": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
         "kandinsky5": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
+        "ltx2": ({"height": 160, "width": 96, "num_frames": 17}, 3 * 5 * 3),
         "wan_vace": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
     }
     | dict.fromkeys(IMAGES, ({"height": 48, "width": 112}, 3 * 7))
@@ -72,9 +73,11 @@ def compare(name, dtype, visual=None, made=lambda bench: bench, **inputs):
     return distance(given, wanted), distance(wanted, trace(bench, bench.inputs(**inputs)))
 
 
-@pytest.mark.parametrize("name", MORE)
+@pytest.mark.parametrize(
+    ("name", "images"),
+    [pytest.param(name, n, id=f"{n}-{name}", marks=fewer(name, n == 3)) for n in (1, 3) for name in MORE],
+)
 @with_and_without
-@pytest.mark.parametrize("images", [1, 3])
 def test_oblong(name, guidance, images):
     more, visual = OBLONG[name]
     apart, changed = compare(name, torch.float64, visual, guidance=guidance, images=images, **more)
@@ -124,9 +127,15 @@ def test_frames_that_are_padding(guidance):
     assert changed > 1e-2
 
 
-@pytest.mark.parametrize("name", MORE)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, id=f"{dtype}-{name}", marks=fewer(name, dtype == torch.bfloat16))
+        for dtype in (torch.float32, torch.bfloat16)
+        for name in MORE
+    ],
+)
 @with_and_without
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_in_other_precisions(name, guidance, dtype):
     apart, changed = compare(name, dtype, guidance=guidance, images=2)
     assert apart < (1e-3 if dtype == torch.float32 else changed / 2)

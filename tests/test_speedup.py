@@ -14,7 +14,7 @@ from pipelines import BENCHES, JOINT
 from replay import assert_identical, distance, trace
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_stack import replayed
+from test_stack import blocks_of, replayed
 from torch.utils.flop_counter import FlopCounterMode
 from untouched import left_as_it_was
 
@@ -65,7 +65,7 @@ def test_changes_are_those_of_the_guided_output(name):
 
 def brute_changes(bench, model, two, scale):
     """The norm of the change of the guided output over the size of the nudge, for each step and age."""
-    blocks = [block for name in model.family.stack for block in getattr(model.transformer, name)]
+    blocks = blocks_of(model.transformer, model)
     own, state = model.transformer.forward, {"put": None}
     kept, found, pending = [[], []], {}, []
 

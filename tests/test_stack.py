@@ -24,19 +24,20 @@ STEPS = 5
 ALL = {**BENCHES, **JOINT, "flux": flux, **MORE}
 BY_CLASS = {family.transformer: family for family in FAMILIES}
 
-
-def chains():
-    for name, make in ALL.items():
-        if BY_CLASS[type(make().pipe.transformer).__name__].has("stack"):
-            yield name
-
-
-NAMES = [*chains()]
-every_chain = pytest.mark.parametrize("name", NAMES)
+every_chain = pytest.mark.parametrize("name", ALL)
 
 
 def bench_of(name, dtype=torch.float64):
-    return ALL[name](dtype)
+    bench = ALL[name](dtype)
+    if not BY_CLASS[type(bench.pipe.transformer).__name__].has("stack"):
+        pytest.skip("is no plain chain of blocks")
+    return bench
+
+
+def blocks_of(transformer, model):
+    """The blocks of a transformer, in the order they run."""
+    (site,) = model.sites
+    return [block for name in site.path.split("+") for block in getattr(transformer, name)]
 
 
 def plan_of(bench, cells, guided=True):
@@ -83,9 +84,9 @@ def replayed(bench, column, guided, ends=None):
     From the step `ends` on there is the conditional branch alone.
     """
     model = find(bench.pipe, {"stack"})
-    family, handles, calls, two = model.family, [], [0], guided and model.branch_order == "two_calls"
+    handles, calls, two = [], [0], guided and model.branch_order == "two_calls"
     for transformer in model.transformers:
-        blocks = [block for name in family.stack for block in getattr(transformer, name, ())]
+        blocks = blocks_of(transformer, model)
         state = {"outputs": ([], [])}
 
         def first(_, args, kwargs, state=state):
@@ -198,7 +199,7 @@ def test_no_block_runs_in_a_step_that_skips(name):
     column = [FULL, AST, FULL, FULL, AST]
     plan = plan_of(bench, column)
     for transformer in find(bench.pipe, {"stack"}).transformers:
-        for block in [b for n in BY_CLASS[type(transformer).__name__].stack for b in getattr(transformer, n)]:
+        for block in blocks_of(transformer, find(bench.pipe, {"stack"})):
             for inner in block.children():
                 inner.register_forward_pre_hook(lambda module, *_: calls.append(module))
     bench.pipe(**bench.inputs())

@@ -6,7 +6,7 @@ from budget import flux
 from families import MORE
 from replay import distance, trace
 from test_circumstances import cut
-from test_stack import ALL, replayed
+from test_stack import ALL, blocks_of, replayed
 from test_variants import steps_of, variant
 from untouched import left_as_it_was
 
@@ -65,7 +65,7 @@ def test_compiled(name, whole):
         if whole:
             transformer.compile(backend="eager")
         else:
-            for block in (block for part in find(bench.pipe).family.stack for block in getattr(transformer, part)):
+            for block in blocks_of(transformer, find(bench.pipe, {"stack"})):
                 block.compile(backend="eager")
         with ah.applied(bench.pipe, plan):
             torch.testing.assert_close(bench.pipe(**bench.inputs(seed=1))[0], wanted)

@@ -239,6 +239,15 @@ LONG = {  # a budget search with these is a slow test; similar ones are tested a
     "QwenImageControlNetInpaintPipeline",
     "QwenImageEditInpaintPipeline",
     "QwenImageEditPlusPipeline",
+    "Cosmos2TextToImagePipeline",
+    "Cosmos2VideoToWorldPipeline",
+    "EasyAnimateControlPipeline",
+    "EasyAnimateInpaintPipeline",
+    "HunyuanVideo15ImageToVideoPipeline",
+    "Kandinsky5I2IPipeline",
+    "Kandinsky5T2IPipeline",
+    "LTX2ConditionPipeline",
+    "LTX2ImageToVideoPipeline",
 }
 FIRST = {"DiTPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline", "StableDiffusion3Pipeline", "FluxPipeline"}
 

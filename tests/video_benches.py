@@ -1,6 +1,7 @@
 """Small pipelines of further families of videos: diffusers' classes, random weights, no text encoder."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from diffusers import (
     HunyuanVideo15Transformer3DModel,
     Kandinsky5T2VPipeline,
     Kandinsky5Transformer3DModel,
+    LTX2Pipeline,
+    LTX2VideoTransformer3DModel,
     UniPCMultistepScheduler,
 )
 from family_bench import CHANNELS, DIM, HEADS, SHARP, TEXT, FamilyBench, finished, flow, inputs_of
@@ -189,6 +192,47 @@ def kandinsky5(dtype: torch.dtype = torch.float64, seed: int = 0, **config: Any)
     return FamilyBench(pipe, True, 2 * 4 * 3, inputs, two_calls=True)
 
 
+class Codec:
+    """Stands for LTX-2's VAEs of video and audio: a picture's latents are constants that follow its sum."""
+
+    spatial_compression_ratio, temporal_compression_ratio, mel_compression_ratio = 32, 8, 4
+    latents_mean, latents_std = torch.zeros(4), torch.ones(4)
+    dtype = torch.float64
+
+    def __init__(self, width: int) -> None:
+        self.latents_mean, self.latents_std = torch.zeros(width), torch.ones(width)
+        sizes = {"sample_rate": 16000, "mel_hop_length": 160, "mel_bins": 8, "latent_channels": 4}
+        self.config = SimpleNamespace(scaling_factor=1.0, **sizes)
+
+    def encode(self, video: torch.Tensor) -> SimpleNamespace:
+        batch, _, frames, height, width = video.shape
+        return SimpleNamespace(latents=video.mean().expand(batch, 4, (frames - 1) // 8 + 1, height // 32, width // 32))
+
+
+class Connectors:
+    """Stands for what LTX-2 makes of a prompt's embeddings for video and audio."""
+
+    def __call__(self, embeds: torch.Tensor, mask: torch.Tensor, padding_side: str) -> tuple[torch.Tensor, ...]:
+        return embeds, embeds.flip(1), mask
+
+
+def ltx2(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
+    """Packed frames and audio, each beside a text and the other; one batch, [uncond, cond]; gates for each head."""
+    sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "num_layers": 2, "cross_attention_dim": HEADS * DIM}
+    audio = {"in_channels": 8, "out_channels": 8, "num_attention_heads": HEADS, "attention_head_dim": DIM}
+    audio |= {"cross_attention_dim": HEADS * DIM, "gated_attn": True}
+    more = {"in_channels": 4, "out_channels": 4, "caption_channels": CHANNELS, "gated_attn": True, "perturbed_attn": True}
+    model = LTX2VideoTransformer3DModel(**sizes, **more, **{f"audio_{name}": value for name, value in audio.items()})
+    randomise(model, seed, SHARP)
+    parts: dict[str, Any] = dict.fromkeys(["text_encoder", "tokenizer", "vocoder"])
+    parts |= {"vae": Codec(4), "audio_vae": Codec(8), "connectors": Connectors()}
+    pipe = LTX2Pipeline(transformer=model, scheduler=flow(), **parts)
+    off = {"stg_scale": 0.0, "audio_stg_scale": 0.0, "modality_scale": 1.0, "audio_modality_scale": 1.0}
+    size = {"height": 128, "width": 96, "num_frames": 9, "audio_guidance_scale": None}
+    inputs = inputs_of(dtype, "guidance_scale", "{}prompt_attention_mask", **size, **off)
+    return FamilyBench(finished(pipe, dtype), False, 2 * 4 * 3, inputs)
+
+
 VIDEO: dict[str, Callable[..., FamilyBench]] = {
     "hunyuan_video15": hunyuan_video15,
     "easy_animate": easy_animate,
@@ -196,4 +240,5 @@ VIDEO: dict[str, Callable[..., FamilyBench]] = {
     "anyflow": anyflow,
     "cosmos": cosmos,
     "kandinsky5": kandinsky5,
+    "ltx2": ltx2,
 }

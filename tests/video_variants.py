@@ -5,11 +5,22 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLCogVideoX, AutoencoderKLHunyuanVideo, AutoencoderKLLTXVideo, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.ltx2 import LTX2VideoCondition
 from families import cogvideox, hunyuan_video, ltx, skyreels, wan, wan_transformer
 from family_bench import FamilyBench
 from PIL import Image
 from pipelines import randomise, vae
-from video_benches import cosmos, cosmos_transformer, easy_animate, hunyuan_vae15, hunyuan_video15, kandinsky5, magvit, wan_vae
+from video_benches import (
+    cosmos,
+    cosmos_transformer,
+    easy_animate,
+    hunyuan_vae15,
+    hunyuan_video15,
+    kandinsky5,
+    ltx2,
+    magvit,
+    wan_vae,
+)
 
 HEIGHT, WIDTH = 64, 48
 
@@ -169,6 +180,17 @@ def of_kandinsky5(cls: Any, parts: dict[str, Any], pictures: bool) -> FamilyBenc
     return bench
 
 
+def of_ltx2(cls: Any, parts: dict[str, Any]) -> FamilyBench:
+    """A video whose first frame is given."""
+    base = ltx2()
+    own, names = base.pipe, cls._get_signature_keys(cls)[0]
+    base.pipe = cls(**{name: getattr(own, name, None) for name in names}).to(torch.float64)
+    base.pipe.set_progress_bar_config(disable=True)
+    before = base.inputs
+    base.inputs = lambda *args, **more: before(*args, **parts, **more)
+    return base
+
+
 TO_IMAGE = {"image_dim": 16, "added_kv_proj_dim": 16}
 
 VIDEO_VARIANTS: dict[str, tuple[Callable[..., FamilyBench], dict[str, Any]]] = {
@@ -189,6 +211,8 @@ VIDEO_VARIANTS: dict[str, tuple[Callable[..., FamilyBench], dict[str, Any]]] = {
     "Kandinsky5I2VPipeline": (of_kandinsky5, {"parts": {"image": image(32)}, "pictures": False}),
     "Kandinsky5T2IPipeline": (of_kandinsky5, {"parts": {}, "pictures": True}),
     "Kandinsky5I2IPipeline": (of_kandinsky5, {"parts": {"image": image()}, "pictures": True}),
+    "LTX2ImageToVideoPipeline": (of_ltx2, {"parts": {"image": image(128, 96), "image_crf": 0}}),
+    "LTX2ConditionPipeline": (of_ltx2, {"parts": {"conditions": LTX2VideoCondition(image(128, 96)[0], crf=0)}}),
     "HunyuanVideo15ImageToVideoPipeline": (of_hunyuan15, {}),
     "EasyAnimateControlPipeline": (of_easy_animate, {"parts": {"control_video": video().transpose(1, 2)}, "extra": 8}),
     "EasyAnimateInpaintPipeline": (of_easy_animate, {"parts": {"video": video().transpose(1, 2)}, "extra": 5}),

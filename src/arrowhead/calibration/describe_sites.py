@@ -334,7 +334,9 @@ def module_codes(module: nn.Module, event: Attended, layout: str | None, said: s
     q, k = next((pair for pair in NORMS if all(hasattr(module, name) for name in pair)), (None, None))
     norms = f", q_norm={q!r}, k_norm={k!r}" if q else ""
     rotary = [
-        name for name in {**vars(module), **module._modules} if re.search("rot|rope", name) and callable(getattr(module, name))
+        name
+        for name in {**vars(module), **dict(module.named_children())}
+        if re.search("rot|rope", name) and callable(getattr(module, name))
     ]
     turned = [f", rotary={name!r}{first}" for name in rotary for first in ("", ", rotary_first=True")]
     return [f"FusedQKV({said}{parts}{more}{turn})" for turn in ["", *turned] for more in ([norms, ""] if norms else [""])]

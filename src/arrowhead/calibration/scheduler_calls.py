@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,12 +70,11 @@ def observe(scheduler: Any, changes: Changes) -> SchedulerCalls:
     calls, own_step = SchedulerCalls(), scheduler.step
     before = vars(scheduler).get("step")
 
-    @functools.wraps(own_step)
     def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         if calls.scheduler is None:
             del scheduler.step  # the copy must not have it
             calls.scheduler = copy.deepcopy(scheduler)
-            scheduler.step = step
+            scheduler.step = noted
         calls.outputs.append(model_output.clone())
         calls.arguments.append((timestep, sample.clone(), args, kwargs))
         out = own_step(model_output, timestep, sample, *args, **kwargs)
@@ -88,6 +87,21 @@ def observe(scheduler: Any, changes: Changes) -> SchedulerCalls:
         else:
             scheduler.step = before
 
+    noted = _Noted(step, own_step)
     changes.record(restore)
-    scheduler.step = step
+    scheduler.step = noted
     return calls
+
+
+class _Noted:
+    """A scheduler's step that notes its calls. Copies of the scheduler, as that of LTX-2's audio, have their own step."""
+
+    def __init__(self, step: Callable[..., Any], own_step: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, own_step)
+        self._step, self._own_step = step, own_step
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._step(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self._own_step, memo)  # a bound method's object is in the memo

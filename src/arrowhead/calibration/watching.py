@@ -186,10 +186,10 @@ class _Seen(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(function, "__name__", "")
         if is_attention(function):
-            q, k = args[0], (args[1] if len(args) > 1 else (kwargs or {})["key"])
-            self._note("torch", q, k, sys._getframe(1))
+            named = dict(zip(("query", "key"), args, strict=False)) | (kwargs or {})
+            self._note("torch", named["query"], named["key"], inspect.currentframe())
         elif name == "softmax" and args and args[0].ndim == 4:
-            self._note("softmax", args[0], args[0], sys._getframe(1))
+            self._note("softmax", args[0], args[0], inspect.currentframe())
         return function(*args, **(kwargs or {}))
 
     def _note(self, how: str, q: Tensor, k: Tensor, frame: FrameType | None) -> None:
@@ -252,7 +252,7 @@ class _Queries(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if is_attention(function):
-            self.found.append(args[0].detach().double().sum((1, 3)))
+            self.found.append((args[0] if args else kwargs["query"]).detach().double().sum((1, 3)))
         elif getattr(function, "__name__", "") == "softmax" and args and args[0].ndim == 4:
             self.found.append(args[0].detach().double().diagonal(dim1=-2, dim2=-1).sum(1))  # each query with its own key
         return function(*args, **(kwargs or {}))

@@ -354,8 +354,8 @@ class Run:
 
     def _around(self, call: SiteCall) -> Output:
         generation = self._generation
-        if generation is None:
-            return call.native()
+        if generation is None:  # LTX-2's guidance leaves out attention in a call beside the plan
+            return call.original(*call.args, **call.kwargs)
         plan = self._site_plans[generation.step][call.site.path]
         return execute_stack(call, plan, generation) if isinstance(call, StackCall) else execute_site(call, plan, generation)
 

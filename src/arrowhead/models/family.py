@@ -36,7 +36,7 @@ class Family:
         cross_pattern: the cross-attention sites, from the image to the text.
         feed_forward_pattern: the feed-forward sites of the visual tokens.
         block_pattern: the blocks.
-        stack: the names of the lists of blocks that run one after another, where they are sites; see the kind `stack`.
+        stack: the names of the lists of blocks that run one after another, see the kind `stack`; None: all lists of blocks.
         guidance_scale: the scale that CFG is combined with: uncond + scale · (cond - uncond).
         per_sample_pattern: the layers of a block that run once for a sample, not for each token.
         text_pattern: the layers of a block that run for the text tokens alone.
@@ -67,7 +67,7 @@ class Family:
     cross_pattern: str = NONE
     feed_forward_pattern: str = r"transformer_blocks\.\d+\.ff"
     block_pattern: str = r"(single_)?transformer_blocks\.\d+"
-    stack: tuple[str, ...] = ("transformer_blocks",)
+    stack: tuple[str, ...] | None = None
     guidance_scale: Callable[[Mapping[str, Any]], float] = lambda call: float(call["guidance_scale"])
     per_sample_pattern: str = r"norm.*"
     text_pattern: str = r".*context.*"
@@ -93,6 +93,6 @@ class Family:
             "cross_attention": self.cross_pattern,
             "feed_forward": self.feed_forward_pattern,
             "block": self.block_pattern,
-            "stack": self.block_pattern if self.stack else NONE,
+            "stack": self.block_pattern,
         }
         return patterns[kind] != NONE

@@ -41,7 +41,7 @@ def _sites_in(family: Family, root: nn.Module, kinds: Collection[Kind], prefix: 
         for kind, (pattern, make) in makers.items():
             if kind in kinds and re.fullmatch(pattern, path) and not _attends_to_an_image(kind, module):
                 yield make(family, path, module), module
-    if "stack" in kinds and not prefix and (blocks := stack_blocks(family.stack, root)):
+    if "stack" in kinds and not prefix and (blocks := stack_blocks(_stack_lists(family, root), root)):
         whole = _stack(family, blocks)
         if whole is not None:
             yield whole, nn.ModuleList(blocks.values())
@@ -51,6 +51,12 @@ def stack_blocks(names: Sequence[str], root: nn.Module) -> dict[str, nn.Module]:
     """The blocks in the lists of these names, by their paths, in the order they run."""
     lists = [(name, list_) for name in names if isinstance(list_ := getattr(root, name, None), nn.ModuleList)]
     return {f"{name}.{i}": block for name, list_ in lists for i, block in enumerate(list_)}
+
+
+def _stack_lists(family: Family, root: nn.Module) -> list[str]:
+    """The names of the lists of a stack's blocks, in the order of the transformer's modules."""
+    lists = [name for name, module in root.named_children() if isinstance(module, nn.ModuleList)]
+    return [name for name in lists if re.fullmatch(family.block_pattern, f"{name}.0") and name in (family.stack or lists)]
 
 
 def _stack(family: Family, blocks: Mapping[str, nn.Module]) -> Site | None:
@@ -215,7 +221,7 @@ def _self_attention(family: Family, path: str, module: Any) -> Site:
     if (fused := getattr(module, "img_attn_qkv", None)) is not None:  # JoyImage: Q, K and V in one layer, text in another
         return Site(path, module.heads, module.head_dim, fused.in_features, joint, separable_heads=False)
     query, key, _, _ = _projections(module)
-    heads, gate = heads_of(module), getattr(module, "to_gate", None)
+    heads = heads_of(module)
     channels, text_projection = query.in_features, getattr(module, "add_k_proj", None) if joint else None
     head_dim = query.out_features // heads
     kv_heads = key.out_features // head_dim
@@ -229,11 +235,17 @@ def _self_attention(family: Family, path: str, module: Any) -> Site:
         projects_out=_projects_out(module),
         separable_heads=family.separable_heads and can_project_heads_separately(module),
         kv_heads=None if kv_heads == heads else kv_heads,
-        weights=0 if gate is None else _size(gate),
+        weights=_gate(module),
         over=family.over,
         text_channels=0 if text_channels == channels else text_channels,
         by_sample=family.by_sample,
     )
+
+
+def _gate(module: Any) -> int:
+    """The weights of the layer that gates channels, or in LTX-2 whole heads, if there is one."""
+    gates = (getattr(module, name, None) for name in ("to_gate", "to_gate_logits"))
+    return sum(_size(gate) for gate in gates if gate is not None)
 
 
 def _projections(module: Any) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear | None]:
@@ -260,7 +272,7 @@ def _cross_attention(_: Family, path: str, module: Any) -> Site:
         channels=query.in_features,
         separable_heads=False,
         kind="cross_attention",
-        weights=_size(query) + (0 if out is None else _size(out)),
+        weights=_size(query) + (0 if out is None else _size(out)) + _gate(module),
         text_weights=_size(key) + _size(value),
     )
 

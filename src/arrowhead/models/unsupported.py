@@ -19,6 +19,7 @@ UNSUPPORTED: dict[str, str] = {
 
 PERTURBED = "perturbed-attention guidance: a third branch in the batch, whose attention is left out"
 TWICE = "two steps of the scheduler at each timestep, of which the first is taken back"
+REFERENCES = "tokens of reference videos after those of the video, which no test covers"
 FORCING = "diffusion forcing: each frame has a timestep, and frames begin and end at different steps of the loop"
 CONDITIONS = "a sequence of several images and texts for each sample, whose layout the families table cannot describe"
 UNSUPPORTED_PIPELINES: dict[str, str] = {
@@ -33,6 +34,10 @@ UNSUPPORTED_PIPELINES: dict[str, str] = {
     "CosmosTextToWorldPipeline": TWICE,
     "CosmosVideoToWorldPipeline": TWICE,
     "Cosmos2_5_TransferPipeline": "several chunks of the video in one call, each of them with a loop over the timesteps",
+    "LTX2InContextPipeline": REFERENCES,
+    "LTX2HDRPipeline": REFERENCES,
+    "LTX2DFRPipeline": "frames at a rate that changes on the way, which no test covers",
+    "LTX2DFRTemporalRefinePipeline": "frames at a rate that changes on the way, which no test covers",
     "QwenImageLayeredPipeline": "several layers that are drawn at once, each with its shape, which no test covers",
     "ZImageOmniPipeline": CONDITIONS,
     "Flux2KleinKVPipeline": "reference images in the first step alone, whose keys and values the later steps attend to",

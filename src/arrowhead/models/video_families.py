@@ -1,7 +1,14 @@
 """The families table's part for videos, see `families`. Data alone."""
 
 from arrowhead.models.family import NONE, Family
-from arrowhead.models.guidance import first_step_below_boundary, guidance_above_one, second_or_first_scale, true_cfg
+from arrowhead.models.guidance import (
+    first_step_below_boundary,
+    guidance_above_one,
+    guidance_by_more_calls,
+    second_or_first_scale,
+    true_cfg,
+    video_or_audio_guidance,
+)
 from arrowhead.models.guiders import guided_by_guider, guider_interval, scale_of_guider, unsupported_guider
 from arrowhead.models.unsupported import causal_blocks, sparse_attention, temporal_reasoning, text_in_video_layers
 from arrowhead.models.video_tokens import (
@@ -23,7 +30,6 @@ VIDEO_FAMILIES: tuple[Family, ...] = (
         site_pattern=r"blocks\.\d+\.attn1",
         cross_pattern=r"blocks\.\d+\.attn2",
         feed_forward_pattern=r"blocks\.\d+\.ffn",
-        stack=("blocks",),
         block_pattern=r"blocks\.\d+",
         branch_order=dict.fromkeys(
             ["WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline", "LucyEditPipeline"], "two_calls"
@@ -39,7 +45,6 @@ VIDEO_FAMILIES: tuple[Family, ...] = (
         transformer="HunyuanVideoTransformer3DModel",
         site_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
         joint_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
-        stack=(),
         block_pattern=NONE,
         branch_order=dict.fromkeys(
             ["HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline", "HunyuanSkyreelsImageToVideoPipeline"], "two_calls"
@@ -64,7 +69,6 @@ VIDEO_FAMILIES: tuple[Family, ...] = (
         transformer="CogVideoXTransformer3DModel",
         site_pattern=r"transformer_blocks\.\d+\.attn1",
         joint_pattern=r"transformer_blocks\.\d+\.(attn1|ff)",
-        stack=(),
         block_pattern=NONE,
         branch_order=dict.fromkeys(
             [
@@ -94,7 +98,6 @@ VIDEO_FAMILIES: tuple[Family, ...] = (
         transformer="LatteTransformer3DModel",
         site_pattern=r"transformer_blocks\.\d+\.attn1",
         feed_forward_pattern=NONE,
-        stack=(),
         block_pattern=NONE,
         over="space",
         branch_order={"LattePipeline": "uncond_first"},
@@ -107,7 +110,6 @@ VIDEO_FAMILIES: tuple[Family, ...] = (
         transformer="MochiTransformer3DModel",
         site_pattern=r"transformer_blocks\.\d+\.attn1",
         joint_pattern=r"transformer_blocks\.\d+\.attn1",
-        stack=(),
         block_pattern=NONE,
         by_sample=True,
         separable_heads=False,
@@ -122,7 +124,6 @@ VIDEO_FAMILIES: tuple[Family, ...] = (
         site_pattern=r"blocks\.\d+\.attn1",
         cross_pattern=r"blocks\.\d+\.attn2",
         feed_forward_pattern=r"blocks\.\d+\.ffn",
-        stack=("blocks",),
         block_pattern=r"blocks\.\d+",
         branch_order={"SkyReelsV2Pipeline": "two_calls", "SkyReelsV2ImageToVideoPipeline": "two_calls"},
         tokens=video_with_text,
@@ -136,7 +137,6 @@ VIDEO_FAMILIES: tuple[Family, ...] = (
         site_pattern=r"blocks\.\d+\.attn1",
         cross_pattern=r"blocks\.\d+\.attn2",
         feed_forward_pattern=r"blocks\.\d+\.ffn",
-        stack=("blocks",),
         block_pattern=r"blocks\.\d+",
         branch_order={"WanVACEPipeline": "two_calls"},
         tokens=video_with_text,
@@ -227,5 +227,18 @@ VIDEO_FAMILIES: tuple[Family, ...] = (
         unsupported_transformer=sparse_attention,
         latent_channels=lambda _: None,
         left_alone="the text's blocks, embeddings, output layer",
+    ),
+    Family(
+        name="LTX-2",  # its blocks return video and audio
+        transformer="LTX2VideoTransformer3DModel",
+        site_pattern=r"transformer_blocks\.\d+\.attn1",
+        cross_pattern=r"transformer_blocks\.\d+\.attn2",
+        block_pattern=NONE,
+        branch_order=dict.fromkeys(["LTX2Pipeline", "LTX2ImageToVideoPipeline", "LTX2ConditionPipeline"], "uncond_first"),
+        tokens=packed_video_with_text,
+        guided=video_or_audio_guidance,
+        guidance_changes=guidance_by_more_calls,
+        beside=lambda call: call["isolate_modalities"] or bool(call["spatio_temporal_guidance_blocks"]),
+        left_alone="audio, attention between video and audio, whole blocks, caption projection, embeddings, output layer",
     ),
 )

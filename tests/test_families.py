@@ -39,6 +39,16 @@ def fewer(name, now):
 with_and_without = pytest.mark.parametrize("guidance", [3.0, 1.0], ids=["guided", "unguided"])
 
 
+every_family_with_and_without = pytest.mark.parametrize(
+    ("name", "guidance"),
+    [
+        pytest.param(name, guidance, id=f"{'guided' if guidance > 1 else 'unguided'}-{name}", marks=fewer(name, guidance > 1))
+        for guidance in (3.0, 1.0)
+        for name in MORE
+    ],
+)
+
+
 def plan_of(bench, model, cells, guided=True):
     text = bench.text if all(site.kind == "self_attention" for site in model.sites) else bench.text_seen
     tokens = Tokens(bench.visual, text, bench.text_first, bench.frames)
@@ -73,9 +83,15 @@ def test_a_full_plan_changes_no_bit(name, guidance, dtype):
         assert run.summary().notes == ()
 
 
-@every_family
-@with_and_without
-@pytest.mark.parametrize("kinds", [ATTENTION_KINDS, INNER, {"block"}], ids=["attention", "modules", "blocks"])
+@every_family_with_and_without
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        pytest.param(ATTENTION_KINDS, id="attention", marks=pytest.mark.slow),
+        pytest.param(INNER, id="modules"),
+        pytest.param({"block"}, id="blocks"),
+    ],
+)
 @pytest.mark.parametrize("seed", seeds(3))
 def test_random_plans_are_what_a_replay_gives(name, guidance, kinds, seed):
     bench = MORE[name]()
@@ -135,8 +151,7 @@ def test_what_sites_multiply_is_what_torch_counts(name, monkeypatch):
         assert counted[site] == pytest.approx(projection_flops(site, tokens, site.heads) - attended + once), site.path
 
 
-@every_family
-@with_and_without
+@every_family_with_and_without
 @pytest.mark.parametrize(
     "strategy", ["greedy", Headwise(radii=RADII, share_cfg=True, residual=True)], ids=["greedy", "headwise"]
 )

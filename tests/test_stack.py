@@ -10,6 +10,7 @@ from families import MORE
 from pipelines import BENCHES, CAPTION, JOINT
 from replay import assert_identical, distance, trace
 from seeds import seeds
+from test_families import fewer
 from untouched import left_as_it_was
 
 import arrowhead as ah
@@ -23,8 +24,6 @@ from arrowhead.plans.layout import Tokens, relevant_tokens
 STEPS = 5
 ALL = {**BENCHES, **JOINT, "flux": flux, **MORE}
 BY_CLASS = {family.transformer: family for family in FAMILIES}
-
-every_chain = pytest.mark.parametrize("name", ALL)
 
 
 def bench_of(name, dtype=torch.float64):
@@ -130,8 +129,17 @@ def replayed(bench, column, guided, ends=None):
             handle.remove()
 
 
-@every_chain
-@pytest.mark.parametrize("guidance", [3.0, 1.0], ids=["guided", "unguided"])
+every_chain_with_and_without = pytest.mark.parametrize(
+    ("name", "guidance"),
+    [
+        pytest.param(name, guidance, id=f"{'guided' if guidance > 1 else 'unguided'}-{name}", marks=fewer(name, guidance > 1))
+        for guidance in (3.0, 1.0)
+        for name in ALL
+    ],
+)
+
+
+@every_chain_with_and_without
 def test_a_full_plan_changes_no_bit(name, guidance):
     bench = bench_of(name, torch.float32)
     inputs = {"images": 2, "guidance": guidance}
@@ -141,8 +149,7 @@ def test_a_full_plan_changes_no_bit(name, guidance):
         assert run.summary().notes == ()
 
 
-@every_chain
-@pytest.mark.parametrize("guidance", [3.0, 1.0], ids=["guided", "unguided"])
+@every_chain_with_and_without
 @pytest.mark.parametrize("seed", seeds(3))
 def test_random_plans_are_what_a_replay_gives(name, guidance, seed):
     bench, guided = bench_of(name), guidance > 1

@@ -70,7 +70,10 @@ def test_a_guider_says_whether_there_are_two_branches_and_at_which_scale(make, o
 @pytest.mark.parametrize(
     ("guider", "said"),
     [
-        (PerturbedAttentionGuidance(perturbed_guidance_layers=[0]), "got a PerturbedAttentionGuidance, which calls the transformer 3 times"),
+        (
+            PerturbedAttentionGuidance(perturbed_guidance_layers=[0]),
+            "got a PerturbedAttentionGuidance, which calls the transformer 3 times",
+        ),
         (ClassifierFreeGuidance(start=0.3), r"start=0\.3 of the guider"),
         (ClassifierFreeGuidance(stop=0.7), r"stop=0\.7 of the guider"),
     ],

@@ -64,8 +64,8 @@ class _Sites:
         latents = as_batch(watched.latents)
         assert latents is not None
         self._samples = len(latents)
-        self._modules: dict[str, str] = {}
-        self._functions: dict[str, str] = {}
+        self._by_module: dict[str, str] = {}
+        self._by_function: dict[str, str] = {}
         self._crossed: dict[str, str] = {}
         self._works: dict[tuple[str, str], str | None] = {}
 
@@ -79,9 +79,9 @@ class _Sites:
         feed_forward = {path: "" for path in self._watched.modules if self._is_feed_forward(path)}
         outermost = {path: "" for path in feed_forward if not any(path.startswith(f"{other}.") for other in feed_forward)}
         blocks = {path: code for path in self._watched.modules if (code := self._block(path, [*outermost])) is not None}
-        result = Found(frames=any("over=" in code for code in [*self._modules.values(), *self._functions.values()]))
-        result.attention = dict(self._patterns(self._modules))
-        result.functions = [code.replace("PATTERN", raw(pattern)) for pattern, code in self._patterns(self._functions)]
+        result = Found(frames=any("over=" in code for code in [*self._by_module.values(), *self._by_function.values()]))
+        result.attention = dict(self._patterns(self._by_module))
+        result.functions = [code.replace("PATTERN", raw(pattern)) for pattern, code in self._patterns(self._by_function)]
         result.cross_attention = dict(self._patterns(self._crossed))
         result.feed_forward = "|".join(pattern for pattern, _ in self._patterns(outermost))
         result.blocks = dict(self._patterns(blocks))
@@ -141,7 +141,7 @@ class _Sites:
         whys = []
         for code in tried:
             if (why := self._why_not(path, Adapter({re.escape(path): _made(code)}, self._tokens), code)) is None:
-                self._modules[path] = code
+                self._by_module[path] = code
                 return
             whys.append(why)
         function = event.through[0] if event.through else SDPA if event.how == "torch" else None
@@ -153,7 +153,7 @@ class _Sites:
             code = f"arrowhead.AttentionIn(PATTERN, function={function!r}, {said}{size}{at})"
             made = _made(code.replace("PATTERN", repr(re.escape(path))))
             if (why := self._why_not(path, Adapter(functions=[made], tokens=self._tokens), code)) is None:
-                self._functions[path] = code
+                self._by_function[path] = code
                 return
             whys.append(why)
         self._note(path, whys[-1] if whys else "it multiplies queries and keys itself; give an arrowhead.Attention a forward")
@@ -231,15 +231,15 @@ class _Sites:
 
     @property
     def _attending(self) -> list[str]:
-        return [*self._modules, *self._functions]
+        return [*self._by_module, *self._by_function]
 
     def _is_feed_forward(self, path: str) -> bool:
         """Whether a module beside attention, with two linear layers or more, works on the visual tokens."""
         parent, called, layers = path.rpartition(".")[0], self._watched.modules[path], self._layers(path)
         beside = any(f"{each}.".startswith(f"{parent}.") for each in self._attending) if parent else False
-        beside = beside or any(path.startswith(f"{each}.") for each in self._functions)
+        beside = beside or any(path.startswith(f"{each}.") for each in self._by_function)
         around = any(each == path or each.startswith(f"{path}.") for each in [*self._attending, *self._crossed])
-        within = any(path.startswith(f"{each}.") for each in [*self._modules, *self._crossed])
+        within = any(path.startswith(f"{each}.") for each in [*self._by_module, *self._crossed])
         if not beside or around or within or called.times > 1 or len(layers) < 2:
             return False
         tokens = self._samples, self._layout.visual
@@ -250,7 +250,7 @@ class _Sites:
         """The code of a numbered module around attention, whose outputs continue its inputs; None where it is none."""
         called = self._watched.modules[path]
         inner = [each for each in self._attending if each == path or each.startswith(f"{path}.")]
-        if not path.rpartition(".")[2].isdigit() or not inner or path in self._modules or called.times > 1:
+        if not path.rpartition(".")[2].isdigit() or not inner or path in self._by_module or called.times > 1:
             return None
         first = next(p for p, c in self._watched.modules.items() if kind_of(p) == kind_of(path) and c.arguments)
         inputs = continued(self._watched.model.get_submodule(first), self._watched.modules[first])
@@ -258,7 +258,7 @@ class _Sites:
             return None
         visual, text = self._layout.visual, self._layout.text
         counts = [out[1] for out in called.outputs if out is not None and len(out) == 3]
-        sites = [*self._modules, *self._crossed, *feed_forward]
+        sites = [*self._by_module, *self._crossed, *feed_forward]
         own = {
             name: shape
             for name, shape in self._layers(path).items()

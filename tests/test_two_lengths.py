@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from budget import final_latents, flux
-from families import MORE, FamilyBench
+from budget import final_latents
+from families import MORE
 from family_replay import RADII, Replayed, random_cells, replaying
 from independent import dense_mask
 from replay import trace
@@ -28,7 +28,7 @@ from arrowhead.searches.headwise import Headwise, headwise_search
 
 STEPS = 5
 INNER = ALL_KINDS - {"block"}
-FAMILIES = ("flux", "qwen", "lumina2", "chroma", "hunyuan_video", "flux2", "ovis_image", "cogview4", "wan", "wan22")
+FAMILIES = ("qwen", "lumina2", "chroma", "hunyuan_video", "flux2", "ovis_image", "cogview4", "wan", "wan22")
 LENGTHS = (3, 6)
 
 
@@ -41,13 +41,6 @@ def of_lengths(inputs, prompt, negative):
             elif name in inputs and "mask" in name:
                 inputs[name] = torch.arange(inputs[name].shape[1]).lt(length).expand(len(inputs[name]), -1)
     return inputs
-
-
-def made(name):
-    if name != "flux":
-        return MORE[name]()
-    base = flux()
-    return FamilyBench(base.pipe, True, base.visual, base.inputs, base.text, text_first=True, two_calls=True)
 
 
 def text_in(site):
@@ -66,7 +59,7 @@ def apart(cells, sites):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_a_search_runs_is_what_the_calls_give_alone(name, kinds):
     """Random cells, run by the search's machinery for both calls at once."""
-    bench, seed = made(name), FAMILIES.index(name)
+    bench, seed = MORE[name](), FAMILIES.index(name)
     lengths = LENGTHS if seed % 2 else (7, 4)
     try:
         model = find(bench.pipe, kinds)

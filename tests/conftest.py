@@ -1,6 +1,7 @@
 """Fixtures: every pipeline in turn, fresh for each test."""
 
 import os
+import re
 import tempfile
 from typing import Any
 
@@ -15,6 +16,34 @@ from diffusers.utils import logging
 from pipelines import BENCHES, Bench
 
 logging.set_verbosity_error()  # casting these small models to float64 is meant
+
+
+RESEMBLED = (
+    r"test_(replay|contracts|stored|feed_forward|search)\.py.*[\[-](pixart_alpha|tiny)[-\]]",
+    r"test_families\.py.*unguided-(?!wan22|lumina2|mochi|z_image|aura_flow)",
+    r"test_family_shapes\.py.*(unguided|float32)",
+    r"test_stack\.py.*unguided-(?!dit\]|dit-|sd3|flux|z_image|wan22|lumina2)",
+    r"test_variants\.py::test_searches_find_plans.*\[(?!StableDiffusion3ControlNetP|FluxKontextP|QwenImageEditP|ZImageControlNetP|WanI)",
+    r"test_compile\.py::test_(blocks_after|whole_before|hidden_by_compile)\[flux",
+    r"test_schedulers\.py::test_few_steps\[budget",
+    r"test_budget_weights\.py.*alone",
+    r"test_fused_compiles\.py.*\[80\]",
+    r"test_distributed\.py::test_two_processes\[sd3",
+    r"test_computed_pairs\.py::test_the_counter_knows.*\[import torch",
+    r"test_analyze_figures\.py::test_the_command_and_its_arrays",
+    r"test_files_written\.py::test_killed_in_the_middle_of_save",
+    r"test_flex\.py::test_without_a_compiler",
+    r"test_machines\.py::test_a_bare_machine",
+    r"test_public_api\.py::test_no_function_hides",
+)
+"""Cases that others of the quick set resemble, or that take long: `make test-all` runs them. Patterns of their names."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Make them slow tests."""
+    for item in items:
+        if any(re.search(pattern, item.nodeid) for pattern in RESEMBLED):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(params=BENCHES)

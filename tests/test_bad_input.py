@@ -126,6 +126,8 @@ CHECKS = {
         "joint": is_flag,
         "forward": or_none(is_callable),
         "projections": is_flag,
+        "function": lambda v: v is None,  # the two go together
+        "layout": lambda v: v is None,
     },
     ah.FusedQKV: {
         "heads": lambda v: isinstance(v, str) or whole(1)(v),
@@ -145,6 +147,9 @@ CHECKS = {
         "feed_forward": lambda v: isinstance(v, str),
         "guidance_scale": real(-3.5e38, 3.4e38),
         "latent_channels": or_none(whole(1)),
+        "functions": lambda v: isinstance(v, list | tuple) and not len(v),
+        "cross_attention": lambda v: isinstance(v, dict) and not v,
+        "blocks": lambda v: isinstance(v, dict) and not v,
     },
 }
 BASE = {

@@ -218,7 +218,7 @@ def test_boxes_are_spelt(tmp_path):
     plan = ah.Plan(((FULL, FULL), row, last), TARGET, Tokens.of_grid(4, 4, 4), guided=True)
     plan.save(tmp_path / "plan.json")
     content = json.loads((tmp_path / "plan.json").read_text())
-    assert content["format"] == 5
+    assert content["format"] == 6
     assert content["tokens"]["grid"] == {"frames": 4, "rows": 4, "columns": 4}
     assert content["cells"] == ["F F", "x H", "Y m"]
     assert {symbol: cell["heads"] for symbol, cell in content["legend"].items()} == {

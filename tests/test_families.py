@@ -160,7 +160,7 @@ def test_searches_compress_and_their_plans_run(name, strategy, guidance):
     with left_as_it_was(bench, **inputs):
         plan = ah.search(bench.pipe, bench.inputs(**inputs), strategy=strategy, threshold=0.7, progress=False)
     assert plan.tokens == bench.tokens
-    assert plan.flops().attention < 1
+    assert plan.flops().module < 1  # residuals may cost more of attention than bands save
     with ah.applied(bench.pipe, plan) as run:
         bench.pipe(**bench.inputs(**inputs))
         assert run.summary().flops.attention == pytest.approx(plan.flops().attention)

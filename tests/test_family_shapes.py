@@ -44,6 +44,7 @@ OBLONG = (
     }
     | dict.fromkeys(IMAGES, ({"height": 48, "width": 112}, 3 * 7))
     | {
+        "glm_image": ({"height": 96, "width": 64}, 6 * 4),
         "hunyuan_image": ({"height": 96, "width": 224}, 3 * 7),
         "hidream": ({"height": 48, "width": 112}, 16),  # 2 × 6, padded to the largest image
         "stable_audio": ({}, 20),  # of one length

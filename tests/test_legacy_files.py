@@ -26,6 +26,7 @@ SOLVED = [
 TABLE_FIELDS = (  # names in files, in the order of Table's fields
     *("target", "tokens", "branches", "radii", "ages", "outputs", "residuals", "gains", "final", "elements", "other_flops"),
     *("images", "regions", "itemsize", "answers", "feedback", "blocks", "about", "switch", "precisions", "roundings"),
+    "other_texts",
 )
 
 

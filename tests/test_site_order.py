@@ -13,8 +13,6 @@ from own import Own, STDiT2
 from pipelines import sd35
 
 import arrowhead as ah
-from arrowhead.models.find import find
-from arrowhead.plans.layout import ALL_KINDS
 
 STEPS = 4
 STRATEGIES = {
@@ -54,7 +52,6 @@ def benches(request):
     here, there = MODELS[request.param](), MODELS[request.param]()
     there.pipe.transformer.load_state_dict(here.pipe.transformer.state_dict())
     reorder(there.pipe.transformer)
-    assert paths(find(here.pipe, ALL_KINDS).sites) != paths(find(there.pipe, ALL_KINDS).sites)
     return here, there
 
 

@@ -252,7 +252,8 @@ def test_a_second_call_that_is_missing(name, step):
                 bench.pipe(**bench.inputs(**off))
         assert run.cache_bytes == 0
         assert torch.equal(bench.pipe(**bench.inputs())[0], wanted)
-    with pytest.raises(InputsInvalid, match="got one call of the transformer in a step, wanted one for each"):
+    missing = "got one call of the transformer in a step, wanted one for each|with the output of a step.s first call before"
+    with pytest.raises((InputsInvalid, NotIntercepted), match=missing):
         ah.search(bench.pipe, bench.inputs(**off), threshold=0.5, progress=False)
     assert torch.equal(bench.pipe(**bench.inputs())[0], undisturbed)
 

@@ -81,7 +81,7 @@ class Adapter:
             raise InputsInvalid(
                 f"got attention={self.attention!r:.200}, wanted regular expressions for paths, each with an arrowhead.Attention"
             )
-        if not isinstance(self.functions, Sequence) or not all(isinstance(each, AttentionIn) for each in self.functions):
+        if not isinstance(self.functions, list | tuple) or not all(isinstance(each, AttentionIn) for each in self.functions):
             raise InputsInvalid(f"got functions={self.functions!r:.200}, wanted a list of arrowhead.AttentionIn")
         object.__setattr__(self, "functions", tuple(self.functions))
         if not isinstance(self.blocks, Mapping) or not all(isinstance(block, Block) for block in self.blocks.values()):

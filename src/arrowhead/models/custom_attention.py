@@ -251,7 +251,7 @@ def _require_sizes(attention: Attention | AttentionIn) -> None:
         raise InputsInvalid(f"got over={attention.over!r:.200}, wanted one of {', '.join(get_args(Over))}")
     if not isinstance(attention.joint, bool):
         raise InputsInvalid(f"got joint={attention.joint!r:.200}, wanted True or False")
-    if attention.layout is not None and attention.layout not in get_args(Layout):
+    if attention.layout is not None and not (isinstance(attention.layout, str) and attention.layout in get_args(Layout)):
         raise InputsInvalid(f"got layout={attention.layout!r:.200}, wanted one of {', '.join(get_args(Layout))}, or None")
 
 

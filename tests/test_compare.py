@@ -38,10 +38,6 @@ def decoded(uri):
     return np.asarray(Image.open(BytesIO(base64.b64decode(data))))
 
 
-def eight_bits(image):
-    return np.rint(image.double().clamp(0, 1).numpy() * 255).transpose(1, 2, 0)
-
-
 class TestPictures:
     @pytest.mark.parametrize("channels", [1, 3])
     def test_every_picture_is_in_the_page_as_it_was(self, channels):
@@ -54,7 +50,8 @@ class TestPictures:
             assert [own["alt"] for own in of_picture] == [f"{said}: {name}" for name in ("raw", *PLANS)]
             wanted = (result.raw, *(score.images for score in result.scores))
             for own, images in zip(of_picture, wanted, strict=True):
-                assert (decoded(own["src"]) == eight_bits(images[i])).all()
+                exact = images[i].double().clamp(0, 1).numpy().transpose(1, 2, 0) * 255
+                assert (abs(decoded(own["src"]) - exact) <= 0.5 + 1e-4).all()  # rounded to 8 bits, ties either way
 
     def test_as_many_as_fit_and_one_at_least(self):
         result = evaluation()

@@ -25,7 +25,6 @@ RESEMBLED = (
     r"test_families\.py::test_searches_compress.*headwise-guided-(?!wan22|lumina2|mochi|z_image|aura_flow|qwen)",
     r"test_stack\.py.*unguided-(?!dit\]|dit-|sd3|flux|z_image|wan22|lumina2)",
     r"test_variants\.py::test_searches_find_plans.*\[(?!StableDiffusion3ControlNetP|FluxKontextP|QwenImageEditP|ZImageControlNetP|WanI)",
-    r"test_compile\.py::test_(blocks_after|whole_before|hidden_by_compile)\[flux",
     r"test_compile\.py::test_(whole_after|blocks_before)\[sd3|test_compile\.py::test_a_compiled_step",
     r"test_compile\.py.*\[flux|test_a_day\.py.*flux",
     r"test_replay\.py::test_any_wrong_cell.*(pixart|learned)",

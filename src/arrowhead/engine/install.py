@@ -21,6 +21,9 @@ from arrowhead.plans.plan import Plan
 if TYPE_CHECKING:  # diffusers takes seconds to import
     from diffusers import DiffusionPipeline
 
+SPEEDUP = "_arrowhead_speedup"
+"""The attribute of a pipeline that holds what `remove` closes in place of the plan: see `searches/speedup.py`."""
+
 
 def apply(
     pipe: "DiffusionPipeline | nn.Module",
@@ -86,7 +89,7 @@ def remove(pipe: "DiffusionPipeline | nn.Module") -> None:
     Raises:
         ArrowheadError: there is no plan on it.
     """
-    sped = getattr(pipe, "__dict__", {}).get("_arrowhead_speedup")
+    sped = getattr(pipe, "__dict__", {}).get(SPEEDUP)
     if sped is not None:
         sped.close()
         return

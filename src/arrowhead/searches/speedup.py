@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from arrowhead.calibration.driver import PipelineDriver
 from arrowhead.calibration.isolation import exclusive_call, preserve_rng
 from arrowhead.engine.changes import Changes
-from arrowhead.engine.install import apply
+from arrowhead.engine.install import SPEEDUP, apply
 from arrowhead.engine.run import Run, carries_plan, run_on
 from arrowhead.engine.wrappers import uncopied
 from arrowhead.errors import AlreadyApplied, ArrowheadError, InputsInvalid, NothingLearnt
@@ -105,7 +105,7 @@ class Speedup:
 
     def _install(self) -> None:
         pipe, base = self._pipe, type(self._pipe)
-        if not self._changes.claim(pipe, MARK, self):
+        if not self._changes.claim(pipe, SPEEDUP, self):
             raise AlreadyApplied("this pipeline has a speedup already; call arrowhead.remove(pipe) first")
         called = _sped_class(base, self)
 
@@ -196,10 +196,6 @@ class Speedup:
         if len(self._seconds) == 2:
             said += f", {self._seconds[0] / self._seconds[1]:.1f} × faster than the first generation"
         return f"{said}; expected error {search['predicted_error']}"
-
-
-MARK = "_arrowhead_speedup"
-"""The attribute of a pipeline that holds its speedup."""
 
 
 class _FirstGeneration(PipelineDriver):

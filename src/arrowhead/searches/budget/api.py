@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from arrowhead.calibration.driver import Driver, driver_of
 from arrowhead.calibration.run import CalibrationRun
@@ -22,6 +21,7 @@ from arrowhead.searches.budget.sensitivity.table import Table
 from arrowhead.searches.budget.solver.head_groups import group_size
 from arrowhead.searches.budget.solver.solution import solve, with_provenance
 from arrowhead.searches.budget.validation import corrected, fast_enough, within_error
+from arrowhead.searches.progress import bar_of_steps
 from arrowhead.searches.settings import require_a
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
@@ -143,13 +143,8 @@ def _require_fit(table: Table, driver: Driver) -> None:
 
 def _recorded(driver: Driver, extent: Extent, progress: bool) -> Recording:
     """Calibrate behind a bar over the steps."""
-    with torch.inference_mode(False), tqdm(desc="calibrate", unit="step", disable=not progress) as bar:
-
-        def show(step: int, steps: int | None) -> None:
-            bar.total = steps
-            bar.update(step + 1 - bar.n)
-
-        return record(driver, extent, show)
+    with torch.inference_mode(False), bar_of_steps("calibrate", shown=progress) as ended:
+        return record(driver, extent, ended)
 
 
 __all__ = ["PRESETS", "Budget", "budgeted", "calibrate", "calibration_bytes", "solve"]

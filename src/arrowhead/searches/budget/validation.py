@@ -33,6 +33,7 @@ from arrowhead.searches.budget.solver.allocation import Allocation, Infeasible, 
 from arrowhead.searches.budget.solver.problem import Problem, choices_of, problem_of
 from arrowhead.searches.budget.solver.solution import plan_of, short, with_provenance, within
 from arrowhead.searches.budget.solver.timing import timed
+from arrowhead.searches.progress import clock
 
 TRIES = 5
 """Generations for a candidate to come close to an error; twice as many for one to be within it at all."""
@@ -87,9 +88,7 @@ def measured_seconds(driver: Driver, plan: Plan) -> tuple[float, float]:
     def timing(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         started = time.perf_counter()
         out = forward(*args, **kwargs)
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-        seconds[-1] += time.perf_counter() - started
+        seconds[-1] += clock() - started
         return out
 
     for chosen in (None, plan):

@@ -3,14 +3,13 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from tqdm.auto import tqdm
-
 from arrowhead.calibration.driver import Driver, driver_of
 from arrowhead.errors import InputsInvalid
 from arrowhead.plans.plan import Plan
 from arrowhead.searches.budget.config import Budget
 from arrowhead.searches.budget.solver.solution import short, with_provenance
 from arrowhead.searches.budget.validation import DOUBT, FEEDBACKS, measured_errors
+from arrowhead.searches.progress import bar_of_steps
 from arrowhead.searches.settings import require_a
 from arrowhead.searches.stack.profile import Profile
 from arrowhead.searches.stack.schedule import Schedule, schedules
@@ -90,8 +89,8 @@ def plan_of(known: Profile, budget: Budget, schedule: Schedule, feedback: float)
     search = {
         "strategy": "stack",
         "asked": f"{name} = {value}",
-        "transformer_flops": float(f"{cost(known, 'transformer_flops', schedule):.3g}"),
-        "predicted_error": float(f"{predicted_error(known, schedule):.3g}"),
+        "transformer_flops": short(cost(known, "transformer_flops", schedule)),
+        "predicted_error": short(predicted_error(known, schedule)),
         "feedback": feedback,
     }
     rows = tuple((cell,) for cell in schedule.cells)
@@ -144,10 +143,5 @@ def _within_error(driver: Driver, budget: Budget, watched: Watched) -> Plan:
 
 def _watched(driver: Driver, progress: bool) -> Watched:
     """Watch a generation behind a bar over the steps."""
-    with tqdm(desc="watch", unit="step", disable=not progress) as bar:
-
-        def show(step: int, steps: int | None) -> None:
-            bar.total = steps
-            bar.update(step + 1 - bar.n)
-
-        return watch(driver, show)
+    with bar_of_steps("watch", shown=progress) as ended:
+        return watch(driver, ended)

@@ -5,7 +5,6 @@ which is what the whole stack adds to its input. So that one tensor is watched, 
 earlier steps would change in the guided output is measured by the model's last layers alone.
 """
 
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -29,6 +28,7 @@ from arrowhead.plans.lifetimes import Writes
 from arrowhead.searches.budget.sensitivity.cfg import Guidance
 from arrowhead.searches.budget.sensitivity.outside_flops import flop_counter
 from arrowhead.searches.budget.sensitivity.sampler_gain import run_scheduler
+from arrowhead.searches.progress import clock
 from arrowhead.searches.stack.profile import AGES, SKETCH, Profile
 
 NUDGE = 0.1
@@ -132,10 +132,10 @@ class _Recorder:
             self._history.clear()
         guidance = Guidance(self._calibration.joined_branches, self._calibration.guidance_scale(step.index), self._channels)
         counting = not self.changes  # FLOPs, in the first step
-        whole, started = _StackAt(), _clock()
+        whole, started = _StackAt(), clock()
         with flop_counter() if counting else nullcontext() as full:
             parts = _parts(step.finish_by(whole), guidance)
-        self._full.append(_clock() - started)
+        self._full.append(clock() - started)
         if not all(part.isfinite().all() for part in parts):
             raise InputsInvalid(
                 f"got values that are not finite from the transformer in step {step.index}, wanted finite ones; nothing can be "
@@ -144,23 +144,23 @@ class _Recorder:
         now, self.images = whole.outputs, len(parts[0])
         if self._sketch is None:
             self._sketch = _Sketch(parts[0].numel(), parts[0].device)
-        trying = _clock()
+        trying = clock()
         nudge = NUDGE if now[0].dtype.itemsize >= 4 else 1.0
         changes = torch.zeros(self._ages + 1, len(parts), SKETCH)
         for age, earlier in enumerate([None, *self._history]):
             tried = [each * (1 + nudge) if earlier is None else each.lerp(earlier[i], nudge) for i, each in enumerate(now)]
-            put, started = _StackAt(tried), _clock()
+            put, started = _StackAt(tried), clock()
             with flop_counter() if counting else nullcontext() as skipped:
                 samples = step.tried(put)
             if full is not None and skipped is not None:
                 self.flops = full.get_total_flops(), skipped.get_total_flops()
-            self._skipped.append(_clock() - started)
+            self._skipped.append(clock() - started)
             for b, (part, before) in enumerate(zip(_parts(samples, guidance), parts, strict=True)):
                 changes[age, b] = self._sketch((part - before) / nudge)
         self.changes.append(changes)
         self._multiply(now, guidance)
         self._history.appendleft(now)
-        self.extra_seconds += _clock() - trying
+        self.extra_seconds += clock() - trying
 
     def _multiply(self, now: list[Tensor], guidance: Guidance) -> None:
         """Note the scalar products of the stack's outputs of this step and of those before, of each branch."""
@@ -177,13 +177,6 @@ class _Recorder:
         """Seconds of the transformer's calls in a step that computes, and in one that skips all blocks: medians."""
         full, skipped = (torch.tensor(times or [0.0]).median() for times in (self._full, self._skipped))
         return float(full), float(skipped)
-
-
-def _clock() -> float:
-    """Seconds on a clock, when all work that was given to a device is done."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return time.perf_counter()
 
 
 def _of_branches(outputs: Sequence[Tensor], guidance: Guidance) -> list[Tensor]:

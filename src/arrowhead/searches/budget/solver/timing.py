@@ -8,8 +8,6 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-import torch
-
 from arrowhead.calibration.driver import Driver
 from arrowhead.calibration.run import CalibrationRun
 from arrowhead.calibration.step import Step
@@ -24,6 +22,7 @@ from arrowhead.plans.layout import Site, outermost
 from arrowhead.plans.lifetimes import FOREVER, Residual, Writes
 from arrowhead.searches.budget.solver.costs import SecondCosts, Shape, shape_of
 from arrowhead.searches.budget.solver.states import Choices
+from arrowhead.searches.progress import clock
 
 ROUNDS = 5
 """Measurements of each cell; their median counts."""
@@ -108,6 +107,4 @@ def _timings(choices: Choices) -> Iterator[tuple[Cell | Residual, Cell, Writes]]
 def _seconds(run: Callable[[], Any]) -> float:
     started = time.perf_counter()
     run()
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return time.perf_counter() - started
+    return clock() - started

@@ -1,5 +1,9 @@
-"""The Python in README and in docs/searches.md runs as it is written, in fewer steps, with a bundled model in the place of FLUX."""
+"""README and docs/searches.md: their Python runs as it is written, in fewer steps, with a bundled model in the place of FLUX.
 
+README's table holds the figures of the files that it names, and its relative links lead somewhere.
+"""
+
+import json
 import re
 from pathlib import Path
 
@@ -55,3 +59,28 @@ def test_searches(pipe):
     assert Path("plan.json").exists()
     assert Path("flux.profile").exists()
     assert {site.kind for site in names["plan"].sites} == {"stack"}
+
+
+def test_readmes_table():
+    """Mean and standard error of LPIPS; each is rounded to as many digits as it shows."""
+    text = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| (DiT|MMDiT), \d+ steps: (whole steps|single sites)[^|]* \| (.*) \|$", text, re.M)
+    assert len(rows) == 4
+    for model, kind, cells in rows:
+        measured = json.loads(
+            (ROOT / f"benchmarks/results/stack_{ {'DiT': 'dit', 'MMDiT': 'mmdit32'}[model] }.json").read_text()
+        )
+        for part, cell in zip(("55%", "40%", "30%", "20%"), cells.split(" | "), strict=True):
+            lpips = measured["rows"][f"{part} {'stack' if kind == 'whole steps' else 'sites'}"]["lpips"]
+            for shown, value in zip(cell.split(" ± "), (lpips["mean"], lpips["standard_error"]), strict=True):
+                digits = len(shown.split(".")[1])
+                assert abs(float(shown) - value) <= 0.51 * 10**-digits, (model, kind, part)
+        assert f"{measured['pictures']} pictures, plans from {measured['inputs']} inputs" in text
+        assert measured["date"] in text
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))])
+def test_links_lead_somewhere(page):
+    path = ROOT / page
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
+        assert (path.parent / link).exists(), link

@@ -52,7 +52,7 @@ def methods_of(column: Sequence[Cell]) -> Iterator[Method]:
 def on_tensors(function: Callable[..., Tensor], *outputs: Any) -> Any:
     """Call a function with tensors, or with the tensors of tuples one by one."""
     if isinstance(outputs[0], tuple):
-        return tuple(function(*parts) for parts in zip(*outputs, strict=True))
+        return tuple(None if parts[0] is None else function(*parts) for parts in zip(*outputs, strict=True))
     return function(*outputs)
 
 
@@ -109,6 +109,8 @@ class Replayed:
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, own: Tensor | None, scale: float | None) -> Tensor:
         """Attention by the step's cell: tensors are (B, H, N, D), `own` is the mask that the model gives."""
+        if q.shape[2] != k.shape[2]:  # an IP-Adapter's, to an image prompt
+            return F.scaled_dot_product_attention(q, k, v)
         length, tokens = q.shape[2], self.tokens
         k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], 1) for tensor in (k, v))  # shared by heads
         if self.site.joint and not self.site.by_sample:  # the text may have any length
@@ -177,7 +179,9 @@ def processor_of(processor: Any, replayed: Replayed) -> Any:
         return replayed(run)
 
     __call__.__signature__ = inspect.signature(base.__call__)  # what diffusers passes depends on it
-    return type(base.__name__, (base,), {"__call__": __call__})()
+    made: Any = object.__new__(type(base.__name__, (base,), {"__call__": __call__}))
+    object.__setattr__(made, "__dict__", vars(processor))  # of an IP-Adapter's, which are modules
+    return made
 
 
 def forward_of(module: Any, replayed: Replayed) -> Callable[..., Any]:

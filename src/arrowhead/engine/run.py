@@ -215,7 +215,7 @@ class Run:
             named = ", ".join(f"{path} by a {kind}" for path, kind in replaced.items())
             self._note(
                 f"processors or forwards were replaced after the plan was applied, and may be full: {named}",
-                "remove the plan, and apply it again after whatever replaces them; an IP-Adapter goes with no plan",
+                "remove the plan, and apply it again after whatever replaces them, such as loading an IP-Adapter",
                 ProcessorReplaced,
             )
         if not branches.guided and any(getattr(cell, "share_cfg", False) for row in self.plan.cells for cell in row):

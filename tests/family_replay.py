@@ -56,6 +56,11 @@ def on_tensors(function: Callable[..., Tensor], *outputs: Any) -> Any:
     return function(*outputs)
 
 
+def without_text(out: Any, given: Any) -> Any:
+    """The input in the form of an output: a pair whose text is None, where the last block gives one."""
+    return (None, given) if isinstance(out, tuple) and isinstance(given, Tensor) else given
+
+
 class Replayed:
     """A site of one transformer, replayed by its column of cells; guidance ends before the step `ends`."""
 
@@ -95,7 +100,10 @@ class Replayed:
         self.cell = self.column[step]
         if self.cell != AST and not (self.cell.share_cfg and self.call):
             self.made, self.rows_done = {}, 0
-            out = run() if given is None else on_tensors(torch.sub, run(), given)
+            out = run()
+            if given is not None:
+                given = without_text(out, given)
+                out = on_tensors(torch.sub, out, given)
             for what, parts in self.made.items():
                 value = torch.cat(parts)
                 for call in range(self.calls) if self.cell.share_cfg else [self.call]:
@@ -105,7 +113,7 @@ class Replayed:
                 self.outputs = [out] * self.calls
             self.outputs[self.call] = out
         out = self.outputs[self.call]
-        return out if given is None else on_tensors(torch.add, given, out)
+        return out if given is None else on_tensors(torch.add, without_text(out, given), out)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, own: Tensor | None, scale: float | None) -> Tensor:
         """Attention by the step's cell: tensors are (B, H, N, D), `own` is the mask that the model gives."""

@@ -1,4 +1,4 @@
-"""Stacks beside LoRA, offloading, and blocks on several devices: compared with a run of every block, whose last output is replaced."""
+"""Stacks beside LoRA, offloading, and blocks on several devices: compared with replays by the definition."""
 
 import pytest
 import torch

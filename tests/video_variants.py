@@ -4,16 +4,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLCogVideoX, AutoencoderKLHunyuanVideo, AutoencoderKLLTXVideo, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKLCogVideoX, AutoencoderKLLTXVideo, FlowMatchEulerDiscreteScheduler, ModelMixin
 from diffusers.pipelines.ltx2 import LTX2VideoCondition
 from families import cogvideox, hunyuan_video, ltx, skyreels, wan, wan_transformer
-from family_bench import FamilyBench
+from family_bench import HEADS, FamilyBench
 from PIL import Image
 from pipelines import randomise, vae
 from video_benches import (
     cosmos,
     cosmos_transformer,
     easy_animate,
+    hunyuan_vae,
     hunyuan_vae15,
     hunyuan_video15,
     kandinsky5,
@@ -29,12 +30,6 @@ def cogvideox_vae() -> AutoencoderKLCogVideoX:
     down, up = ("CogVideoXDownBlock3D",) * 4, ("CogVideoXUpBlock3D",) * 4
     sizes = {"block_out_channels": (8,) * 4, "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 2}
     return AutoencoderKLCogVideoX(down_block_types=down, up_block_types=up, temporal_compression_ratio=4, **sizes)
-
-
-def hunyuan_vae() -> AutoencoderKLHunyuanVideo:
-    down, up = ("HunyuanVideoDownBlock3D",) * 4, ("HunyuanVideoUpBlock3D",) * 4
-    sizes = {"block_out_channels": (8,) * 4, "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 4}
-    return AutoencoderKLHunyuanVideo(down_block_types=down, up_block_types=up, **sizes)
 
 
 def ltx_vae() -> AutoencoderKLLTXVideo:
@@ -167,6 +162,30 @@ def of_cosmos2(cls: Any, parts: dict[str, Any]) -> FamilyBench:
     return base
 
 
+class Control(ModelMixin):
+    """Stands for Cosmos' ControlNet, which needs torchvision: one tensor for each token of the first block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(4, HEADS * 16)
+
+    def forward(self, controls_latents: torch.Tensor, encoder_hidden_states: torch.Tensor, **_: Any) -> tuple[Any]:
+        tokens = torch.nn.functional.avg_pool3d(controls_latents, (1, 2, 2)).flatten(2).transpose(1, 2)  # (B, N, 4)
+        return ([self.layer(tokens) * encoder_hidden_states.mean((1, 2), keepdim=True)],)
+
+
+def of_cosmos_transfer(cls: Any) -> FamilyBench:
+    """Two chunks of a video that follows another one by a ControlNet, each with a loop."""
+    net = Control()
+    randomise(net, 5)
+    base = cosmos()
+    base.pipe.transformer = cosmos_transformer(0, controlnet_block_every_n=2)
+    bench = around(cls, base, wan_vae(), {"controls": video(9)}, each=True, without="num_frames", controlnet=net)
+    own, bench.loops = bench.inputs, 2
+    bench.inputs = lambda *args, **more: own(*args, num_frames_per_chunk=5, **more)
+    return bench
+
+
 def of_kandinsky5(cls: Any, parts: dict[str, Any], pictures: bool) -> FamilyBench:
     """A video whose first frame is given, or a picture, alone or from another one."""
     own = vae(1, 3) if pictures else hunyuan_vae()
@@ -208,6 +227,7 @@ VIDEO_VARIANTS: dict[str, tuple[Callable[..., FamilyBench], dict[str, Any]]] = {
     "SkyReelsV2ImageToVideoPipeline": (of_skyreels, {}),
     "Cosmos2TextToImagePipeline": (of_cosmos2, {"parts": {}}),
     "Cosmos2VideoToWorldPipeline": (of_cosmos2, {"parts": {"image": image()}}),
+    "Cosmos2_5_TransferPipeline": (of_cosmos_transfer, {}),
     "Kandinsky5I2VPipeline": (of_kandinsky5, {"parts": {"image": image(32)}, "pictures": False}),
     "Kandinsky5T2IPipeline": (of_kandinsky5, {"parts": {}, "pictures": True}),
     "Kandinsky5I2IPipeline": (of_kandinsky5, {"parts": {"image": image()}, "pictures": True}),

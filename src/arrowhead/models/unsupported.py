@@ -22,6 +22,7 @@ TWICE = "two steps of the scheduler at each timestep, of which the first is take
 REFERENCES = "tokens of reference videos after those of the video, which no test covers"
 FORCING = "diffusion forcing: each frame has a timestep, and frames begin and end at different steps of the loop"
 CONDITIONS = "a sequence of several images and texts for each sample, whose layout the families table cannot describe"
+STAGES = "stages at several resolutions in each of several chunks, which no search sees"
 UNSUPPORTED_PIPELINES: dict[str, str] = {
     "StableDiffusion3PAGPipeline": PERTURBED,
     "StableDiffusion3PAGImg2ImgPipeline": PERTURBED,
@@ -33,7 +34,7 @@ UNSUPPORTED_PIPELINES: dict[str, str] = {
     "SkyReelsV2DiffusionForcingVideoToVideoPipeline": FORCING,
     "CosmosTextToWorldPipeline": TWICE,
     "CosmosVideoToWorldPipeline": TWICE,
-    "Cosmos2_5_TransferPipeline": "several chunks of the video in one call, each of them with a loop over the timesteps",
+    "HeliosPyramidPipeline": STAGES,
     "LTX2InContextPipeline": REFERENCES,
     "LTX2HDRPipeline": REFERENCES,
     "LTX2DFRPipeline": "frames at a rate that changes on the way, which no test covers",

@@ -31,6 +31,8 @@ from diffusers import (
     Kandinsky5Transformer3DModel,
     LTX2Pipeline,
     LTX2VideoTransformer3DModel,
+    MotifVideoPipeline,
+    MotifVideoTransformer3DModel,
     UniPCMultistepScheduler,
     WanAnimatePipeline,
     WanAnimateTransformer3DModel,
@@ -93,6 +95,18 @@ def hunyuan_video15(dtype: torch.dtype = torch.float64, seed: int = 0) -> Family
 
     text = TEXT + SECOND[0] + IMAGE[0]
     bench = FamilyBench(finished(pipe, dtype), True, 2 * 4 * 3, inputs, text, text_seen=text, two_calls=True)
+    return guided_by_guider(bench)
+
+
+def motif(dtype: torch.dtype = torch.float64, seed: int = 0, **config: Any) -> FamilyBench:
+    """Video before text, in two streams and then in one, whose last block sees the video twice; two calls, by a guider."""
+    sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "num_layers": 2, "num_single_layers": 2}
+    shape = {"in_channels": 9, "out_channels": 4, "rope_axes_dim": (2, 2, 4), "num_decoder_layers": 1}
+    model = MotifVideoTransformer3DModel(text_embed_dim=CHANNELS, **sizes, **shape, **config)
+    randomise(model, seed, SHARP)
+    pipe = MotifVideoPipeline(flow(), wan_vae(seed + 1), None, None, model, ClassifierFreeGuidance())
+    inputs = inputs_of(dtype, "guidance_scale", "{}prompt_attention_mask", height=64, width=48, num_frames=5)
+    bench = FamilyBench(finished(pipe, dtype), True, 2 * 4 * 3, inputs, TEXT, two_calls=True)
     return guided_by_guider(bench)
 
 
@@ -320,4 +334,5 @@ VIDEO: dict[str, Callable[..., FamilyBench]] = {
     "framepack": framepack,
     "wan_animate": wan_animate,
     "helios": helios,
+    "motif": motif,
 }

@@ -48,10 +48,16 @@ def packed_video_with_text(_: Any, call: Mapping[str, Any]) -> Tokens:
     return Tokens(visual, text, grid=grid_of([call.get(name) for name in ("num_frames", "height", "width")], visual))
 
 
+def tokens_of_the_video(call: Mapping[str, Any]) -> int:
+    """The tokens of a packed video itself, before which none and after which those of keyframes and reference videos stand."""
+    return int(call["num_frames"] * call["height"] * call["width"])
+
+
 def video_then_texts(transformer: Any, call: Mapping[str, Any]) -> Tokens:
-    """A video (B, C, F, H, W) in patches before the texts (B, T, C) of two encoders and the tokens (B, T, C) of an image."""
+    """A video (B, C, F, H, W) in patches before the texts (B, T, C) of one or two encoders and the tokens of an image."""
     names = ("encoder_hidden_states", "encoder_hidden_states_2", "image_embeds")
-    return replace(video_then_text(transformer, call), text=sum(call[name].shape[1] for name in names))
+    texts = [call[name] for name in names if call.get(name) is not None]
+    return replace(video_then_text(transformer, call), text=sum(text.shape[1] for text in texts))
 
 
 def texts_then_video(transformer: Any, call: Mapping[str, Any]) -> Tokens:

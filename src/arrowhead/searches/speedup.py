@@ -217,6 +217,8 @@ class Speedup:
 class _FirstGeneration(PipelineDriver):
     """Drives the user's own call of the pipeline, whose result is theirs, and whose generators go on as in any call."""
 
+    wants_result = True
+
     def __init__(self, pipe: Any, inputs: dict[str, Any]) -> None:
         super().__init__(pipe, inputs)
         self.result: Any = None

@@ -43,7 +43,13 @@ def block_input_bytes(blocks: Iterable[Site], tokens: Tokens, itemsize: int) -> 
 
 
 def held_bytes(
-    extent: Extent, sites: Sequence[Site], blocks: Iterable[Site], tokens: Tokens, rows: int, itemsize: int, device: torch.device
+    extent: Extent,
+    sites: Sequence[Site],
+    blocks: Iterable[Site],
+    tokens: Tokens,
+    rows: int,
+    itemsize: int,
+    device: torch.device,
 ) -> int:
     """The bytes that a calibration of so many `rows` of the batch holds on the model's device, see `calibration_bytes`."""
     found = 0

@@ -11,8 +11,8 @@ are worth, and repeats all sites in the others. Judged by LPIPS to the uncompres
 circumstances, 16 that no calibration has seen, with standard errors. `mmdit` is for other sizes alone: 32 × 32 pixels are 256
 tokens, 64 × 64 are 1024; the third row puts plans of `mmdit32`, which has other weights, on it.
 
-Pictures, tables and rows that exist are not made again, so all can be interrupted. `--only` takes some rows, `--plan` some plans,
-such as `40%`. `table` prints the rows for docs/results.md. `perceptual.py`: see benchmarks/README.md.
+Pictures, tables and rows that exist are not made again, so all can be interrupted. `--only` takes some rows, `--plan` some
+plans, such as `40%`. `table` prints the rows for docs/results.md. `perceptual.py`: see benchmarks/README.md.
 """
 
 import fcntl

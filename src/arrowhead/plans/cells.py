@@ -25,7 +25,7 @@ extrapolated instead of repeated (``EXTRAPOLATE``).
 
 import math
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar, get_args
 
 Precision = Literal["native", "int8"]
@@ -192,6 +192,12 @@ class Reuse:
     def of_head(self, _head: int) -> "Reuse":
         """The cell for one head: the same for all heads."""
         return self
+
+    def sloped(self, times: float) -> "Reuse":
+        """The cell with its change per step multiplied, within what a cell allows."""
+        pair = self.extrapolate if isinstance(self.extrapolate, tuple) else (self.extrapolate, self.extrapolate)
+        conditional, unconditional = (min(4.0, max(-4.0, times * each)) for each in pair)
+        return replace(self, extrapolate=(conditional, unconditional))
 
 
 Cell = Attend | Reuse

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import groupby
+from math import floor
 
 from arrowhead.errors import InputsInvalid
 from arrowhead.plans.cells import FULL, Arrow, Attend, Box, Cell, Full, Method, Radius, Reuse
@@ -110,6 +111,7 @@ def _in_steps(cells: Rows, sites: Sequence[Site], samples: int, old: Conditions,
     for site, column in zip(sites, zip(*cells, strict=True), strict=True):
         for step, (cell, writes) in enumerate(zip(column, lifetimes(column), strict=True)):
             spent[step] += int(site_flops(site, old.tokens, cell, writes, samples).module)
+    skips = [all(isinstance(cell, Reuse) for cell in row) for row in cells]
     before, after = _spans(old, new)
     rows = list[int]()
     for (begin, end), (new_begin, new_end) in zip(old.of_transformers, new.of_transformers, strict=True):
@@ -118,8 +120,45 @@ def _in_steps(cells: Rows, sites: Sequence[Site], samples: int, old: Conditions,
                 f"got switch={new.switch} in {new.steps} steps, with switch={old.switch} in the plan's {old.steps}; wanted the "
                 "plan's transformers, and no other one; search again"
             )
-        rows += [begin + row for row in rows_taken(spent[begin:end], before[begin:end], after[new_begin:new_end])]
-    return that_can_run([cells[row] for row in rows], new.switch)
+        there = after[new_begin:new_end]
+        if any(skips[begin:end]):
+            taken = rows_in_turn(skips[begin:end], before[begin:end], there)
+        else:
+            taken = rows_taken(spent[begin:end], before[begin:end], there)
+        rows += [begin + row for row in taken]
+    found = that_can_run([cells[row] for row in rows], new.switch)
+    slopes = [_slope_scales(column, before, old.switch) for column in zip(*cells, strict=True)]
+    columns = [
+        _rescaled(column, [scales[row] for row in rows], _slope_scales(column, after, new.switch))
+        for column, scales in zip(zip(*found, strict=True), slopes, strict=True)
+    ]
+    return tuple(zip(*columns, strict=True))
+
+
+def _slope_scales(column: Sequence[Cell], begins: Sequence[Span], switch: int | None) -> list[Fraction]:
+    """For each step, how the noise since the last computed step, by that between the last two, compares with the same in steps.
+
+    1 where fewer than two steps of the same transformer computed an output before.
+    """
+    found, computed = list[Fraction](), list[int]()
+    for step, cell in enumerate(column):
+        if step == switch:
+            computed = []
+        later, earlier = (computed[-1], computed[-2]) if len(computed) > 1 else (0, 0)
+        gap = begins[later][0] - begins[earlier][0]
+        since = begins[step][0] - begins[later][0]
+        found.append(since / gap / Fraction(step - later, later - earlier) if gap and since else Fraction(1))
+        if not isinstance(cell, Reuse):
+            computed.append(step)
+    return found
+
+
+def _rescaled(column: Sequence[Cell], old: Sequence[Fraction], new: Sequence[Fraction]) -> tuple[Cell, ...]:
+    """The column with slopes that reach as far along the noise as those that they were taken from."""
+    return tuple(
+        cell.sloped(float(after / before)) if isinstance(cell, Reuse) and before and after != before else cell
+        for cell, before, after in zip(column, old, new, strict=True)
+    )
 
 
 def that_can_run(rows: Sequence[Sequence[Cell]], switch: int | None) -> Rows:
@@ -176,6 +215,36 @@ def rows_taken(spent: Sequence[int], before: Sequence[Span], after: Sequence[Spa
         distance = {old: (abs(spent[old] - missing), abs(middles[old] - begin - end)) for old in shared}
         taken.append(min(distance, key=distance.__getitem__) if taken else min(shared))
     return taken
+
+
+def rows_in_turn(skips: Sequence[bool], before: Sequence[Span], after: Sequence[Span]) -> list[int]:
+    """The old step whose row each new step takes, where some rows compute nothing (`skips`).
+
+    Along the noise, the old run has computed so many steps; between two of them the count grows evenly. The new run computes a
+    step whenever this count, times the new steps by the old ones over the same noise, has grown by one. So its computed steps
+    lie where the old ones do. Each takes the row of the same kind whose step is nearest.
+    """
+    starts = [begin for (begin, _), skip in zip(before, skips, strict=True) if not skip]
+    computed = [*zip(starts, [*starts[1:], before[-1][1]], strict=True)]
+    covered = _passed(before, after[-1][1]) - _passed(before, after[0][0])
+    density = len(after) / covered if covered else Fraction(1)
+    taken, due = list[int](), Fraction(0)
+    for begin, end in after:
+        now = density * _passed(computed, begin)
+        computes = not taken or now >= due
+        if computes:
+            due = Fraction(floor(now) + 1)
+        kind = [old for old, skip in enumerate(skips) if skip is not computes]
+        shared = [old for old in kind if min(end, before[old][1]) > max(begin, before[old][0])]
+        nearest = min(kind, key=lambda old: abs(sum(before[old]) - begin - end))
+        taken.append(shared[0] if shared and not taken else nearest)
+    return taken
+
+
+def _passed(stretches: Sequence[Span], at: Fraction) -> Fraction:
+    """How many stretches lie before `at`, with the part of the one that it is in."""
+    parts = (Fraction(at >= end) if at >= end or at <= begin else (at - begin) / (end - begin) for begin, end in stretches)
+    return sum(parts, Fraction(0))
 
 
 def _column_that_can_run(column: Sequence[Cell], switch: int | None) -> tuple[Cell, ...]:

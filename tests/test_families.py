@@ -112,8 +112,9 @@ def test_random_plans_are_what_a_replay_gives(name, guidance, kinds, seed):
         wanted = trace(bench, bench.inputs(**inputs))
     assert distance(given, wanted) < 1e-5
     assert distance(given, trace(bench, bench.inputs(**inputs))) > 1e-2
-    assert all(site.passed == len(site.column) * plan.calls for site in sites)  # every site is reached, in every call
-    assert sum(summary.cells.values()) == STEPS * len(model.sites) * plan.calls
+    # every site is reached, in every call
+    assert all(site.passed == bench.loops * len(site.column) * plan.calls for site in sites)
+    assert sum(summary.cells.values()) == bench.loops * STEPS * len(model.sites) * plan.calls
     assert summary.notes == ()
     assert summary.flops.module == pytest.approx(plan.flops().module)
     assert summary.peak_cache_bytes == max(plan.cache_bytes(1 if bench.single else 1 + seed, 8))

@@ -75,8 +75,8 @@ def _require_known(budget: Budget) -> None:
 def profile(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], *, progress: bool = True) -> Profile:
     """Generate once with `inputs`, and learn what skipping steps would change. No gradient is taken.
 
-    The generation takes about 1.15 times as long as a plain one. Held meanwhile are what all blocks together add to their input,
-    in the last 20 steps. `solve` finds a plan for any budget from what this gives, in a second, without the model.
+    The generation takes about 1.15 times as long as a plain one. Held meanwhile is what all blocks together add to their
+    input, in the last 20 steps. `solve` finds a plan for any budget from what this gives, in a second, without the model.
 
     Args:
         pipe: a diffusers pipeline whose transformer is a plain chain of blocks; left as it was.

@@ -16,8 +16,8 @@ from arrowhead.plans.layout import ALL_KINDS
 from arrowhead.plans.plan import Plan
 from arrowhead.plans.target import first_of
 from arrowhead.searches.budget.config import PRESETS, Budget, Extent
-from arrowhead.searches.budget.sensitivity.recording import Recording, record, sites_of
 from arrowhead.searches.budget.sensitivity.footprint import held_bytes
+from arrowhead.searches.budget.sensitivity.recording import Recording, record, sites_of
 from arrowhead.searches.budget.sensitivity.table import Table
 from arrowhead.searches.budget.solver.head_groups import group_size
 from arrowhead.searches.budget.solver.solution import solve, with_provenance

@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import arrowhead as ah
+from arrowhead.calibration.scheduler_calls import observed
 from arrowhead.metrics.images import decibels, squared_errors
 from arrowhead.plans.cells import Reuse
 from arrowhead.versions import versions
@@ -42,14 +43,16 @@ def found(pipe: Any, case: budget.Case, method: str, left: float, table: ah.Tabl
     return ah.search(pipe, inputs, strategy="stack", budget=asked, progress=False)
 
 
-def images(pipe: Any, case: budget.Case, count: int) -> Tensor:
-    """Held-out pictures (count, 3, H, W), each of a seed of its own."""
-    made = []
+def images(pipe: Any, case: budget.Case, count: int) -> tuple[Tensor, Tensor]:
+    """Held-out pictures (count, 3, H, W), each of a seed of its own, and their final latents."""
+    made, latents = [], []
     for begin in range(0, count, case.batch):
         asked = [case.images[i % len(case.images)] for i in range(begin, min(begin + case.batch, count))]
         seeds = [torch.Generator().manual_seed(i) for i in range(begin, begin + len(asked))]
-        made.append(torch.as_tensor(pipe(**{**case.common, case.asks: asked, "generator": seeds})[0]))
-    return torch.cat(made)
+        with observed(pipe.scheduler) as calls:
+            made.append(torch.as_tensor(pipe(**{**case.common, case.asks: asked, "generator": seeds})[0]))
+        latents.append(calls.latents()[: len(asked)])
+    return torch.cat(made), torch.cat(latents)
 
 
 def mean_and_error(values: Tensor) -> dict[str, float]:
@@ -88,18 +91,19 @@ def main(
     pipe(**{**calibrating, "num_inference_steps": 2})
     _, raw_seconds = timed(lambda: pipe(**calibrating))
     table, table_seconds = timed(lambda: ah.calibrate(pipe, calibrating, progress=False))
-    raw = images(pipe, case, count)
+    raw, raw_latents = images(pipe, case, count)
     for left in tqdm(LEFT):
         for method in ("stack", "stack, checked", "sites"):
             if (row := f"{left:.0%} {method}") in rows:
                 continue
             plan, seconds = timed(lambda method=method, left=left: found(pipe, case, method, left, table))  # type: ignore[misc]
             with ah.applied(pipe, plan):
-                made = images(pipe, case, count)
+                made, latents = images(pipe, case, count)
             distances = lpips(made * 2 - 1, raw * 2 - 1).flatten()
             rows[row] = {
                 "transformer_flops": plan.about["search"]["transformer_flops"],
                 "predicted_error": plan.about["search"]["predicted_error"],
+                "measured_error": float((latents - raw_latents).norm() / raw_latents.norm()),  # on the held-out inputs
                 "search_by_raw": (seconds + table_seconds * (method == "sites")) / raw_seconds,
                 "lpips": mean_and_error(distances),
                 "lpips_median": float(distances.median()),

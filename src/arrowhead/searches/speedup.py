@@ -38,7 +38,7 @@ def speedup(
 ) -> "Speedup":
     """Make a pipeline faster from the second generation on.
 
-    The first generation runs in full, and is watched: it takes about 1.2 times as long as a plain one. A plan is solved from
+    The first generation runs in full, and is watched: it takes about 1.15 times as long as a plain one. A plan is solved from
     what was seen, and put on the pipeline. With a `profile` the first generation is compressed, too. `remove` takes the plan
     off.
 

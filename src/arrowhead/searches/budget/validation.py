@@ -9,7 +9,6 @@ each kind of budget ends with a few generations, in which candidates are measure
 """
 
 import math
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -83,23 +82,30 @@ def _differences(latents: Tensor) -> Tensor:
 
 def measured_seconds(driver: Driver, plan: Plan) -> tuple[float, float]:
     """The seconds of the transformers' calls in an untouched generation, and in one with the plan."""
-    seconds: list[float] = []
-
-    def timing(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        started = time.perf_counter()
-        out = forward(*args, **kwargs)
-        seconds[-1] += clock() - started
-        return out
-
+    found: list[float] = []
     for chosen in (None, plan):
-        seconds.append(0.0)
         changes = Changes()
         with nullcontext() if chosen is None else applied(driver.pipe, chosen, changes="texts"), changes, changes:
             generate = driver.prepare(changes)
-            for transformer in transformers_of(driver.pipe):
-                replace_forward(transformer, partial(timing, transformer.forward), changes)
+            seconds = time_calls(driver, changes)
             generate()
-    return seconds[0], seconds[1]
+        found.append(sum(seconds))
+    return found[0], found[1]
+
+
+def time_calls(driver: Driver, changes: Changes) -> list[float]:
+    """Time the transformers' calls until the changes are undone; gives a list that grows by the seconds of each call."""
+    seconds: list[float] = []
+
+    def timing(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        started = clock()
+        out = forward(*args, **kwargs)
+        seconds.append(clock() - started)
+        return out
+
+    for transformer in transformers_of(driver.pipe):
+        replace_forward(transformer, partial(timing, transformer.forward), changes)
+    return seconds
 
 
 # Budgets of an error

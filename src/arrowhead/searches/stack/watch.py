@@ -31,6 +31,8 @@ from arrowhead.searches.budget.sensitivity.sampler_gain import run_scheduler
 from arrowhead.searches.progress import clock
 from arrowhead.searches.stack.profile import AGES, SKETCH, Profile
 
+EVERY = 5
+"""Changes are tried in one of this many steps: each is a pass of the last layers, 2 % of a whole pass on a small model."""
 NUDGE = 0.1
 """The part of a change of the stack's output that is tried, where the model computes in at least 32 bits: the last layers are
 nearly linear for so small a change. In 16 bits the whole change is tried, because a small one would be lost in rounding."""
@@ -48,7 +50,7 @@ class Watched:
 def watch(driver: Driver, on_step: Callable[[int, int | None], None] = lambda *_: None, *, ages: int = AGES) -> Watched:
     """Generate once, in full, and call `on_step` with the step and the number of steps after each step.
 
-    Held meanwhile: the stack's outputs of the last `ages` steps. No gradient is taken.
+    Held meanwhile: the stack's outputs of the last `ages` + `EVERY` − 1 steps. No gradient is taken.
 
     Raises:
         UnsupportedPipeline: the model is no plain chain of blocks.
@@ -112,11 +114,16 @@ class _StackAt:
 
 
 class _Recorder:
-    """Measures, in each step, the change of the guided output for each change of the stack's output."""
+    """Measures the change of the guided output for each change of the stack's output.
+
+    The last layers change little from one step to the next. So the changes are measured in every `EVERY`th step, and stand for
+    those of the steps before it as well: what the stack gave in these is among what is tried.
+    """
 
     def __init__(self, calibration: CalibrationRun, channels: int | None, ages: int) -> None:
         self._calibration, self._channels, self._ages = calibration, channels, ages
-        self._history: deque[list[Tensor]] = deque(maxlen=ages)
+        self._history: deque[list[Tensor]] = deque(maxlen=ages + EVERY - 1)
+        self._scales: list[float] = []  # of the guidance, in this step and those before it that were not measured
         self._sketch: _Sketch | None = None
         self._full: list[float] = []
         self._skipped: list[float] = []
@@ -131,36 +138,51 @@ class _Recorder:
         if step.first:
             self._history.clear()
         guidance = Guidance(self._calibration.joined_branches, self._calibration.guidance_scale(step.index), self._channels)
-        counting = not self.changes  # FLOPs, in the first step
         whole, started = _StackAt(), clock()
-        with flop_counter() if counting else nullcontext() as full:
-            parts = _parts(step.finish_by(whole), guidance)
+        with flop_counter() if not self._full else nullcontext() as full:
+            parts = _branches(step.finish_by(whole), guidance)
         self._full.append(clock() - started)
+        if full is not None:
+            self.flops = full.get_total_flops(), 0.0
         if not all(part.isfinite().all() for part in parts):
             raise InputsInvalid(
                 f"got values that are not finite from the transformer in step {step.index}, wanted finite ones; nothing can be "
                 "learnt from this generation; use bfloat16 or float32"
             )
-        now, self.images = whole.outputs, len(parts[0])
-        if self._sketch is None:
-            self._sketch = _Sketch(parts[0].numel(), parts[0].device)
         trying = clock()
-        nudge = NUDGE if now[0].dtype.itemsize >= 4 else 1.0
-        changes = torch.zeros(self._ages + 1, len(parts), SKETCH)
-        for age, earlier in enumerate([None, *self._history]):
-            tried = [each * (1 + nudge) if earlier is None else each.lerp(earlier[i], nudge) for i, each in enumerate(now)]
-            put, started = _StackAt(tried), clock()
-            with flop_counter() if counting else nullcontext() as skipped:
-                samples = step.tried(put)
-            if full is not None and skipped is not None:
-                self.flops = full.get_total_flops(), skipped.get_total_flops()
-            self._skipped.append(clock() - started)
-            for b, (part, before) in enumerate(zip(_parts(samples, guidance), parts, strict=True)):
-                changes[age, b] = self._sketch((part - before) / nudge)
-        self.changes.append(changes)
+        now, self.images = whole.outputs, len(parts[0])
         self._multiply(now, guidance)
+        self._scales.append(guidance.scale)
+        known = self._calibration.step_count, self._calibration.switch
+        if known[0] is None or step.index + 1 in known or len(self._scales) == EVERY:
+            self._try(step, now, parts, guidance)
+            self._scales.clear()
         self._history.appendleft(now)
         self.extra_seconds += clock() - trying
+
+    def _try(self, step: Step, now: list[Tensor], parts: list[Tensor], guidance: Guidance) -> None:
+        """Measure the changes of this step; the steps before it that were not measured get theirs from these."""
+        if self._sketch is None:
+            self._sketch = _Sketch(parts[0].numel(), parts[0].device)
+        nudge = NUDGE if now[0].dtype.itemsize >= 4 else 1.0
+        tried = list[Tensor]()  # for now and each earlier step: (branches, SKETCH)
+        for earlier in (None, *self._history):
+            outputs = [each * (1 + nudge) if earlier is None else each.lerp(earlier[i], nudge) for i, each in enumerate(now)]
+            put, started = _StackAt(outputs), clock()
+            with flop_counter() if not self._skipped else nullcontext() as skipped:
+                samples = step.tried(put)
+            self._skipped.append(clock() - started)
+            if skipped is not None:
+                self.flops = self.flops[0], skipped.get_total_flops()
+            after = zip(_branches(samples, guidance), parts, strict=True)
+            tried.append(torch.stack([self._sketch((part - before) / nudge) for part, before in after]))
+        whole, to = tried[0], torch.stack([torch.zeros_like(tried[0]), *tried[1:]])  # J·O, and J·(O_{t−k} − O) for each k
+        for back, scale in zip(reversed(range(len(self._scales))), self._scales, strict=True):
+            changes = torch.zeros(self._ages + 1, len(parts), SKETCH)
+            older = to[back + 1 : back + 1 + self._ages] - to[back]
+            changes[0], changes[1 : 1 + len(older)] = whole + to[back], older
+            weights = [1.0] if len(parts) == 1 else [scale, 1 - scale]  # of the branches, in the guided output
+            self.changes.append(changes * torch.tensor(weights)[:, None])
 
     def _multiply(self, now: list[Tensor], guidance: Guidance) -> None:
         """Note the scalar products of the stack's outputs of this step and of those before, of each branch."""
@@ -168,15 +190,20 @@ class _Recorder:
         if self._history:
             products[:, 1:, 1:] = self.products[-1][:, :-1, :-1]
         mine = _of_branches(now, guidance)
-        for age, earlier in enumerate([now, *self._history]):
+        for age, earlier in enumerate([now, *self._history][: self._ages + 1]):
             for b, (a, other) in enumerate(zip(mine, _of_branches(earlier, guidance), strict=True)):
-                products[b, age, 0] = products[b, 0, age] = float((a.flatten() * other.flatten()).sum(dtype=torch.float32))
+                products[b, age, 0] = products[b, 0, age] = _product(a.flatten(), other.flatten())
         self.products.append(products)
 
     def seconds(self) -> tuple[float, float]:
         """Seconds of the transformer's calls in a step that computes, and in one that skips all blocks: medians."""
         full, skipped = (torch.tensor(times or [0.0]).median() for times in (self._full, self._skipped))
         return float(full), float(skipped)
+
+
+def _product(one: Tensor, other: Tensor) -> float:
+    """⟨one, other⟩, summed in at least 32 bits."""
+    return float(torch.dot(one, other) if one.dtype.itemsize >= 4 else (one * other).sum(dtype=torch.float32))
 
 
 def _of_branches(outputs: Sequence[Tensor], guidance: Guidance) -> list[Tensor]:
@@ -187,10 +214,10 @@ def _of_branches(outputs: Sequence[Tensor], guidance: Guidance) -> list[Tensor]:
     return [conditional] if other is None else [conditional, other]
 
 
-def _parts(samples: Sequence[Tensor], guidance: Guidance) -> list[Tensor]:
-    """What each branch contributes to the guided output, (images, C, …), float32: s · c and (1 − s) · u; c without guidance."""
+def _branches(samples: Sequence[Tensor], guidance: Guidance) -> list[Tensor]:
+    """The output of each branch, (images, C, …), float32: the conditional one, and the unconditional one with guidance."""
     conditional, other = guidance.halves(guidance.latent(torch.cat(tuple(samples)).float()))
-    return [conditional] if other is None else [guidance.scale * conditional, (1 - guidance.scale) * other]
+    return [conditional] if other is None else [conditional, other]
 
 
 class _Sketch:

@@ -1,6 +1,7 @@
 """The search under a budget for the whole generation: calibrate once, solve, and try candidate plans in real generations."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,6 +79,7 @@ def calibration_bytes(
     """
     extent, driver = _extent(extent), driver_of(pipe, inputs, adapter)
     model = sites_of(driver, extent)
+    driver = driver.one_by_one()[0] if extent.one_by_one else driver
     calibration = CalibrationRun(driver, model)
     calibration.run(lambda _: None, first_only=True)
     # weights may be kept in a smaller dtype than the one that computes
@@ -117,6 +119,8 @@ def budgeted(
         )
     if table is None:
         recording = _recorded(driver, extent or Extent(), progress)
+        if extent is not None and extent.one_by_one:  # candidates generate all images at once, which rounds differently
+            recording = replace(recording, final=driver.final_latents())
     else:
         _require_fit(table, driver)
         recording = Recording(table, driver.final_latents(), 0, 0.0)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from arrowhead.calibration.driver import Driver
 from arrowhead.calibration.provenance import provenance
 from arrowhead.calibration.run import CalibrationRun
+from arrowhead.calibration.scheduler_calls import SchedulerCalls, joined_calls
 from arrowhead.calibration.step import Step
 from arrowhead.errors import InputsInvalid
 from arrowhead.models.find import find
@@ -17,9 +19,9 @@ from arrowhead.models.model import Model
 from arrowhead.plans.layout import ALL_KINDS, Branches, Site
 from arrowhead.searches.budget.config import Extent
 from arrowhead.searches.budget.sensitivity.cfg import Guidance
-from arrowhead.searches.budget.sensitivity.loop_gain import run_loop
+from arrowhead.searches.budget.sensitivity.loop_gain import LoopReplay, run_loop
 from arrowhead.searches.budget.sensitivity.recorder import Recorder
-from arrowhead.searches.budget.sensitivity.sampler_gain import run_scheduler
+from arrowhead.searches.budget.sensitivity.sampler_gain import SchedulerReplay, run_scheduler
 from arrowhead.searches.budget.sensitivity.table import Table
 
 
@@ -63,6 +65,39 @@ def record(driver: Driver, extent: Extent, on_step: Callable[[int, int | None], 
         )
     if not (extent.gradients or share.alone):
         raise InputsInvalid("got gradients=False with shard, wanted gradients, or all prompts in one process")
+    drivers, parts = driver.one_by_one() if extent.one_by_one else [driver], list[_Part]()
+    with _parameters_frozen(weights) if extent.gradients else nullcontext():
+        for done, own in enumerate(drivers):
+            parts.append(_run(own, model, extent, partial(_among, on_step, done, len(drivers))))
+    longest = max(parts, key=lambda part: part.calibration.tokens.text)
+    calibration, recorders = longest.calibration, [part.recorder for part in parts]
+    replay = longest.replay if len(parts) == 1 else SchedulerReplay(joined_calls([part.calls for part in parts], [1] * len(parts)))
+    target = calibration.target
+    blocks, about = blocks_of(driver, extent, target.sites), provenance(driver, vars(extent))
+    other_texts = any(part.calibration.other_texts for part in parts)
+    run = calibration.switch, calibration.of_calls, other_texts, recorders
+    table = share.agreed(longest.recorder.table(replay, calibration.branches, target, blocks, about, *run))
+    passes, cost = (sum(getattr(part.calibration, name) for part in parts) for name in ("passes", "cost"))
+    return Recording(table, replay.latents(), passes, cost / len(parts))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A calibration run that has ended: of all images, or of one prompt's."""
+
+    calibration: CalibrationRun
+    recorder: Recorder
+    replay: SchedulerReplay | LoopReplay
+
+    @property
+    def calls(self) -> SchedulerCalls:
+        """The scheduler's, of a pipeline."""
+        assert isinstance(self.replay, SchedulerReplay)
+        return self.replay.calls
+
+
+def _run(driver: Driver, model: Model, extent: Extent, on_step: Callable[[int, int | None], None]) -> _Part:
+    """Generate once and record every step."""
     calibration = CalibrationRun(driver, model)
     recorder: Recorder | None = None
 
@@ -71,25 +106,24 @@ def record(driver: Driver, extent: Extent, on_step: Callable[[int, int | None], 
 
     def follow(step: Step) -> None:
         nonlocal recorder
-        recorder = recorder or Recorder(step.sites, calibration.tokens, extent, share)
+        recorder = recorder or Recorder(step.sites, calibration.tokens, extent, driver.share)
         recorder.follow(step, guidance(step.index))
         on_step(step.index, calibration.step_count)
 
-    with (
-        _parameters_frozen(weights) if extent.gradients else nullcontext(),
-        _checkpointed(model.transformers, extent.checkpoint, calibration.branches),
-    ):
+    with _checkpointed(model.transformers, extent.checkpoint, calibration.branches):
         replay = (
             run_loop(driver, model, guidance(0), calibration, follow)
             if driver.scheduler is None
             else run_scheduler(driver, calibration, follow)
         )
     assert recorder is not None  # the run had a step
-    target = calibration.target
-    blocks, about = blocks_of(driver, extent, target.sites), provenance(driver, vars(extent))
-    run = calibration.switch, calibration.of_calls, calibration.other_texts
-    table = share.agreed(recorder.table(replay, calibration.branches, target, blocks, about, *run))
-    return Recording(table, replay.latents(), calibration.passes, calibration.cost)
+    recorder.end()
+    return _Part(calibration, recorder, replay)
+
+
+def _among(on_step: Callable[[int, int | None], None], done: int, runs: int, step: int, steps: int | None) -> None:
+    """Tell of a step of one of several runs, of which some are done."""
+    on_step(step + done * (steps or 0), None if steps is None else steps * runs)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """A calibration's memory: what is held is what was said, and blocks that run again on the way back give the same table."""
 
 import inspect
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -12,9 +13,10 @@ from test_flux import bench as flux_fixture
 from untouched import left_as_it_was
 
 import arrowhead as ah
-from arrowhead.errors import InputsInvalid
+from arrowhead.errors import CalibrationFitted, InputsInvalid
 from arrowhead.models.find import find
 from arrowhead.plans.layout import ALL_KINDS, Tokens
+from arrowhead.searches.budget.sensitivity import recording
 from arrowhead.searches.budget.sensitivity.footprint import held_bytes
 from arrowhead.searches.budget.sensitivity.gradient_products import GradientProducts
 
@@ -170,7 +172,11 @@ def test_a_budget_whose_prompts_run_one_after_another():
 
 @pytest.mark.parametrize(
     ("given", "said"),
-    [({}, "list of generators"), ({"generator": [torch.Generator()]}, "list of generators"), ({"num_images_per_prompt": 2}, "repeat")],
+    [
+        ({}, "list of generators"),
+        ({"generator": [torch.Generator()]}, "list of generators"),
+        ({"num_images_per_prompt": 2}, "repeat"),
+    ],
     ids=["one generator", "too few", "several pictures"],
 )
 def test_prompts_that_cannot_be_told_apart(given, said):
@@ -194,3 +200,32 @@ def test_flux_with_eight_prompts_fits():
     )
     assert plain > 400
     assert 30 < small < 31
+
+
+@pytest.mark.parametrize(
+    ("part", "settings"),
+    [
+        (1.0, {}),
+        (0.9, {"one_by_one": True}),
+        (0.4, {"one_by_one": True, "checkpoint": True}),
+        (0.0, {"one_by_one": True, "checkpoint": True, "cache_dtype": "int8"}),
+    ],
+)
+def test_without_an_extent_it_is_what_fits(part, settings, monkeypatch):
+    """On a device with a part of the memory that is needed free."""
+    bench = MAKES["dit"]()
+
+    def inputs():
+        return bench.inputs(images=2, steps=3, generator=[torch.Generator().manual_seed(seed) for seed in (4, 5)])
+
+    own, needed = recording.needed_bytes, []
+    monkeypatch.setattr(recording, "needed_bytes", lambda *args: needed.append(own(*args)) or needed[-1])
+    monkeypatch.setattr(recording, "free_bytes", lambda _: 2**60)
+    ah.calibrate(bench.pipe, inputs(), progress=False)
+    monkeypatch.setattr(recording, "free_bytes", lambda _: int(part * needed[0]))
+    extent = ah.Extent(**settings)
+    with pytest.warns(CalibrationFitted, match=", ".join(settings)) if settings else nullcontext():
+        found = ah.calibrate(bench.pipe, inputs(), progress=False)
+    wanted = ah.calibrate(bench.pipe, inputs(), extent=extent, progress=False)
+    assert torch.equal(found.outputs, wanted.outputs)
+    assert found.about["search"] == wanted.about["search"]

@@ -111,7 +111,16 @@ def cat_images(parts: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
     return torch.cat(split, 1).flatten(0, 1)
 
 
-BY_PROMPT = ("prompt", "negative_prompt", "pooled_prompt", "negative_pooled_prompt", "class_labels", "generator", "latents", "image")
+BY_PROMPT = (
+    "prompt",
+    "negative_prompt",
+    "pooled_prompt",
+    "negative_pooled_prompt",
+    "class_labels",
+    "generator",
+    "latents",
+    "image",
+)
 """What arguments of a pipeline's call begin with that may have one entry for each prompt."""
 
 
@@ -130,8 +139,8 @@ def one_by_one(inputs: Mapping[str, Any]) -> list[tuple[dict[str, Any], Share]]:
     if several or lengths.get(noise) != count:
         raise InputsInvalid(
             f"got prompts to run one after another, and {several or f'{noise} for {lengths.get(noise, 0)} of {count}'}; wanted "
-            "one picture for each prompt, and a list of generators, or latents, with an entry for each; repeat prompts, and give "
-            "these, or run all at once"
+            "one picture for each prompt, and a list of generators, or latents, with an entry for each; repeat prompts, and "
+            "give these, or run all at once"
         )
     split = [name for name, length in lengths.items() if length == count]
     return [

@@ -91,6 +91,7 @@ class Replayed:
     def __call__(self, run: Callable[[], Any], given: Any = None) -> Any:
         """The output of the module's next call; `given` is the input of a block, to which the block adds."""
         (step, self.call), self.passed = divmod(self.passed, self.calls), self.passed + 1
+        step %= len(self.column)  # where a call has several denoising loops, each begins anew
         if step >= self.ends:
             step, self.call = self.passed - 1 - self.ends * (self.calls - 1), 0
             if self.batched:

@@ -18,7 +18,7 @@ from arrowhead.engine.copies import Copies, carrying_class
 from arrowhead.engine.execute_site import execute_site
 from arrowhead.engine.following import Following
 from arrowhead.engine.generation import Generation
-from arrowhead.engine.plan_warnings import warn_of_derived, warn_of_other_weights, warn_of_wide_bands
+from arrowhead.engine.plan_warnings import other_guidance, warn_of_derived, warn_of_other_weights, warn_of_wide_bands
 from arrowhead.engine.prepared import Inseparable, PreparedPlans, SitePlans
 from arrowhead.engine.site_calls import SiteCall
 from arrowhead.engine.stack_calls import StackCall, execute_stack
@@ -30,13 +30,10 @@ from arrowhead.errors import (
     AlreadyGenerating,
     ArrowheadError,
     GenerationUnfinished,
-    GuidanceMissing,
-    GuidanceNotPlanned,
     NotIntercepted,
     PlanAdapted,
     PlanMismatch,
     ProcessorReplaced,
-    ShareCfgIgnored,
     SiteNotReached,
 )
 from arrowhead.kernels import dispatch
@@ -226,24 +223,8 @@ class Run:
                 "remove the plan, and apply it again after whatever replaces them, such as loading an IP-Adapter",
                 ProcessorReplaced,
             )
-        if not branches.guided and any(getattr(cell, "share_cfg", False) for row in self.plan.cells for cell in row):
-            self._note(
-                "guidance is off, so there is one CFG branch and nothing to share",
-                "search again without guidance for a plan of its own",
-                ShareCfgIgnored,
-            )
-        elif self.plan.guided and not branches.guided:
-            self._note(
-                "guidance is off, and the plan was made with guidance, by whose errors it was chosen",
-                "search again without guidance for a plan of its own",
-                GuidanceMissing,
-            )
-        if branches.guided and not self.plan.guided:
-            self._note(
-                "guidance is on, and the plan was made without guidance, which multiplies the plan's errors",
-                "search again with guidance for a plan that fits",
-                GuidanceNotPlanned,
-            )
+        for different in other_guidance(self.plan, branches):
+            self._note(*different)
 
     def _account_for_every_site(self) -> None:
         """Check, at the end of a generation, that every site ran under the plan, and warn of steps that are missing.
@@ -251,7 +232,7 @@ class Run:
         Raises:
             NotIntercepted: a site was skipped.
         """
-        if self._stats is not None and 0 < self._stats.steps < self._following.plan.steps:
+        if self._stats is not None and 0 < self._stats.steps < self._stats.looped + self._following.plan.steps:
             remedy = "let it run to its end, uninterrupted and with the plan on"
             self._note(self._unfinished(self._stats.steps), remedy, GenerationUnfinished)
         if self._generation is None:
@@ -297,7 +278,8 @@ class Run:
         return missed
 
     def _unfinished(self, steps: int) -> str:
-        return f"a generation ended after {steps} of the plan's {self._following.plan.steps} steps"
+        planned = self._following.plan.steps + (self._stats.looped if self._stats else 0)
+        return f"a generation ended after {steps} of the plan's {planned} steps"
 
     def _say(self, what: str) -> None:
         """Keep a text for the summary."""
@@ -335,8 +317,12 @@ class Run:
             stats.beside += 1
             return False
         tokens, latents = self._model.tokens(arguments), len(self._model.latents(arguments))
-        generation = self._generation
+        generation, timesteps = self._generation, self._model.timesteps
+        if generation is not None and generation.ends_with(self._following.plan.steps) and timesteps is not clock.timesteps:
+            self._require_passed(stats, stats.calls)
+            stats.looped, generation = stats.steps, None  # the pipeline runs another denoising loop
         if generation is None:
+            clock.begin_loop(timesteps)
             self._following.begin(tokens, branches)
             self._inseparable = self._prepared.inseparable(self._following.plan)
             strict = self.changes == "refuse" and without_shared_text(self.plan) is not self.plan

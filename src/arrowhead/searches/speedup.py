@@ -2,6 +2,7 @@
 
 import time
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from arrowhead.calibration.driver import PipelineDriver
@@ -15,6 +16,7 @@ from arrowhead.errors import AlreadyApplied, ArrowheadError, InputsInvalid, Noth
 from arrowhead.models.find import find
 from arrowhead.plans.plan import Plan
 from arrowhead.searches.budget.config import PRESETS, Budget
+from arrowhead.searches.settings import require_a
 from arrowhead.searches.stack.api import solve_profile
 from arrowhead.searches.stack.profile import Profile
 from arrowhead.searches.stack.profile_cache import cached_path
@@ -31,7 +33,7 @@ def speedup(
     *,
     quality: Literal["light", "balanced", "strong"] | None = None,
     budget: Budget | None = None,
-    profile: Profile | None = None,
+    profile: Profile | str | Path | None = None,
     cache: bool = True,
 ) -> "Speedup":
     """Make a pipeline faster from the second generation on.
@@ -45,7 +47,8 @@ def speedup(
         times: how much faster the transformer has to be, such as 2.0.
         quality: in place of it, the name of an error that is allowed: light 0.03, balanced 0.07, strong 0.15.
         budget: in place of these, a budget of the transformer's FLOPs, of a speedup or of an error.
-        profile: what an earlier generation showed, see `arrowhead.profile`.
+        profile: what an earlier generation showed, see `arrowhead.profile`; or the name of a repository on the Hugging Face Hub
+            that holds a profile, such as `org/name`; or a file, or a folder with one.
         cache: whether to keep what the first generation shows in a folder, and to use what is there for these weights, this
             scheduler and such a call. The folder is `ARROWHEAD_CACHE`, or the platform's folder for caches.
 
@@ -56,6 +59,8 @@ def speedup(
         InputsInvalid: not one of times, quality and budget is given, or it is out of range.
         UnsupportedPipeline: the transformer is no plain chain of blocks; `arrowhead.search` finds plans for single sites.
         AlreadyApplied: the pipeline carries a plan.
+        HubUnavailable: there is no such profile on the Hub, or it cannot be reached.
+        PlanMismatch: the profile is of another model.
 
     Warns:
         NothingLearnt: nothing could be learnt from a generation, or nothing is as cheap as was asked for: it ran in full.
@@ -77,6 +82,10 @@ def speedup(
     find(pipe, {"stack"})
     if run_on(pipe) is not None:
         raise carries_plan()
+    if isinstance(profile, str | Path):
+        profile = Profile.from_pretrained(profile)
+    if profile is not None:
+        require_a(Profile, profile, "profile")
     return Speedup(pipe, budget, profile, cache=cache)
 
 
@@ -207,6 +216,8 @@ class Speedup:
 
 class _FirstGeneration(PipelineDriver):
     """Drives the user's own call of the pipeline, whose result is theirs, and whose generators go on as in any call."""
+
+    wants_result = True
 
     def __init__(self, pipe: Any, inputs: dict[str, Any]) -> None:
         super().__init__(pipe, inputs)

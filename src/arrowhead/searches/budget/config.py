@@ -55,8 +55,8 @@ class Budget:
         InputsInvalid: not one of the first five is given, or a value is out of range; the message says what is wanted.
 
     Examples:
-        >>> ah.search(pipe, inputs, ah.Budget(module_flops=0.4))
-        >>> ah.search(pipe, inputs, ah.Budget(error=0.07, granularity="step"))
+        >>> ah.search(pipe, inputs, budget=ah.Budget(transformer_flops=0.4))
+        >>> ah.search(pipe, inputs, budget=ah.Budget(error=0.07, granularity="site"))
     """
 
     attention_flops: float | None = None

@@ -97,6 +97,9 @@ CHECKS = {
         "regions": or_none(whole(1, 2**26)),
         "seed": whole(0, 2**64 - 1),
         "precisions": lambda v: isinstance(v, tuple | list) and v in (("int8",), (), []),
+        "one_by_one": is_flag,
+        "cache_dtype": among("native", "int8", "fp8"),
+        "cache_device": or_none(among("cpu")),
     },
     ah.Headwise: {
         "radii": or_none(several(radius)),

@@ -1,18 +1,23 @@
 """A calibration's memory: what is held is what was said, and blocks that run again on the way back give the same table."""
 
 import inspect
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
 from budget import flux as make_flux
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from pipelines import BENCHES, JOINT
 from test_flux import bench as flux_fixture
 from untouched import left_as_it_was
 
 import arrowhead as ah
-from arrowhead.errors import InputsInvalid
+from arrowhead.errors import CalibrationFitted, InputsInvalid
 from arrowhead.models.find import find
+from arrowhead.plans.layout import ALL_KINDS, Tokens
+from arrowhead.searches.budget.sensitivity import recording
+from arrowhead.searches.budget.sensitivity.footprint import held_bytes
 from arrowhead.searches.budget.sensitivity.gradient_products import GradientProducts
 
 flux = flux_fixture
@@ -120,3 +125,107 @@ def test_what_is_held_is_what_was_said_beforehand(name, way, monkeypatch):
     held = Held(monkeypatch, bench)
     held.calibrate(bench, bench.inputs(**inputs), extent)
     assert max(held.bytes) == said
+
+
+def tables_of(bench, inputs, **settings):
+    extents = [ah.Extent(radii=(2,), ages=2, **settings, one_by_one=own) for own in (False, True)]
+    return [ah.calibrate(bench.pipe, inputs(), extent=extent, progress=False) for extent in extents]
+
+
+@pytest.mark.parametrize(("name", "vectors"), [("dit", 1), ("sd3", 2), ("flux", 1)])
+def test_prompts_one_after_another_make_the_table_of_all_at_once(name, vectors, monkeypatch):
+    bench = (MAKES | {"flux": make_flux})[name]()
+
+    def inputs():
+        noise = [torch.Generator().manual_seed(seed) for seed in (4, 5, 6)]
+        return bench.inputs(images=3, steps=4, generator=noise)
+
+    rows = []
+    bench.pipe.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(kwargs["hidden_states"] if not args else args[0])), with_kwargs=True
+    )
+    with left_as_it_was(bench):
+        whole, apart = tables_of(bench, inputs, vectors=vectors)
+    assert 3 * min(rows) == max(rows)
+    for kind in ("outputs", "residuals"):
+        torch.testing.assert_close(getattr(apart, kind), getattr(whole, kind), rtol=1e-5, atol=1e-12)
+    for kind in ("sampler_gains", "model_feedback", "final", "other_flops"):
+        assert getattr(apart, kind) == pytest.approx(getattr(whole, kind), rel=1e-4), kind
+    assert (apart.images, apart.regions) == (whole.images, whole.regions)
+    said = [ah.calibration_bytes(bench.pipe, inputs(), extent=ah.Extent(one_by_one=own)) for own in (False, True)]
+    assert said[0] == 3 * said[1]
+
+
+def test_a_budget_whose_prompts_run_one_after_another():
+    bench = BENCHES["dit"]()
+
+    def found(**settings):
+        noise = [torch.Generator().manual_seed(seed) for seed in (4, 5)]
+        extent = ah.Extent(radii=(2,), ages=2, **settings)
+        inputs = bench.inputs(images=2, steps=4, generator=noise)
+        return ah.search(bench.pipe, inputs, budget=ah.Budget(module_flops=0.6), extent=extent, progress=False)
+
+    whole, apart = found(), found(one_by_one=True)
+    assert apart.cells == whole.cells
+    assert apart.about["search"]["measured_error"] == pytest.approx(whole.about["search"]["measured_error"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "list of generators"),
+        ({"generator": [torch.Generator()]}, "list of generators"),
+        ({"num_images_per_prompt": 2}, "repeat"),
+    ],
+    ids=["one generator", "too few", "several pictures"],
+)
+def test_prompts_that_cannot_be_told_apart(given, said):
+    bench = MAKES["sd3"]()
+    with left_as_it_was(bench), pytest.raises(InputsInvalid, match=said):
+        ah.calibrate(bench.pipe, bench.inputs(images=3) | given, extent=ah.Extent(one_by_one=True), progress=False)
+
+
+def test_flux_with_eight_prompts_fits():
+    """The real one, of which only the sizes are here: 12 billion weights, 1024 × 1024 pixels, 512 tokens of text, bfloat16."""
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel(guidance_embeds=True, num_layers=1, num_single_layers=1)
+    pipe = FluxPipeline(FlowMatchEulerDiscreteScheduler(), None, None, None, None, None, transformer)
+    found, tokens = find(pipe, ALL_KINDS).sites, Tokens(4096, 512, text_first=True)
+    every = [site for site in found for _ in range(38 if site.path.startswith("single") else 19)]
+    blocks = [site for site in every if site.kind == "block"]
+    sites = [site for site in every if site.kind != "block" or site.weights]
+    plain, small = (
+        held_bytes(extent, sites, blocks, tokens, rows, 2, torch.device("cuda")) / 2**30
+        for extent, rows in ((ah.Extent(), 8), (ah.Extent(one_by_one=True, checkpoint=True, cache_dtype="int8"), 1))
+    )
+    assert plain > 400
+    assert 30 < small < 31
+
+
+@pytest.mark.parametrize(
+    ("part", "settings"),
+    [
+        (1.0, {}),
+        (0.9, {"one_by_one": True}),
+        (0.4, {"checkpoint": True, "one_by_one": True}),
+        (0.0, {"checkpoint": True, "one_by_one": True, "cache_dtype": "int8"}),
+    ],
+)
+def test_without_an_extent_it_is_what_fits(part, settings, monkeypatch):
+    """On a device with a part of the memory that is needed free."""
+    bench = MAKES["dit"]()
+
+    def inputs():
+        return bench.inputs(images=2, steps=3, generator=[torch.Generator().manual_seed(seed) for seed in (4, 5)])
+
+    own, needed = recording.needed_bytes, []
+    monkeypatch.setattr(recording, "needed_bytes", lambda *args: needed.append(own(*args)) or needed[-1])
+    monkeypatch.setattr(recording, "free_bytes", lambda _: 2**60)
+    ah.calibrate(bench.pipe, inputs(), progress=False)
+    monkeypatch.setattr(recording, "free_bytes", lambda _: int(part * needed[0]))
+    extent, named = ah.Extent(**settings), ", ".join(f"{name}={value!r}" for name, value in settings.items())
+    with pytest.warns(CalibrationFitted, match=named) if settings else nullcontext():
+        found = ah.calibrate(bench.pipe, inputs(), progress=False)
+    wanted = ah.calibrate(bench.pipe, inputs(), extent=extent, progress=False)
+    assert torch.equal(found.outputs, wanted.outputs)
+    assert found.about["search"] == wanted.about["search"]

@@ -88,6 +88,13 @@ class NothingLearnt(ArrowheadWarning):
     """Nothing could be learnt from a generation that `speedup` watched: it ran without a plan."""
 
 
+class CalibrationFitted(ArrowheadWarning):
+    """A calibration would not have fitted the free memory, and began again with settings by which it holds less.
+
+    Given where no `Extent` was asked for. Give one to choose these settings.
+    """
+
+
 class ShareCfgIgnored(ArrowheadWarning):
     """The plan shares attention between the CFG branches, but a generation has one branch, and nothing to share.
 

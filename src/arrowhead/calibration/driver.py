@@ -14,7 +14,7 @@ from torch import Tensor
 from arrowhead.calibration.isolation import exclusive_call, hide_progress_bar, preserve_rng
 from arrowhead.calibration.outputs import stacked
 from arrowhead.calibration.scheduler_calls import observe
-from arrowhead.calibration.sharding import ALONE, Share, share_out
+from arrowhead.calibration.sharding import ALONE, Share, one_by_one, share_out
 from arrowhead.engine.changes import Changes
 from arrowhead.engine.compile_boundary import run_eagerly
 from arrowhead.errors import InputsInvalid
@@ -59,6 +59,14 @@ class Driver(ABC):
         random states are as before, but for the scheduler's timesteps, which every call of a pipeline sets.
         """
 
+    def one_by_one(self) -> "list[Driver]":
+        """Drivers of one prompt each.
+
+        Raises:
+            InputsInvalid: the prompts cannot be told apart, or are split among processes.
+        """
+        raise InputsInvalid("got prompts to run one after another in a loop around a custom model, wanted all at once")
+
     @abstractmethod
     def final_latents(self) -> Tensor:
         """Generate once; gives the final latents of all processes' images, float32."""
@@ -95,6 +103,12 @@ class PipelineDriver(Driver):
         hide_progress_bar(pipe, changes)
         run_eagerly(changes)
         return lambda: call(**self._inputs)
+
+    def one_by_one(self) -> list[Driver]:
+        """Each with its entries of the arguments that have one for each prompt."""
+        if not self.share.alone:
+            raise InputsInvalid("got prompts to run one after another with shard, wanted one of the two; leave either out")
+        return [PipelineDriver(self.pipe, own, share, self._all_inputs) for own, share in one_by_one(self._inputs)]
 
     def final_latents(self) -> Tensor:
         """What the scheduler's last step gives, (B, C, …) or (B, N, C); that of the first loop where there are several.

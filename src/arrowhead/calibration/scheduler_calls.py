@@ -2,14 +2,14 @@
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from arrowhead.calibration.sharding import Share
+from arrowhead.calibration.sharding import Share, cat_images
 from arrowhead.engine.changes import Changes
 from arrowhead.errors import NotIntercepted
 
@@ -57,6 +57,26 @@ class SchedulerCalls:
 
         arguments, final = [call(*each) for each in self.arguments], share.joined(self.latents())
         return SchedulerCalls(self.scheduler, list(map(share.joined, self.outputs)), arguments, final)
+
+
+def joined_calls(parts: Sequence[SchedulerCalls], sizes: Sequence[int]) -> SchedulerCalls:
+    """The calls of runs with some of the images each, as one run with all images would have made them."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def joined(values: Sequence[Any], rows: Sequence[int]) -> Any:
+        of_images = all(isinstance(v, Tensor) and v.ndim and len(v) == row for v, row in zip(values, rows, strict=True))
+        return cat_images(values, sizes) if of_images else values[0]
+
+    def call(*each: tuple[Any, Tensor, tuple[Any, ...], dict[str, Any]]) -> Any:
+        timesteps, samples, args, kwargs = zip(*each, strict=True)
+        rows = [*map(len, samples)]
+        named = {name: joined([own[name] for own in kwargs], rows) for name in kwargs[0]}
+        return timesteps[0], joined(samples, rows), tuple(joined(values, rows) for values in zip(*args, strict=True)), named
+
+    outputs = [cat_images(each, sizes) for each in zip(*(part.outputs for part in parts), strict=True)]
+    arguments = [call(*each) for each in zip(*(part.arguments for part in parts), strict=True)]
+    return SchedulerCalls(parts[0].scheduler, outputs, arguments, cat_images([part.latents() for part in parts], sizes))
 
 
 @contextmanager

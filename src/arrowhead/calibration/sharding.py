@@ -55,9 +55,7 @@ class Share:
         """All processes' rows (k·B, …), of this process's rows (k·b, …) of k branches, one branch after the other."""
         if self.alone:
             return rows
-        parts = self.each(rows.detach().cpu())
-        split = [part.reshape(len(part) // size, size, *part.shape[1:]) for part, size in zip(parts, self.sizes, strict=True)]
-        return torch.cat(split, 1).flatten(0, 1).to(rows.device)
+        return cat_images(self.each(rows.detach().cpu()), self.sizes).to(rows.device)
 
     def pooled(self, moments: Tensor) -> Tensor:
         """The moments (3, …) over all images, float32, of those over this process's images.
@@ -88,6 +86,70 @@ class Share:
 
 
 ALONE = Share()
+
+
+@dataclass(frozen=True)
+class Part(Share):
+    """One prompt of several that one process runs one after another; what they give is joined when all have run."""
+
+    def joined(self, rows: Tensor) -> Tensor:
+        """This prompt's rows."""
+        return rows
+
+    def each(self, value: T) -> list[T]:
+        """The value alone: there is one process."""
+        return [value]
+
+    def agreed(self, value: T) -> T:
+        """The value: there is one process."""
+        return value
+
+
+def cat_images(parts: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """The rows of all images (k·B, …), of the rows of parts (k·b, …) for k branches, one branch after the other."""
+    split = [part.reshape(len(part) // size, size, *part.shape[1:]) for part, size in zip(parts, sizes, strict=True)]
+    return torch.cat(split, 1).flatten(0, 1)
+
+
+BY_PROMPT = (
+    "prompt",
+    "negative_prompt",
+    "pooled_prompt",
+    "negative_pooled_prompt",
+    "class_labels",
+    "generator",
+    "latents",
+    "image",
+)
+"""What arguments of a pipeline's call begin with that may have one entry for each prompt."""
+
+
+def one_by_one(inputs: Mapping[str, Any]) -> list[tuple[dict[str, Any], Share]]:
+    """The arguments of a pipeline's call for each prompt alone, in order; of one prompt, these arguments.
+
+    Raises:
+        InputsInvalid: the arguments do not say how many prompts there are, or what noise each picture begins with.
+    """
+    lengths = {name: _length(value) for name, value in inputs.items() if name.startswith(BY_PROMPT)}
+    count = max((length for name, length in lengths.items() if name != "image"), default=1)
+    several = {name: inputs[name] for name in SEVERAL if inputs.get(name) not in (None, 1)}
+    if count <= 1 and not several:
+        return [(dict(inputs), ALONE)]
+    noise = "generator" if inputs.get("generator") is not None else "latents"
+    if several or lengths.get(noise) != count:
+        raise InputsInvalid(
+            f"got prompts to run one after another, and {several or f'{noise} for {lengths.get(noise, 0)} of {count}'}; wanted "
+            "one picture for each prompt, and a list of generators, or latents, with an entry for each; repeat prompts, and "
+            "give these, or run all at once"
+        )
+    split = [name for name, length in lengths.items() if length == count]
+    return [
+        (
+            {name: value[i : i + 1] if name in split else value for name, value in inputs.items()},
+            Part(i, (1,) * count),
+        )
+        for i in range(count)
+    ]
 
 
 def share_out(inputs: Mapping[str, Any], shard: Sequence[str]) -> tuple[dict[str, Any], Share]:

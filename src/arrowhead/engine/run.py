@@ -171,7 +171,7 @@ class Run:
 
     @contextmanager
     def generating(self, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-        """Surround one call of the pipeline, or of a copy: caches are empty when it starts and when it ends, also after an error.
+        """Surround one call of the pipeline, or of a copy: caches are empty when it starts and ends, also after an error.
 
         Raises:
             AlreadyGenerating: a call is going on, in another thread or around this one; that call goes on.

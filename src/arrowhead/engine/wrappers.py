@@ -357,8 +357,8 @@ def _forward_parameters(module: nn.Module, site: Site) -> list[str]:
 def _wrapper_class(base: type) -> type:
     """A subclass of a processor class whose calls are answered by `arrowhead_around`.
 
-    What belongs to the wrapper alone is in slots, as its `__dict__` is the processor's. diffusers makes processors of the classes
-    that it finds, as an IP-Adapter is loaded or unloaded: those are of the base class.
+    What belongs to the wrapper alone is in slots, as its `__dict__` is the processor's. Where diffusers makes processors of the
+    classes that it finds, as it does when an IP-Adapter is loaded or unloaded, they are of the base class.
     """
 
     def __new__(_cls: type, *args: Any, **kwargs: Any) -> Any:

@@ -157,6 +157,8 @@ class Extent:
             single-stream blocks.
         checkpoint: whether blocks run again on the way back instead of keeping their activations (diffusers' gradient
             checkpointing). The run takes half as long again, and a fraction of the memory.
+        one_by_one: whether prompts run one after another. Memory then holds what one of them needs, and the table is that of
+            all. Wanted then: one picture for each prompt, and a list of generators, or latents, with an entry for each.
         cache_dtype: how what sites gave in the last steps is kept: `native`, the dtype in which it was computed, or `int8` or
             `fp8`, with one scale for each token and head.
         cache_device: the device on which that is kept, such as `cpu`. None: the one on which it was computed.
@@ -185,12 +187,13 @@ class Extent:
     regions: int | None = None
     seed: int = 0
     precisions: tuple[Precision, ...] = ()
+    one_by_one: bool = False
     cache_dtype: CacheDtype = "native"
     cache_device: str | None = None
 
     def __post_init__(self) -> None:
         require_radii(self.radii)
-        require_flags(self, "checkpoint", "gradients")
+        require_flags(self, "checkpoint", "gradients", "one_by_one")
         if self.kinds is not None and (not _are_words(self.kinds) or not set() < set(self.kinds) <= ALL_KINDS):
             raise InputsInvalid(f"got kinds={self.kinds!r}, wanted a tuple of some of {', '.join(sorted(ALL_KINDS))}, or None")
         others = [precision for precision in get_args(Precision) if precision != "native"]
@@ -200,6 +203,8 @@ class Extent:
             raise InputsInvalid(f"got feedback={self.feedback!r}, wanted a number from 0 to 1")
         if self.checkpoint and not self.gradients:
             raise InputsInvalid("got checkpoint=True without gradients, wanted one of the two: nothing is kept for a way back")
+        if self.one_by_one and not self.gradients:
+            raise InputsInvalid("got one_by_one=True without gradients, wanted one of the two: trials need all images at once")
         if self.cache_device is not None and not isinstance(self.cache_device, str):
             raise InputsInvalid(f"got cache_device={self.cache_device!r}, wanted the name of a device, such as 'cpu', or None")
         _ = self.encoding

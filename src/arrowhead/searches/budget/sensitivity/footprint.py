@@ -1,6 +1,8 @@
-"""The bytes that a calibration holds, in closed form."""
+"""The bytes that a calibration holds, in closed form, and settings by which it fits the free memory."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -60,3 +62,44 @@ def held_bytes(
     if extent.checkpoint:
         found += block_input_bytes(blocks, tokens, itemsize)
     return found * rows
+
+
+ACTIVATIONS = 24
+"""About how many tensors like its input a block's pass keeps for the way back: of FLUX's and DiT's blocks."""
+
+
+def needed_bytes(
+    extent: Extent,
+    sites: Sequence[Site],
+    blocks: Sequence[Site],
+    tokens: Tokens,
+    rows: int,
+    itemsize: int,
+    device: torch.device,
+) -> int:
+    """`held_bytes`, and about what the activations of a pass take."""
+    layers = blocks or [site for site in sites if site.kind == "self_attention"]
+    kept = layers[:1] if extent.checkpoint else layers
+    activations = ACTIVATIONS * block_input_bytes(kept, tokens, itemsize) * rows * extent.gradients
+    return held_bytes(extent, sites, blocks, tokens, rows, itemsize, device) + activations
+
+
+def smaller(extent: Extent, *, one_by_one: bool, checkpoint: bool, other_device: bool) -> Iterator[Extent]:
+    """Settings by which a calibration holds less and less, each with those before it; the flags say what is possible."""
+    steps = (one_by_one, {"one_by_one": True}), (checkpoint, {"checkpoint": True}), (True, {"cache_dtype": "int8"})
+    for possible, settings in (*steps, (other_device, {"cache_device": "cpu"})):
+        if possible:
+            extent = replace(extent, **settings)  # type: ignore[arg-type]
+            yield extent
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """The bytes that are free on a device; None where the platform does not say."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    said = Path("/proc/meminfo")
+    if device.type != "cpu" or not said.exists():
+        return None
+    lines = (line.split() for line in said.read_text().splitlines())
+    return next((int(line[1]) * 1024 for line in lines if line[0] == "MemAvailable:"), None)

@@ -51,6 +51,11 @@ class Recorder:
         outputs, residuals, quantisation_errors = (torch.cat(each, -1) for each in zip(*found, strict=True))
         self._products.append((outputs, residuals, quantisation_errors))
 
+    def end(self) -> None:
+        """Forget what sites gave, once the run has ended: the products remain."""
+        self._itemsize = self.history.steps_of(self.history.sites[0])[0].encoded_output.dtype.itemsize
+        self.history.clear()
+
     @property
     def _images(self) -> int:
         """How many images all processes generate."""
@@ -70,8 +75,9 @@ class Recorder:
         switch: int | None,
         of_calls: Sequence[Tokens],
         other_texts: bool,
+        parts: Sequence["Recorder"] = (),
     ) -> Table:
-        """The table of all steps.
+        """The table of all steps; with `parts`, of the images of all these recorders, of which this is one.
 
         Raises:
             InputsInvalid: float32 does not hold the products.
@@ -79,7 +85,7 @@ class Recorder:
         final, feedback, steps = replay.latents(), self._extent.feedback, len(self._products)
         sampler_gains, model_feedback = replay.gains_and_feedback(steps, self._images)
         weights = self._source.weights(steps)  # (S, H)
-        joined = [self._of_all_processes(torch.stack(of_steps)) for of_steps in zip(*self._products, strict=True)]
+        joined = [self._of_all_images(own) for own in zip(*(part._stacked() for part in parts or [self]), strict=True)]
         products = [own * weights[(...,) + (None,) * (own.ndim - 2)] for own in joined]
         outputs, residuals, quantisation_errors = (own.float() for own in products)
         if not all(bool(own.isfinite().all()) for own in (outputs, residuals, quantisation_errors)):
@@ -105,7 +111,7 @@ class Recorder:
             other_texts=other_texts,
             images=self._images,
             regions=self._regions,
-            itemsize=self.history.steps_of(self.history.sites[0])[0].encoded_output.dtype.itemsize,
+            itemsize=self._itemsize,
             about=about,
             switch=switch,
             precisions=self.history.precisions,
@@ -118,10 +124,14 @@ class Recorder:
         known = sum(full_flops(sites, tokens, samples // len(of_calls)).module for tokens in of_calls)
         return max(self.history.flops.total / self._source.images - known, 0.0)
 
-    def _of_all_processes(self, products: Tensor) -> Tensor:
-        """All processes' products (…, M) of this process's."""
-        if self._share.alone:
-            return products
-        shape = *products.shape[:-1], self._extent.vectors, self._source.images, self._regions
-        by_image = products.reshape(shape).movedim(-2, 0)
+    def _stacked(self) -> list[Tensor]:
+        """The products of all steps, (S, …, M) of each kind."""
+        return [torch.stack(of_steps) for of_steps in zip(*self._products, strict=True)]
+
+    def _of_all_images(self, parts: Sequence[Tensor]) -> Tensor:
+        """All parts' products (…, M), or all processes' of this process's."""
+        if len(parts) == 1 and self._share.alone:
+            return parts[0]
+        shape = *parts[0].shape[:-1], self._extent.vectors, self._source.images, self._regions
+        by_image = torch.cat([part.reshape(shape).movedim(-2, 0) for part in parts])
         return self._share.joined(by_image.contiguous()).movedim(0, -2).flatten(-3)

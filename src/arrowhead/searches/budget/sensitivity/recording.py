@@ -1,36 +1,45 @@
 """The calibration of a budget: one generation with full attention, in which every step's sensitivity is recorded."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from arrowhead.calibration.driver import Driver
 from arrowhead.calibration.provenance import provenance
 from arrowhead.calibration.run import CalibrationRun
+from arrowhead.calibration.scheduler_calls import SchedulerCalls, joined_calls
 from arrowhead.calibration.step import Step
-from arrowhead.errors import InputsInvalid
+from arrowhead.errors import CalibrationFitted, InputsInvalid
 from arrowhead.models.find import find
 from arrowhead.models.model import Model
-from arrowhead.plans.layout import ALL_KINDS, Branches, Site
+from arrowhead.plans.layout import ALL_KINDS, Branches, Site, Tokens
 from arrowhead.searches.budget.config import Extent
 from arrowhead.searches.budget.sensitivity.cfg import Guidance
-from arrowhead.searches.budget.sensitivity.loop_gain import run_loop
+from arrowhead.searches.budget.sensitivity.footprint import free_bytes, needed_bytes, smaller
+from arrowhead.searches.budget.sensitivity.loop_gain import LoopReplay, run_loop
 from arrowhead.searches.budget.sensitivity.recorder import Recorder
-from arrowhead.searches.budget.sensitivity.sampler_gain import run_scheduler
+from arrowhead.searches.budget.sensitivity.sampler_gain import SchedulerReplay, run_scheduler
 from arrowhead.searches.budget.sensitivity.table import Table
 
 
 @dataclass(frozen=True)
 class Recording:
-    """The result of a calibration: the table, the final latents (B, C, …), and `passes` and `cost` as in `SearchResult`."""
+    """The result of a calibration: the table, the final latents (B, C, …), and `passes` and `cost` as in `SearchResult`.
+
+    `one_by_one`: prompts ran one after another.
+    """
 
     table: Table
     final: Tensor
     passes: int
     cost: float
+    one_by_one: bool = False
 
 
 def sites_of(driver: Driver, extent: Extent) -> Model:
@@ -46,13 +55,40 @@ def blocks_of(driver: Driver, extent: Extent, sites: Sequence[Site]) -> tuple[Si
     return tuple(block for block in find(driver.pipe, ALL_KINDS).sites if block.made_of(sites))
 
 
-def record(driver: Driver, extent: Extent, on_step: Callable[[int, int | None], None] = lambda *_: None) -> Recording:
+class _DoesNotFit(Exception):
+    """The memory that is free is less than a calibration needs; `extent` is what needs less."""
+
+    def __init__(self, extent: Extent, said: str) -> None:
+        super().__init__(said)
+        self.extent = extent
+
+
+def record(
+    driver: Driver, extent: Extent | None = None, on_step: Callable[[int, int | None], None] = lambda *_: None
+) -> Recording:
     """Generate once, full attention everywhere, and call `on_step` with the step and the number of steps after each step.
+
+    Without an extent, it is the default one, or what fits the free memory, of which a warning tells.
 
     Every step is one pass forward and one back for each vector, with respect to activations alone; without gradients two passes
     forward or more. Outputs and residuals of the last steps are held for all sites.
 
     Raises what `arrowhead.search` raises.
+    """
+    if extent is not None:
+        return _record(driver, extent, on_step)
+    try:
+        return _record(driver, Extent(), on_step, fits=True)
+    except _DoesNotFit as found:
+        warnings.warn(str(found), CalibrationFitted, stacklevel=4)
+        return _record(driver, found.extent, on_step)
+
+
+def _record(driver: Driver, extent: Extent, on_step: Callable[[int, int | None], None], *, fits: bool = False) -> Recording:
+    """`record` with this extent. With `fits` it has to fit the free memory.
+
+    Raises:
+        _DoesNotFit: it does not; known in the first step.
     """
     model, share = sites_of(driver, extent), driver.share
     weights = [weight for transformer in model.transformers for weight in transformer.parameters()]
@@ -63,6 +99,86 @@ def record(driver: Driver, extent: Extent, on_step: Callable[[int, int | None], 
         )
     if not (extent.gradients or share.alone):
         raise InputsInvalid("got gradients=False with shard, wanted gradients, or all prompts in one process")
+    drivers, parts = driver.one_by_one() if extent.one_by_one else [driver], list[_Part]()
+    with _parameters_frozen(weights) if extent.gradients else nullcontext():
+        for done, own in enumerate(drivers):
+            parts.append(_run(own, model, extent, partial(_among, on_step, done, len(drivers)), fits=fits))
+    longest = max(parts, key=lambda part: part.calibration.tokens.text)
+    calibration, recorders = longest.calibration, [part.recorder for part in parts]
+    replay = (
+        longest.replay if len(parts) == 1 else SchedulerReplay(joined_calls([part.calls for part in parts], [1] * len(parts)))
+    )
+    target = calibration.target
+    blocks, about = blocks_of(driver, extent, target.sites), provenance(driver, vars(extent))
+    other_texts = any(part.calibration.other_texts for part in parts)
+    run = calibration.switch, calibration.of_calls, other_texts, recorders
+    table = share.agreed(longest.recorder.table(replay, calibration.branches, target, blocks, about, *run))
+    passes, cost = (sum(getattr(part.calibration, name) for part in parts) for name in ("passes", "cost"))
+    return Recording(table, replay.latents(), passes, cost / len(parts), len(parts) > 1)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A calibration run that has ended: of all images, or of one prompt's."""
+
+    calibration: CalibrationRun
+    recorder: Recorder
+    replay: SchedulerReplay | LoopReplay
+
+    @property
+    def calls(self) -> SchedulerCalls:
+        """The scheduler's, of a pipeline."""
+        assert isinstance(self.replay, SchedulerReplay)
+        return self.replay.calls
+
+
+def footprint_of(
+    driver: Driver, model: Model, calibration: CalibrationRun
+) -> tuple[Sequence[Site], list[Site], Tokens, int, int, torch.device]:
+    """What a calibration's bytes depend on besides its extent, as `held_bytes` takes it; known from the first step on."""
+    weight = next(model.transformer.parameters())
+    itemsize = getattr(model.transformer, "dtype", weight.dtype).itemsize  # weights may be kept in a smaller dtype
+    blocks = [site for site in find(driver.pipe, ALL_KINDS).sites if site.kind == "block"]
+    return model.sites, blocks, calibration.tokens, calibration.rows, itemsize, weight.device
+
+
+def _require_fit(driver: Driver, model: Model, calibration: CalibrationRun, extent: Extent) -> None:
+    """Check that the memory that is free will do.
+
+    Raises:
+        _DoesNotFit: it will not.
+    """
+    sites, blocks, tokens, rows, itemsize, device = footprint_of(driver, model, calibration)
+    free, needed = free_bytes(device), needed_bytes(extent, sites, blocks, tokens, rows, itemsize, device)
+    if free is None or needed <= free:
+        return
+    prompts = 1
+    with suppress(InputsInvalid):
+        prompts = len(driver.one_by_one())
+    possible = {
+        "one_by_one": prompts > 1,
+        "checkpoint": calibration.branches.calls == 1
+        and all(hasattr(transformer, "enable_gradient_checkpointing") for transformer in model.transformers),
+        "other_device": device.type != "cpu",
+    }
+    for found in smaller(extent, **possible):
+        own = rows // prompts if found.one_by_one else rows
+        less = needed_bytes(found, sites, blocks, tokens, own, itemsize, device)
+        if less <= free:
+            break
+    changed = {name: value for name, value in vars(found).items() if value != getattr(extent, name)}
+    named = ", ".join(f"{name}={value!r}" for name, value in changed.items())
+    raise _DoesNotFit(
+        found,
+        f"the calibration needs about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free; it runs with Extent({named}), "
+        f"by which it needs about {less / 2**30:.1f}; give an extent to choose",
+    )
+
+
+def _run(
+    driver: Driver, model: Model, extent: Extent, on_step: Callable[[int, int | None], None], *, fits: bool = False
+) -> _Part:
+    """Generate once and record every step."""
     calibration = CalibrationRun(driver, model)
     recorder: Recorder | None = None
 
@@ -71,25 +187,26 @@ def record(driver: Driver, extent: Extent, on_step: Callable[[int, int | None], 
 
     def follow(step: Step) -> None:
         nonlocal recorder
-        recorder = recorder or Recorder(step.sites, calibration.tokens, extent, share)
+        if fits and recorder is None:
+            _require_fit(driver, model, calibration, extent)
+        recorder = recorder or Recorder(step.sites, calibration.tokens, extent, driver.share)
         recorder.follow(step, guidance(step.index))
         on_step(step.index, calibration.step_count)
 
-    with (
-        _parameters_frozen(weights) if extent.gradients else nullcontext(),
-        _checkpointed(model.transformers, extent.checkpoint, calibration.branches),
-    ):
+    with _checkpointed(model.transformers, extent.checkpoint, calibration.branches):
         replay = (
             run_loop(driver, model, guidance(0), calibration, follow)
             if driver.scheduler is None
             else run_scheduler(driver, calibration, follow)
         )
     assert recorder is not None  # the run had a step
-    target = calibration.target
-    blocks, about = blocks_of(driver, extent, target.sites), provenance(driver, vars(extent))
-    run = calibration.switch, calibration.of_calls, calibration.other_texts
-    table = share.agreed(recorder.table(replay, calibration.branches, target, blocks, about, *run))
-    return Recording(table, replay.latents(), calibration.passes, calibration.cost)
+    recorder.end()
+    return _Part(calibration, recorder, replay)
+
+
+def _among(on_step: Callable[[int, int | None], None], done: int, runs: int, step: int, steps: int | None) -> None:
+    """Tell of a step of one of several runs, of which some are done."""
+    on_step(step + done * (steps or 0), None if steps is None else steps * runs)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from arrowhead.searches.budget.solver.solution import solve as solve_table
 from arrowhead.searches.greedy import Greedy, Trial, greedy_search
 from arrowhead.searches.headwise import Choice, Headwise, headwise_search
 from arrowhead.searches.stack.api import planned, profile, solve_profile
+from arrowhead.searches.stack.held import profile_bytes
 from arrowhead.searches.stack.profile import Profile
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
@@ -222,6 +223,7 @@ __all__ = [
     "greedy_search",
     "headwise_search",
     "profile",
+    "profile_bytes",
     "search",
     "solve",
     "sweep",

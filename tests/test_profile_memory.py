@@ -18,11 +18,16 @@ from arrowhead.searches.stack.profile import AGES
 WATCHED = {**BENCHES, **JOINT, "flux": flux, **MORE}
 
 
+def tensors():
+    return [each for each in gc.get_objects() if type(each) is torch.Tensor]
+
+
 class Outputs:
     """Tensors like the last block's output of the visual tokens that are alive when a step ends, by their memory."""
 
     def __init__(self, bench):
         self.most, self.shape = 0, None
+        self.before = {id(each): each for each in tensors()}  # what other tests left
         model = find(bench.pipe, {"stack"})
         self.hooks = [
             blocks_of(t, model)[0].register_forward_pre_hook(self.began, with_kwargs=True) for t in model.transformers
@@ -35,7 +40,7 @@ class Outputs:
 
     def stepped(self, *args, **kwargs):
         out = self.own(*args, **kwargs)
-        alive = [each for each in gc.get_objects() if isinstance(each, torch.Tensor) and each.shape == self.shape]
+        alive = [each for each in tensors() if id(each) not in self.before and each.shape == self.shape]
         found = {each.untyped_storage().data_ptr(): each.nelement() * each.itemsize for each in alive}
         self.most = max(self.most, sum(found.values()))
         return out

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from arrowhead.calibration.driver import PipelineDriver
 from arrowhead.calibration.isolation import exclusive_call, preserve_rng
 from arrowhead.engine.changes import Changes
+from arrowhead.engine.copies import Copies, carrying_class
 from arrowhead.engine.install import SPEEDUP, apply
 from arrowhead.engine.run import Run, carries_plan, run_on
 from arrowhead.engine.wrappers import uncopied
@@ -100,13 +101,13 @@ class Speedup:
     def __init__(self, pipe: "DiffusionPipeline", budget: Budget, profile: Profile | None, *, cache: bool) -> None:
         self.profile = profile
         self.plan: Plan | None = None
-        self._pipe, self._budget, self._cache = pipe, budget, cache
+        self._pipe, self._base, self._budget, self._cache = pipe, type(pipe), budget, cache
         self._run: Run | None = None
         self._learns = profile is None  # whether the next generation is to be watched, or a kept profile looked for
         self._first_seconds: float | None = None  # of the watched generation, without what watching took
         self._seconds: float | None = None  # of the latest generation with the plan
         self._nothing = "nothing has been generated yet: the next generation runs in full, and is watched"
-        self._changes = Changes()
+        self._changes, self._copies = Changes(), Copies(SPEEDUP)
         try:
             self._install()
             if profile is not None:
@@ -116,17 +117,23 @@ class Speedup:
             raise
 
     def _install(self) -> None:
-        pipe, base = self._pipe, type(self._pipe)
+        pipe, base = self._pipe, self._base
         if not self._changes.claim(pipe, SPEEDUP, self):
             raise AlreadyApplied("this pipeline has a speedup already; call arrowhead.remove(pipe) first")
         called = _sped_class(base, self)
 
-        def restore() -> None:
-            if type(pipe) is called:
-                pipe.__class__ = base
-
-        self._changes.record(restore)
+        self._changes.record(self._copies.release, pipe, called, base)
         pipe.__class__ = called
+
+    def copy(self, pipe: Any) -> Any:
+        """A shallow copy of a pipeline that was watched, which is as fast.
+
+        Raises:
+            AlreadyApplied: it has yet to be watched.
+        """
+        if self._learns:
+            raise uncopied(type(pipe).__name__)
+        return self._copies.copy(pipe, self._base)
 
     def close(self) -> None:
         """Take the plan off; the pipeline is as it was before `speedup`."""
@@ -140,8 +147,8 @@ class Speedup:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def called(self, base: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call of the pipeline: the first one is watched."""
+    def called(self, pipe: Any, base: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of the pipeline, or of a copy: the first one, before which there are no copies, is watched."""
         if self._learns:
             self._learns = False
             try:
@@ -150,7 +157,7 @@ class Speedup:
                 self._learns = True
                 raise
         started = time.perf_counter()
-        out = base.__call__(self._pipe, *args, **kwargs)
+        out = base.__call__(pipe, *args, **kwargs)
         if self._run is not None:  # the watched generation comes here, too
             self._seconds = time.perf_counter() - started
         return out
@@ -230,6 +237,8 @@ def _done(steps: int, planned: int, cells: Counter[str], known: Profile) -> str:
 class _FirstGeneration(PipelineDriver):
     """Drives the user's own call of the pipeline, whose result is theirs, and whose generators go on as in any call."""
 
+    wants_result = True
+
     def __init__(self, pipe: Any, inputs: dict[str, Any]) -> None:
         super().__init__(pipe, inputs)
         self.result: Any = None
@@ -252,12 +261,9 @@ class _FirstGeneration(PipelineDriver):
 
 
 def _sped_class(base: type, owner: Speedup) -> type:
-    """A subclass whose calls the speedup answers; Python looks `__call__` up on the class alone."""
+    """A subclass whose calls the speedup answers."""
 
-    def __call__(_: Any, *args: Any, **kwargs: Any) -> Any:
-        return owner.called(base, args, kwargs)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return owner.called(self, base, args, kwargs)
 
-    __call__.__wrapped__ = base.__call__  # type: ignore[attr-defined]  # inspect.signature follows it
-    members = {"__call__": __call__, "__module__": base.__module__, "__doc__": base.__doc__}
-    members["__reduce_ex__"] = lambda _, protocol: owner.__reduce_ex__(protocol)
-    return type(base.__name__, (base,), members)
+    return carrying_class(base, __call__, owner)

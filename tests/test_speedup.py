@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from untouched import left_as_it_was
 
 import arrowhead as ah
-from arrowhead.errors import AlreadyApplied, InputsInvalid, NothingLearnt, UnsupportedPipeline
+from arrowhead.errors import AlreadyApplied, InputsInvalid, NothingLearnt, PlanAdapted, UnsupportedPipeline
 from arrowhead.models.find import find
 from arrowhead.plans.cells import FULL
 from arrowhead.searches.budget import validation
@@ -293,6 +294,7 @@ def test_a_generation_that_cannot_be_watched_teaches_nothing():
         with pytest.warns(NothingLearnt, match="not finite"):
             bench.pipe(**bench.inputs(steps=STEPS))
         assert sped.plan is None
+        assert "no plan: got values that are not finite" in str(sped)
         weight.data.copy_(kept)
         with pytest.raises(KeyboardInterrupt):
             interrupted(bench)
@@ -310,6 +312,72 @@ def interrupted(bench):
         bench.pipe(**bench.inputs(steps=STEPS))
     finally:
         hook.remove()
+
+
+@pytest.mark.parametrize("name", ["dit", "flux"])
+def test_what_was_done_is_said_by_counters(name):
+    """Compared with the blocks that ran, with what torch counts, and with a clock around the calls."""
+    bench, ran = WATCHED[name](torch.float32), []
+    blocks = blocks_of(bench.pipe.transformer, find(bench.pipe, {"stack"}))
+    hook = blocks[0].register_forward_pre_hook(lambda *_: ran.append(1))  # in skipped steps, too: it lies outside of the plan
+    inner = next(blocks[0].children()).register_forward_pre_hook(lambda *_: ran.append(0))
+
+    def generated(**more):
+        ran.clear()
+        with FlopCounterMode(display=False, depth=1) as counter:
+            bench.pipe(**bench.inputs(steps=STEPS, **more))
+        calls = ran.count(1) // STEPS if not more else 1
+        return ran.count(0) // calls, sum(counter.flop_counts[type(bench.pipe.transformer).__name__].values())
+
+    with ah.speedup(bench.pipe, budget=ah.Budget(transformer_flops=0.6), cache=False) as sped:
+        assert "nothing has been generated yet" in str(sped)
+        bench.pipe(**bench.inputs(steps=STEPS))
+        error, first = sped.plan.about["search"]["predicted_error"], str(sped)
+        computed, flops = generated()
+        said = str(sped)
+        with pytest.warns(PlanAdapted):
+            bench.pipe(**bench.inputs(steps=5))
+        other = str(sped)
+    hook.remove()
+    inner.remove()
+    whole = generated()[1]
+    done = f"{STEPS} steps, {computed} computed, {flops / whole:.0%} of the FLOPs"
+    assert first == f"watched in full; from the next generation on {done}; expected error {error}"
+    assert re.fullmatch(rf"{done}, \d+\.\d × faster than the first generation; expected error {error}", said), said
+    assert re.fullmatch(rf"5 steps, \d computed, \d+% of the FLOPs; expected error {error} in {STEPS} steps", other), other
+
+
+def test_a_profile_makes_no_generation_the_first():
+    """No generation was in full: nothing is said of how much faster they are."""
+    bench = BENCHES["dit"](torch.float32)
+    with ah.speedup(bench.pipe, budget=ah.Budget(transformer_flops=0.6), profile=profile_of(bench)) as sped:
+        assert str(sped).startswith(f"from the next generation on {STEPS} steps, ")
+        for _ in range(2):
+            bench.pipe(**bench.inputs(steps=STEPS))
+            assert re.fullmatch(rf"{STEPS} steps, \d computed, \d+% of the FLOPs; expected error [\d.e-]+", str(sped))
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_an_interrupted_generation_teaches_nothing_and_says_so(name):
+    """By a callback, as interfaces do it: the pipeline gives what it has, which is the untouched result, and runs once."""
+    bench, calls = WATCHED[name](torch.float32), []
+
+    def stopping(pipe, step, _, kwargs):
+        calls.append(step)
+        pipe._interrupt = step == 3
+        return kwargs
+
+    inputs = {"callback_on_step_end": stopping}
+    untouched, whole = bench.pipe(**bench.inputs(steps=STEPS), **inputs)[0], trace(bench, bench.inputs(steps=STEPS))
+    with ah.speedup(bench.pipe, budget=ah.Budget(transformer_flops=0.6)) as sped:
+        calls.clear()
+        with pytest.warns(NothingLearnt, match=rf"ended after 4 of {STEPS} steps.*ran in full; the next one is watched"):
+            assert torch.equal(bench.pipe(**bench.inputs(steps=STEPS), **inputs)[0], untouched)
+        assert calls == [0, 1, 2, 3]
+        assert (sped.plan, sped.profile) == (None, None)
+        assert f"no plan: the pipeline's run ended after 4 of {STEPS} steps" in str(sped)
+        assert_identical(trace(bench, bench.inputs(steps=STEPS)), whole)
+        assert sped.plan is not None
 
 
 def test_a_budget_that_cannot_be_met_leaves_the_pipeline_in_full():

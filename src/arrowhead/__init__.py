@@ -24,7 +24,7 @@ from arrowhead.models.supported import supported
 from arrowhead.plans.cells import Box
 from arrowhead.plans.layout import Tokens
 from arrowhead.plans.plan import Plan
-from arrowhead.searches.api import profile, search, solve, sweep
+from arrowhead.searches.api import profile, profile_bytes, search, solve, sweep
 from arrowhead.searches.budget.api import calibrate, calibration_bytes
 from arrowhead.searches.budget.config import Budget, Extent
 from arrowhead.searches.budget.sensitivity.table import Table
@@ -70,6 +70,7 @@ __all__ = [
     "latte",
     "open_sora",
     "profile",
+    "profile_bytes",
     "remove",
     "search",
     "solve",

@@ -11,6 +11,7 @@ from arrowhead import tiny
 from arrowhead.errors import InputsInvalid
 from arrowhead.evaluation.request import captions
 from arrowhead.plans.plan import Plan
+from arrowhead.searches.budget.config import ASKED, PRESETS, Budget
 
 ModelName = Annotated[str, typer.Argument(help="a Hub id, a local folder, tiny:dit or tiny:mmdit")]
 INPUT = typer.Option(
@@ -80,6 +81,36 @@ def lines_of(path: str) -> list[str]:
             "quotes, as JSON has it, where it begins with @"
         )
     return captions(Path(path))
+
+
+def parse_budget(text: str | None) -> Budget | str | None:
+    """Parse a budget: the name of a preset, or NAME=VALUE."""
+    name, equals, value = (text or "").partition("=")
+    if not equals:
+        return text
+    if name not in ASKED or not isinstance(number := parse_number(value), float):
+        raise InputsInvalid(
+            f"got --budget {text}, wanted a name, or one of {', '.join(ASKED)} with a number, as in module_flops=0.4"
+        )
+    return Budget(**{name: number})  # type: ignore[arg-type]
+
+
+def parse_number(text: str | None) -> float | str | None:
+    """A number, where the text is one; else the text."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
+
+
+def budget_of(text: str) -> Budget:
+    """The budget of NAME=VALUE, of a preset's name, or of a number alone, which is a speedup."""
+    found = parse_budget(f"speedup={text}" if isinstance(parse_number(text), float) else text)
+    if isinstance(found, Budget):
+        return found
+    if text not in PRESETS:
+        raise InputsInvalid(f"got {text!r}, wanted one of {', '.join(PRESETS)}, a speedup such as 2, or transformer_flops=0.4")
+    return Budget(error=PRESETS[text])
 
 
 def by_name(paths: list[Path]) -> dict[str, Plan]:

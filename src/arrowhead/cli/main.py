@@ -8,27 +8,38 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.table import Table
-from rich.text import Text
 
 import arrowhead as ah
-from arrowhead.analysis.palette import COLOURS, MEANINGS, ink
 from arrowhead.cli.analyze import analyze
 from arrowhead.cli.console import TRACEBACK, console, run
 from arrowhead.cli.evaluate import evaluate
-from arrowhead.cli.inputs import Device, Dtype, Inputs, ModelName, Seed, Seeds, by_name, load, parse
+from arrowhead.cli.inputs import (
+    Device,
+    Dtype,
+    Inputs,
+    ModelName,
+    Seed,
+    Seeds,
+    budget_of,
+    by_name,
+    load,
+    parse,
+    parse_budget,
+    parse_number,
+)
+from arrowhead.cli.plan_map import show_plan
+from arrowhead.cli.profile import PROFILE, profile, solve
 from arrowhead.errors import InputsInvalid
 from arrowhead.models.find import find
 from arrowhead.plans.atomic_write import replacing, require_writable, write
-from arrowhead.plans.cells import paper_name
-from arrowhead.plans.file_format import SYMBOLS
-from arrowhead.plans.foreign_text import visible
 from arrowhead.plans.plan import Plan
 from arrowhead.searches.api import THRESHOLDS
-from arrowhead.searches.budget.config import ASKED
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Diffusion transformers that generate faster.")
 app.command()(analyze)
 app.command()(evaluate)
+app.command()(profile)
+app.command()(solve)
 Plans = Annotated[list[Path], typer.Option("--plan", exists=True, dir_okay=False, help="a plan that search wrote; repeat")]
 
 
@@ -107,15 +118,14 @@ def search(
 ) -> None:
     """Search for a plan on one calibration run, and save it."""
     require_writable(out)
-    pipe = load(model, device, dtype)
     call = parse(inputs) | {"generator": torch.Generator().manual_seed(seed)}
     how = ah.Headwise(share_cfg=share_cfg, residual=residual) if strategy == "headwise" else strategy
     if how == strategy and (share_cfg or residual):
         raise InputsInvalid(
             f"got --share-cfg or --residual with strategy {strategy}, wanted them with headwise; leave them out"
         )
-    settings: Any = {"strategy": how, "budget": _budget(budget), "threshold": _number(threshold), "loss": loss}
-    plan = ah.search(pipe, call, **settings)  # checks the settings
+    settings: Any = {"strategy": how, "budget": parse_budget(budget), "threshold": parse_number(threshold), "loss": loss}
+    plan = ah.search(load(model, device, dtype), call, **settings)  # checks the settings
     plan.save(out)
     show_plan(plan)
     console.print(f"written to {out}")
@@ -164,6 +174,14 @@ def generate(
     plan: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="a plan that search wrote; without one, full attention")
     ] = None,
+    speedup: Annotated[
+        str | None,
+        typer.Option(
+            help="in place of a plan: how much faster, such as 2, or light, balanced, strong; without a profile this command "
+            "watches, and the next ones are faster"
+        ),
+    ] = None,
+    known: Annotated[str | None, typer.Option("--profile", metavar="PROFILE", help=f"with --speedup: {PROFILE}")] = None,
     out: Annotated[Path, typer.Option(help="folder for the images")] = Path("images"),
     kernel: Annotated[str, typer.Option(help="auto, chunked, flex, fused or reference")] = "auto",
     cache_dtype: Annotated[str, typer.Option(help="dtype of the caches: native, int8 or fp8")] = "native",
@@ -177,10 +195,28 @@ def generate(
 ) -> None:
     """Generate images, with a plan or without."""
     require_writable(out / "000.png")
+    of_plan = {
+        "--kernel": kernel != "auto",
+        "--cache-dtype": cache_dtype != "native",
+        "--cache-device": cache_device is not None,
+    }
+    of_plan |= {"--plan": plan is not None, "--changes": changes != "adapt"}
+    given = [name for name, value in of_plan.items() if value]
+    if (speedup is not None and given) or (known is not None and speedup is None):
+        raise InputsInvalid(
+            f"got {' and '.join(given) or '--profile'} {'with' if speedup else 'without'} --speedup, wanted --speedup with "
+            "--profile or alone; or --plan and its options"
+        )
+    faster = None if speedup is None else budget_of(speedup)
+    learnt = None if known is None else ah.Profile.from_pretrained(known)
     pipe = load(model, device, dtype)
     call = parse(inputs) | {"generator": torch.Generator().manual_seed(seed), "output_type": "pil"}
     find(pipe).call_arguments((), call)
-    if plan is None:
+    if faster is not None:
+        with ah.speedup(pipe, budget=faster, profile=learnt) as sped:
+            images = pipe(**call).images
+            console.print(str(sped))
+    elif plan is None:
         images = pipe(**call).images
     else:
         settings: Any = {"cache_dtype": cache_dtype, "cache_device": cache_device, "changes": changes}  # apply checks them
@@ -252,25 +288,6 @@ def resample(
     console.print(f"written to {out}")
 
 
-def _budget(text: str | None) -> ah.Budget | str | None:
-    """Parse --budget: the name of a preset, or NAME=VALUE."""
-    name, equals, value = (text or "").partition("=")
-    if not equals:
-        return text
-    if name not in ASKED or not isinstance(number := _number(value), float):
-        raise InputsInvalid(
-            f"got --budget {text}, wanted a name, or one of {', '.join(ASKED)} with a number, as in module_flops=0.4"
-        )
-    return ah.Budget(**{name: number})  # type: ignore[arg-type]
-
-
-def _number(text: str | None) -> float | str | None:
-    try:
-        return None if text is None else float(text)
-    except ValueError:
-        return text
-
-
 def _site_number(plan: Plan, site: str) -> int:
     paths = [s.path for s in plan.target.sites]
     if site in paths:
@@ -278,45 +295,6 @@ def _site_number(plan: Plan, site: str) -> int:
     if site.isdecimal() and int(site) < len(paths):
         return int(site)
     raise InputsInvalid(f"got site {site!r}, wanted a number from 0 to {len(paths) - 1}, or a path such as {paths[0]}")
-
-
-def show_plan(plan: Plan) -> None:
-    """Print a plan as a map, steps downwards and sites to the right, with legend, provenance and cost."""
-    for step, row in enumerate(plan.cells):
-        line = Text(f"step {step:>3}  ")
-        for name in map(paper_name, row):
-            line.append(f"{SYMBOLS[name]} ", style=_style(name))
-        console.print(line, no_wrap=True, overflow="ellipsis")
-    total, count = plan.steps * len(plan.target.sites), plan.count()
-    for name in [name for name in COLOURS if count[name]]:
-        console.print(
-            Text.assemble((f" {SYMBOLS[name]} ", _style(name)), f" {name}: {MEANINGS[name]}, {count[name] / total:.0%}")
-        )
-    if any("head-wise" in name for name in count):
-        heads = plan.count_heads()
-        shares = ", ".join(f"{name} {n / heads.total():.0%}" for name, n in heads.most_common())
-        console.print(f"heads: {shares}")
-    left, peak = plan.flops(), max(plan.cache_bytes())
-    if searched := plan.about.get("search"):
-        provenance = ", ".join(
-            f"{key} {', '.join(map(str, value)) if isinstance(value, list) else value}" for key, value in searched.items()
-        )
-        console.print(visible(provenance.replace("_", " ")))
-    for change in plan.about.get("derived", ()):
-        console.print(visible(f"derived: {', '.join(f'{name} {what}' for name, what in change.items())}"))
-    console.print(
-        f"{visible(plan.target.transformer)}, {plan.steps} steps × {len(plan.target.sites)} sites, "
-        f"{plan.tokens.visual} visual tokens"
-        f"{'' if plan.switch is None else f', a second transformer from step {plan.switch} on'}\n"
-        f"FLOPs left: {left.attention:.1%} of attention's matmuls, {left.module:.1%} with projections; caches of at most "
-        f"{peak / 2**20:.1f} MiB an image in 16 bits",
-        highlight=False,
-    )
-
-
-def _style(name: str) -> str:
-    """The colour of a kind of cell as background, with a readable text colour."""
-    return f"{ink(name)} on {COLOURS[name]}"
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ CFG: dict[BranchOrder, str] = {
     "uncond_first": "one batch, unconditional first",
     "two_calls": "two calls",
 }
-KINDS: tuple[Kind, ...] = ("self_attention", "cross_attention", "feed_forward", "block")
+KINDS: tuple[Kind, ...] = ("self_attention", "cross_attention", "feed_forward", "block", "stack")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from arrowhead.searches.budget.solver.solution import with_provenance
 from arrowhead.searches.greedy import Greedy, Trial, greedy_search
 from arrowhead.searches.headwise import Choice, Headwise, headwise_search
 from arrowhead.searches.stack.api import planned, profile, solve_profile, why_sites
+from arrowhead.searches.stack.held import profile_bytes
 from arrowhead.searches.stack.profile import Profile
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
@@ -228,6 +229,7 @@ __all__ = [
     "greedy_search",
     "headwise_search",
     "profile",
+    "profile_bytes",
     "search",
     "solve",
     "sweep",

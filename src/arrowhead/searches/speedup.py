@@ -2,6 +2,7 @@
 
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -103,7 +104,9 @@ class Speedup:
         self._pipe, self._base, self._budget, self._cache = pipe, type(pipe), budget, cache
         self._run: Run | None = None
         self._learns = profile is None  # whether the next generation is to be watched, or a kept profile looked for
-        self._seconds: list[float] = []  # of the first generation, without what watching took, and of the latest
+        self._first_seconds: float | None = None  # of the watched generation, without what watching took
+        self._seconds: float | None = None  # of the latest generation with the plan
+        self._nothing = "nothing has been generated yet: the next generation runs in full, and is watched"
         self._changes, self._copies = Changes(), Copies(SPEEDUP)
         try:
             self._install()
@@ -155,7 +158,8 @@ class Speedup:
                 raise
         started = time.perf_counter()
         out = base.__call__(pipe, *args, **kwargs)
-        self._seconds = [*self._seconds[:1], time.perf_counter() - started]
+        if self._run is not None:  # the watched generation comes here, too
+            self._seconds = time.perf_counter() - started
         return out
 
     def _first(self, base: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -173,12 +177,14 @@ class Speedup:
         try:
             watched = watch(driver)
         except ArrowheadError as error:
-            self._tell(error, "this generation ran again without a plan; the next one is watched")
-            driver.rewind()
-            result = base.__call__(self._pipe, *args, **kwargs)
             self._learns = True
-            return result
-        self._seconds = [time.perf_counter() - started - watched.extra_seconds]
+            ended = driver.result is not None  # it ended early, as the caller asked: the result is what a plain one gives
+            self._tell(error, f"this generation ran {'in full' if ended else 'again without a plan'}; the next one is watched")
+            if ended:
+                return driver.result
+            driver.rewind()
+            return base.__call__(self._pipe, *args, **kwargs)
+        self._first_seconds = time.perf_counter() - started - watched.extra_seconds
         if kept is not None:
             kept.parent.mkdir(parents=True, exist_ok=True)
             watched.profile.save(kept)
@@ -197,6 +203,7 @@ class Speedup:
         self.plan = plan
 
     def _tell(self, error: ArrowheadError, what: str) -> None:
+        self._nothing = f"no plan: {error}; {what}"
         warnings.warn(f"no plan was put on the pipeline: {error}; {what}", NothingLearnt, stacklevel=5)
 
     def __reduce_ex__(self, _: Any) -> Any:
@@ -204,14 +211,27 @@ class Speedup:
         raise uncopied(type(self._pipe).__name__)
 
     def __str__(self) -> str:
-        """What was done in the latest generation, by its counters."""
-        if self.plan is None or self._run is None:
-            return "no generation has been watched yet: the next one runs in full"
-        plan, search = self.plan, self.plan.about["search"]
-        said = f"{plan.steps} steps, {plan.count()['full']} computed, {search['transformer_flops']:.0%} of the FLOPs"
-        if len(self._seconds) == 2:
-            said += f", {self._seconds[0] / self._seconds[1]:.1f} × faster than the first generation"
-        return f"{said}; expected error {search['predicted_error']}"
+        """What the latest generation did, by its counters; before one, what the next will do, or why there is no plan."""
+        if self.plan is None or self._run is None or self.profile is None:
+            return self._nothing
+        plan, known, error = self.plan, self.profile, f"expected error {self.plan.about['search']['predicted_error']}"
+        if self._seconds is None:
+            watched = "" if self._first_seconds is None else "watched in full; "
+            return f"{watched}from the next generation on {_done(plan.steps, plan.steps, plan.count(), known)}; {error}"
+        counted = self._run.summary()
+        said = _done(counted.steps, counted.planned_steps, counted.cells, known)
+        if counted.steps != plan.steps:
+            error += f" in {plan.steps} steps"
+        elif self._first_seconds is not None:
+            said += f", {self._first_seconds / self._seconds:.1f} × faster than the first generation"
+        return f"{said}; {error}"
+
+
+def _done(steps: int, planned: int, cells: Counter[str], known: Profile) -> str:
+    """The steps, how many are computed, and the part of the transformer's FLOPs, from counts of the stack's cells."""
+    part = cells["full"] / cells.total()
+    ran = f"{steps} steps" if steps == planned else f"{steps} of {planned} steps"
+    return f"{ran}, {round(part * steps)} computed, {part + (1 - part) * known.skipped_flops:.0%} of the FLOPs"
 
 
 class _FirstGeneration(PipelineDriver):

@@ -11,7 +11,7 @@ from PIL import Image
 from replay import trace
 from test_families import plan_of
 from untouched import left_as_it_was
-from video_benches import framepack
+from video_benches import helios
 
 import arrowhead as ah
 from arrowhead.calibration.driver import driver_of
@@ -66,7 +66,7 @@ def test_a_loop_that_differs_is_refused_where_changes_are():
 
 
 def test_caches_are_empty_where_a_loop_begins():
-    bench, held = framepack(), []
+    bench, held = helios(), []
     with ah.applied(bench.pipe, random_plan(bench, True)) as run:
         hook = bench.pipe.transformer.register_forward_pre_hook(lambda *_: held.append(run.cache_bytes))
         bench.pipe(**bench.inputs())
@@ -92,7 +92,7 @@ def test_a_loop_that_begins_before_the_last_has_ended_is_refused():
 
 
 def test_a_call_that_ends_within_its_second_loop_is_unfinished():
-    bench, done = framepack(), []
+    bench, done = helios(), []
 
     def interrupt(pipe, step, _, values):
         done.append(step)
@@ -108,7 +108,7 @@ def test_a_call_that_ends_within_its_second_loop_is_unfinished():
 
 
 def test_a_search_sees_the_first_loop_and_ends_there():
-    bench, seen = framepack(), []
+    bench, seen = helios(), []
     decode = bench.pipe.vae.decode
     bench.pipe.vae.decode = lambda *args, **kwargs: seen.append("decoded") or decode(*args, **kwargs)
     calibration = CalibrationRun(driver_of(bench.pipe, bench.inputs()), find(bench.pipe))

@@ -287,6 +287,7 @@ def framepack(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     text_tokens = IMAGE[0] + TEXT
     bench = FamilyBench(finished(pipe, dtype), True, 2 * 12 + (2 * 12 + 4 + 4), inputs, text_tokens, two_calls=True, loops=2)
     pipe.encode_image = lambda image, **_: embeds.expand(len(image), -1, -1)
+    vae.decode = lambda latents, **_: (latents[:, :3].repeat_interleave(4, 2)[:, :, 3:],)  # decoding takes long
     bench.text_seen = text_tokens
     return bench
 

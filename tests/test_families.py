@@ -174,7 +174,8 @@ def test_a_budget_is_met(name, guidance):
     bench, inputs = MORE[name](), {"images": 2, "guidance": guidance}
     asked = "transformer_flops" if find(bench.pipe).family.has("feed_forward") else "module_flops"
     with left_as_it_was(bench, **inputs):
-        plan = ah.search(bench.pipe, bench.inputs(**inputs), budget=ah.Budget(**{asked: 0.6}), progress=False)
+        how = {"strategy": "budget", "budget": ah.Budget(**{asked: 0.6})}
+        plan = ah.search(bench.pipe, bench.inputs(**inputs), **how, progress=False)
     assert 0 < plan.about["search"][asked] <= 0.6
     raw = final_latents(bench, bench.inputs(**inputs))
     with ah.applied(bench.pipe, plan) as run:

@@ -1,6 +1,7 @@
 """The search under a budget for the whole generation: calibrate once, solve, and try candidate plans in real generations."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,12 +13,11 @@ from arrowhead.errors import InputsInvalid, PlanMismatch
 from arrowhead.models.custom import Adapter
 from arrowhead.models.find import find
 from arrowhead.models.model import target_of
-from arrowhead.plans.layout import ALL_KINDS
 from arrowhead.plans.plan import Plan
 from arrowhead.plans.target import first_of
 from arrowhead.searches.budget.config import PRESETS, Budget, Extent
 from arrowhead.searches.budget.sensitivity.footprint import held_bytes
-from arrowhead.searches.budget.sensitivity.recording import Recording, record, sites_of
+from arrowhead.searches.budget.sensitivity.recording import Recording, footprint_of, record, sites_of
 from arrowhead.searches.budget.sensitivity.table import Table
 from arrowhead.searches.budget.solver.head_groups import group_size
 from arrowhead.searches.budget.solver.solution import solve, with_provenance
@@ -47,7 +47,8 @@ def calibrate(
         inputs: the keyword arguments of the pipeline's call. A `generator` among them has the same state afterwards. For a
             custom model, a callable that generates once, as `search` takes it.
         adapter: describes a custom model.
-        extent: what is measured: radii, ages, random vectors. None: `Extent()`.
+        extent: what is measured, and how it is kept. None: `Extent()`; or, where the free memory asks for it, prompts run one
+            after another, blocks run again on the way back, and what is kept is in int8, as a `CalibrationFitted` warning says.
         shard: as `search` takes it; all processes end with the table of all prompts.
         progress: whether to show a tqdm bar.
 
@@ -56,7 +57,9 @@ def calibrate(
     >>> table = arrowhead.calibrate(pipe, inputs)
     >>> plan = arrowhead.solve(table, arrowhead.Budget(module_flops=0.4))
     """
-    return _recorded(driver_of(pipe, inputs, adapter, shard), _extent(extent), progress).table
+    if extent is not None:
+        require_a(Extent, extent, "extent")
+    return _recorded(driver_of(pipe, inputs, adapter, shard), extent, progress).table
 
 
 def calibration_bytes(
@@ -76,21 +79,14 @@ def calibration_bytes(
 
     >>> arrowhead.calibration_bytes(pipe, inputs, extent=arrowhead.Extent(ages=4)) / 2**30
     """
-    extent, driver = _extent(extent), driver_of(pipe, inputs, adapter)
-    model = sites_of(driver, extent)
-    calibration = CalibrationRun(driver, model)
-    calibration.run(lambda _: None, first_only=True)
-    # weights may be kept in a smaller dtype than the one that computes
-    weight = next(model.transformer.parameters())
-    itemsize = getattr(model.transformer, "dtype", weight.dtype).itemsize
-    blocks = [site for site in find(driver.pipe, ALL_KINDS).sites if site.kind == "block"]
-    return held_bytes(extent, model.sites, blocks, calibration.tokens, calibration.rows, itemsize, weight.device)
-
-
-def _extent(extent: Extent | None) -> Extent:
     if extent is not None:
         require_a(Extent, extent, "extent")
-    return extent or Extent()
+    extent, driver = extent or Extent(), driver_of(pipe, inputs, adapter)
+    model = sites_of(driver, extent)
+    driver = driver.one_by_one()[0] if extent.one_by_one else driver
+    calibration = CalibrationRun(driver, model)
+    calibration.run(lambda _: None, first_only=True)
+    return held_bytes(extent, *footprint_of(driver, model, calibration))
 
 
 def budgeted(
@@ -116,7 +112,9 @@ def budgeted(
             f"got a budget of {name} with kinds={kinds!r}, wanted self_attention among them; or transformer_flops"
         )
     if table is None:
-        recording = _recorded(driver, extent or Extent(), progress)
+        recording = _recorded(driver, extent, progress)
+        if recording.one_by_one:  # candidates generate all images at once, which rounds differently
+            recording = replace(recording, final=driver.final_latents())
     else:
         _require_fit(table, driver)
         recording = Recording(table, driver.final_latents(), 0, 0.0)
@@ -145,7 +143,7 @@ def _require_fit(table: Table, driver: Driver) -> None:
         raise PlanMismatch(f"table does not fit this pipeline and inputs; calibrate again on them. {first_of(found)}")
 
 
-def _recorded(driver: Driver, extent: Extent, progress: bool) -> Recording:
+def _recorded(driver: Driver, extent: Extent | None, progress: bool) -> Recording:
     """Calibrate behind a bar over the steps."""
     with torch.inference_mode(False), bar_of_steps("calibrate", shown=progress) as ended:
         return record(driver, extent, ended)

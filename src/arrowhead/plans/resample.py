@@ -13,8 +13,8 @@ from itertools import groupby
 from arrowhead.errors import InputsInvalid
 from arrowhead.plans.cells import FULL, Arrow, Attend, Box, Cell, Full, Method, Radius, Reuse
 from arrowhead.plans.flops import site_flops
-from arrowhead.plans.layout import Site, Tokens, relevant_tokens
-from arrowhead.plans.lifetimes import Computed, head_count, lifetimes
+from arrowhead.plans.layout import Site, Tokens, counted_once, relevant_tokens, stack_around
+from arrowhead.plans.lifetimes import Computed, head_count, lifetimes_of_all
 
 Rows = tuple[tuple[Cell, ...], ...]
 """Steps × sites."""
@@ -107,8 +107,9 @@ def require_switch(new: Conditions, old: Conditions) -> None:
 def _in_steps(cells: Rows, sites: Sequence[Site], samples: int, old: Conditions, new: Conditions) -> Rows:
     """The cells for other noise levels; what would read something that no step computed is computed in full instead."""
     spent = [0] * old.steps
-    for site, column in zip(sites, zip(*cells, strict=True), strict=True):
-        for step, (cell, writes) in enumerate(zip(column, lifetimes(column), strict=True)):
+    columns = zip(*cells, strict=True)
+    for site, column, stored in zip(counted_once(sites), columns, lifetimes_of_all(cells, sites), strict=True):
+        for step, (cell, writes) in enumerate(zip(column, stored, strict=True)):
             spent[step] += int(site_flops(site, old.tokens, cell, writes, samples).module)
     before, after = _spans(old, new)
     rows = list[int]()
@@ -119,13 +120,19 @@ def _in_steps(cells: Rows, sites: Sequence[Site], samples: int, old: Conditions,
                 "plan's transformers, and no other one; search again"
             )
         rows += [begin + row for row in rows_taken(spent[begin:end], before[begin:end], after[new_begin:new_end])]
-    return that_can_run([cells[row] for row in rows], new.switch)
+    return that_can_run([cells[row] for row in rows], sites, new.switch)
 
 
-def that_can_run(rows: Sequence[Sequence[Cell]], switch: int | None) -> Rows:
+def that_can_run(rows: Sequence[Sequence[Cell]], sites: Sequence[Site], switch: int | None) -> Rows:
     """The rows in which whatever reads something that no earlier step of the same transformer computed is computed in full."""
-    columns = zip(*rows, strict=True)
-    return tuple(zip(*(_column_that_can_run(column, switch) for column in columns), strict=True))
+    columns = [_column_that_can_run(column, switch) for column in zip(*rows, strict=True)]
+    for site, stack in stack_around(sites).items():  # it runs where the stack does
+        place, around = sites.index(site), columns[sites.index(stack)]
+        columns[place] = tuple(
+            FULL if isinstance(cell, Reuse) and isinstance(outer, Attend) else cell
+            for cell, outer in zip(columns[place], around, strict=True)
+        )
+    return tuple(zip(*columns, strict=True))
 
 
 def _spans(old: Conditions, new: Conditions) -> tuple[list[Span], list[Span]]:

@@ -112,11 +112,11 @@ class Plan:
                 raise PlanInvalid(f"step {step} has {len(row)} cells, wanted one for each of {len(sites)} sites")
             cell_of = dict(zip(sites, row, strict=True))
             for site, stack in inner.items():
-                skipped = isinstance(cell_of[stack], Reuse)
-                if (cell_of[site] == AST) != skipped or (isinstance(cell_of[site], Reuse) and not skipped):
+                cell, skipped = cell_of[site], isinstance(cell_of[stack], Reuse)
+                if not (cell == AST if skipped else isinstance(cell, Attend)):
                     raise PlanInvalid(
-                        f"step {step}: got {paper_name(cell_of[site])} for {site.path} and {paper_name(cell_of[stack])} for the "
-                        "stack around it; wanted AST for it in the steps that the stack skips, and in no other"
+                        f"step {step}: got {paper_name(cell)} for {site.path} and {paper_name(cell_of[stack])} for the stack "
+                        "around it; wanted AST for it in the steps that the stack skips, and in no other"
                     )
 
     def _require_column(self, site: Site, column: tuple[Cell, ...]) -> None:

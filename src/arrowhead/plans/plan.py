@@ -25,7 +25,9 @@ class Plan:
     """Steps × sites of cells, with what they were made for and how they were found.
 
     Attributes:
-        cells: a row for each denoising step, with a cell for each of the target's sites, in their order.
+        cells: a row for each denoising step, with a cell for each of the target's sites, in their order. Where a stack and
+            attention within it are among the sites, attention runs in the steps that the stack computes. In the others its cell
+            is AST, and nothing is stored for them.
         target: the transformer, scheduler and sites that the plan is for.
         tokens: the tokens of a call. A plan without boxes is bound to no grid, so its tokens have none.
         guided: a generation has both CFG branches.

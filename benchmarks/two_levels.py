@@ -2,7 +2,7 @@
 
     python benchmarks/two_levels.py --tools TOOLS
 
-The budgets are what 7, 5 and 3 computed steps cost, so that the stack alone leaves nothing of them. Plans are found on four
+The budgets are what 5, 7 and 3 computed steps cost, so that the stack alone leaves nothing of them. Plans are found on four
 inputs, and judged by LPIPS and PSNR on inputs and seeds that no search has seen; a difference is paired. What was learnt, found
 and generated is kept in `checkpoints/two_levels`, and not made again. TOOLS holds `perceptual.py`, see benchmarks/README.md.
 """
@@ -30,7 +30,7 @@ from arrowhead.searches.budget.sensitivity.recording import record
 from arrowhead.searches.stack.levels import KINDS, LevelSolver, tried_levels
 from arrowhead.versions import versions
 
-COMPUTED, STEPS, BATCH = (7, 5, 3), 20, 4
+COMPUTED, STEPS, BATCH = (5, 7, 3), 20, 4
 RADII = (64, Box(1, 8, 8), Box(1, 4, 4))
 WORK, RESULT = Path("checkpoints/two_levels"), Path(__file__).parent / "results/two_levels_mmdit.json"
 COMMON = {"num_inference_steps": STEPS, "guidance_scale": headwise.GUIDANCE, "output_type": "pt"}

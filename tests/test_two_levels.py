@@ -1,6 +1,7 @@
 """Plans of two levels: a stack skips steps, and in the others attention within it is chosen head by head."""
 
 import random
+from itertools import product
 
 import headwise
 import pytest
@@ -16,7 +17,7 @@ from arrowhead.errors import PlanAdapted, PlanInvalid
 from arrowhead.models.find import find
 from arrowhead.models.model import target_of
 from arrowhead.plans.cells import AST, FULL, Arrow, Attend, Cached, Full, Reuse
-from arrowhead.plans.layout import Tokens
+from arrowhead.plans.layout import Tokens, relevant_tokens
 
 BENCHES = {"tiny": tiny, **JOINT}
 
@@ -64,33 +65,32 @@ def test_random_plans_are_what_a_replay_gives(name, guidance, seed):
 
 
 @pytest.mark.parametrize("name", ["flux", "wan22", "z_image"])
-def test_a_stack_that_skips_nothing_leaves_attention_to_its_cells(name):
-    bench = bench_of(name, torch.float32)
+def test_two_levels_of_other_families(name):
+    """Compared with a plan of attention alone, under which every block runs and the last one's output is replaced."""
+    bench = bench_of(name)
     alone, both = (find(bench.pipe, kinds) for kinds in ({"self_attention"}, {"stack", "self_attention"}))
     draw, switch = random.Random(name), getattr(bench, "switch", None)
-    begins, cells = {0, switch}, {}
-    for site in alone.sites:
-        kinds = [Full(), Arrow(1), Arrow(1, residual=True), Cached()]
-        for step in range(STEPS):
-            some = [Full() if step in begins else draw.choice(kinds) for _ in range(site.heads)]
-            cells[step, site] = Attend(tuple(some))
-    calls, guided = (2 if alone.branch_order == "two_calls" else 1), True
-    plans = []
+    column, cells = random_column(f"levels {name}", switch=switch), {}
+    for step, site in product(range(STEPS), alone.sites):
+        kinds = [Full(), Arrow(1), *([] if step in (0, switch) else [Arrow(1, residual=True), Cached()])]
+        methods = tuple(Full() if step in (0, switch) else draw.choice(kinds) for _ in range(site.heads))
+        cells[step, site] = AST if isinstance(column[step], Reuse) else Attend(methods)
+    plans, text = [], getattr(bench, "text_seen", bench.text or 7)
+    first = getattr(bench, "text_first", alone.family.name == "FLUX.1")
     for model in (alone, both):
-        rows = (tuple(cells.get((step, site), FULL) for site in model.sites) for step in range(STEPS))
-        text = bench.text_seen if hasattr(bench, "text_seen") else bench.text or 7
-        first = getattr(bench, "text_first", model.family.name == "FLUX.1")
-        tokens = Tokens(bench.visual, text, first, getattr(bench, "frames", 1))
-        tokens = tokens if any(site.sees_text for site in model.sites) else tokens.image
-        plans.append(ah.Plan(tuple(rows), target_of(model), tokens, guided, calls=calls, switch=switch))
-    given = []
-    for plan in plans:
-        with ah.applied(bench.pipe, plan) as run:
-            given.append((trace(bench, bench.inputs()), run.summary()))
-    assert_identical(given[1][0], given[0][0])
-    assert given[1][1].flops.attention == pytest.approx(plans[0].flops().attention)
-    assert given[1][1].flops.module == pytest.approx(plans[1].flops().module)
+        tokens = relevant_tokens(Tokens(bench.visual, text, first, getattr(bench, "frames", 1)), model.sites)
+        rows = tuple(tuple(cells.get((step, site), column[step]) for site in model.sites) for step in range(STEPS))
+        calls = 2 if model.branch_order == "two_calls" else 1
+        plans.append(ah.Plan(rows, target_of(model), tokens, guided=True, calls=calls, switch=switch))
+    with ah.applied(bench.pipe, plans[1]) as run:
+        given, summary = trace(bench, bench.inputs()), run.summary()
+    with ah.applied(bench.pipe, plans[0]), replayed(bench, column, guided=True):
+        wanted = trace(bench, bench.inputs())
+    assert distance(given, wanted) < 1e-9
+    assert summary.flops.module == pytest.approx(plans[1].flops().module)
+    assert summary.flops.attention == pytest.approx(plans[1].flops().attention)
     assert plans[1].flops().attention == pytest.approx(plans[0].flops().attention)
+    assert summary.peak_cache_bytes == max(plans[1].cache_bytes(1, 8))
 
 
 def test_full_cells_within_a_stack_change_no_bit():

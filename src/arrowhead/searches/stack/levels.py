@@ -59,9 +59,11 @@ class Level:
 def two_levels(driver: Driver, budget: Budget, extent: Extent, progress: bool = True) -> Plan:
     """The plan for a budget of the transformer's FLOPs, from a watched generation, a table of attention, and real generations.
 
+    Of the extent, `ages` is of no use: arrows read nothing of earlier steps.
+
     Raises:
-        InputsInvalid: the budget is none of the transformer's FLOPs, nothing is as cheap, or the extent is of other kinds of
-            sites than self-attention.
+        InputsInvalid: the budget is none of the transformer's FLOPs, nothing is as cheap, prompts are split among processes, or
+            the extent has precisions, or other kinds of sites than self-attention.
     """
     name, value = budget.asked
     if name != "transformer_flops":
@@ -70,10 +72,13 @@ def two_levels(driver: Driver, budget: Budget, extent: Extent, progress: bool = 
         raise InputsInvalid(
             f"got kinds={extent.kinds!r} for a stack with an extent, wanted {KINDS!r}, or None; or strategy='budget'"
         )
+    if extent.precisions or not driver.share.alone:
+        what = f"precisions={extent.precisions!r}" if extent.precisions else "a shard"
+        raise InputsInvalid(f"got {what} for a stack with an extent, wanted none; leave it out, or strategy='budget'")
     with bar_of_steps("watch", shown=progress) as ended:
         watched = watch(driver, ended)
     with torch.inference_mode(False), bar_of_steps("calibrate", shown=progress) as ended:
-        table = record(driver, replace(extent, kinds=KINDS, ages=1, precisions=()), ended).table
+        table = record(driver, replace(extent, kinds=KINDS, ages=1), ended).table
     return tried_levels(driver, budget, LevelSolver(watched.profile, table), watched.final)
 
 

@@ -11,8 +11,8 @@ are worth, and repeats all sites in the others. Judged by LPIPS to the uncompres
 circumstances, 16 that no calibration has seen, with standard errors. `mmdit` is for other sizes alone: 32 × 32 pixels are 256
 tokens, 64 × 64 are 1024; the third row puts plans of `mmdit32`, which has other weights, on it.
 
-Pictures, tables and rows that exist are not made again, so all can be interrupted. `--only` takes some rows. `table` prints the
-rows for docs/results.md. `perceptual.py`: see benchmarks/README.md.
+Pictures, tables and rows that exist are not made again, so all can be interrupted. `--only` takes some rows, `--plan` some
+plans, such as `40%`. `table` prints the rows for docs/results.md. `perceptual.py`: see benchmarks/README.md.
 """
 
 import fcntl
@@ -237,16 +237,17 @@ def store(name: Name, row: str, setting: str, found: dict[str, Any]) -> None:
 
 app = typer.Typer(add_completion=False)
 Tools = Annotated[Path, typer.Option(help="folder of perceptual.py")]
+Names = Annotated[list[str] | None, typer.Option()]
 
 
-def measured(name: Name, tools: Path, only: list[str] | None, again: bool) -> None:
+def measured(name: Name, tools: Path, only: list[str] | None, plan: list[str] | None, again: bool) -> None:
     """All rows of a model that are not there yet."""
     torch.set_num_threads(1)
     judge = Judge(tools)
     for setting, asked in SETTINGS.items():
         for row, (owner, before, after) in rows_of(name).items():
             there = json.loads(RESULTS.read_text()).get(name, {}).get(row, {}) if RESULTS.exists() else {}
-            if (only and row not in only) or (setting in there and not again):
+            if (only and row not in only) or (plan and setting not in plan) or (setting in there and not again):
                 continue
             found = row_of(Bench(owner, before), Bench(name, after), asked, judge)
             store(name, row, setting, found)
@@ -263,21 +264,21 @@ KINDS = ("adapted", "searched", "evenly")
 
 
 @app.command()
-def dit(tools: Tools, only: Annotated[list[str] | None, typer.Option()] = None, again: bool = False) -> None:
+def dit(tools: Tools, only: Names = None, plan: Names = None, again: bool = False) -> None:
     """Other steps, shift, schedulers and strength on the DiT."""
-    measured(Name.DIT, tools, only, again)
+    measured(Name.DIT, tools, only, plan, again)
 
 
 @app.command()
-def mmdit32(tools: Tools, only: Annotated[list[str] | None, typer.Option()] = None, again: bool = False) -> None:
+def mmdit32(tools: Tools, only: Names = None, plan: Names = None, again: bool = False) -> None:
     """Other steps, shift, schedulers and strength on the MMDiT."""
-    measured(Name.MMDIT32, tools, only, again)
+    measured(Name.MMDIT32, tools, only, plan, again)
 
 
 @app.command()
-def mmdit(tools: Tools, only: Annotated[list[str] | None, typer.Option()] = None, again: bool = False) -> None:
+def mmdit(tools: Tools, only: Names = None, plan: Names = None, again: bool = False) -> None:
     """Other sizes, on the larger MMDiT."""
-    measured(Name.MMDIT, tools, only, again)
+    measured(Name.MMDIT, tools, only, plan, again)
 
 
 @app.command()

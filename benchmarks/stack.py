@@ -37,7 +37,7 @@ def found(pipe: Any, case: budget.Case, method: str, left: float, table: ah.Tabl
     """The plan of a method, on four inputs."""
     inputs = {**case.common, case.asks: case.calibration[:4], "generator": torch.Generator().manual_seed(budget.SEED)}
     if method == "sites":
-        return ah.search(pipe, inputs, budget=ah.Budget(transformer_flops=left), table=table, progress=False)
+        return ah.search(pipe, inputs, strategy="budget", budget=ah.Budget(transformer_flops=left), table=table, progress=False)
     asked = ah.Budget(transformer_flops=left, corrections=0 if method == "stack" else 2)
     return ah.search(pipe, inputs, strategy="stack", budget=asked, progress=False)
 

@@ -27,6 +27,7 @@ class FamilyBench(Bench):
         switch: the step, of five, from which a second transformer is called; None without one.
         distilled: whether the pipeline has no unconditional branch at any scale.
         single: whether the pipeline takes one prompt and generates one sample, at any number of images that is asked for.
+        loops: the denoising loops in a call of the pipeline.
         frames: the number of sequences that the visual tokens are for sites that attend within a frame.
         grid: the grid of the visual tokens where boxes are tested.
     """
@@ -37,6 +38,7 @@ class FamilyBench(Bench):
     switch: int | None = None
     distilled: bool = False
     single: bool = False
+    loops: int = 1
     frames: int = 1
     grid: Grid | None = None
 

@@ -52,8 +52,13 @@ def methods_of(column: Sequence[Cell]) -> Iterator[Method]:
 def on_tensors(function: Callable[..., Tensor], *outputs: Any) -> Any:
     """Call a function with tensors, or with the tensors of tuples one by one."""
     if isinstance(outputs[0], tuple):
-        return tuple(function(*parts) for parts in zip(*outputs, strict=True))
+        return tuple(None if parts[0] is None else function(*parts) for parts in zip(*outputs, strict=True))
     return function(*outputs)
+
+
+def without_text(out: Any, given: Any) -> Any:
+    """The input in the form of an output: a pair whose text is None, where the last block gives one."""
+    return (None, given) if isinstance(out, tuple) and isinstance(given, Tensor) else given
 
 
 class Replayed:
@@ -86,6 +91,7 @@ class Replayed:
     def __call__(self, run: Callable[[], Any], given: Any = None) -> Any:
         """The output of the module's next call; `given` is the input of a block, to which the block adds."""
         (step, self.call), self.passed = divmod(self.passed, self.calls), self.passed + 1
+        step %= len(self.column)  # where a call has several denoising loops, each begins anew
         if step >= self.ends:
             step, self.call = self.passed - 1 - self.ends * (self.calls - 1), 0
             if self.batched:
@@ -95,7 +101,10 @@ class Replayed:
         self.cell = self.column[step]
         if self.cell != AST and not (self.cell.share_cfg and self.call):
             self.made, self.rows_done = {}, 0
-            out = run() if given is None else on_tensors(torch.sub, run(), given)
+            out = run()
+            if given is not None:
+                given = without_text(out, given)
+                out = on_tensors(torch.sub, out, given)
             for what, parts in self.made.items():
                 value = torch.cat(parts)
                 for call in range(self.calls) if self.cell.share_cfg else [self.call]:
@@ -105,10 +114,12 @@ class Replayed:
                 self.outputs = [out] * self.calls
             self.outputs[self.call] = out
         out = self.outputs[self.call]
-        return out if given is None else on_tensors(torch.add, given, out)
+        return out if given is None else on_tensors(torch.add, without_text(out, given), out)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, own: Tensor | None, scale: float | None) -> Tensor:
         """Attention by the step's cell: tensors are (B, H, N, D), `own` is the mask that the model gives."""
+        if q.shape[2] != k.shape[2]:  # an IP-Adapter's, to an image prompt
+            return F.scaled_dot_product_attention(q, k, v)
         length, tokens = q.shape[2], self.tokens
         k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], 1) for tensor in (k, v))  # shared by heads
         if self.site.joint and not self.site.by_sample:  # the text may have any length
@@ -177,7 +188,9 @@ def processor_of(processor: Any, replayed: Replayed) -> Any:
         return replayed(run)
 
     __call__.__signature__ = inspect.signature(base.__call__)  # what diffusers passes depends on it
-    return type(base.__name__, (base,), {"__call__": __call__})()
+    made: Any = object.__new__(type(base.__name__, (base,), {"__call__": __call__}))
+    object.__setattr__(made, "__dict__", vars(processor))  # of an IP-Adapter's, which are modules
+    return made
 
 
 def forward_of(module: Any, replayed: Replayed) -> Callable[..., Any]:

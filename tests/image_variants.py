@@ -4,12 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from budget import flux
 from diffusers import AdaptiveProjectedMixGuidance, AutoencoderKLQwenImage, HunyuanImageTransformer2DModel
 from families import qwen, wan_vae
 from family_bench import CHANNELS, DIM, HEADS, SHARP, TEXT, FamilyBench, finished, flow, inputs_of
 from image_benches import Encoder, bria_fibo, embedded, encode_in_layers, longcat_image
 from PIL import Image
-from pipelines import randomise, vae
+from pipelines import CAPTION, POOLED, randomise, vae
 from transformers import ProcessorMixin
 
 PHOTO = Image.linear_gradient("L").resize((128, 64)).convert("RGB")
@@ -96,7 +97,34 @@ def of_layered(cls: Any) -> FamilyBench:
     return base
 
 
+def of_cloze(cls: Any) -> FamilyBench:
+    """Two pictures of 4 × 4 tokens, the one drawn and the other given; or that, and then one of 4 × 8 tokens made of it."""
+    parts: dict[str, Any] = dict.fromkeys(["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"])
+    base = flux(in_channels=48, out_channels=16)
+    own = vae(1, 1, latent_channels=4, shift_factor=0.1)
+    pipe = cls(base.pipe.scheduler, own, transformer=base.pipe.transformer, resolution=16, **parts)
+    then = getattr(pipe, "upsampling_pipe", None)
+    for each in (pipe, then, getattr(pipe, "generation_pipe", None)):
+        if each is not None:
+            each._get_t5_prompt_embeds = lambda prompt, **_: embedded(prompt, *CAPTION)
+            each._get_clip_prompt_embeds = lambda prompt, **_: embedded(prompt, POOLED)
+            each.set_progress_bar_config(disable=True)
+    size = {"upsampling_height": 8 * 2, "upsampling_width": 16 * 2} if then else {}
+
+    def inputs(seed: int = 0, images: int = 1, guidance: float = 3.0, steps: int = 5, **more: Any) -> dict[str, Any]:
+        generator, photo = torch.Generator().manual_seed(seed), PHOTO.resize((16, 16))
+        prompts = {"task_prompt": ["a task"] * images, "content_prompt": [f"{seed}, {i}" for i in range(images)]}
+        call = {"image": [[[photo.rotate(30 * i), None]] for i in range(images)], "generator": generator, "output_type": "pt"}
+        return call | prompts | size | {"guidance_scale": guidance, "num_inference_steps": steps} | more
+
+    bench = FamilyBench(finished(pipe, torch.float64), True, 2 * 4 * 4, inputs, CAPTION[0], text_first=True)
+    bench.distilled, bench.loops = True, 2 if then else 1
+    return bench
+
+
 IMAGE_VARIANTS: dict[str, tuple[Callable[..., FamilyBench], dict[str, Any]]] = {
+    "VisualClozeGenerationPipeline": (of_cloze, {}),
+    "VisualClozePipeline": (of_cloze, {}),
     "LongCatImageEditPipeline": (of_longcat, {}),
     "BriaFiboEditPipeline": (of_fibo, {}),
     "HunyuanImageRefinerPipeline": (of_hunyuan, {}),

@@ -4,13 +4,18 @@ import math
 
 import pytest
 from budget import FAMILIES, synthetic
+from families import MORE
 from untouched import left_as_it_was
 
 import arrowhead as ah
+from arrowhead.calibration.driver import driver_of
+from arrowhead.calibration.sharding import Share
 from arrowhead.errors import InputsInvalid, UnsupportedPipeline
 from arrowhead.plans.cells import AST, FULL, Arrow, Attend, Full
+from arrowhead.searches.stack.api import why_sites
 
 HALF = ah.Budget(module_flops=0.5)
+WHOLE = ah.Budget(transformer_flops=0.6)
 NO_PIPELINE = object()  # whoever looks at it says that it is unsupported
 
 REFUSED = {
@@ -71,13 +76,55 @@ def test_searches_that_mean_something_look_at_the_pipeline(arguments):
 
 @pytest.mark.parametrize(
     ("arguments", "strategy"),
-    [({}, "budget"), ({"budget": HALF}, "budget"), ({"threshold": 0.5}, "greedy"), ({"strategy": "headwise"}, "headwise")],
+    [
+        ({"budget": WHOLE}, "stack"),
+        ({"budget": ah.Budget(error=0.5)}, "stack"),
+        ({"budget": HALF}, "budget"),
+        ({"strategy": "budget", "budget": WHOLE}, "budget"),
+        ({"threshold": 0.5}, "greedy"),
+        ({"strategy": "headwise"}, "headwise"),
+    ],
     ids=str,
 )
 def test_the_strategy_follows_the_arguments(arguments, strategy):
     bench = FAMILIES["sd3"]()
     plan = ah.search(bench.pipe, bench.inputs(), progress=False, **arguments)
     assert plan.about["search"]["strategy"] == strategy
+    assert {site.kind for site in plan.target.sites} == {"stack"} or strategy != "stack"
+    why = "module_flops=0.5 is about single sites" if arguments == {"budget": HALF} else None
+    assert plan.about["search"].get("why_sites") == why
+
+
+ABOUT_SITES = {
+    "an Extent is": {"extent": ah.Extent(ages=2)},
+    "a Table is": {"table": synthetic(0)},
+    "granularity='site' is": {"budget": ah.Budget(transformer_flops=0.6, granularity="site")},
+    "granularity='step' and reuse=False are": {"budget": ah.Budget(error=0.1, granularity="step", reuse=False)},
+    "cache_bytes=1000 is": {"budget": ah.Budget(speedup=1.2, cache_bytes=1000)},
+    "attention_flops=0.5 is": {"budget": ah.Budget(attention_flops=0.5)},
+    "prompts are split": {},
+    "is no plain chain of blocks": {},
+}
+
+
+@pytest.mark.parametrize("said", ABOUT_SITES)
+def test_what_a_stack_does_not_know_is_searched_for_among_sites(said):
+    bench = MORE["cogvideox"]() if "plain" in said else FAMILIES["dit"]()
+    driver = driver_of(bench.pipe, bench.inputs())
+    assert "plain" in said or why_sites(driver, WHOLE, None, None) is None
+    if "split" in said:
+        driver.share = Share(sizes=(1, 1))
+    how = {"budget": WHOLE, "extent": None, "table": None} | ABOUT_SITES[said]
+    assert said in why_sites(driver, **how)
+
+
+@pytest.mark.parametrize("settings", [{"cache_bytes": 1000}, {"granularity": "step"}, {"residual": False}], ids=str)
+def test_a_stack_refuses_what_is_about_sites(settings):
+    bench, runs = FAMILIES["dit"](), []
+    bench.pipe.transformer.register_forward_pre_hook(lambda *_: runs.append(1))
+    with pytest.raises(InputsInvalid, match=r"got (cache_bytes|granularity|residual)=.* for a stack.*wanted.*leave"):
+        ah.search(bench.pipe, bench.inputs(), strategy="stack", budget=ah.Budget(transformer_flops=0.6, **settings))
+    assert not runs
 
 
 def test_what_the_pipeline_does_not_take():

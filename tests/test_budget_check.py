@@ -46,7 +46,7 @@ def test_no_plan_that_is_tried_takes_other_slopes_than_those_asked_for(slopes, g
 def test_of_corrections_the_one_that_errs_least_in_detail_is_kept(family, corrections, generations):
     bench = FAMILIES[family]()
     budget = ah.Budget(transformer_flops=0.6, corrections=corrections)
-    plan = ah.search(bench.pipe, bench.inputs(), budget=budget, progress=False)
+    plan = ah.search(bench.pipe, bench.inputs(), strategy="budget", budget=budget, progress=False)
     found = plan.about["search"]
     assert 1 <= found["generations"] == len(generations) <= 1 + corrections
     assert len({tried.cells for _, tried in generations}) == len(generations)

@@ -55,7 +55,7 @@ def test_an_error_is_kept_to(family, guidance, asked, generations):
     inputs = {"images": 2, "guidance": guidance}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NothingCompressed)  # these models have random weights
-        plan = ah.search(bench.pipe, bench.inputs(**inputs), budget=ah.Budget(error=asked), progress=False)
+        plan = ah.search(bench.pipe, bench.inputs(**inputs), strategy="budget", budget=ah.Budget(error=asked), progress=False)
     error = real_error(bench, plan, **inputs)
     assert error <= asked * (1 + 1e-6)
     search = plan.about["search"]
@@ -67,31 +67,35 @@ def test_an_error_is_kept_to(family, guidance, asked, generations):
 def test_more_error_costs_less(generations):
     bench, left = FAMILIES["sd3"](), []
     for asked in (0.03, 0.3):
-        plan = ah.search(bench.pipe, bench.inputs(images=4), budget=ah.Budget(error=asked), progress=False)
+        plan = ah.search(bench.pipe, bench.inputs(images=4), strategy="budget", budget=ah.Budget(error=asked), progress=False)
         left.append(plan.flops().module)
     assert left[0] > left[-1]
 
 
 @pytest.mark.parametrize(("name", "error"), [(None, 0.07), ("light", 0.03), ("balanced", 0.07), ("strong", 0.15)])
 def test_the_names_of_errors(name, error, monkeypatch):
+    """For the stack, and where a model has none for sites."""
     wanted = []
 
-    def budgeted(driver, budget, **more):
+    def asked(driver, budget, *_, **more):
         wanted.append(budget)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules[ah.search.__module__], "budgeted", budgeted)
-    with pytest.raises(KeyboardInterrupt):
-        ah.search(None, {}, budget=name)
-    assert wanted == [ah.Budget(error=error)]
+    for search in ("budgeted", "planned"):
+        monkeypatch.setattr(sys.modules[ah.search.__module__], search, asked)
+    for pipe in (None, FAMILIES["dit"]().pipe):
+        with pytest.raises(KeyboardInterrupt):
+            ah.search(pipe, {}, budget=name)
+    assert wanted == [ah.Budget(error=error)] * 2
 
 
 @pytest.mark.parametrize("family", ["dit", "sd3", "flux"])  # PixArt's first site may share its branches for nothing
 @with_and_without
 def test_an_error_too_small_is_said(family, guidance):
     bench = FAMILIES[family]()
+    asked = {"strategy": "budget", "budget": ah.Budget(error=1e-12)}
     with pytest.warns(NothingCompressed, match="error = 1e-12"):
-        plan = ah.search(bench.pipe, bench.inputs(guidance=guidance), budget=ah.Budget(error=1e-12), progress=False)
+        plan = ah.search(bench.pipe, bench.inputs(guidance=guidance), **asked, progress=False)
     assert set(plan.count()) == {"full"}
 
 
@@ -120,7 +124,7 @@ def test_predictions_of_no_error_where_there_is_some_end_in_full_attention(monke
     monkeypatch.setattr(module, "_recorded", recorded)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NothingCompressed)
-        plan = ah.search(bench.pipe, bench.inputs(), budget=ah.Budget(error=0.05), progress=False)
+        plan = ah.search(bench.pipe, bench.inputs(), strategy="budget", budget=ah.Budget(error=0.05), progress=False)
     assert real_error(bench, plan) <= 0.05
 
 

@@ -194,9 +194,10 @@ def test_a_table_serves_other_budgets():
             bench.pipe(**bench.inputs())
 
 
-def test_the_whole_budget_is_full_attention_and_no_cause_for_a_warning():
+@pytest.mark.parametrize("strategy", ["budget", "stack"])
+def test_the_whole_budget_is_full_attention_and_no_cause_for_a_warning(strategy):
     bench = FAMILIES["dit"]()
-    plan = ah.search(bench.pipe, bench.inputs(), budget=ah.Budget(transformer_flops=1), progress=False)
+    plan = ah.search(bench.pipe, bench.inputs(), budget=ah.Budget(transformer_flops=1), strategy=strategy, progress=False)
     assert set(plan.count()) == {"full"}
     assert plan.about["search"]["measured_error"] == 0
 
@@ -249,7 +250,8 @@ def test_a_search_from_a_table_is_the_same(family):
     bench = FAMILIES[family]()
     table = ah.calibrate(bench.pipe, bench.inputs(), progress=False)
     for budget in (ah.Budget(transformer_flops=0.6), ah.Budget(error=0.1)):
-        plans = [ah.search(bench.pipe, bench.inputs(), budget=budget, table=given, progress=False) for given in (None, table)]
+        asked = {"strategy": "budget", "budget": budget, "progress": False}
+        plans = [ah.search(bench.pipe, bench.inputs(), table=given, **asked) for given in (None, table)]
         assert plans[0] == plans[1]
         assert plans[1].about["search"]["calibration_passes"] == 0
 

@@ -118,7 +118,7 @@ def known(monkeypatch):
 def test_a_search_for_a_speedup(family, known):
     bench = FAMILIES[family]()
     with left_as_it_was(bench):
-        plan = ah.search(bench.pipe, bench.inputs(), budget=ah.Budget(speedup=1.3), progress=False)
+        plan = ah.search(bench.pipe, bench.inputs(), strategy="budget", budget=ah.Budget(speedup=1.3), progress=False)
     seconds, sites = known["seconds"], plan.target.sites
     left = sum(seconds_of(site, column, seconds) for site, column in zip(sites, plan.columns, strict=True))
     whole = plan.steps * sum(seconds.cells[nameless(site), FULL] for site in sites)
@@ -135,12 +135,12 @@ def test_a_search_for_a_speedup(family, known):
 def test_the_most_that_is_named_can_be_met(known):
     bench = FAMILIES["sd3"]()
     with left_as_it_was(bench), pytest.raises(InputsInvalid, match=r"speedup=1000.*wanted at most") as refusal:
-        ah.search(bench.pipe, bench.inputs(), budget=ah.Budget(speedup=1000), progress=False)
+        ah.search(bench.pipe, bench.inputs(), strategy="budget", budget=ah.Budget(speedup=1000), progress=False)
     most = float(re.search(r"wanted at most ([0-9.]+)", str(refusal.value))[1])
-    plan = ah.search(bench.pipe, bench.inputs(), budget=ah.Budget(speedup=most), progress=False)
+    plan = ah.search(bench.pipe, bench.inputs(), strategy="budget", budget=ah.Budget(speedup=most), progress=False)
     assert plan.about["search"]["predicted_speedup"] >= most * (1 - 5e-3)
     with pytest.raises(InputsInvalid, match="wanted at most"):
-        ah.search(bench.pipe, bench.inputs(), budget=ah.Budget(speedup=1.02 * most), progress=False)
+        ah.search(bench.pipe, bench.inputs(), strategy="budget", budget=ah.Budget(speedup=1.02 * most), progress=False)
 
 
 def test_a_speedup_is_not_for_a_table_alone():

@@ -74,6 +74,10 @@ MADE = {
     "Kandinsky5T2VPipeline": video_benches.kandinsky5,
     "LTX2Pipeline": video_benches.ltx2,
     "AnyFlowPipeline": video_benches.anyflow,
+    "HunyuanVideoFramepackPipeline": video_benches.framepack,
+    "WanAnimatePipeline": video_benches.wan_animate,
+    "HeliosPipeline": video_benches.helios,
+    "MotifVideoPipeline": video_benches.motif,
 }
 VARIANT_OF = {name.split(",")[0]: name for name in reversed(VARIANTS)}  # the first variant of each class
 IN_TABLE = [name for family in FAMILIES for name in family.branch_order]
@@ -85,6 +89,8 @@ CONDITIONAL_ONLY = {  # distilled guidance: these pipelines take no negative pro
     "FluxControlNetImg2ImgPipeline",
     "FluxControlNetInpaintPipeline",
     "Flux2Pipeline",
+    "VisualClozeGenerationPipeline",
+    "VisualClozePipeline",
 }
 MARKED = (  # arguments of transformers that carry a prompt
     "encoder_hidden_states",
@@ -171,7 +177,8 @@ def marks_by_table(pipe, inputs):
     """The marks that the first two calls have if the families table is right."""
     model = find(pipe)
     branches = model.branches(model.call_arguments((), inputs))
-    cond, uncond = ([mark] * (1 if isinstance(pipe, diffusers.WanVACEPipeline) else IMAGES) for mark in (COND, UNCOND))
+    single = isinstance(pipe, diffusers.WanVACEPipeline | diffusers.MotifVideoImage2VideoPipeline)
+    cond, uncond = ([mark] * (1 if single else IMAGES) for mark in (COND, UNCOND))
     if not branches.guided:
         return [cond, cond]
     return {

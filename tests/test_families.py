@@ -112,8 +112,9 @@ def test_random_plans_are_what_a_replay_gives(name, guidance, kinds, seed):
         wanted = trace(bench, bench.inputs(**inputs))
     assert distance(given, wanted) < 1e-5
     assert distance(given, trace(bench, bench.inputs(**inputs))) > 1e-2
-    assert all(site.passed == len(site.column) * plan.calls for site in sites)  # every site is reached, in every call
-    assert sum(summary.cells.values()) == STEPS * len(model.sites) * plan.calls
+    # every site is reached, in every call
+    assert all(site.passed == bench.loops * len(site.column) * plan.calls for site in sites)
+    assert sum(summary.cells.values()) == bench.loops * STEPS * len(model.sites) * plan.calls
     assert summary.notes == ()
     assert summary.flops.module == pytest.approx(plan.flops().module)
     assert summary.peak_cache_bytes == max(plan.cache_bytes(1 if bench.single else 1 + seed, 8))
@@ -173,7 +174,8 @@ def test_a_budget_is_met(name, guidance):
     bench, inputs = MORE[name](), {"images": 2, "guidance": guidance}
     asked = "transformer_flops" if find(bench.pipe).family.has("feed_forward") else "module_flops"
     with left_as_it_was(bench, **inputs):
-        plan = ah.search(bench.pipe, bench.inputs(**inputs), budget=ah.Budget(**{asked: 0.6}), progress=False)
+        how = {"strategy": "budget", "budget": ah.Budget(**{asked: 0.6})}
+        plan = ah.search(bench.pipe, bench.inputs(**inputs), **how, progress=False)
     assert 0 < plan.about["search"][asked] <= 0.6
     raw = final_latents(bench, bench.inputs(**inputs))
     with ah.applied(bench.pipe, plan) as run:

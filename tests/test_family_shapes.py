@@ -40,6 +40,10 @@ OBLONG = (
         "cosmos": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
         "kandinsky5": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
         "ltx2": ({"height": 160, "width": 96, "num_frames": 17}, 3 * 5 * 3),
+        "framepack": ({"height": 80, "width": 48}, (2 + 2) * 5 * 3 + 3 * 2 + 4 * 2),
+        "wan_animate": ({"height": 80, "width": 48}, 3 * 5 * 3),
+        "helios": ({"height": 80, "width": 48}, (2 + 2) * 5 * 3 + 3 * 2 + 2),
+        "motif": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
         "wan_vace": ({"height": 80, "width": 48, "num_frames": 9}, 3 * 5 * 3),
     }
     | dict.fromkeys(IMAGES, ({"height": 48, "width": 112}, 3 * 7))

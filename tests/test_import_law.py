@@ -85,6 +85,7 @@ def test_outside_packages_stay_in_their_units(path):
     unit, packages = unit_of(path), packages_imported(path)
     assert "matplotlib" not in packages or (unit == "analysis" and path.stem.startswith("draw"))
     assert not packages & {"typer", "rich"} or unit == "cli"
+    assert "huggingface_hub" not in packages or path == ROOT / "plans" / "hub.py"
     assert "diffusers" not in packages or unit != "kernels"
 
 
@@ -220,7 +221,7 @@ def test_every_private_name_in_upstream_is_said_to_be_needed():
 
 
 def test_importing_arrowhead_loads_nothing_heavy():
-    heavy = ["diffusers", "matplotlib", "torchmetrics", "transformers", "triton", "typer"]
+    heavy = ["diffusers", "huggingface_hub", "matplotlib", "torchmetrics", "transformers", "triton", "typer"]
     code = f"import sys, arrowhead; sys.exit(' '.join(name for name in {heavy} if name in sys.modules) or 0)"
     fresh = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (fresh.returncode, fresh.stderr) == (0, "")

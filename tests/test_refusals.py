@@ -266,7 +266,7 @@ def test_a_processor_without_sdpa(either, layers):
                 either.pipe(**either.inputs())
             assert run.cache_bytes == 0
         with pytest.raises(NotIntercepted, match=rf"transformer_blocks.{layers[0]}.attn1: AttnProcessor did not call"):
-            ah.search(either.pipe, either.inputs(), progress=False)
+            ah.search(either.pipe, either.inputs(), strategy="budget", progress=False)
 
 
 def test_a_processor_that_attends_by_itself(either):
@@ -279,7 +279,7 @@ def test_a_processor_that_attends_by_itself(either):
         ):
             either.pipe(**either.inputs())
         with pytest.raises(NotIntercepted, match=r"transformer_blocks.1.attn1: Processor did not call"):
-            ah.search(either.pipe, either.inputs(), progress=False)
+            ah.search(either.pipe, either.inputs(), strategy="budget", progress=False)
 
 
 class CausalProcessor:

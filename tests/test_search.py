@@ -287,7 +287,7 @@ def test_a_site_that_is_never_reached():
     model = dit_transformer(cls=SkippingTransformer, out_channels=4).double()
     bench.pipe.register_modules(transformer=model)
     with left_as_it_was(bench), pytest.raises(NotIntercepted, match="passed 4 sites, wanted 6"):
-        ah.search(bench.pipe, bench.inputs(), progress=False)
+        ah.search(bench.pipe, bench.inputs(), strategy="budget", progress=False)
 
 
 def test_a_search_keeps_no_tensors():

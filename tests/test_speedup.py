@@ -411,6 +411,23 @@ def test_a_pipeline_that_is_to_be_watched_is_not_copied():
         copy.copy(bench.pipe)
 
 
+def test_copies_of_a_pipeline_that_was_watched_are_as_fast():
+    bench = BENCHES["dit"](torch.float32)
+    base, profile = type(bench.pipe), profile_of(bench)
+    untouched = bench.pipe(**bench.inputs(steps=STEPS))[0]
+    with ah.speedup(bench.pipe, quality="strong", profile=profile):
+        wanted = bench.pipe(**bench.inputs(steps=STEPS))[0]
+        other = copy.copy(bench.pipe)
+        other.scheduler = type(other.scheduler).from_config(other.scheduler.config)
+        before = bench.pipe.scheduler.timesteps
+        assert torch.equal(other(**bench.inputs(steps=STEPS))[0], wanted)
+        assert bench.pipe.scheduler.timesteps is before
+    assert not torch.equal(wanted, untouched)
+    assert type(other) is type(bench.pipe) is base
+    assert vars(other).keys() == vars(bench.pipe).keys()
+    assert torch.equal(other(**bench.inputs(steps=STEPS))[0], untouched)
+
+
 def on_a_line(steps, noise_free):
     """A profile of outputs that lie on a parabola in the noise level, with one derivative for all steps."""
     base = profile_of(BENCHES["dit"](torch.float32))

@@ -183,7 +183,7 @@ SEARCHES = {
     "by heads": {"budget": ah.Budget(module_flops=0.5, granularity="head")},
     "no gradients": {"budget": ah.Budget(module_flops=0.5, granularity="site"), "extent": ah.Extent(gradients=False)},
     "checkpointed": {"budget": ah.Budget(module_flops=0.5, granularity="site"), "extent": ah.Extent(checkpoint=True)},
-    "speedup": {"budget": ah.Budget(speedup=1.01)},
+    "speedup": {"strategy": "budget", "budget": ah.Budget(speedup=1.01)},
 }
 
 

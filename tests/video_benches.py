@@ -8,6 +8,7 @@ import torch
 from diffusers import (
     AnyFlowPipeline,
     AnyFlowTransformer3DModel,
+    AutoencoderKLHunyuanVideo,
     AutoencoderKLHunyuanVideo15,
     AutoencoderKLMagvit,
     AutoencoderKLWan,
@@ -19,15 +20,25 @@ from diffusers import (
     EasyAnimatePipeline,
     EasyAnimateTransformer3DModel,
     FlowMapEulerDiscreteScheduler,
+    HeliosPipeline,
+    HeliosScheduler,
+    HeliosTransformer3DModel,
     HunyuanVideo15Pipeline,
     HunyuanVideo15Transformer3DModel,
+    HunyuanVideoFramepackPipeline,
+    HunyuanVideoFramepackTransformer3DModel,
     Kandinsky5T2VPipeline,
     Kandinsky5Transformer3DModel,
     LTX2Pipeline,
     LTX2VideoTransformer3DModel,
+    MotifVideoPipeline,
+    MotifVideoTransformer3DModel,
     UniPCMultistepScheduler,
+    WanAnimatePipeline,
+    WanAnimateTransformer3DModel,
 )
 from family_bench import CHANNELS, DIM, HEADS, SHARP, TEXT, FamilyBench, finished, flow, inputs_of
+from PIL import Image
 from pipelines import POOLED, randomise
 
 SECOND = (3, 8)  # text tokens and channels of a second text encoder
@@ -84,6 +95,18 @@ def hunyuan_video15(dtype: torch.dtype = torch.float64, seed: int = 0) -> Family
 
     text = TEXT + SECOND[0] + IMAGE[0]
     bench = FamilyBench(finished(pipe, dtype), True, 2 * 4 * 3, inputs, text, text_seen=text, two_calls=True)
+    return guided_by_guider(bench)
+
+
+def motif(dtype: torch.dtype = torch.float64, seed: int = 0, **config: Any) -> FamilyBench:
+    """Video before text, in two streams and then in one, whose last block sees the video twice; two calls, by a guider."""
+    sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "num_layers": 2, "num_single_layers": 2}
+    shape = {"in_channels": 9, "out_channels": 4, "rope_axes_dim": (2, 2, 4), "num_decoder_layers": 1}
+    model = MotifVideoTransformer3DModel(text_embed_dim=CHANNELS, **sizes, **shape, **config)
+    randomise(model, seed, SHARP)
+    pipe = MotifVideoPipeline(flow(), wan_vae(seed + 1), None, None, model, ClassifierFreeGuidance())
+    inputs = inputs_of(dtype, "guidance_scale", "{}prompt_attention_mask", height=64, width=48, num_frames=5)
+    bench = FamilyBench(finished(pipe, dtype), True, 2 * 4 * 3, inputs, TEXT, two_calls=True)
     return guided_by_guider(bench)
 
 
@@ -233,6 +256,73 @@ def ltx2(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
     return FamilyBench(finished(pipe, dtype), False, 2 * 4 * 3, inputs)
 
 
+def hunyuan_vae() -> AutoencoderKLHunyuanVideo:
+    down, up = ("HunyuanVideoDownBlock3D",) * 4, ("HunyuanVideoUpBlock3D",) * 4
+    sizes = {"block_out_channels": (8,) * 4, "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 4}
+    return AutoencoderKLHunyuanVideo(down_block_types=down, up_block_types=up, **sizes)
+
+
+def framepack(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
+    """A history and a video before the tokens of an image and a text; two calls; two sections, each with a loop."""
+    sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "num_layers": 1, "num_single_layers": 1}
+    text = {"text_embed_dim": CHANNELS, "pooled_projection_dim": POOLED, "num_refiner_layers": 1}
+    more = {"has_image_proj": True, "image_proj_dim": IMAGE[1], "has_clean_x_embedder": True}
+    shape = {"in_channels": 4, "out_channels": 4, "rope_axes_dim": (2, 2, 4)}
+    model = HunyuanVideoFramepackTransformer3DModel(**sizes, **text, **shape, **more)
+    randomise(model, seed, SHARP)
+    vae = hunyuan_vae()
+    randomise(vae, seed + 1)
+    pipe = HunyuanVideoFramepackPipeline(None, None, model, vae, flow(), None, None, None, None)
+    embeds = torch.randn(1, *IMAGE, generator=torch.Generator().manual_seed(2)).to(dtype)
+    size = {"height": 64, "width": 48, "num_frames": 9, "latent_window_size": 2, "output_type": "pt"}
+    own = inputs_of(dtype, "true_cfg_scale", None, pooled=True, **size)
+
+    def inputs(seed: int = 0, images: int = 1, **more: Any) -> dict[str, Any]:
+        picture = torch.rand(1, 3, 64, 48, generator=torch.Generator().manual_seed(seed))
+        call, shown = own(seed, images, **more), torch.ones(images, TEXT)
+        masks = dict.fromkeys(("prompt_attention_mask", "negative_prompt_attention_mask"), shown)
+        return call | masks | {"image": picture.expand(images, -1, -1, -1)}
+
+    text_tokens = IMAGE[0] + TEXT
+    bench = FamilyBench(finished(pipe, dtype), True, 2 * 12 + (2 * 12 + 4 + 4), inputs, text_tokens, two_calls=True, loops=2)
+    pipe.encode_image = lambda image, **_: embeds.expand(len(image), -1, -1)
+    bench.text_seen = text_tokens
+    return bench
+
+
+def wan_animate(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
+    """A reference's frame before the video's, beside a text and an image; two calls; two segments, each with a loop."""
+    image = {"image_dim": 16, "added_kv_proj_dim": 16}
+    shape = {"in_channels": 12, "latent_channels": 4, "out_channels": 4, "text_dim": CHANNELS, "rope_max_seq_len": 32}
+    face = {"motion_encoder_channel_sizes": {"4": 8, "8": 8, "16": 8}, "motion_encoder_size": 16, "motion_style_dim": 8}
+    face |= {"motion_dim": 4, "motion_encoder_dim": 8, "face_encoder_hidden_dim": 8, "face_encoder_num_heads": 2}
+    model = WanAnimateTransformer3DModel(**shape, **WAN, **image, **face, inject_face_latents_blocks=1)
+    randomise(model, seed, SHARP)
+    pipe = WanAnimatePipeline(None, None, wan_vae(seed + 1), flow(), None, None, model)
+    picture = Image.linear_gradient("L").resize((48, 64)).convert("RGB")
+    poses, faces = ([picture.resize(size).rotate(20 * i) for i in range(9)] for size in ((48, 64), (16, 16)))
+    embeds = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(2)).to(dtype)
+    size: dict[str, Any] = {"height": 64, "width": 48, "segment_frame_length": 5}
+    size |= {"image": picture, "pose_video": poses, "face_video": faces}
+    inputs = inputs_of(dtype, "guidance_scale", None, **size)
+    bench = FamilyBench(finished(pipe, dtype), True, 3 * 4 * 3, inputs, two_calls=True, text_seen=0, loops=2)
+    pipe.encode_image = lambda *_: embeds
+    pipe.vae.float()  # the pipeline gives it videos in 32 bits
+    return bench
+
+
+def helios(dtype: torch.dtype = torch.float64, seed: int = 0) -> FamilyBench:
+    """A history before the frames, beside a text that the history does not see; two calls; two chunks, each with a loop."""
+    sizes = {"num_attention_heads": HEADS, "attention_head_dim": DIM, "num_layers": 2, "ffn_dim": 32, "freq_dim": 16}
+    shape = {"in_channels": 4, "out_channels": 4, "text_dim": CHANNELS, "rope_dim": (4, 2, 2), "is_amplify_history": True}
+    model = HeliosTransformer3DModel(**shape, **sizes)
+    randomise(model, seed, SHARP)
+    pipe = HeliosPipeline(None, None, wan_vae(seed + 1), HeliosScheduler(stages=1, stage_range=[0, 1]), model)
+    size = {"height": 64, "width": 48, "num_frames": 9, "history_sizes": [4, 2, 1], "num_latent_frames_per_chunk": 2}
+    inputs = inputs_of(dtype, "guidance_scale", None, **size)
+    return FamilyBench(finished(pipe, dtype), True, 2 * 12 + (2 * 12 + 4 + 1), inputs, two_calls=True, text_seen=0, loops=2)
+
+
 VIDEO: dict[str, Callable[..., FamilyBench]] = {
     "hunyuan_video15": hunyuan_video15,
     "easy_animate": easy_animate,
@@ -241,4 +331,8 @@ VIDEO: dict[str, Callable[..., FamilyBench]] = {
     "cosmos": cosmos,
     "kandinsky5": kandinsky5,
     "ltx2": ltx2,
+    "framepack": framepack,
+    "wan_animate": wan_animate,
+    "helios": helios,
+    "motif": motif,
 }

@@ -1,40 +1,42 @@
 """Further pipelines of video families, with small random weights: they start from an image or a video, or follow a video."""
 
+import inspect
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLCogVideoX, AutoencoderKLHunyuanVideo, AutoencoderKLLTXVideo, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKLCogVideoX, AutoencoderKLLTXVideo, FlowMatchEulerDiscreteScheduler, ModelMixin
 from diffusers.pipelines.ltx2 import LTX2VideoCondition
+from diffusers.pipelines.ltx2.pipeline_ltx2_hdr_lora import LTX2HDRReferenceCondition
+from diffusers.pipelines.ltx2.pipeline_ltx2_ic_lora import LTX2ReferenceCondition
 from families import cogvideox, hunyuan_video, ltx, skyreels, wan, wan_transformer
-from family_bench import FamilyBench
+from family_bench import HEADS, TEXT, FamilyBench
 from PIL import Image
 from pipelines import randomise, vae
 from video_benches import (
+    IMAGE,
     cosmos,
     cosmos_transformer,
     easy_animate,
+    hunyuan_vae,
     hunyuan_vae15,
     hunyuan_video15,
     kandinsky5,
     ltx2,
     magvit,
+    motif,
     wan_vae,
 )
 
 HEIGHT, WIDTH = 64, 48
+PHOTO = Image.linear_gradient("L").resize((96, 128)).convert("RGB")
 
 
 def cogvideox_vae() -> AutoencoderKLCogVideoX:
     down, up = ("CogVideoXDownBlock3D",) * 4, ("CogVideoXUpBlock3D",) * 4
     sizes = {"block_out_channels": (8,) * 4, "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 2}
     return AutoencoderKLCogVideoX(down_block_types=down, up_block_types=up, temporal_compression_ratio=4, **sizes)
-
-
-def hunyuan_vae() -> AutoencoderKLHunyuanVideo:
-    down, up = ("HunyuanVideoDownBlock3D",) * 4, ("HunyuanVideoUpBlock3D",) * 4
-    sizes = {"block_out_channels": (8,) * 4, "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 4}
-    return AutoencoderKLHunyuanVideo(down_block_types=down, up_block_types=up, **sizes)
 
 
 def ltx_vae() -> AutoencoderKLLTXVideo:
@@ -167,6 +169,30 @@ def of_cosmos2(cls: Any, parts: dict[str, Any]) -> FamilyBench:
     return base
 
 
+class Control(ModelMixin):
+    """Stands for Cosmos' ControlNet, which needs torchvision: one tensor for each token of the first block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(4, HEADS * 16)
+
+    def forward(self, controls_latents: torch.Tensor, encoder_hidden_states: torch.Tensor, **_: Any) -> tuple[Any]:
+        tokens = torch.nn.functional.avg_pool3d(controls_latents, (1, 2, 2)).flatten(2).transpose(1, 2)  # (B, N, 4)
+        return ([self.layer(tokens) * encoder_hidden_states.mean((1, 2), keepdim=True)],)
+
+
+def of_cosmos_transfer(cls: Any) -> FamilyBench:
+    """Two chunks of a video that follows another one by a ControlNet, each with a loop."""
+    net = Control()
+    randomise(net, 5)
+    base = cosmos()
+    base.pipe.transformer = cosmos_transformer(0, controlnet_block_every_n=2)
+    bench = around(cls, base, wan_vae(), {"controls": video(9)}, each=True, without="num_frames", controlnet=net)
+    own, bench.loops = bench.inputs, 2
+    bench.inputs = lambda *args, **more: own(*args, num_frames_per_chunk=5, **more)
+    return bench
+
+
 def of_kandinsky5(cls: Any, parts: dict[str, Any], pictures: bool) -> FamilyBench:
     """A video whose first frame is given, or a picture, alone or from another one."""
     own = vae(1, 3) if pictures else hunyuan_vae()
@@ -191,6 +217,31 @@ def of_ltx2(cls: Any, parts: dict[str, Any]) -> FamilyBench:
     return base
 
 
+def of_references(cls: Any, reference: Any) -> FamilyBench:
+    """Beside the video drawn, the tokens of a picture that it follows."""
+    bench = of_ltx2(cls, {"reference_conditions": reference})
+    own, taken = bench.inputs, inspect.signature(cls.__call__).parameters
+    bench.inputs = lambda *args, **more: {name: value for name, value in own(*args, **more).items() if name in taken}
+    bench.visual += 4 * 3
+    return bench
+
+
+def of_motif(cls: Any) -> FamilyBench:
+    """The image is in further channels, and its embeddings are attended to beside the text."""
+    bench = around(cls, motif(image_embed_dim=IMAGE[1]), wan_vae(), {"image": image()}, feature_extractor=None)
+    own, embeds = bench.inputs, torch.randn(1, *IMAGE, generator=torch.Generator().manual_seed(2)).double()
+    object.__setattr__(bench.pipe, "text_encoder", SimpleNamespace(vision_tower=None))
+    bench.pipe._get_image_embeds = lambda **_: embeds
+    bench.text = bench.text_seen = TEXT + IMAGE[0]
+    bench.single = True  # diffusers takes one image and one prompt
+
+    def inputs(seed: int = 0, images: int = 1, **more: Any) -> dict[str, Any]:
+        return own(seed, 1, prompt=None, **more)
+
+    bench.inputs = inputs
+    return bench
+
+
 TO_IMAGE = {"image_dim": 16, "added_kv_proj_dim": 16}
 
 VIDEO_VARIANTS: dict[str, tuple[Callable[..., FamilyBench], dict[str, Any]]] = {
@@ -208,11 +259,15 @@ VIDEO_VARIANTS: dict[str, tuple[Callable[..., FamilyBench], dict[str, Any]]] = {
     "SkyReelsV2ImageToVideoPipeline": (of_skyreels, {}),
     "Cosmos2TextToImagePipeline": (of_cosmos2, {"parts": {}}),
     "Cosmos2VideoToWorldPipeline": (of_cosmos2, {"parts": {"image": image()}}),
+    "Cosmos2_5_TransferPipeline": (of_cosmos_transfer, {}),
     "Kandinsky5I2VPipeline": (of_kandinsky5, {"parts": {"image": image(32)}, "pictures": False}),
     "Kandinsky5T2IPipeline": (of_kandinsky5, {"parts": {}, "pictures": True}),
     "Kandinsky5I2IPipeline": (of_kandinsky5, {"parts": {"image": image()}, "pictures": True}),
     "LTX2ImageToVideoPipeline": (of_ltx2, {"parts": {"image": image(128, 96), "image_crf": 0}}),
     "LTX2ConditionPipeline": (of_ltx2, {"parts": {"conditions": LTX2VideoCondition(image(128, 96)[0], crf=0)}}),
+    "LTX2InContextPipeline": (of_references, {"reference": LTX2ReferenceCondition(PHOTO)}),
+    "LTX2HDRPipeline": (of_references, {"reference": LTX2HDRReferenceCondition(PHOTO)}),
+    "MotifVideoImage2VideoPipeline": (of_motif, {}),
     "HunyuanVideo15ImageToVideoPipeline": (of_hunyuan15, {}),
     "EasyAnimateControlPipeline": (of_easy_animate, {"parts": {"control_video": video().transpose(1, 2)}, "extra": 8}),
     "EasyAnimateInpaintPipeline": (of_easy_animate, {"parts": {"video": video().transpose(1, 2)}, "extra": 5}),

@@ -68,6 +68,14 @@ class FileUnwritable(ArrowheadError, OSError):
     """
 
 
+class HubUnavailable(ArrowheadError, OSError):
+    """A plan or a profile cannot be read from the Hugging Face Hub, or pushed there.
+
+    There is no such repository, revision or file, it may not be read or written, or there is no connection. The message has
+    what the Hub said. Check the name, and the token (`hf auth login`).
+    """
+
+
 class ArrowheadWarning(UserWarning):
     """Base of all warnings that arrowhead gives. Filter by it to silence every one of them."""
 
@@ -148,6 +156,10 @@ class ProcessorReplaced(ArrowheadWarning):
 
     `remove` leaves the new one in place. Apply the plan after whatever replaces processors.
     """
+
+
+class CardKept(ArrowheadWarning):
+    """A repository on the Hub has a README.md that arrowhead did not write: a plan or a profile was pushed without a card."""
 
 
 class InputsRepeated(ArrowheadWarning):

@@ -17,8 +17,16 @@ from untouched import left_as_it_was
 
 import arrowhead as ah
 from arrowhead.calibration.driver import driver_of
-from arrowhead.errors import AlreadyApplied, AlreadyGenerating, ArrowheadError, GenerationUnfinished, PlanAdapted, PlanMismatch
-from arrowhead.plans.cells import FULL
+from arrowhead.errors import (
+    AlreadyApplied,
+    AlreadyGenerating,
+    ArrowheadError,
+    GenerationUnfinished,
+    PlanAdapted,
+    PlanMismatch,
+    ShareCfgIgnored,
+)
+from arrowhead.plans.cells import FULL, Attend
 from arrowhead.searches.greedy import greedy_search
 from arrowhead.searches.headwise import Headwise, headwise_search
 
@@ -262,6 +270,10 @@ def test_another_number_of_steps(mechanism, outcome):
 OTHER = {"sd3": CARRIED, "flux": CARRIED}
 
 
+class Subclass(FlowMatchEulerDiscreteScheduler):
+    """Somebody's own, which does the same."""
+
+
 @combines("State", "the next call with another scheduler", OTHER)
 def test_another_scheduler(mechanism, outcome):
     here = subject(mechanism)
@@ -284,9 +296,29 @@ def test_another_scheduler(mechanism, outcome):
             assert run.cache_bytes == 0
             here.pipe.scheduler = own
             assert torch.equal(here.generate(1), undisturbed)
+        here.pipe.scheduler = Subclass.from_config(own.config)
+        with pytest.warns(PlanAdapted, match="scheduler: plan FlowMatchEulerDiscreteScheduler, pipeline Subclass"):
+            assert torch.equal(here.generate(1), undisturbed)
         here.pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(own.config)  # as good
         assert torch.equal(here.generate(1), undisturbed)
         here.pipe.scheduler = own
+
+
+@states("State", "true_cfg_scale=1 under a guided plan", "works, with a warning", mechanism="dispatch_attention_fn")
+def test_true_cfg_that_is_off_under_a_guided_plan():
+    here = subject("flux")
+    plan = here.plan(seed=1)
+    cells = [[replace(cell, share_cfg=False) if isinstance(cell, Attend) else cell for cell in row] for row in plan.cells]
+    alone = replace(plan, cells=tuple(map(tuple, cells)), guided=False, calls=1)
+    with by_hand(here, alone):
+        wanted = here.generate(2, true_cfg_scale=1.0)
+    with as_it_was(here), here.applied(plan) as run:
+        guided = here.generate(2)
+        with pytest.warns(ShareCfgIgnored):
+            got = here.generate(2, true_cfg_scale=1.0)
+        assert run.cache_bytes == 0
+        assert torch.equal(here.generate(2), guided)
+    same(got, wanted)
 
 
 @states("State", "several images for each prompt", mechanism="processor with SDPA")

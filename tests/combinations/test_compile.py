@@ -298,7 +298,7 @@ def test_counters(mechanism, outcome, counter):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"threshold": 0.3}, pytest.param({"budget": ah.Budget(error=0.3)}, marks=pytest.mark.slow)],
+    [{"threshold": 0.3}, pytest.param({"strategy": "budget", "budget": ah.Budget(error=0.3)}, marks=pytest.mark.slow)],
     ids=["threshold", "budget"],
 )
 @combines(GROUP, "searches, which run eagerly")

@@ -11,9 +11,10 @@ import torch
 from diffusers import DiffusionPipeline
 from matrix import combines
 from subjects import subject
+from untouched import parts
 
 import arrowhead as ah
-from arrowhead.errors import AlreadyApplied
+from arrowhead.errors import AlreadyApplied, AlreadyGenerating, PlanAdapted
 
 GROUP = "Copies"
 PIPELINES = {"sd3": "works", "flux": "works"}
@@ -73,8 +74,6 @@ def test_copies_are_refused(mechanism, outcome):
             for part in (here.transformer.transformer_blocks[0], here.transformer.transformer_blocks[0].attn):
                 with pytest.raises(AlreadyApplied, match="got a copy"):
                     copy.deepcopy(part)
-            with pytest.raises(AlreadyApplied, match="got a copy"):
-                copy.copy(here.pipe)
         assert torch.equal(here.generate(1), wanted)
 
 
@@ -93,6 +92,53 @@ def test_a_copy_made_after_removal_is_plain(mechanism, outcome):
         assert torch.equal(here.generate(1), changed)
         if here.adapter is None:
             assert torch.equal(other(**here.inputs(1))[0], wanted)
+
+
+ONE_AT_A_TIME = "works: one after another, each with a scheduler of its own"
+
+
+@combines(GROUP, "copy.copy(pipe) while applied, for each request", dict.fromkeys(PIPELINES, ONE_AT_A_TIME))
+def test_a_shallow_copy_for_each_request(mechanism, outcome):
+    """Each copy gives what the pipeline gives; the plan's own scheduler counts, and not that of the pipeline."""
+    here = subject(mechanism)
+    plan, base = here.plan(3, KINDS), type(here.pipe)
+    untouched = [here.generate(seed) for seed in (1, 2)]
+    wanted = [here.compressed(plan, seed) for seed in (1, 2)]
+    before = parts(here.pipe)
+    run = ah.apply(here.pipe, plan)
+    copies = [copy.copy(here.pipe), copy.copy(copy.copy(here.pipe))]
+    for own in copies:
+        own.scheduler = type(own.scheduler).from_config(own.scheduler.config)
+    at = {}
+
+    def within(pipe, step, timestep, kwargs):
+        at[step] = [each.scheduler.step_index for each in (*copies, here.pipe)]
+        with pytest.raises(AlreadyGenerating):
+            here.generate(1)
+        return kwargs
+
+    for seed, own in ((2, copies[1]), (1, copies[0])):
+        assert torch.equal(own(**here.inputs(seed))[0], wanted[seed - 1])
+        assert run.summary().steps == 5
+        assert run.cache_bytes == 0
+    copies[0](**here.inputs(1), callback_on_step_end=within)
+    assert at == {step: [step + 1, 5, 5] for step in range(5)}
+    assert torch.equal(here.generate(1), wanted[0])
+    copies[1].scheduler = type(here.pipe.scheduler).from_config(here.pipe.scheduler.config, shift=7.0)
+    with pytest.warns(PlanAdapted):
+        assert not torch.equal(copies[1](**here.inputs(2))[0], wanted[1])
+    with pytest.raises(AlreadyApplied):
+        ah.apply(copies[0], plan)
+    del own
+    ah.remove(copies.pop())
+    assert parts(here.pipe) == before
+    assert type(copies[0]) is base
+    assert vars(copies[0]).keys() == vars(here.pipe).keys()
+    assert torch.equal(here.generate(2), untouched[1])
+    assert torch.equal(copies[0](**here.inputs(1))[0], untouched[0])
+    with ah.applied(copies[0], plan):
+        assert torch.equal(copies[0](**here.inputs(1))[0], wanted[0])
+        assert torch.equal(here.pipe(**here.inputs(1))[0], untouched[0])
 
 
 @combines(GROUP, "to(dtype) while applied")

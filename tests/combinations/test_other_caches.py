@@ -80,7 +80,7 @@ def test_searches_refuse_it_as_well(mechanism, outcome):
     inputs = here.inputs(0) if here.adapter is None else lambda: here.generate(0)
     enable(here.transformer, "TaylorSeerCache")
     before = copy.copy(vars(here.pipe))
-    for strategy in ("greedy", "headwise", "budget"):
+    for strategy in ("greedy", "headwise", "budget", None):
         with pytest.raises(UnsupportedPipeline, match="diffusers' TaylorSeerCache"):
             here.search(strategy=strategy)
     for look in (ah.calibrate, ah.calibration_bytes):

@@ -1,18 +1,15 @@
-"""Processors that somebody sets while a plan is applied, and such as attend twice."""
+"""Processors that somebody sets while a plan is applied."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
-from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
-from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from matrix import combines, states
 from subjects import subject
-from untouched import parts
 
 import arrowhead as ah
-from arrowhead.errors import PlanMismatch, ProcessorReplaced, SiteNotReached, UnsupportedPipeline
+from arrowhead.errors import PlanMismatch, ProcessorReplaced, SiteNotReached
 from arrowhead.plans.cells import Attend
 
 GROUP = "Processors"
@@ -67,39 +64,6 @@ def test_one_that_is_set_is_named_when_generating_begins(mechanism, outcome, way
         torch.testing.assert_close(found, untouched, rtol=1e-9, atol=1e-9)
     with pytest.warns(ProcessorReplaced):
         run.close()
-
-
-TWICE = "refused: it attends twice"
-ADAPTERS = {
-    "sd3": lambda: SD3IPAdapterJointAttnProcessor2_0(24, 24, 8, timesteps_emb_dim=24),
-    "flux": lambda: FluxIPAdapterAttnProcessor(24, 12),
-}
-
-
-@combines(GROUP, "an IP-Adapter, loaded before the plan or while it is applied", {"sd3": TWICE, "flux": TWICE})
-def test_an_ip_adapter(mechanism, outcome):
-    """By its processors, as load_ip_adapter sets them."""
-    here = subject(mechanism)
-    plan = here.plan(3)
-    wanted = here.compressed(plan, 1)
-    attn = attentions(here)[1]
-    own = attn.processor
-    with here.applied(plan):
-        wrapped = attn.processor
-        attn.processor = ADAPTERS[mechanism]().double()
-        with pytest.raises(UnsupportedPipeline, match=r"IP-Adapter at transformer_blocks.1.attn.*unload_ip_adapter"):
-            here.generate(1)
-        del attn.processor  # a module, which other attributes do not take the place of
-        attn.processor = wrapped
-        assert torch.equal(here.generate(1), wanted)
-    assert attn.processor is own
-    attn.processor = ADAPTERS[mechanism]().double()
-    before = parts(here.pipe)
-    with pytest.raises(UnsupportedPipeline, match="IP-Adapter"):
-        ah.apply(here.pipe, plan)
-    with pytest.raises(UnsupportedPipeline, match="IP-Adapter"):
-        here.search()
-    assert parts(here.pipe) == before
 
 
 @combines(

@@ -30,7 +30,10 @@ class Driver(ABC):
     Attributes:
         pipe: the pipeline, or the custom model with its adapter, as `find` and `apply` take it.
         share: this process's part of the images, of those of all processes.
+        wants_result: whether what the call gives is used, so that it has to run to its end.
     """
+
+    wants_result = False
 
     def __init__(self, pipe: Any, share: Share = ALONE) -> None:
         self.pipe, self.share = pipe, share
@@ -94,7 +97,7 @@ class PipelineDriver(Driver):
         return lambda: call(**self._inputs)
 
     def final_latents(self) -> Tensor:
-        """What the scheduler's last step gives, (B, C, …) or (B, N, C).
+        """What the scheduler's last step gives, (B, C, …) or (B, N, C); that of the first loop where there are several.
 
         Raises:
             NotIntercepted: the pipeline never called its scheduler.

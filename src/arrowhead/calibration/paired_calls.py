@@ -78,10 +78,14 @@ def _joined(first: SiteCall, second: SiteCall) -> SiteCall:
         a, b = _mask_or_all_visible(a, b), _mask_or_all_visible(b, a)
         if isinstance(a, Tensor) and isinstance(b, Tensor) and a.ndim and a.shape[0] == first.batch:
             return torch.cat([a, b])
+        if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():  # a block's arguments for its attention
+            return {name: both(value, b[name]) for name, value in a.items()}
+        if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):  # an IP-Adapter's image prompts
+            return [both(*pair) for pair in zip(a, b, strict=True)]
         if not _alike(a, b):
             raise NotIntercepted(
                 f"{first.site.path}: the two calls of a step bring arguments that differ and are no batch of tensors; wanted "
-                "them alike; unload what brings them, such as an IP-Adapter"
+                "them alike; leave out what brings them"
             )
         return a
 

@@ -4,13 +4,15 @@ The transformer's forward is wrapped. When the pipeline, or the loop, calls the 
 `Step`. The search runs the call as often as it needs, with any cells, and finishes the step with the output to go on with.
 Where a step has two calls, one for each CFG branch, the first call gives a placeholder. The second one calls the search with
 both, and fills the placeholder, with what the pipeline has computed with it (`placeholder`).
+
+Where a pipeline runs several denoising loops in one call, the search sees the first one.
 """
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +25,7 @@ from arrowhead.calibration.outputs import run_forward, samples_of
 from arrowhead.calibration.pair_of_lengths import Lengths, PairOfLengths
 from arrowhead.calibration.paired_calls import join_lengths, run_paired, wait_for_pair
 from arrowhead.calibration.placeholder import Placeholder
+from arrowhead.calibration.search_result import SearchResult
 from arrowhead.calibration.step import AtSite, Runs, Step
 from arrowhead.calibration.transformer_call import LEAVE_OUT, TransformerCall, call_missing, require_one_image
 from arrowhead.engine.attention_seen import attention_seen, listed
@@ -45,25 +48,8 @@ from arrowhead.plans.layout import Branches, Site, Tokens, outermost
 from arrowhead.plans.target import Target
 
 
-@dataclass(frozen=True)
-class SearchResult:
-    """The cells that a search chose (steps × sites), and what they are for.
-
-    `passes` are the transformer's runs that the search took. `cost` are the attention FLOPs that it took, in uncompressed
-    generations of its inputs.
-    """
-
-    cells: tuple[tuple[Cell, ...], ...]
-    target: Target
-    tokens: Tokens
-    branches: Branches
-    passes: int
-    cost: float
-    switch: int | None
-
-
 class _Stopped(BaseException):
-    """Ends the run after its first step; no `except Exception` of a pipeline catches it."""
+    """Ends the run after its first step or loop; no `except Exception` of a pipeline catches it."""
 
 
 class CalibrationRun:
@@ -93,6 +79,8 @@ class CalibrationRun:
         self.other_texts = False
         self._lengths: dict[str, tuple[Lengths, ...]] = {}  # of sites' outputs, where the calls' texts have two
         self._generation: Generation | None = None
+        self._timesteps: Any = None  # the scheduler's, in the first loop
+        self._levels: tuple[float, ...] | None = None
         self._waiting: tuple[TransformerCall, Placeholder] | None = None  # the first of a step's two calls, and its placeholder
         self._apart = all(site.kind == "stack" for site in model.sites)  # two calls share nothing: one runs after the other
         self._example: Any = None  # an output of the transformer, which placeholders are copies of
@@ -101,7 +89,8 @@ class CalibrationRun:
         """Generate once, and call `on_step` at every denoising step; gives what the pipeline's call, or the loop, gives.
 
         `on_step` has to finish the step: by `Step.finish`, `finish_by` or `traced`. It runs in the caller's grad mode and
-        inference mode. With `first_only` the run ends after the first step, and gives None.
+        inference mode. With `first_only` the run ends after the first step, and gives None. Of a call with several
+        denoising loops the search sees the first one. The run ends there, too, unless the driver wants the call's result.
 
         However the run ends, the pipeline, the generators among its inputs and the global random state are then as before, but
         for the scheduler's timesteps, which every call of a pipeline sets. During the run other calls of the pipeline, and of
@@ -158,7 +147,7 @@ class CalibrationRun:
     @property
     def step_count(self) -> int | None:
         """The steps of the whole run; None for a loop, whose steps are known at its end."""
-        return self._model.steps
+        return self._model.steps if self._levels is None else len(self._levels)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -169,7 +158,7 @@ class CalibrationRun:
     def target(self) -> Target:
         """What was run, its sites in the order in which they run; without settings that the scheduler changes as it runs."""
         in_order = replace(self._model, modules={site: self._model.modules[site] for site in self.sites})
-        return replace(target_of(in_order).common(self._target_before), levels=self._model.levels, weights=self._weights)
+        return replace(target_of(in_order).common(self._target_before), levels=self._levels, weights=self._weights)
 
     @property
     def cost(self) -> float:
@@ -263,6 +252,10 @@ class CalibrationRun:
             )
         if self._failure is not None:
             raise self._failure
+        if self._loop_ended():
+            if not self._driver.wants_result:
+                raise _Stopped
+            return forward(*args, **kwargs)
         call = self._call(transformer, forward, args, kwargs)
         if self.branches.calls == 1:
             return self._searched(search, [call])[0]
@@ -276,6 +269,11 @@ class CalibrationRun:
         outputs = self._searched(search, [first, call])
         placeholder.fill(outputs[0])
         return outputs[1]
+
+    def _loop_ended(self) -> bool:
+        """Whether the first denoising loop of the pipeline's call has ended, and another one runs."""
+        ended = self._waiting is None and self._generation is not None and self._generation.step + 1 == self.step_count
+        return ended and self._model.timesteps is not self._timesteps
 
     def _call(
         self, transformer: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -353,7 +351,11 @@ class CalibrationRun:
         if self._generation is None:
             other = len({*self.of_calls}) > 1
             self.other_texts = other if share.alone else any(share.each(other))
-            stats = Stats(self.joined_branches.samples)
+            stats, self._timesteps, self._levels = (
+                Stats(self.joined_branches.samples),
+                self._model.timesteps,
+                self._model.levels,
+            )
             self._generation = Generation.begin(self.joined_branches, tokens, "auto", stats)
         else:
             self._generation.advance(tokens)

@@ -16,19 +16,21 @@ from arrowhead.errors import NotIntercepted
 
 @dataclass
 class SchedulerCalls:
-    """The calls of a scheduler's `step` in one run, and a copy of the scheduler as it was before the first.
+    """The calls of a scheduler's `step` in one run, in its first denoising loop, and a copy of the scheduler before the first.
 
     Attributes:
         scheduler: the copy; None before the first call.
         outputs: the guided model output (B, C, …) of each call.
         arguments: of each call the timestep, the sample (B, C, …), and the remaining arguments.
         final: the sample that the last call gave (B, C, …).
+        timesteps: the scheduler's, a tensor that is a new one in each loop.
     """
 
     scheduler: Any = None
     outputs: list[Tensor] = field(default_factory=list)
     arguments: list[tuple[Any, Tensor, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     final: Tensor | None = None
+    timesteps: Any = None
 
     def latents(self) -> Tensor:
         """The run's final latents, float32.
@@ -59,14 +61,14 @@ class SchedulerCalls:
 
 @contextmanager
 def observed(scheduler: Any) -> Iterator[SchedulerCalls]:
-    """Note every call of a scheduler's `step` within the block; the scheduler is then as before."""
+    """Note every call of a scheduler's `step` in the first loop within the block; the scheduler is then as before."""
     changes = Changes()
     with changes, changes:
         yield observe(scheduler, changes)
 
 
 def observe(scheduler: Any, changes: Changes) -> SchedulerCalls:
-    """Note every call of a scheduler's `step`, until the changes are undone."""
+    """Note every call of a scheduler's `step` in the first loop, until the changes are undone."""
     calls, own_step = SchedulerCalls(), scheduler.step
     before = vars(scheduler).get("step")
 
@@ -74,7 +76,9 @@ def observe(scheduler: Any, changes: Changes) -> SchedulerCalls:
         if calls.scheduler is None:
             del scheduler.step  # the copy must not have it
             calls.scheduler = copy.deepcopy(scheduler)
-            scheduler.step = noted
+            scheduler.step, calls.timesteps = noted, scheduler.timesteps
+        if scheduler.timesteps is not calls.timesteps:
+            return own_step(model_output, timestep, sample, *args, **kwargs)
         calls.outputs.append(model_output.clone())
         calls.arguments.append((timestep, sample.clone(), args, kwargs))
         out = own_step(model_output, timestep, sample, *args, **kwargs)

@@ -90,7 +90,10 @@ def search(
     ] = None,
     strategy: Annotated[
         str | None,
-        typer.Option(help="greedy (DiTFastAttn), headwise (DiTFastAttnV2), budget or stack; default: by the other options"),
+        typer.Option(
+            help="greedy (DiTFastAttn), headwise (DiTFastAttnV2), stack (all blocks at once) or budget (single sites); "
+            "default: greedy with a threshold, else stack where that can be"
+        ),
     ] = None,
     threshold: Annotated[
         str | None, typer.Option(help=f"greedy: a number, or one of {', '.join(THRESHOLDS)} (D4); headwise: a number (0.6)")

@@ -9,7 +9,7 @@ import ast
 import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 from weakref import WeakValueDictionary
@@ -28,13 +28,15 @@ class OutputSpec:
     """The outputs of a site, which the compiler has to know before the site runs. Sites of one form have the same.
 
     `image` and `text` are channels. `text` is 0 where the site gives the image alone, and None where it gives None for the
-    text. `text_position` is the position of the text among the arguments; None if the text is passed by name alone.
+    text. `text_position` is the position of the text among the arguments; None if the text is passed by name alone. `third`:
+    besides these two an IP-Adapter gives one like the image's.
     """
 
     image: int
     text: int | None
     text_first: bool
     text_position: int | None
+    third: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,9 @@ class SiteHandle:
     outputs: OutputSpec
 
     @classmethod
-    def of(cls, site: Site, parameters: Sequence[str]) -> "SiteHandle":
+    def of(cls, site: Site, parameters: Sequence[str], *, third: bool = False) -> "SiteHandle":
         """A new handle. `parameters` are the names of the arguments with which a graph calls the site."""
-        return cls(torch.tensor(next(_numbers), device="cpu"), _output_spec(site, parameters))
+        return cls(torch.tensor(next(_numbers), device="cpu"), replace(_output_spec(site, parameters), third=third))
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,8 @@ def call_operator(handle: SiteHandle, args: tuple[Any, ...], kwargs: dict[str, A
     if text is not None and spec.text:
         parts.insert(0 if spec.text_first else 1, (text, spec.text))
     pair = text is not None and spec.text != 0
+    if pair and spec.third:
+        parts.append((image, spec.image))
     device = image.device.type
     cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     likes, channels = [like for like, _ in parts], [width for _, width in parts]
@@ -122,7 +126,7 @@ def call_operator(handle: SiteHandle, args: tuple[Any, ...], kwargs: dict[str, A
         return outs[0]
     if spec.text is None:
         return (None, outs[0]) if spec.text_first else (outs[0], None)
-    return outs[0], outs[1]
+    return tuple(outs)
 
 
 def _encode_argument(value: Any, tensors: list[Tensor], sizes: list[int], scalars: list[float]) -> str:

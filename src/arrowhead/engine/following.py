@@ -20,12 +20,12 @@ class Following:
     """Carries a run's plan over to each of its generations.
 
     `plan` is what the running, or the latest, generation does. Plans that were carried over are kept, and what was said is
-    remembered.
+    remembered. `model` has the pipeline whose call runs: the one that was given a plan, or a copy of it.
     """
 
     def __init__(self, plan: Plan, model: Model, changes: Adaptation, say: Say) -> None:
         self.plan = self._whole = plan
-        self._model, self._adapts, self._say = model, changes == "adapt", say
+        self.model, self._adapts, self._say = model, changes == "adapt", say
         self._carried: dict[Hashable, Plan] = {}
         self._key: Hashable = ()  # of `plan` among those that are kept
         self._said: set[str] = set()
@@ -36,7 +36,7 @@ class Following:
         Raises:
             PlanMismatch: it cannot be carried over, or, by `changes="refuse"`, would have to be.
         """
-        whole, model = self._whole, self._model
+        whole, model = self._whole, self.model
         self.plan, self._key = whole, ()
         if not self._adapts:
             whole.require_call(model.steps, tokens, branches.calls, model.switch, model.levels)
@@ -78,7 +78,7 @@ class Following:
         Where the branches have a call each, it shows by whether the scheduler made a step since the call before; else by the
         batch.
         """
-        now, before, count = generation.branches, generation.latents, self._model.scheduler_step
+        now, before, count = generation.branches, generation.latents, self.model.scheduler_step
         call_missing = now.calls == 2 and generation.call == 0 and count is not None and count == (counted or 0) + 1
         call_added = whole.calls == 2 and now.calls == 1 and count is not None and count == counted
         if call_missing or (now.batched and before == 2 * latents):

@@ -1,4 +1,7 @@
-"""The state of one generation, from the first call of the transformer to the end of the pipeline's call."""
+"""The state of one generation, from the first call of the transformer to the end of the pipeline's call.
+
+Where a pipeline runs several denoising loops in one call, each of them is a generation.
+"""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -77,6 +80,10 @@ class Generation:
             )
         self.tokens = self._of_calls[self.call] = tokens
         return new
+
+    def ends_with(self, steps: int) -> bool:
+        """Whether the running call is the last one of so many steps."""
+        return self.step == steps - 1 and self.call == self.branches.calls - 1
 
     def end_guidance(self) -> None:
         """Go on with the conditional branch alone, and with what is stored of it."""

@@ -43,7 +43,8 @@ def apply(
     >>> ah.remove(pipe)
 
     Nothing outside of the pipeline changes: other pipelines of its class, and their graphs of torch.compile, stay as they are.
-    Until `remove`, processors see the global names of their modules as they are now.
+    A shallow copy (`copy.copy(pipe)`, one for each request, say) has the plan, too, and may have a scheduler of its own; as its
+    modules are the pipeline's, one of them generates at a time. Until `remove`, processors see the global names of their modules as they are now.
 
     Args:
         pipe: a pipeline of diffusers, or a `torch.nn.Module` with an `adapter`.
@@ -83,8 +84,8 @@ def apply(
 def remove(pipe: "DiffusionPipeline | nn.Module") -> None:
     """Take the plan off a pipeline, or off a custom model, which is then as it was before `apply`.
 
-    What was set on attention processors since, such as an attention backend, stays. Where Ctrl-C came into `apply` or `remove`,
-    `remove` takes off what is left.
+    What was set on attention processors since, such as an attention backend, stays. The pipeline and its shallow copies have one
+    plan: it goes off all of them. Where Ctrl-C came into `apply` or `remove`, `remove` takes off what is left.
 
     Raises:
         ArrowheadError: there is no plan on it.

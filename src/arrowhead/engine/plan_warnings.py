@@ -1,13 +1,22 @@
-"""What a plan's owner is warned of when it is applied."""
+"""What a plan's owner is warned of when it is applied, and when a generation begins."""
 
 import warnings
+from collections.abc import Iterator
 
-from arrowhead.errors import BandCoversAll, OtherWeights, PlanDerived
+from arrowhead.errors import (
+    BandCoversAll,
+    GuidanceMissing,
+    GuidanceNotPlanned,
+    OtherWeights,
+    PlanDerived,
+    ShareCfgIgnored,
+)
 from arrowhead.models.model import Model
 from arrowhead.models.weights import fingerprint, same_weights
 from arrowhead.plans import masks
 from arrowhead.plans.cells import Arrow, Attend, radius_sort_key
 from arrowhead.plans.foreign_text import visible
+from arrowhead.plans.layout import Branches
 from arrowhead.plans.plan import Plan
 
 
@@ -48,3 +57,15 @@ def warn_of_derived(plan: Plan) -> None:
             PlanDerived,
             stacklevel=4,
         )
+
+
+def other_guidance(plan: Plan, branches: Branches) -> Iterator[tuple[str, str, type[Warning]]]:
+    """What is different, the remedy and the warning where a generation has guidance and the plan has none, or the reverse."""
+    alone = "search again without guidance for a plan of its own"
+    if not branches.guided and any(getattr(cell, "share_cfg", False) for row in plan.cells for cell in row):
+        yield "guidance is off, so there is one CFG branch and nothing to share", alone, ShareCfgIgnored
+    elif plan.guided and not branches.guided:
+        yield "guidance is off, and the plan was made with guidance, by whose errors it was chosen", alone, GuidanceMissing
+    if branches.guided and not plan.guided:
+        said = "guidance is on, and the plan was made without guidance, which multiplies the plan's errors"
+        yield said, "search again with guidance for a plan that fits", GuidanceNotPlanned

@@ -4,6 +4,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -13,10 +14,11 @@ from arrowhead.engine.cache_encoding import NATIVE, CacheEncoding
 from arrowhead.engine.changes import Changes
 from arrowhead.engine.circumstances import Adaptation, require_adaptation, without_shared_text
 from arrowhead.engine.compile_boundary import CallWrapper
+from arrowhead.engine.copies import Copies, carrying_class
 from arrowhead.engine.execute_site import execute_site
 from arrowhead.engine.following import Following
 from arrowhead.engine.generation import Generation
-from arrowhead.engine.plan_warnings import warn_of_derived, warn_of_other_weights, warn_of_wide_bands
+from arrowhead.engine.plan_warnings import other_guidance, warn_of_derived, warn_of_other_weights, warn_of_wide_bands
 from arrowhead.engine.prepared import Inseparable, PreparedPlans, SitePlans
 from arrowhead.engine.site_calls import SiteCall
 from arrowhead.engine.stack_calls import StackCall, execute_stack
@@ -28,13 +30,10 @@ from arrowhead.errors import (
     AlreadyGenerating,
     ArrowheadError,
     GenerationUnfinished,
-    GuidanceMissing,
-    GuidanceNotPlanned,
     NotIntercepted,
     PlanAdapted,
     PlanMismatch,
     ProcessorReplaced,
-    ShareCfgIgnored,
     SiteNotReached,
 )
 from arrowhead.kernels import dispatch
@@ -56,7 +55,7 @@ class Run:
         self.changes = require_adaptation(changes)
         self.kernel = dispatch.require_kernel(kernel)
         self.encoding = encoding
-        self._model = model
+        self._model = self._own = model  # that of the pipeline whose call runs: of a copy, the scheduler is its own
         self._pipeline_class = type(model.pipe)
         self._require_target()
         self._following = Following(plan, model, self.changes, self._adapted)
@@ -70,7 +69,7 @@ class Run:
         self._stats: Stats | None = None  # of the latest generation
         self._interception = Interception(model, self._around)
         self._call_wrappers: list[CallWrapper] = []
-        self._changes = Changes()
+        self._changes, self._copies = Changes(), Copies(_MARK)
         warn_of_wide_bands(plan)
         warn_of_derived(plan)
         warn_of_other_weights(plan, model)
@@ -94,7 +93,7 @@ class Run:
         changes.record(self._unwrap_calls)
         self._wrap_calls()
         applied = _applied_class(self._pipeline_class, self)
-        changes.record(_restore_class, pipe, applied, self._pipeline_class)
+        changes.record(self._copies.release, pipe, applied, self._pipeline_class)
         pipe.__class__ = applied
 
     def _require_target(self) -> None:
@@ -104,7 +103,7 @@ class Run:
     @property
     def on(self) -> bool:
         """Whether the plan is on the pipeline."""
-        return run_on(self._model.pipe) is self
+        return run_on(self._own.pipe) is self
 
     def step(self, index: int) -> None:
         """Announce that a step of a custom model's loop begins, see `CustomRun`.
@@ -166,9 +165,13 @@ class Run:
         """Refuse to copy what carries a plan: the copy would refer to the original's run."""
         raise uncopied(f"{type(self._model.transformer).__name__} or its pipeline")
 
+    def copy(self, pipe: Any) -> Any:
+        """A shallow copy of the pipeline, or of a copy, which carries the plan, too."""
+        return self._copies.copy(pipe, self._pipeline_class)
+
     @contextmanager
-    def generating(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-        """Surround one call of the pipeline: caches are empty when it starts and when it ends, also after an error.
+    def generating(self, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """Surround one call of the pipeline, or of a copy: caches are empty when it starts and when it ends, also after an error.
 
         Raises:
             AlreadyGenerating: a call is going on, in another thread or around this one; that call goes on.
@@ -181,6 +184,8 @@ class Run:
                     "it would change; wanted one at a time; let that end first, or give each a pipeline of its own"
                 )
             if begun := self.on:  # another thread may have taken the plan off meanwhile
+                if pipe is not self._own.pipe:
+                    self._model = self._following.model = replace(self._own, pipe=pipe)
                 call = self._model.call_arguments(args, kwargs)
                 self._begin(self._model.branches(call, follows=self.changes == "adapt"))
             yield
@@ -215,27 +220,11 @@ class Run:
             named = ", ".join(f"{path} by a {kind}" for path, kind in replaced.items())
             self._note(
                 f"processors or forwards were replaced after the plan was applied, and may be full: {named}",
-                "remove the plan, and apply it again after whatever replaces them; an IP-Adapter goes with no plan",
+                "remove the plan, and apply it again after whatever replaces them, such as loading an IP-Adapter",
                 ProcessorReplaced,
             )
-        if not branches.guided and any(getattr(cell, "share_cfg", False) for row in self.plan.cells for cell in row):
-            self._note(
-                "guidance is off, so there is one CFG branch and nothing to share",
-                "search again without guidance for a plan of its own",
-                ShareCfgIgnored,
-            )
-        elif self.plan.guided and not branches.guided:
-            self._note(
-                "guidance is off, and the plan was made with guidance, by whose errors it was chosen",
-                "search again without guidance for a plan of its own",
-                GuidanceMissing,
-            )
-        if branches.guided and not self.plan.guided:
-            self._note(
-                "guidance is on, and the plan was made without guidance, which multiplies the plan's errors",
-                "search again with guidance for a plan that fits",
-                GuidanceNotPlanned,
-            )
+        for different in other_guidance(self.plan, branches):
+            self._note(*different)
 
     def _account_for_every_site(self) -> None:
         """Check, at the end of a generation, that every site ran under the plan, and warn of steps that are missing.
@@ -243,7 +232,7 @@ class Run:
         Raises:
             NotIntercepted: a site was skipped.
         """
-        if self._stats is not None and 0 < self._stats.steps < self._following.plan.steps:
+        if self._stats is not None and 0 < self._stats.steps < self._stats.looped + self._following.plan.steps:
             remedy = "let it run to its end, uninterrupted and with the plan on"
             self._note(self._unfinished(self._stats.steps), remedy, GenerationUnfinished)
         if self._generation is None:
@@ -289,7 +278,8 @@ class Run:
         return missed
 
     def _unfinished(self, steps: int) -> str:
-        return f"a generation ended after {steps} of the plan's {self._following.plan.steps} steps"
+        planned = self._following.plan.steps + (self._stats.looped if self._stats else 0)
+        return f"a generation ended after {steps} of the plan's {planned} steps"
 
     def _say(self, what: str) -> None:
         """Keep a text for the summary."""
@@ -310,6 +300,7 @@ class Run:
 
     def _end(self) -> None:
         self._branches = self._generation = None
+        self._model = self._following.model = self._own
         self._turn.clear()  # last: the next generation may begin
 
     def _tick(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -326,8 +317,12 @@ class Run:
             stats.beside += 1
             return False
         tokens, latents = self._model.tokens(arguments), len(self._model.latents(arguments))
-        generation = self._generation
+        generation, timesteps = self._generation, self._model.timesteps
+        if generation is not None and generation.ends_with(self._following.plan.steps) and timesteps is not clock.timesteps:
+            self._require_passed(stats, stats.calls)
+            stats.looped, generation = stats.steps, None  # the pipeline runs another denoising loop
         if generation is None:
+            clock.begin_loop(timesteps)
             self._following.begin(tokens, branches)
             self._inseparable = self._prepared.inseparable(self._following.plan)
             strict = self.changes == "refuse" and without_shared_text(self.plan) is not self.plan
@@ -381,19 +376,11 @@ def carries_plan() -> AlreadyApplied:
     return AlreadyApplied("this pipeline carries a plan already; call arrowhead.remove(pipe) first")
 
 
-def _restore_class(pipe: Any, applied: type, before: type) -> None:
-    if isinstance(pipe, applied):
-        pipe.__class__ = before
-
-
 def _applied_class(base: type, run: Run) -> type:
-    """A subclass whose call begins and ends a generation of the run; Python looks `__call__` up on the class alone."""
+    """A subclass whose call begins and ends a generation of the run."""
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with run.generating(args, kwargs):
+        with run.generating(self, args, kwargs):
             return base.__call__(self, *args, **kwargs)
 
-    __call__.__wrapped__ = base.__call__  # type: ignore[attr-defined]  # inspect.signature follows it
-    members = {"__call__": __call__, "__module__": base.__module__, "__doc__": base.__doc__}
-    members["__reduce_ex__"] = lambda _, protocol: run.__reduce_ex__(protocol)
-    return type(base.__name__, (base,), members)
+    return carrying_class(base, __call__, run)

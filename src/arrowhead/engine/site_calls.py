@@ -22,6 +22,7 @@ from arrowhead.engine.attention_seen import running_module
 from arrowhead.engine.cache import Output, add_scaled
 from arrowhead.engine.head_projection import ProjectedHeads
 from arrowhead.errors import NotIntercepted
+from arrowhead.models.image_prompts import has_ip_adapter
 from arrowhead.plans.layout import Site
 
 
@@ -80,14 +81,14 @@ class SiteCall(ABC):
 
 
 def _part(value: Any, rows: slice, batch: int) -> Any:
-    """These rows of a tensor that has the batch's; of a tuple, the same of its tensors, such as rotary embeddings (B, N, C).
+    """These rows of a tensor that has the batch's; of a tuple or list, the same of its tensors, such as rotary embeddings.
 
     Of a dictionary, such as a block's attention arguments, the same of its values.
     """
     if isinstance(value, dict):
         return {name: _part(item, rows, batch) for name, item in value.items()}
-    if isinstance(value, tuple):  # tensors of (N, C) or (N, H, C) are for all samples
-        return tuple(_part(item, rows, batch) if isinstance(item, Tensor) and item.ndim > 2 else item for item in value)
+    if isinstance(value, tuple | list):  # tensors of (N, C) or (N, H, C) are for all samples
+        return type(value)(_part(item, rows, batch) if isinstance(item, Tensor) and item.ndim > 2 else item for item in value)
     return value[rows] if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch else value
 
 
@@ -242,8 +243,8 @@ class AttentionSiteCall(SiteCall):
     def attends_twice(self) -> NotIntercepted:
         """The error of a processor that calls attention more than once."""
         return NotIntercepted(
-            f"{self.site.path}: {self._processor} computes attention twice, as for an IP-Adapter; wanted a processor that does "
-            "once; unload the adapter, or remove the plan"
+            f"{self.site.path}: {self._processor} computes attention twice; wanted a processor that does once, or diffusers' "
+            "own for IP-Adapters; put one of these in its place, or remove the plan"
         )
 
     def _attend(self, args: Any, kwargs: Any) -> Output:
@@ -257,7 +258,7 @@ class AttentionSiteCall(SiteCall):
             out = self.original(*args, **kwargs)
         if handler.calls == 0:
             raise self._never_attends()
-        if handler.calls > 1 and not self.site.by_sample:
+        if handler.calls > 1 and not (self.site.by_sample or has_ip_adapter(self.module)):
             raise self.attends_twice()
         return out
 
@@ -298,7 +299,10 @@ class AttentionSiteCall(SiteCall):
 
 
 class _AttentionOnce:
-    """An attention handler for one call of attention, after which the processor sees the whole module again."""
+    """An attention handler for one call of attention, after which the processor sees the whole module again.
+
+    Further calls are an IP-Adapter's, and run as they are.
+    """
 
     __slots__ = ("_answer", "_call", "_module", "reached")
 
@@ -308,6 +312,8 @@ class _AttentionOnce:
 
     def __call__(self, attention: AttentionCall) -> Tensor:
         if self.reached:
+            if has_ip_adapter(self._call.module):
+                return attention.native()
             raise self._call.attends_twice()
         self.reached = True
         attended = self._answer(attention)

@@ -57,17 +57,18 @@ class StackCall(BlockCall):
     visual: slice | None = None
 
     def storable(self, out: Output, rows: slice | None = None) -> Output:
-        """What the stack added to the visual tokens of its input."""
+        """What the stack added to the visual tokens of its input; on the last block's device, if blocks are on several."""
         assert self.began is not None
         began = self.began if rows is None else self.began[rows]
-        return self._visual(_image(out), began) - began
+        visual = self._visual(_image(out), began)
+        return visual - began.to(visual.device)
 
     def restore(self, stored: Output) -> Output:
         """The last block's output, with this added to the input of the first."""
         assert self.began is not None
         assert isinstance(stored, Tensor)
-        image = self._argument(self.parameters[0], None)
-        return self._in_form(self._with_visual(image, self.began + stored))
+        image = self._argument(self.parameters[0], None).to(stored.device)
+        return self._in_form(self._with_visual(image, self.began.to(stored.device) + stored))
 
     def run(
         self,

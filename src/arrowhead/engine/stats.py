@@ -54,11 +54,12 @@ class AttentionWork(Work):
 
 @dataclass
 class Stats:
-    """What has been computed and reused so far in one generation. FLOPs are per image.
+    """What has been computed and reused so far in one generation, in all of its denoising loops. FLOPs are per image.
 
     `samples` are those of an image in one call of the transformer, and `calls` counts these calls. `done` has the samples of an
     image that each piece of work was done for; `attended` those of attention by kernels, with the way in which they computed.
     `passes` are the site passes so far. `beside` counts calls of the transformer that are no step's own, and run in full.
+    `looped` are the steps of the loops that have ended.
     """
 
     samples: int
@@ -66,6 +67,7 @@ class Stats:
     steps: int = 0
     passes: int = 0
     beside: int = 0
+    looped: int = 0
     counts: Counter[PassCount] = field(default_factory=Counter)
     done: defaultdict[Work, float] = field(default_factory=lambda: defaultdict(float))
     attended: defaultdict[tuple[AttentionWork, Way], float] = field(default_factory=lambda: defaultdict(float))
@@ -120,7 +122,7 @@ class Stats:
             self.missed += site_flops(site, tokens, FULL, Writes(), self.samples) * calls
 
     def summary(self, planned_steps: int) -> "Summary":
-        """The counters so far, as a value."""
+        """The counters so far, as a value; the plan has `planned_steps` in the latest loop."""
         spent, whole = (self.spent, self.whole) if self.whole.module else (Flops(1, 1), Flops(1, 1))
         left, computed = (_part(done, whole) for done in (spent, spent + self.masked))
         cells, heads = Counter[str](), Counter[str]()
@@ -129,19 +131,21 @@ class Stats:
             for name, each in count.heads.items():
                 heads[name] += each * times
         kernels, notes = Counter(self.kernels), tuple(self.notes)
-        return Summary(self.steps, planned_steps, cells, heads, self.residuals, kernels, left, self.peak_bytes, notes, computed)
+        planned = self.looped + planned_steps
+        return Summary(self.steps, planned, cells, heads, self.residuals, kernels, left, self.peak_bytes, notes, computed)
 
 
 @dataclass(frozen=True)
 class Summary:
     """What a generation computed, reused and skipped, counted where it was done. `print(run.summary())` gives a table.
 
-    `steps` ran, of `planned_steps` in the plan. `cells` counts site passes by the papers' names (full, ASC, WA-RS, AST, ...),
-    `heads` the methods of single heads in them, `residuals` the residuals that were made, `kernels` the passes over queries and
-    keys by the kernel that ran (`native`: the pipeline's own attention). `flops` are fractions of the uncompressed run's FLOPs:
-    of the query–key pairs that the plan keeps. `computed` are those of the pairs that the kernels computed, of which some are
-    masked, since chunks, blocks and tiles are computed whole.
-    `peak_cache_bytes` is the most that the caches held after a site pass. `notes` repeat the warnings of the generation.
+    `steps` ran, of `planned_steps` in the plan; where a call has several denoising loops, these are the steps of all loops.
+    `cells` counts site passes by the papers' names (full, ASC, WA-RS, AST, ...), `heads` the methods of single heads in them,
+    `residuals` the residuals that were made, `kernels` the passes over queries and keys by the kernel that ran (`native`: the
+    pipeline's own attention). `flops` are fractions of the uncompressed FLOPs: of the query–key pairs that the plan keeps.
+    `computed` are those of the pairs that the kernels computed, of which some are masked, since chunks, blocks and tiles are
+    computed whole. `peak_cache_bytes` is the most that the caches held after a site pass. `notes` repeat the warnings of the
+    generation.
 
         >>> run = ah.apply(pipe, plan)
         >>> image = pipe(**inputs).images[0]

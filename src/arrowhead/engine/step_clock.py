@@ -1,6 +1,7 @@
 """Whether the calls of a transformer are those of one generation, one step after another: no call says which step it is."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import greenlet
 
@@ -12,11 +13,13 @@ class StepClock:
     """The thread a generation runs in, and the scheduler's count at the latest call of the transformer.
 
     Most schedulers count the steps they make (`step_index`). `counted` is None where this one does not, or has made none.
-    `out_of_order`: a call was refused, so which step the next one belongs to cannot be told.
+    `out_of_order`: a call was refused, so which step the next one belongs to cannot be told. `timesteps` are the scheduler's,
+    as the running denoising loop found them: a scheduler makes new ones where a loop begins.
     """
 
     counted: int | None = None
     out_of_order: bool = False
+    timesteps: Any = None
     thread: greenlet.greenlet = field(default_factory=greenlet.getcurrent)
 
     @property
@@ -35,6 +38,10 @@ class StepClock:
                 f"{name} was called from elsewhere while a generation with a plan runs on it; wanted that generation's calls "
                 "alone; let it end first, or give each pipeline a transformer of its own"
             )
+
+    def begin_loop(self, timesteps: Any) -> None:
+        """Begin a denoising loop over the scheduler's timesteps; None where there is no scheduler."""
+        self.counted, self.timesteps = None, timesteps
 
     def check(self, step: int, call: int, counted: int | None) -> None:
         """Check the `call`-th call of a step: a scheduler moves by one between two steps, and not within a step.

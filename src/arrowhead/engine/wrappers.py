@@ -37,6 +37,7 @@ from arrowhead.engine.stack_calls import StackCall, StackMember, members_of
 from arrowhead.errors import AlreadyApplied, NotIntercepted, ProcessorReplaced
 from arrowhead.models.custom_attention import CalledFunction, Forward
 from arrowhead.models.custom_blocks import Block
+from arrowhead.models.image_prompts import has_third_output
 from arrowhead.models.model import Model
 from arrowhead.models.signatures import method_signature, signature_within
 from arrowhead.plans.layout import Site
@@ -331,7 +332,9 @@ def _wrap_processor(processor: Any, site: Site, around: Around, processors: Hook
             "attributes in __dict__; use one of diffusers' processors, such as AttnProcessor2_0"
         )
     wrapped = twin(processor, _wrapper_class(base))
-    own = site, around, SiteHandle.of(site, [*inspect.signature(base.__call__).parameters][2:]), processors.call_of(processor)
+    parameters = [*inspect.signature(base.__call__).parameters][2:]
+    handle = SiteHandle.of(site, parameters, third=has_third_output(processor))
+    own = site, around, handle, processors.call_of(processor)
     for name, value in zip(SLOTS, own, strict=True):
         object.__setattr__(wrapped, name, value)  # a processor that is a torch module would register what is set
     return wrapped
@@ -354,8 +357,12 @@ def _forward_parameters(module: nn.Module, site: Site) -> list[str]:
 def _wrapper_class(base: type) -> type:
     """A subclass of a processor class whose calls are answered by `arrowhead_around`.
 
-    What belongs to the wrapper alone is in slots, as its `__dict__` is the processor's.
+    What belongs to the wrapper alone is in slots, as its `__dict__` is the processor's. diffusers makes processors of the classes
+    that it finds, as an IP-Adapter is loaded or unloaded: those are of the base class.
     """
+
+    def __new__(_cls: type, *args: Any, **kwargs: Any) -> Any:
+        return base(*args, **kwargs)
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Output:
         if compiling():
@@ -367,7 +374,7 @@ def _wrapper_class(base: type) -> type:
 
     __call__.__wrapped__ = base.__call__  # type: ignore[attr-defined]  # inspect.signature follows it, for torch's compiler, too
     members = {"__call__": __call__, "__reduce_ex__": __reduce_ex__, "__module__": base.__module__, "__slots__": SLOTS}
-    return type(base.__name__, (base,), members)
+    return type(base.__name__, (base,), {**members, "__new__": __new__})
 
 
 def uncopied(what: str) -> AlreadyApplied:

@@ -1,4 +1,4 @@
-"""Checks that a transformer has its weights, and nothing that no plan goes with: caches, IP-Adapters, parallelism."""
+"""Checks that a transformer has its weights, and nothing that no plan goes with: caches, parallelism."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -34,11 +34,6 @@ def require_no_conflicts(transformers: Iterable[nn.Module]) -> None:
                 f"got a {name} with {cache}, which leaves out blocks or attention by itself, so that neither of the two would "
                 f"know what the other computed; wanted one of them; {remedy}, or load the transformer anew, or remove the plan"
             )
-        if path := next(_ip_adapters(transformer), None):
-            raise UnsupportedPipeline(
-                f"got a {name} with an IP-Adapter at {path}, which attends twice, to the picture as well; wanted none; call "
-                "unload_ip_adapter() of the pipeline, or remove the plan"
-            )
         if shared := _shared_out(transformer):
             raise UnsupportedPipeline(
                 f"got a {name} {shared}; wanted all heads and tokens in one process; generate with whole transformers, "
@@ -72,13 +67,6 @@ def _caches(transformer: nn.Module) -> Iterator[tuple[str, str]]:
     on = getattr(transformer, "enable_teacache", None)  # TeaCache sets it on the class, whose forward it replaces
     if on or (on is None and "teacache" in getattr(transformer.forward, "__name__", "").lower()):
         yield "TeaCache", "put the class's own forward back and set its enable_teacache to False"
-
-
-def _ip_adapters(transformer: nn.Module) -> Iterator[str]:
-    """The paths of attention modules that have an IP-Adapter."""
-    for path, module in transformer.named_modules():
-        if "IPAdapter" in type(getattr(module, "processor", None)).__name__:
-            yield path
 
 
 def _shared_out(transformer: nn.Module) -> str | None:

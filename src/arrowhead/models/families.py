@@ -94,6 +94,8 @@ FAMILIES: tuple[Family, ...] = (
                 "FluxControlNetInpaintPipeline",
                 "FluxKontextPipeline",
                 "FluxKontextInpaintPipeline",
+                "VisualClozeGenerationPipeline",
+                "VisualClozePipeline",
             ],
             "two_calls",
         ),

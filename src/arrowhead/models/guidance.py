@@ -52,13 +52,13 @@ def first_step_below_boundary(pipe: Any) -> int | None:
 
 def video_or_audio_guidance(call: Mapping[str, Any]) -> bool:
     """Whether LTX-2's guidance is on, for the video or for the audio, whose scale is by default the video's."""
-    return call["guidance_scale"] > 1 or (call["audio_guidance_scale"] or 0) > 1
+    return call["guidance_scale"] > 1 or (call.get("audio_guidance_scale") or 0) > 1
 
 
 def guidance_by_more_calls(call: Mapping[str, Any]) -> str | None:
     """LTX-2's guidance by blocks without attention, and by video and audio apart: calls of the transformer beside the two."""
     off = {"stg_scale": 0, "audio_stg_scale": 0, "modality_scale": 1, "audio_modality_scale": 1}
-    on = ", ".join(f"{name}={call[name]}" for name, value in off.items() if (call[name] or value) > value)
+    on = ", ".join(f"{name}={call[name]}" for name, value in off.items() if (call.get(name) or value) > value)
     return f"{on}, which call the transformer once more in each step (off at {off})" if on else None
 
 

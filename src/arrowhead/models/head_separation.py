@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from arrowhead.models.image_prompts import has_ip_adapter
 from arrowhead.upstream import has_hooks
 
 QKV = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
@@ -17,9 +18,11 @@ def heads_of(module: Any) -> int:
 def can_project_heads_separately(module: Any) -> bool:
     """Whether Q, K and V of single heads can be projected alone: by plain linear layers, without norms across heads.
 
-    Where several heads of queries share keys and values, this is about Q: K and V are projected whole.
+    Where several heads of queries share keys and values, this is about Q: K and V are projected whole. An IP-Adapter needs
+    the queries of all heads.
     """
-    if not hasattr(module, "to_q"):  # fused: one layer for Q, K and V, and in FLUX.2 for the feed-forward
+    # without to_q it is fused: one layer for Q, K and V, and in FLUX.2 for the feed-forward
+    if not hasattr(module, "to_q") or has_ip_adapter(module):
         return False
     linears = [linear for name in QKV if (linear := getattr(module, name, None)) is not None]
     norms = [norm for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k") if (norm := getattr(module, name, None))]

@@ -119,11 +119,15 @@ class Model:
         return begin if begin is not None else max(0, timesteps - getattr(self.pipe, "num_timesteps", timesteps))
 
     @property
+    def timesteps(self) -> Any:
+        """The scheduler's timesteps, a tensor that is a new one in each denoising loop; None where there is no scheduler."""
+        return getattr(self.pipe.scheduler, "timesteps", None)
+
+    @property
     def levels(self) -> tuple[float, ...] | None:
         """The noise levels of the steps of the latest call (see `Target.levels`); None where there is no scheduler."""
         scheduler = self.pipe.scheduler
-        timesteps = getattr(scheduler, "timesteps", None)
-        if timesteps is None:
+        if (timesteps := self.timesteps) is None:
             return None
         whole = scheduler.config.get("num_train_timesteps", 1000)
         steps = torch.as_tensor(timesteps)[self.timesteps_left_out :].tolist()  # one read, as each waits for the device

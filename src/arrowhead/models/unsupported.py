@@ -19,9 +19,9 @@ UNSUPPORTED: dict[str, str] = {
 
 PERTURBED = "perturbed-attention guidance: a third branch in the batch, whose attention is left out"
 TWICE = "two steps of the scheduler at each timestep, of which the first is taken back"
-REFERENCES = "tokens of reference videos after those of the video, which no test covers"
 FORCING = "diffusion forcing: each frame has a timestep, and frames begin and end at different steps of the loop"
 CONDITIONS = "a sequence of several images and texts for each sample, whose layout the families table cannot describe"
+STAGES = "stages at several resolutions in each of several chunks, which no search sees"
 UNSUPPORTED_PIPELINES: dict[str, str] = {
     "StableDiffusion3PAGPipeline": PERTURBED,
     "StableDiffusion3PAGImg2ImgPipeline": PERTURBED,
@@ -33,15 +33,11 @@ UNSUPPORTED_PIPELINES: dict[str, str] = {
     "SkyReelsV2DiffusionForcingVideoToVideoPipeline": FORCING,
     "CosmosTextToWorldPipeline": TWICE,
     "CosmosVideoToWorldPipeline": TWICE,
-    "Cosmos2_5_TransferPipeline": "several chunks of the video in one call, each of them with a loop over the timesteps",
-    "LTX2InContextPipeline": REFERENCES,
-    "LTX2HDRPipeline": REFERENCES,
+    "HeliosPyramidPipeline": STAGES,
     "LTX2DFRPipeline": "frames at a rate that changes on the way, which no test covers",
     "LTX2DFRTemporalRefinePipeline": "frames at a rate that changes on the way, which no test covers",
     "ZImageOmniPipeline": CONDITIONS,
     "Flux2KleinKVPipeline": "reference images in the first step alone, whose keys and values the later steps attend to",
-    "VisualClozePipeline": "a second pipeline that runs after the first",
-    "VisualClozeGenerationPipeline": "rows of pictures, some given and some drawn, in one sequence, which no test covers",
 }
 """By the name of the pipeline's class, the part of the call that no plan goes with. The transformer's class is supported."""
 

@@ -13,9 +13,12 @@ from arrowhead.models.guiders import guided_by_guider, guider_interval, scale_of
 from arrowhead.models.unsupported import causal_blocks, sparse_attention, temporal_reasoning, text_in_video_layers
 from arrowhead.models.video_tokens import (
     frames_with_text,
+    history_and_video_then_texts,
+    history_and_video_with_text,
     packed_video_with_text,
     text_then_video,
     texts_then_video,
+    tokens_of_the_video,
     video_by_frames,
     video_of_last_channels_with_text,
     video_then_text,
@@ -204,7 +207,13 @@ VIDEO_FAMILIES: tuple[Family, ...] = (
         cross_pattern=r"transformer_blocks\.\d+\.attn2",
         block_pattern=NONE,
         branch_order=dict.fromkeys(
-            ["Cosmos2_5_PredictBasePipeline", "Cosmos2TextToImagePipeline", "Cosmos2VideoToWorldPipeline"], "two_calls"
+            [
+                "Cosmos2_5_PredictBasePipeline",
+                "Cosmos2_5_TransferPipeline",
+                "Cosmos2TextToImagePipeline",
+                "Cosmos2VideoToWorldPipeline",
+            ],
+            "two_calls",
         ),
         tokens=video_with_text,
         guided=guidance_above_one,
@@ -234,11 +243,69 @@ VIDEO_FAMILIES: tuple[Family, ...] = (
         site_pattern=r"transformer_blocks\.\d+\.attn1",
         cross_pattern=r"transformer_blocks\.\d+\.attn2",
         block_pattern=NONE,
-        branch_order=dict.fromkeys(["LTX2Pipeline", "LTX2ImageToVideoPipeline", "LTX2ConditionPipeline"], "uncond_first"),
+        branch_order=dict.fromkeys(
+            [
+                "LTX2Pipeline",
+                "LTX2ImageToVideoPipeline",
+                "LTX2ConditionPipeline",
+                "LTX2InContextPipeline",
+                "LTX2HDRPipeline",
+            ],
+            "uncond_first",
+        ),
         tokens=packed_video_with_text,
         guided=video_or_audio_guidance,
         guidance_changes=guidance_by_more_calls,
+        output_tokens=tokens_of_the_video,
         beside=lambda call: call["isolate_modalities"] or bool(call["spatio_temporal_guidance_blocks"]),
         left_alone="audio, attention between video and audio, whole blocks, caption projection, embeddings, output layer",
+    ),
+    Family(
+        name="FramePack",  # its blocks return the video before the text; each section of the video is a loop
+        transformer="HunyuanVideoFramepackTransformer3DModel",
+        site_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
+        joint_pattern=r"(single_)?transformer_blocks\.\d+\.attn",
+        block_pattern=NONE,
+        branch_order={"HunyuanVideoFramepackPipeline": "two_calls"},
+        tokens=history_and_video_then_texts,
+        guided=true_cfg,
+        guidance_scale=lambda call: float(call["true_cfg_scale"]),
+        left_alone="the text's refiner and feed-forwards, whole blocks, layers of single-stream blocks besides attention",
+    ),
+    Family(
+        name="Wan Animate",  # each segment of the video is a loop
+        transformer="WanAnimateTransformer3DModel",
+        site_pattern=r"blocks\.\d+\.attn1",
+        feed_forward_pattern=r"blocks\.\d+\.ffn",
+        block_pattern=NONE,
+        branch_order={"WanAnimatePipeline": "two_calls"},
+        tokens=video_with_text,
+        guided=guidance_above_one,
+        left_alone="cross-attention, which sees an image besides the text, faces and poses, whole blocks, output layer",
+    ),
+    Family(
+        name="Helios",  # each chunk of the video is a loop
+        transformer="HeliosTransformer3DModel",
+        site_pattern=r"blocks\.\d+\.attn1",
+        feed_forward_pattern=r"blocks\.\d+\.ffn",
+        block_pattern=NONE,
+        branch_order={"HeliosPipeline": "two_calls"},
+        tokens=history_and_video_with_text,
+        guided=guidance_above_one,
+        left_alone="cross-attention, which the frames of the history do not pass, whole blocks, embeddings, output layer",
+    ),
+    Family(
+        name="Motif-Video",  # the last of its single-stream blocks attend to all tokens of the video twice
+        transformer="MotifVideoTransformer3DModel",
+        site_pattern=r"transformer_blocks\.\d+\.attn",
+        joint_pattern=r"transformer_blocks\.\d+\.attn",
+        block_pattern=NONE,
+        branch_order=dict.fromkeys(["MotifVideoPipeline", "MotifVideoImage2VideoPipeline"], "two_calls"),
+        tokens=video_then_texts,
+        guided=guided_by_guider,
+        guidance_scale=scale_of_guider,
+        unsupported_call=unsupported_guider,
+        guidance_changes=guider_interval,
+        left_alone="single-stream blocks, cross-attention, the text's feed-forwards, whole blocks, embeddings, output layer",
     ),
 )

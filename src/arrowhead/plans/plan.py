@@ -12,7 +12,9 @@ from torch import dtype
 from arrowhead.errors import InputsInvalid, PlanInvalid, PlanMismatch
 from arrowhead.plans import atomic_write, file_format, flops, limits, memory, resample
 from arrowhead.plans.about import about_in_file, require_about
+from arrowhead.plans.card import Card
 from arrowhead.plans.cells import AST, FULL, Attend, Cell, Full, Reuse, method_name, paper_name, uses_box
+from arrowhead.plans.hub import OnHub
 from arrowhead.plans.layout import Site, Tokens, outermost, stack_around
 from arrowhead.plans.lifetimes import first_fault
 from arrowhead.plans.memory import CacheDtype
@@ -21,7 +23,7 @@ from arrowhead.plans.target import Target, first_of
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(OnHub):
     """Steps × sites of cells, with what they were made for and how they were found.
 
     Attributes:
@@ -52,6 +54,8 @@ class Plan:
     0.49
     """
 
+    file_name = "plan.json"
+    most_bytes = limits.MAX_BYTES
     cells: tuple[tuple[Cell, ...], ...]
     target: Target
     tokens: Tokens
@@ -353,6 +357,26 @@ class Plan:
         except (OSError, ValueError) as error:  # also pydantic's ValidationError, and PlanInvalid
             reason = limits.shortened(error)
             raise PlanInvalid(f"{path} is no sound plan: {reason}; wanted a file that Plan.save wrote") from error
+
+    def card(self, name: str) -> Card:
+        """What the card of a repository that holds the plan says: what the plan leaves of the FLOPs, and how it was found."""
+        search, left = self.about.get("search", {}), self.flops()
+        kinds = sorted({site.kind.replace("_", "-") for site in self.target.sites})
+        errors = {key: search[key] for key in ("transformer_flops", "predicted_error", "measured_error") if key in search}
+        counted = {
+            "steps": self.steps,
+            "sites": f"{len(self.target.sites)}: {', '.join(kinds)}",
+            "cells": ", ".join(f"{kind} {count}" for kind, count in self.count().most_common()),
+            "visual tokens": self.tokens.visual,
+            "FLOPs left of the modules that the plan speaks of": f"{left.module:.1%}",
+        }
+        return Card(
+            f"A plan for {self.target.transformer}: {self.steps} steps",
+            "A plan says what is computed and what is repeated, for every step and module of a diffusion transformer.",
+            [f"plan = ah.Plan.from_pretrained({name!r})", "ah.apply(pipe, plan)  # pipe: a pipeline of diffusers"],
+            {"transformer": self.target.transformer, "scheduler": self.target.scheduler, **counted, **errors},
+            self.about,
+        )
 
 
 def _second_transformer(switch: int | None) -> str:

@@ -1,4 +1,4 @@
-"""`search` finds a plan for a pipeline, by one of three strategies: `greedy`, `headwise`, and `budget`."""
+"""`search` finds a plan for a pipeline, by one of four strategies: `greedy`, `headwise`, `stack` and `budget`."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -20,9 +20,10 @@ from arrowhead.searches.budget.api import budgeted, calibrate, calibration_bytes
 from arrowhead.searches.budget.config import PRESETS, Budget, Extent
 from arrowhead.searches.budget.sensitivity.table import Table
 from arrowhead.searches.budget.solver.solution import solve as solve_table
+from arrowhead.searches.budget.solver.solution import with_provenance
 from arrowhead.searches.greedy import Greedy, Trial, greedy_search
 from arrowhead.searches.headwise import Choice, Headwise, headwise_search
-from arrowhead.searches.stack.api import planned, profile, solve_profile
+from arrowhead.searches.stack.api import planned, profile, solve_profile, why_sites
 from arrowhead.searches.stack.levels import two_levels
 from arrowhead.searches.stack.profile import Profile
 
@@ -48,7 +49,10 @@ def search(
 ) -> Plan:
     """Find a plan on one calibration run of the pipeline.
 
-    Without a `strategy` it is `greedy` where a `threshold` is given, else `budget`.
+    Without a `strategy` it is `greedy` where a `threshold` is given. Else it is `stack`, unless only `budget` can do what is
+    asked for: with an `extent`, a `table` or a `shard`, for a custom model, for a model that is no plain chain of blocks, and
+    with a `Budget` that says more than the transformer's FLOPs, a speedup or an error, such as a granularity or a bound of
+    cache bytes. The plan's `about["search"]` then says why, under `why_sites`.
 
     Args:
         pipe: a diffusers pipeline of a supported family, or a custom model: a `torch.nn.Module` with its `adapter`. However the
@@ -61,11 +65,11 @@ def search(
             not depend on the model, such as encoding prompts, is better done before.
         adapter: describes a custom model.
         strategy: `greedy` is DiTFastAttn's Algorithm 1, `headwise` DiTFastAttnV2's choice for single heads; a `Greedy` or a
-            `Headwise` holds the candidates of these; `budget` keeps the whole generation to a budget, with the least error.
-            `stack` does so by skipping all blocks of a step at once: it needs one generation without gradients, and two or
-            three to check plans, and takes a budget of the transformer's FLOPs, a speedup or an error.
-        budget: for `budget`: the cost or the error that is allowed, or the name of an error: `light` 0.03, `balanced` 0.07,
-            `strong` 0.15. None: `balanced`.
+            `Headwise` holds the candidates of these. `stack` and `budget` keep the whole generation to a budget, with the least
+            error. `stack` skips all blocks of a step at once: it needs one generation without gradients, and up to three to
+            check plans. `budget` decides for single sites or heads, and measures them with gradients.
+        budget: for `stack` and `budget`: the cost or the error that is allowed, or the name of an error: `light` 0.03,
+            `balanced` 0.07, `strong` 0.15. None: `balanced`.
         threshold: for `greedy`, the error allowed at the last layer of a step, or one of D1 … D6 (0.025 … 0.15); for
             `headwise`, the sum of a site's errors in a step (the paper has 0.2 … 1). None: 0.1 or 0.6.
         loss: for `greedy`, the error's form, see `metrics.error.relative_error`.
@@ -94,10 +98,14 @@ def search(
     driver = driver_of(pipe, inputs, adapter, shard)
     if named in ("budget", "stack"):
         wanted = Budget(error=PRESETS[budget or "balanced"]) if budget is None or isinstance(budget, str) else budget
-        if named == "stack":
-            plan = planned(driver, wanted, progress) if extent is None else two_levels(driver, wanted, extent, progress)
+        why = why_sites(driver, wanted, extent, table) if strategy is None else None
+        if named == "stack" and extent is not None:
+            plan = two_levels(driver, wanted, extent, progress)
+        elif named == "stack" or (strategy is None and why is None):
+            plan = planned(driver, wanted, progress)
         else:
             plan = budgeted(driver, wanted, extent=extent, table=table, progress=progress)
+            plan = plan if why is None else with_provenance(plan, why_sites=why)
         (asked, value), may_lose = wanted.asked, wanted.error is not None or wanted.asked[1] < 1
     else:
         settings = Greedy() if named == "greedy" else Headwise() if isinstance(named, str) else named

@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from arrowhead.calibration.driver import Driver
-from arrowhead.calibration.run import CalibrationRun, SearchResult
+from arrowhead.calibration.run import CalibrationRun
+from arrowhead.calibration.search_result import SearchResult
 from arrowhead.calibration.step import Step
 from arrowhead.errors import InputsInvalid
 from arrowhead.metrics.error import LossForm, relative_error

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from arrowhead.calibration.driver import Driver
-from arrowhead.calibration.run import CalibrationRun, SearchResult
+from arrowhead.calibration.run import CalibrationRun
+from arrowhead.calibration.search_result import SearchResult
 from arrowhead.calibration.sharding import ALONE, Share
 from arrowhead.calibration.step import Step, require_finite
 from arrowhead.engine.attention_hook import AttentionCall

@@ -2,11 +2,13 @@
 
 import time
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from arrowhead.calibration.driver import PipelineDriver
 from arrowhead.calibration.isolation import exclusive_call, preserve_rng
 from arrowhead.engine.changes import Changes
+from arrowhead.engine.copies import Copies, carrying_class
 from arrowhead.engine.install import SPEEDUP, apply
 from arrowhead.engine.run import Run, carries_plan, run_on
 from arrowhead.engine.wrappers import uncopied
@@ -14,6 +16,7 @@ from arrowhead.errors import AlreadyApplied, ArrowheadError, InputsInvalid, Noth
 from arrowhead.models.find import find
 from arrowhead.plans.plan import Plan
 from arrowhead.searches.budget.config import PRESETS, Budget
+from arrowhead.searches.settings import require_a
 from arrowhead.searches.stack.api import solve_profile
 from arrowhead.searches.stack.profile import Profile
 from arrowhead.searches.stack.profile_cache import cached_path
@@ -30,7 +33,7 @@ def speedup(
     *,
     quality: Literal["light", "balanced", "strong"] | None = None,
     budget: Budget | None = None,
-    profile: Profile | None = None,
+    profile: Profile | str | Path | None = None,
     cache: bool = True,
 ) -> "Speedup":
     """Make a pipeline faster from the second generation on.
@@ -44,7 +47,8 @@ def speedup(
         times: how much faster the transformer has to be, such as 2.0.
         quality: in place of it, the name of an error that is allowed: light 0.03, balanced 0.07, strong 0.15.
         budget: in place of these, a budget of the transformer's FLOPs, of a speedup or of an error.
-        profile: what an earlier generation showed, see `arrowhead.profile`.
+        profile: what an earlier generation showed, see `arrowhead.profile`; or the name of a repository on the Hugging Face Hub
+            that holds a profile, such as `org/name`; or a file, or a folder with one.
         cache: whether to keep what the first generation shows in a folder, and to use what is there for these weights, this
             scheduler and such a call. The folder is `ARROWHEAD_CACHE`, or the platform's folder for caches.
 
@@ -55,6 +59,8 @@ def speedup(
         InputsInvalid: not one of times, quality and budget is given, or it is out of range.
         UnsupportedPipeline: the transformer is no plain chain of blocks; `arrowhead.search` finds plans for single sites.
         AlreadyApplied: the pipeline carries a plan.
+        HubUnavailable: there is no such profile on the Hub, or it cannot be reached.
+        PlanMismatch: the profile is of another model.
 
     Warns:
         NothingLearnt: nothing could be learnt from a generation, or nothing is as cheap as was asked for: it ran in full.
@@ -76,6 +82,10 @@ def speedup(
     find(pipe, {"stack"})
     if run_on(pipe) is not None:
         raise carries_plan()
+    if isinstance(profile, str | Path):
+        profile = Profile.from_pretrained(profile)
+    if profile is not None:
+        require_a(Profile, profile, "profile")
     return Speedup(pipe, budget, profile, cache=cache)
 
 
@@ -90,11 +100,11 @@ class Speedup:
     def __init__(self, pipe: "DiffusionPipeline", budget: Budget, profile: Profile | None, *, cache: bool) -> None:
         self.profile = profile
         self.plan: Plan | None = None
-        self._pipe, self._budget, self._cache = pipe, budget, cache
+        self._pipe, self._base, self._budget, self._cache = pipe, type(pipe), budget, cache
         self._run: Run | None = None
         self._learns = profile is None  # whether the next generation is to be watched, or a kept profile looked for
         self._seconds: list[float] = []  # of the first generation, without what watching took, and of the latest
-        self._changes = Changes()
+        self._changes, self._copies = Changes(), Copies(SPEEDUP)
         try:
             self._install()
             if profile is not None:
@@ -104,17 +114,23 @@ class Speedup:
             raise
 
     def _install(self) -> None:
-        pipe, base = self._pipe, type(self._pipe)
+        pipe, base = self._pipe, self._base
         if not self._changes.claim(pipe, SPEEDUP, self):
             raise AlreadyApplied("this pipeline has a speedup already; call arrowhead.remove(pipe) first")
         called = _sped_class(base, self)
 
-        def restore() -> None:
-            if type(pipe) is called:
-                pipe.__class__ = base
-
-        self._changes.record(restore)
+        self._changes.record(self._copies.release, pipe, called, base)
         pipe.__class__ = called
+
+    def copy(self, pipe: Any) -> Any:
+        """A shallow copy of a pipeline that was watched, which is as fast.
+
+        Raises:
+            AlreadyApplied: it has yet to be watched.
+        """
+        if self._learns:
+            raise uncopied(type(pipe).__name__)
+        return self._copies.copy(pipe, self._base)
 
     def close(self) -> None:
         """Take the plan off; the pipeline is as it was before `speedup`."""
@@ -128,8 +144,8 @@ class Speedup:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def called(self, base: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call of the pipeline: the first one is watched."""
+    def called(self, pipe: Any, base: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of the pipeline, or of a copy: the first one, before which there are no copies, is watched."""
         if self._learns:
             self._learns = False
             try:
@@ -138,7 +154,7 @@ class Speedup:
                 self._learns = True
                 raise
         started = time.perf_counter()
-        out = base.__call__(self._pipe, *args, **kwargs)
+        out = base.__call__(pipe, *args, **kwargs)
         self._seconds = [*self._seconds[:1], time.perf_counter() - started]
         return out
 
@@ -201,6 +217,8 @@ class Speedup:
 class _FirstGeneration(PipelineDriver):
     """Drives the user's own call of the pipeline, whose result is theirs, and whose generators go on as in any call."""
 
+    wants_result = True
+
     def __init__(self, pipe: Any, inputs: dict[str, Any]) -> None:
         super().__init__(pipe, inputs)
         self.result: Any = None
@@ -223,12 +241,9 @@ class _FirstGeneration(PipelineDriver):
 
 
 def _sped_class(base: type, owner: Speedup) -> type:
-    """A subclass whose calls the speedup answers; Python looks `__call__` up on the class alone."""
+    """A subclass whose calls the speedup answers."""
 
-    def __call__(_: Any, *args: Any, **kwargs: Any) -> Any:
-        return owner.called(base, args, kwargs)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return owner.called(self, base, args, kwargs)
 
-    __call__.__wrapped__ = base.__call__  # type: ignore[attr-defined]  # inspect.signature follows it
-    members = {"__call__": __call__, "__module__": base.__module__, "__doc__": base.__doc__}
-    members["__reduce_ex__"] = lambda _, protocol: owner.__reduce_ex__(protocol)
-    return type(base.__name__, (base,), members)
+    return carrying_class(base, __call__, owner)

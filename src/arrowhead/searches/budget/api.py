@@ -12,11 +12,12 @@ from arrowhead.errors import InputsInvalid, PlanMismatch
 from arrowhead.models.custom import Adapter
 from arrowhead.models.find import find
 from arrowhead.models.model import target_of
+from arrowhead.plans.layout import ALL_KINDS
 from arrowhead.plans.plan import Plan
 from arrowhead.plans.target import first_of
 from arrowhead.searches.budget.config import PRESETS, Budget, Extent
 from arrowhead.searches.budget.sensitivity.recording import Recording, record, sites_of
-from arrowhead.searches.budget.sensitivity.site_history import held_elements
+from arrowhead.searches.budget.sensitivity.footprint import held_bytes
 from arrowhead.searches.budget.sensitivity.table import Table
 from arrowhead.searches.budget.solver.head_groups import group_size
 from arrowhead.searches.budget.solver.solution import solve, with_provenance
@@ -65,10 +66,11 @@ def calibration_bytes(
     adapter: Adapter | None = None,
     extent: Extent | None = None,
 ) -> int:
-    """The bytes that a calibration holds at most from one step to the next, besides the pipeline and what one pass needs.
+    """The bytes that a calibration holds at most on the model's device, besides the pipeline and what one pass needs.
 
-    A pass with gradients also keeps its activations; with `Extent(checkpoint=True)` those of one block, and each block's input;
-    without gradients none. The pipeline runs up to its first call of the transformer. Arguments are those of `calibrate`.
+    These are what sites gave in the last steps, the gradients at all sites, and, with `Extent(checkpoint=True)`, each block's
+    input. A pass with gradients needs its activations, too: those of one block where blocks run again, and else of all. The
+    pipeline runs up to its first call of the transformer. Arguments are those of `calibrate`.
 
     Raises what `arrowhead.search` raises.
 
@@ -79,8 +81,10 @@ def calibration_bytes(
     calibration = CalibrationRun(driver, model)
     calibration.run(lambda _: None, first_only=True)
     # weights may be kept in a smaller dtype than the one that computes
-    dtype = getattr(model.transformer, "dtype", next(model.transformer.parameters()).dtype)
-    return held_elements(extent, model.sites, calibration.tokens) * calibration.rows * dtype.itemsize
+    weight = next(model.transformer.parameters())
+    itemsize = getattr(model.transformer, "dtype", weight.dtype).itemsize
+    blocks = [site for site in find(driver.pipe, ALL_KINDS).sites if site.kind == "block"]
+    return held_bytes(extent, model.sites, blocks, calibration.tokens, calibration.rows, itemsize, weight.device)
 
 
 def _extent(extent: Extent | None) -> Extent:

@@ -4,9 +4,11 @@ import sys
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
+from arrowhead.engine.cache_encoding import CacheEncoding
 from arrowhead.errors import InputsInvalid
 from arrowhead.plans.cells import Precision, Radius
 from arrowhead.plans.layout import ALL_KINDS, Kind
+from arrowhead.plans.memory import CacheDtype
 from arrowhead.searches.radii import require_radii
 from arrowhead.searches.settings import is_number, require_flags
 
@@ -53,8 +55,8 @@ class Budget:
         InputsInvalid: not one of the first five is given, or a value is out of range; the message says what is wanted.
 
     Examples:
-        >>> ah.search(pipe, inputs, ah.Budget(module_flops=0.4))
-        >>> ah.search(pipe, inputs, ah.Budget(error=0.07, granularity="step"))
+        >>> ah.search(pipe, inputs, budget=ah.Budget(transformer_flops=0.4))
+        >>> ah.search(pipe, inputs, budget=ah.Budget(error=0.07, granularity="site"))
     """
 
     attention_flops: float | None = None
@@ -155,6 +157,9 @@ class Extent:
             single-stream blocks.
         checkpoint: whether blocks run again on the way back instead of keeping their activations (diffusers' gradient
             checkpointing). The run takes half as long again, and a fraction of the memory.
+        cache_dtype: how what sites gave in the last steps is kept: `native`, the dtype in which it was computed, or `int8` or
+            `fp8`, with one scale for each token and head.
+        cache_device: the device on which that is kept, such as `cpu`. None: the one on which it was computed.
         gradients: False where a model or its memory does not allow gradients. What a change of a site does to the output is
             then one number for each step and site, measured in passes in which each image has one site changed.
         vectors: random vectors that are sent back through the transformer in each step.
@@ -180,6 +185,8 @@ class Extent:
     regions: int | None = None
     seed: int = 0
     precisions: tuple[Precision, ...] = ()
+    cache_dtype: CacheDtype = "native"
+    cache_device: str | None = None
 
     def __post_init__(self) -> None:
         require_radii(self.radii)
@@ -193,7 +200,15 @@ class Extent:
             raise InputsInvalid(f"got feedback={self.feedback!r}, wanted a number from 0 to 1")
         if self.checkpoint and not self.gradients:
             raise InputsInvalid("got checkpoint=True without gradients, wanted one of the two: nothing is kept for a way back")
+        if self.cache_device is not None and not isinstance(self.cache_device, str):
+            raise InputsInvalid(f"got cache_device={self.cache_device!r}, wanted the name of a device, such as 'cpu', or None")
+        _ = self.encoding
         _require_whole_numbers(self)
+
+    @property
+    def encoding(self) -> CacheEncoding:
+        """How what sites gave is kept."""
+        return CacheEncoding.of(self.cache_dtype, self.cache_device)
 
 
 WHOLE_NUMBERS = {"ages": (1, 2**12), "vectors": (1, 2**12), "regions": (1, 2**26), "seed": (0, 2**64 - 1)}

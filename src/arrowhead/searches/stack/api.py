@@ -1,12 +1,15 @@
 """Plans for the whole stack of blocks: from a profile for any budget, or from a pipeline with one watched generation."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from arrowhead.calibration.driver import Driver, driver_of
-from arrowhead.errors import InputsInvalid
+from arrowhead.errors import InputsInvalid, UnsupportedPipeline
+from arrowhead.models.find import find
 from arrowhead.plans.plan import Plan
-from arrowhead.searches.budget.config import Budget
+from arrowhead.searches.budget.config import Budget, Extent
+from arrowhead.searches.budget.sensitivity.table import Table
 from arrowhead.searches.budget.solver.solution import short, with_provenance
 from arrowhead.searches.budget.validation import DOUBT, FEEDBACKS, measured_errors
 from arrowhead.searches.progress import bar_of_steps
@@ -22,6 +25,45 @@ CLOSE = 0.9
 """A measured error is close enough to the one allowed if it is at least this part of it."""
 TRIES = 4
 """Generations by which an error is met."""
+KNOWN = ("transformer_flops", "speedup", "error", "corrections")
+"""What a stack knows of a `Budget`. Everything else is about single sites."""
+
+
+def why_sites(driver: Driver, budget: Budget, extent: Extent | None, table: Table | None) -> str | None:
+    """Why a budget has to be spent on single sites; None where the stack of all blocks can keep to it.
+
+    >>> why_sites(driver, Budget(transformer_flops=0.4, cache_bytes=10**9), None, None)
+    'cache_bytes=1000000000 is about single sites'
+    """
+    given = [name for name, value in (("an Extent", extent), ("a Table", table)) if value is not None]
+    if said := [*given, *about_sites(budget)]:
+        return f"{' and '.join(said)} {'is' if len(said) == 1 else 'are'} about single sites"
+    if not driver.share.alone:
+        return "prompts are split among processes"
+    try:
+        find(driver.pipe, {"stack"})
+    except UnsupportedPipeline:
+        return "the transformer is no plain chain of blocks"
+    return None
+
+
+def about_sites(budget: Budget) -> list[str]:
+    """The settings of a budget that only a search over single sites knows, as they were given."""
+    values = ((each, getattr(budget, each.name)) for each in fields(Budget) if each.name not in KNOWN)
+    return [f"{each.name}={value!r}" for each, value in values if value != each.default]
+
+
+def _require_known(budget: Budget) -> None:
+    """Check that a stack knows all that a budget says.
+
+    Raises:
+        InputsInvalid: it does not; the message names the settings.
+    """
+    if unknown := about_sites(budget):
+        raise InputsInvalid(
+            f"got {', '.join(unknown)} for a stack of blocks, wanted transformer_flops, a speedup or an error, and nothing of "
+            "single sites; leave the others out, or call arrowhead.search with strategy='budget'"
+        )
 
 
 def profile(pipe: "DiffusionPipeline", inputs: Mapping[str, Any], *, progress: bool = True) -> Profile:
@@ -51,17 +93,16 @@ def solve_profile(known: Profile, budget: Budget, *, feedback: float = FEEDBACKS
     """The plan of least predicted error within a budget of the transformer's FLOPs, a speedup or an error.
 
     Raises:
-        InputsInvalid: nothing is as cheap, or the budget is of attention's or its modules' FLOPs, of which a stack has none.
+        InputsInvalid: nothing is as cheap, or the budget says something of single sites, such as their FLOPs.
     """
     require_a(Profile, known, "profile")
     require_a(Budget, budget, "budget")
+    _require_known(budget)
     found = schedules(known, feedback)
     name, value = budget.asked
     if name == "error":
         within = [each for each in found.values() if predicted_error(known, each) <= value]
         return plan_of(known, budget, min(within, key=lambda each: each.computed), feedback)
-    if name not in ("transformer_flops", "speedup"):
-        raise InputsInvalid(f"got a budget of {name} for a stack of blocks, wanted transformer_flops, a speedup or an error")
     allowed = value if name == "transformer_flops" else 1 / value
     within = [each for each in found.values() if cost(known, name, each) <= allowed]
     if not within:
@@ -105,6 +146,9 @@ def planned(driver: Driver, budget: Budget, progress: bool = True) -> Plan:
     estimate; the one with the least error in detail is kept. With no corrections nothing is tried. For an error the plan of the
     fewest computed steps is looked for whose measured error is within it.
     """
+    _require_known(budget)  # before anything runs
+    if not driver.share.alone:
+        raise InputsInvalid("got a shard for a stack of blocks, wanted all prompts in one process; or strategy='budget'")
     watched = _watched(driver, progress)
     if budget.asked[0] == "error":
         return _within_error(driver, budget, watched)

@@ -28,6 +28,7 @@ from arrowhead.searches.budget.sensitivity.table import Table
 from arrowhead.searches.budget.solver.solution import short, with_provenance
 from arrowhead.searches.budget.validation import DOUBT, FEEDBACKS, measured_errors
 from arrowhead.searches.progress import bar_of_steps
+from arrowhead.searches.stack.api import about_sites
 from arrowhead.searches.stack.profile import Profile
 from arrowhead.searches.stack.schedule import Schedule, schedules
 from arrowhead.searches.stack.watch import watch
@@ -68,6 +69,8 @@ def two_levels(driver: Driver, budget: Budget, extent: Extent, progress: bool = 
     name, value = budget.asked
     if name != "transformer_flops":
         raise InputsInvalid(f"got a budget of {name}={value} for a stack with an extent, wanted transformer_flops")
+    if unknown := about_sites(budget):
+        raise InputsInvalid(f"got {', '.join(unknown)} for a stack, wanted nothing of single sites; or strategy='budget'")
     if extent.kinds not in (None, KINDS):
         raise InputsInvalid(
             f"got kinds={extent.kinds!r} for a stack with an extent, wanted {KINDS!r}, or None; or strategy='budget'"

@@ -10,10 +10,12 @@ import numpy as np
 from torch import Tensor
 
 from arrowhead.errors import InputsInvalid
+from arrowhead.plans.card import Card
+from arrowhead.plans.hub import OnHub
 from arrowhead.plans.layout import Branches, Tokens
 from arrowhead.plans.target import Target
 from arrowhead.searches.stack.interpolated import ages_at, changes_at, positions_of, products_at
-from arrowhead.searches.stack.profile_file import read_profile, write_profile
+from arrowhead.searches.stack.profile_file import MAX_BYTES, read_profile, write_profile
 
 AGES = 16
 """How many steps old what a step reads may be."""
@@ -22,7 +24,7 @@ SKETCH = 1024
 
 
 @dataclass(frozen=True)
-class Profile:
+class Profile(OnHub):
     """What one plain generation showed of a model's stack of blocks. `arrowhead.profile` makes it, `arrowhead.solve` uses it.
 
     S steps. Let O_t be what the stack adds to its input in step t, and J_t the derivative of the guided output with respect to
@@ -49,6 +51,8 @@ class Profile:
         >>> plan = ah.solve(ah.Profile.load("flux.profile"), ah.Budget(transformer_flops=0.4))
     """
 
+    file_name = "profile.safetensors"
+    most_bytes = MAX_BYTES
     target: Target
     tokens: Tokens
     branches: Branches
@@ -141,3 +145,9 @@ class Profile:
             InputsInvalid: the file is no such profile, or contradicts itself.
         """
         return cls(**read_profile(path))
+
+    def card(self, name: str) -> Card:
+        """What the card of a repository that holds the profile says: what several budgets would cost, and what was watched."""
+        from arrowhead.searches.stack.card import card_of  # noqa: PLC0415  # which imports this file
+
+        return card_of(self, name)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from arrowhead.engine.cache_encoding import EncodedTensor
 from arrowhead.plans.layout import Site
 from arrowhead.searches.budget.sensitivity.cfg import Guidance
 from arrowhead.searches.budget.sensitivity.site_history import SiteHistory
@@ -34,7 +35,7 @@ class GradientProducts:
         steps, visual = self.history.steps_of(site), slice(None)
         if site.sequences(self.history.tokens) == 1:
             visual = site.tokens(self.history.tokens).visual_slice
-        outputs = self._paired(gradient, [step.output for step in steps])  # (H, recorded steps, pairs, B · regions)
+        outputs = self._paired(gradient, [step.encoded_output for step in steps])  # (H, recorded steps, pairs, B · regions)
         own = [0, 1, 1] if self.guidance.branches.batched else [0]
         now = outputs[:, :1, own]  # of the gradient's own branch
         residuals = [self._paired(gradient, each, visual) for each in zip(*(s.residuals for s in steps), strict=True)]
@@ -50,7 +51,7 @@ class GradientProducts:
         of_precisions = padded(errors, len(self.history.precisions))
         return padded([outputs - now], 1)[:, 0], padded(residuals, len(self.history.radii)), of_precisions
 
-    def _paired(self, gradient: Tensor, sources: Sequence[Tensor], where: slice = slice(None)) -> Tensor:
+    def _paired(self, gradient: Tensor, sources: Sequence[EncodedTensor], where: slice = slice(None)) -> Tensor:
         """⟨g, source⟩ of each head, image and region, for each pair of branches: (H, sources, pairs, B · regions).
 
         `where` are the tokens that the sources have, among those of the gradient. Float64 on the CPU: the products are nearly
@@ -68,7 +69,7 @@ class GradientProducts:
 
         found = []
         for source in sources:
-            from_conditional, from_other = self.guidance.halves(source)
+            from_conditional, from_other = self.guidance.halves(source.read())  # one at a time
             pairs = [product(conditional, from_conditional)]
             if other is not None and from_other is not None:
                 pairs += [product(other, from_other), product(other, from_conditional)]

@@ -81,16 +81,21 @@ class Backpropagation:
             return run_with_added(call, added[site.path])
         if site.kind != "self_attention":
             out, recorded = self._history.record_module(call, state)
-            added[site.path] = torch.zeros_like(recorded, requires_grad=True)
+            added[site.path] = _zeros_like(recorded)
             return add_to_module(out, added[site.path])
         attention = self._history.recording_attention(call, state)
 
         def with_zeros(asked: AttentionCall) -> Tensor:
             out = attention(asked)
-            added[site.path] = torch.zeros_like(out, requires_grad=True)
+            added[site.path] = _zeros_like(out)
             return out + added[site.path]
 
         return call.run(with_zeros)
+
+
+def _zeros_like(tensor: Tensor) -> Tensor:
+    """Zeros to take gradients with respect to, which take the memory of one."""
+    return tensor.new_zeros(()).expand(tensor.shape).requires_grad_()
 
 
 class Trials:

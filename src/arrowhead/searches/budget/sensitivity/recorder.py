@@ -105,7 +105,7 @@ class Recorder:
             other_texts=other_texts,
             images=self._images,
             regions=self._regions,
-            itemsize=self.history.steps_of(self.history.sites[0])[0].output.itemsize,
+            itemsize=self.history.steps_of(self.history.sites[0])[0].encoded_output.dtype.itemsize,
             about=about,
             switch=switch,
             precisions=self.history.precisions,

@@ -11,6 +11,7 @@ from torch import Tensor
 from arrowhead.calibration.step import require_finite
 from arrowhead.engine.attention_hook import AttentionCall
 from arrowhead.engine.cache import Output, map_output
+from arrowhead.engine.cache_encoding import EncodedTensor
 from arrowhead.engine.execute_site import SitePass, attend_heads, require_token_sizes
 from arrowhead.engine.generation import Generation
 from arrowhead.engine.site_calls import SiteCall
@@ -24,20 +25,26 @@ from arrowhead.searches.radii import fewest, narrower
 
 @dataclass(frozen=True)
 class SiteStep:
-    """One step of a site: its heads' output (B, H, N, D), with a residual (B, H, V, D) for each radius.
+    """One step of a site, encoded: its heads' output (B, H, N, D), with a residual (B, H, V, D) for each radius.
 
     A quantisation error (B, H, N, D) for each precision is the output of that precision less the output. Where a sample has
     several sequences, as frame by frame, these follow one another in N and V. Of a module without heads there is one head.
     """
 
-    output: Tensor
-    residuals: tuple[Tensor, ...] = ()
-    quantisation_errors: tuple[Tensor, ...] = ()
+    encoded_output: EncodedTensor
+    residuals: tuple[EncodedTensor, ...] = ()
+    quantisation_errors: tuple[EncodedTensor, ...] = ()
+
+    @property
+    def output(self) -> Tensor:
+        """The heads' output, decoded: (B, H, N, D)."""
+        return self.encoded_output.read()
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All of its tensors."""
-        return self.output, *self.residuals, *self.quantisation_errors
+        """All tensors that are stored."""
+        every = self.encoded_output, *self.residuals, *self.quantisation_errors
+        return tuple(tensor for encoded in every for tensor in encoded.tensors)
 
 
 class SiteHistory:
@@ -46,7 +53,7 @@ class SiteHistory:
     def __init__(self, sites: Sequence[Site], tokens: Tokens, extent: Extent) -> None:
         self.sites, self.tokens, self.ages = tuple(sites), tokens, extent.ages
         self.radii, self.precisions = radii_of(extent, sites, tokens), tuple(extent.precisions)
-        self.flops = FirstPassFlops()
+        self.flops, self._encoding = FirstPassFlops(), extent.encoding
         self._steps: dict[str, deque[SiteStep]] = {site.path: deque(maxlen=extent.ages + 1) for site in sites}
 
     def steps_of(self, site: Site) -> deque[SiteStep]:
@@ -79,7 +86,7 @@ class SiteHistory:
             with torch.no_grad(), self.flops.left_out():
                 require_finite(out, call, state)
                 residuals, errors = self._residuals(asked, out, site_pass), self._quantisation_errors(asked, out, site_pass)
-                whole = partial(self.by_sample, site=site)
+                whole = partial(self._stored, site)
                 recorded = SiteStep(whole(out.detach()), tuple(map(whole, residuals)), tuple(map(whole, errors)))
                 self._steps[site.path].appendleft(recorded)
             return out
@@ -97,7 +104,7 @@ class SiteHistory:
             parts = [tensor.detach() for tensor in _tensors_of(call.storable(out), call.site)]
             recorded = (parts[0] if len(parts) == 1 else torch.cat(parts, 1))[:, None]
         require_finite(recorded, call, state)
-        self._steps[call.site.path].appendleft(SiteStep(recorded))
+        self._steps[call.site.path].appendleft(SiteStep(self._encoding.stored(recorded, recorded.shape[-1])))
         return out, recorded
 
     def _residuals(self, asked: AttentionCall, out: Tensor, site_pass: SitePass) -> Iterator[Tensor]:
@@ -110,6 +117,10 @@ class SiteHistory:
         heads = range(site_pass.call.site.heads)
         for precision in self.precisions:
             yield attend_heads(asked, heads, [Full(precision)] * len(heads), slice(None), site_pass) - out
+
+    def _stored(self, site: Site, rows: Tensor) -> EncodedTensor:
+        whole = self.by_sample(rows, site)
+        return self._encoding.stored(whole, whole.shape[-1])
 
     def by_sample(self, rows: Tensor, site: Site) -> Tensor:
         """A sample's sequences one after the other: (B · sequences, H, N, D) -> (B, H, sequences · N, D)."""
@@ -158,17 +169,6 @@ def radii_of(extent: Extent, sites: Iterable[Site], tokens: Tokens) -> tuple[Rad
     least = fewest(sites, tokens)
     wanted = (least.visual // 8, least.visual // 32) if extent.radii is None else extent.radii
     return narrower(wanted, least)
-
-
-def held_elements(extent: Extent, sites: Iterable[Site], tokens: Tokens) -> int:
-    """The elements that a full history holds of one sample."""
-    found, sites = 0, tuple(sites)
-    radii = len(radii_of(extent, sites, tokens))
-    for site in sites:
-        own, attends = site.tokens(tokens), site.kind == "self_attention"
-        of_attention = own.visual * radii + own.total * len(extent.precisions)
-        found += site.heads * site.head_dim * (own.total + of_attention * attends) * site.sequences(tokens)
-    return found * (extent.ages + 1)
 
 
 def _tensors_of(out: Output, site: Site) -> list[Tensor]:

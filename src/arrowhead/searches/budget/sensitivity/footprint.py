@@ -1,0 +1,62 @@
+"""The bytes that a calibration holds, in closed form."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from arrowhead.plans.layout import Site, Tokens
+from arrowhead.plans.memory import SCALE_BYTES, CacheDtype, groups
+from arrowhead.searches.budget.config import Extent
+from arrowhead.searches.budget.sensitivity.site_history import radii_of
+
+
+def history_bytes(extent: Extent, sites: Sequence[Site], tokens: Tokens, itemsize: int) -> int:
+    """The bytes of a full history of one row of the batch, on whichever device it is."""
+    radii, found = len(radii_of(extent, sites, tokens)), 0
+    for site in sites:
+        own, attends = site.tokens(tokens), site.kind == "self_attention"
+        of_attention = own.visual * radii + own.total * len(extent.precisions)
+        rows = (own.total + of_attention * attends) * site.sequences(tokens)
+        found += rows * site.heads * _bytes_of(site, extent.cache_dtype or "native", itemsize)
+    return found * (extent.ages + 1)
+
+
+def _bytes_of(site: Site, dtype: CacheDtype, itemsize: int) -> int:
+    """The bytes of one token of a head."""
+    width = site.head_dim
+    return width * itemsize if dtype == "native" else width + SCALE_BYTES * groups(width, width)
+
+
+def gradient_bytes(sites: Iterable[Site], tokens: Tokens, itemsize: int) -> int:
+    """The bytes of the gradients at all sites' outputs, of one row of the batch: all are there when products are taken."""
+    of_sites = (site.tokens(tokens).total * site.sequences(tokens) * site.heads * site.head_dim for site in sites)
+    return sum(of_sites) * itemsize
+
+
+def block_input_bytes(blocks: Iterable[Site], tokens: Tokens, itemsize: int) -> int:
+    """The bytes of each block's input, of one row of the batch, which are kept where blocks run again on the way back."""
+    found = 0
+    for block in blocks:
+        takes_text = block.joint or any(site.joint for site in block.within)  # SD3's last block gives none
+        found += (tokens.total if takes_text else tokens.visual) * block.channels
+    return found * itemsize
+
+
+def held_bytes(
+    extent: Extent,
+    sites: Sequence[Site],
+    blocks: Iterable[Site],
+    tokens: Tokens,
+    rows: int,
+    itemsize: int,
+    device: torch.device,
+) -> int:
+    """The bytes that a calibration of so many `rows` of the batch holds on the model's device, see `calibration_bytes`."""
+    found = 0
+    if extent.cache_device is None or torch.device(extent.cache_device).type == device.type:
+        found += history_bytes(extent, sites, tokens, itemsize)
+    if extent.gradients:
+        found += gradient_bytes(sites, tokens, itemsize)
+    if extent.checkpoint:
+        found += block_input_bytes(blocks, tokens, itemsize)
+    return found * rows

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from arrowhead.calibration.driver import Driver
+from arrowhead.engine.install import applied
 from arrowhead.errors import InputsInvalid
 from arrowhead.plans.cells import AST, FULL, Arrow, Attend, Cell, Full, Reuse, branch_coefficients
 from arrowhead.plans.flops import head_flops
@@ -88,11 +89,12 @@ def two_levels(driver: Driver, budget: Budget, extent: Extent, progress: bool = 
 def tried_levels(driver: Driver, budget: Budget, solver: "LevelSolver", final: Tensor) -> Plan:
     """The best plan of those tried in real generations; `final` are the latents of the untouched one.
 
-    The stack alone is tried first, and then up to `budget.corrections` plans with arrows. After each trial the predicted errors
-    are brought to the scale of the measured ones. A plan with arrows has to have an error in detail that is smaller by `DOUBT`
-    than that of the stack alone. `about["search"]["tried"]` has all of them. With no corrections nothing is tried.
+    The stack alone is tried first. Then `probed` measures what arrows do in each step, and up to `budget.corrections` plans
+    with arrows are tried. After each trial the predicted errors are brought to the scale of the measured ones. A plan with
+    arrows has to have an error in detail that is smaller by `DOUBT` than that of the stack alone. `about["search"]` has all of
+    them under `tried`, and counts the generations of `probed` with the others. With no corrections nothing is tried.
     """
-    level, scales = solver.alone(budget), (1.0, 1.0)
+    level, scales, probes = solver.alone(budget), (1.0, 1.0), 0
     if not budget.corrections:
         return solver.plan(budget, solver.solve(budget))
     measured, tried = list[tuple[float, Plan]](), list[dict[str, float]]()
@@ -106,15 +108,48 @@ def tried_levels(driver: Driver, budget: Budget, solver: "LevelSolver", final: T
         tried.append({"computed": level.schedule.computed, "arrows": level.arrows, **facts})
         scales = solver.scaled(scales, level, found.error)
         level = solver.solve(budget, *scales)
-    return with_provenance(min(measured, key=lambda each: each[0])[1], tried=tried, generations=len(tried))
+        if level.arrows and len(tried) == 1:
+            solver, probes = probed(driver, budget, solver, level)
+            level = solver.solve(budget, *scales)
+    best = min(measured, key=lambda each: each[0])[1]
+    return with_provenance(best, tried=tried, generations=len(tried) + probes)
+
+
+def probed(driver: Driver, budget: Budget, solver: "LevelSolver", level: Level) -> tuple["LevelSolver", int]:
+    """The solver with the arrows' errors of each step brought to the scale of measured ones, and the number of generations.
+
+    The level's schedule is run without arrows, and once for each computed step with that step's arrows alone. What the model
+    makes of an error in a step is an estimate in the table, and too small in early steps. Steps between are interpolated.
+    """
+
+    def only(place: int | None) -> Plan:
+        chosen = np.zeros_like(level.chosen)
+        if place is not None:
+            chosen[place] = level.chosen[place]
+        return solver.plan(budget, replace(level, chosen=chosen))
+
+    with applied(driver.pipe, only(None), changes="texts"):
+        base = driver.final_latents()
+    steps, logs = list[int](), list[float]()
+    for place, (step, predicted) in enumerate(solver.errors_of_steps(level).items()):
+        if predicted > 0:
+            found = measured_errors(driver, only(place), base).error ** 2
+            steps.append(step)
+            logs.append(float(np.log(max(found / predicted, 1e-3))))
+    factors = np.exp(np.interp(range(solver.known.steps), steps, logs)) if steps else np.ones(solver.known.steps)
+    return replace(solver, factors=tuple(factors.tolist())), 1 + len(steps)
 
 
 @dataclass(frozen=True)
 class LevelSolver:
-    """Finds the arrows that pay for a schedule, and the schedule for which they do that best."""
+    """Finds the arrows that pay for a schedule, and the schedule for which they do that best.
+
+    `factors` multiply the predicted errors of arrows in each step; () for 1.
+    """
 
     known: Profile
     table: Table
+    factors: tuple[float, ...] = ()
 
     def alone(self, budget: Budget) -> Level:
         """The schedule of the stack alone within the budget.
@@ -189,15 +224,24 @@ class LevelSolver:
 
     def _paid(self, schedule: Schedule, budget: Budget) -> Level | None:
         """The schedule with the arrows of least error that save what it costs above the budget; None where none do."""
-        steps = [step for step, cell in enumerate(schedule.cells) if cell == FULL]
-        multiplied = carried_on(schedule.cells, self._gains)
-        errors = self._errors[steps] * np.array([multiplied[step] ** 2 for step in steps])[:, None, None]
+        errors = self._errors_under(schedule)
         wanted = (self._cost(schedule) - budget.fraction) * self.known.steps
         chosen = least_error(errors, self._savings, wanted)
         if chosen is None:
             return None
         saved = _of(self._savings, chosen).sum() / self.known.steps
         return Level(schedule, chosen, float(_of(errors, chosen).sum()), float(saved))
+
+    def errors_of_steps(self, level: Level) -> dict[int, float]:
+        """The predicted error of a level's arrows in each computed step."""
+        steps = [step for step, cell in enumerate(level.schedule.cells) if cell == FULL]
+        return dict(zip(steps, _of(self._errors_under(level.schedule), level.chosen).sum(1).tolist(), strict=True))
+
+    def _errors_under(self, schedule: Schedule) -> Floats:
+        """The predicted error of each head's arrows in each computed step of a schedule: (computed steps, H, 1 + radii)."""
+        steps = [step for step, cell in enumerate(schedule.cells) if cell == FULL]
+        multiplied, factors = carried_on(schedule.cells, self._gains), self.factors or (1.0,) * self.known.steps
+        return self._errors[steps] * np.array([multiplied[step] ** 2 * factors[step] for step in steps])[:, None, None]
 
     @property
     def _gains(self) -> list[float]:

@@ -1,13 +1,14 @@
 """The site plans of every step, prepared before a step needs them, and shared by generations that are alike."""
 
 from collections import OrderedDict
+from dataclasses import replace
 
-from arrowhead.engine.site_plan import SitePlan, prepare
+from arrowhead.engine.site_plan import ReusePlan, SitePlan, prepare
 from arrowhead.models.head_separation import can_project_heads_separately
 from arrowhead.models.model import Model
 from arrowhead.plans.cells import Attend, Cached
-from arrowhead.plans.layout import Branches, Tokens
-from arrowhead.plans.lifetimes import Writes, lifetimes
+from arrowhead.plans.layout import Branches, Tokens, counted_once, stack_around
+from arrowhead.plans.lifetimes import lifetimes_of_all
 from arrowhead.plans.plan import Plan
 from arrowhead.upstream import uncompiled
 
@@ -51,8 +52,10 @@ class PreparedPlans:
         return self._kept[key][1]
 
     def _prepared(self, plan: Plan, tokens: Tokens, branches: Branches, inseparable: Inseparable) -> SitePlans:
-        writes: tuple[tuple[Writes, ...], ...] = tuple(map(lifetimes, plan.columns))
-        return tuple(
+        sites = counted_once(plan.target.sites)
+        writes = lifetimes_of_all(plan.cells, plan.target.sites)
+        inner = {site.path: stack.path for site, stack in stack_around(plan.target.sites).items()}
+        prepared = tuple(
             {
                 site.path: prepare(
                     site,
@@ -62,7 +65,18 @@ class PreparedPlans:
                     branches,
                     separable=(plan.switch is not None and step >= plan.switch, site.path) not in inseparable,
                 )
-                for site, cell, of_site in zip(plan.target.sites, cells, writes, strict=True)
+                for site, cell, of_site in zip(sites, cells, writes, strict=True)
             }
             for step, cells in enumerate(plan.cells)
         )
+        return tuple(_with_inner(of_step, inner) for of_step in prepared) if inner else prepared
+
+
+def _with_inner(of_step: dict[str, SitePlan], inner: dict[str, str]) -> dict[str, SitePlan]:
+    """A step's site plans; a stack that skips counts the passes of the sites within it. `inner`: the stack of each of them."""
+    found = dict(of_step)
+    for path, plan in of_step.items():
+        counts = tuple(of_step[site].count for site, stack in inner.items() if stack == path)
+        if isinstance(plan, ReusePlan) and counts:
+            found[path] = replace(plan, inner=counts)
+    return found

@@ -79,7 +79,7 @@ class ReusePlan:
     """A pass that repeats the stored output, or extrapolates it by a part of its change per step.
 
     `scale` and `extrapolate` are those of the cell, for the conditional and the unconditional branch. `plain`: it is repeated
-    as it is.
+    as it is. `inner` are the passes of the sites within a stack, which are not called.
     """
 
     site: Site
@@ -90,6 +90,7 @@ class ReusePlan:
     extrapolate: tuple[float, float]
     output: Key
     slope: Key
+    inner: tuple[PassCount, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -149,6 +149,9 @@ def execute_stack(call: StackCall, plan: SitePlan, generation: Generation) -> Ou
     if not member.last:
         return call.handed_on() if isinstance(plan, ReusePlan) else call.run()
     del passes[path]
+    if isinstance(plan, ReusePlan):
+        for count in plan.inner:
+            generation.stats.record_pass(count)
     call.began, call.visual = running.began, generation.tokens.visual_slice
     return execute_site(call, plan, generation)
 

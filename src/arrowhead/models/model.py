@@ -151,10 +151,11 @@ class Model:
         return replace(self, modules={site: module for site, module in self.modules.items() if wanted(site)})
 
     def without_overlap(self, sites: Collection[Site]) -> "Model":
-        """The same model without the sites that contain one of these, or lie within one: no plan has both."""
+        """The same model without other sites that contain one of these, or lie within one."""
+        paths = {site.path for site in sites}
 
         def separate(site: Site) -> bool:
-            return not any(other.contains(site) or site.contains(other) for other in sites)
+            return site.path in paths or not any(other.contains(site) or site.contains(other) for other in sites)
 
         return self.filtered(separate)
 

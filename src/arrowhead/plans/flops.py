@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from arrowhead.plans import masks
 from arrowhead.plans.cells import FULL, Arrow, Attend, Cached, Cell, Full, Method, Reuse, precision_of
-from arrowhead.plans.layout import Site, Tokens
-from arrowhead.plans.lifetimes import Writes, lifetimes
+from arrowhead.plans.layout import Site, Tokens, counted_once
+from arrowhead.plans.lifetimes import Writes, lifetimes_of_all
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,9 @@ def full_flops(sites: Iterable[Site], tokens: Tokens, samples: int) -> Flops:
 def remaining_flops(cells: Sequence[Sequence[Cell]], sites: Sequence[Site], tokens: Tokens, samples: int) -> Flops:
     """The parts of the uncompressed run's FLOPs that remain under steps × sites of cells."""
     spent, whole = Flops(0, 0), Flops(0, 0)
-    for site, column in zip(sites, zip(*cells, strict=True), strict=True):
-        for cell, writes in zip(column, lifetimes(column), strict=True):
+    columns = zip(*cells, strict=True)
+    for site, column, stored in zip(counted_once(sites), columns, lifetimes_of_all(cells, sites), strict=True):
+        for cell, writes in zip(column, stored, strict=True):
             spent += site_flops(site, tokens, cell, writes, samples)
             whole += site_flops(site, tokens, FULL, Writes(), samples)
     return Flops(spent.attention / (whole.attention or 1), spent.module / whole.module)

@@ -221,6 +221,25 @@ def outermost(sites: Iterable[Site]) -> tuple[Site, ...]:
     return tuple(site for site in sites if not any(block.contains(site) for block in outer))
 
 
+def stack_around(sites: Iterable[Site]) -> dict[Site, Site]:
+    """The sites of self-attention that lie within a stack which is one of these sites, too, each with that stack."""
+    sites = tuple(sites)
+    stacks = [site for site in sites if site.kind == "stack"]
+    return {site: stack for stack in stacks for site in sites if site.kind == "self_attention" and stack.contains(site)}
+
+
+def counted_once(sites: Iterable[Site]) -> tuple[Site, ...]:
+    """These sites, with stacks from which the attention is left out that is one of these sites: their FLOPs add up."""
+    sites = tuple(sites)
+    inner = stack_around(sites)
+
+    def without_inner(stack: Site) -> Site:
+        blocks = (replace(block, within=tuple(s for s in block.within if s not in inner)) for block in stack.within)
+        return replace(stack, within=tuple(blocks))
+
+    return tuple(without_inner(site) if site in inner.values() else site for site in sites)
+
+
 BranchOrder = Literal["cond_first", "uncond_first", "two_calls"]
 """Where the CFG branches are: in one batch, with the conditional branch first or second; or in two calls, that branch first."""
 

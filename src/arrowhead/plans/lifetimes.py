@@ -24,6 +24,7 @@ from arrowhead.plans.cells import (
     refreshes_residual,
     residual_radius,
 )
+from arrowhead.plans.layout import Site, stack_around
 
 FOREVER = sys.maxsize
 """The last reader of an entry that is stored until the next one overwrites it."""
@@ -134,6 +135,27 @@ def lifetimes(column: Sequence[Cell]) -> tuple[Writes, ...]:
         )
         for step, cell in enumerate(column)
     )
+
+
+def lifetimes_of_all(cells: Sequence[Sequence[Cell]], sites: Sequence[Site]) -> tuple[tuple[Writes, ...], ...]:
+    """What each site stores in each step, from steps × sites of cells.
+
+    Attention within a stack of the same plan runs where the stack computes. In the other steps nothing is read of it.
+    """
+    inner = stack_around(sites)
+    columns = zip(sites, zip(*cells, strict=True), strict=True)
+    return tuple(_where_computed(column) if site in inner else lifetimes(column) for site, column in columns)
+
+
+def _where_computed(column: Sequence[Cell]) -> tuple[Writes, ...]:
+    """What a site stores in the steps in which it computes, when its output is not read in the others."""
+    steps = [step for step, cell in enumerate(column) if isinstance(cell, Attend)]
+    found = [Writes()] * len(column)
+    for step, writes in zip(steps, lifetimes([column[step] for step in steps]), strict=True):
+        residuals = (replace(entry, last_reader=steps[entry.last_reader]) for entry in writes.residuals)
+        outputs = (replace(entry, last_reader=steps[entry.last_reader]) for entry in writes.head_outputs)
+        found[step] = Writes(residuals=tuple(residuals), head_outputs=tuple(outputs))
+    return tuple(found)
 
 
 def head_count(column: Sequence[Cell]) -> int | None:

@@ -10,7 +10,7 @@ from arrowhead.errors import InputsInvalid
 from arrowhead.plans.cells import Attend, Cell, Reuse
 from arrowhead.plans.flops import computed_samples, count_heads
 from arrowhead.plans.layout import Site, Tokens
-from arrowhead.plans.lifetimes import EntryKind, Writes, lifetimes
+from arrowhead.plans.lifetimes import EntryKind, Writes, lifetimes_of_all
 
 CacheDtype = Literal["native", "int8", "fp8"]
 """How entries are encoded: in the pipeline's own dtype, as whole numbers from −127 to 127, or as float8_e4m3fn.
@@ -78,9 +78,11 @@ def memory(
     passes = calls * len(sites)  # in a step
     change = [0] * (len(cells) * passes + 1)  # of the bytes per image, by each site pass
     held: list[_Lifetime] = []
-    for place, (site, column) in enumerate(zip(sites, zip(*cells, strict=True), strict=True)):
+    columns = zip(sites, zip(*cells, strict=True), lifetimes_of_all(cells, sites), strict=True)
+    # a stack ends, and stores, after the sites within it
+    for place, (site, column, stored) in enumerate(sorted(columns, key=lambda each: each[0].kind == "stack")):
         sizes = _EntryBytes(site, tokens, itemsize, cache_dtype)
-        for life in _lifetimes_of(sizes, column, samples, calls):
+        for life in _lifetimes_of(sizes, column, stored, samples, calls):
             written, freed = life.written * len(sites) + place, life.freed * len(sites) + place
             change[written] += life.size
             change[freed] -= life.size
@@ -171,9 +173,11 @@ def _entries(sizes: _EntryBytes, column: Sequence[Cell], writes: Writes) -> Iter
         yield _Entry("slope", sizes.output(), writes.slope_until)
 
 
-def _lifetimes_of(sizes: _EntryBytes, column: Sequence[Cell], samples: int, calls: int) -> Iterator[_Lifetime]:
+def _lifetimes_of(
+    sizes: _EntryBytes, column: Sequence[Cell], stored: Sequence[Writes], samples: int, calls: int
+) -> Iterator[_Lifetime]:
     """The lifetimes of all that one site writes under its column, in calls of the transformer."""
-    for step, (cell, writes) in enumerate(zip(column, lifetimes(column), strict=True)):
+    for step, (cell, writes) in enumerate(zip(column, stored, strict=True)):
         if isinstance(cell, Reuse):
             continue
         for entry in _entries(sizes, column, writes):

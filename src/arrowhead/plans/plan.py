@@ -13,9 +13,9 @@ from arrowhead.errors import InputsInvalid, PlanInvalid, PlanMismatch
 from arrowhead.plans import atomic_write, file_format, flops, limits, memory, resample
 from arrowhead.plans.about import about_in_file, require_about
 from arrowhead.plans.card import Card
-from arrowhead.plans.cells import FULL, Attend, Cell, Full, Reuse, method_name, paper_name, uses_box
+from arrowhead.plans.cells import AST, FULL, Attend, Cell, Full, Reuse, method_name, paper_name, uses_box
 from arrowhead.plans.hub import OnHub
-from arrowhead.plans.layout import Site, Tokens, outermost
+from arrowhead.plans.layout import Site, Tokens, outermost, stack_around
 from arrowhead.plans.lifetimes import first_fault
 from arrowhead.plans.memory import CacheDtype
 from arrowhead.plans.resample import Conditions
@@ -27,7 +27,9 @@ class Plan(OnHub):
     """Steps × sites of cells, with what they were made for and how they were found.
 
     Attributes:
-        cells: a row for each denoising step, with a cell for each of the target's sites, in their order.
+        cells: a row for each denoising step, with a cell for each of the target's sites, in their order. Where a stack and
+            attention within it are among the sites, attention runs in the steps that the stack computes. In the others its cell
+            is AST, and nothing is stored for them.
         target: the transformer, scheduler and sites that the plan is for.
         tokens: the tokens of a call. A plan without boxes is bound to no grid, so its tokens have none.
         guided: a generation has both CFG branches.
@@ -107,12 +109,21 @@ class Plan(OnHub):
         sites = self.target.sites
         if not self.cells or not sites:
             raise PlanInvalid(f"got {len(self.cells)} steps and {len(sites)} sites, wanted at least one each")
-        if beneath := set(sites) - set(outermost(sites)):
+        inner = stack_around(sites)
+        if beneath := set(sites) - set(outermost(sites)) - inner.keys():
             path = min(site.path for site in beneath)
             raise PlanInvalid(f"got site {path} and the block that it lies within, wanted one of the two; leave one out")
         for step, row in enumerate(self.cells):
             if len(row) != len(sites):
                 raise PlanInvalid(f"step {step} has {len(row)} cells, wanted one for each of {len(sites)} sites")
+            cell_of = dict(zip(sites, row, strict=True))
+            for site, stack in inner.items():
+                cell, skipped = cell_of[site], isinstance(cell_of[stack], Reuse)
+                if not (cell == AST if skipped else isinstance(cell, Attend)):
+                    raise PlanInvalid(
+                        f"step {step}: got {paper_name(cell)} for {site.path} and {paper_name(cell_of[stack])} for the stack "
+                        "around it; wanted AST for it in the steps that the stack skips, and in no other"
+                    )
 
     def _require_column(self, site: Site, column: tuple[Cell, ...]) -> None:
         attends = [cell for cell in column if isinstance(cell, Attend)]
@@ -265,7 +276,7 @@ class Plan(OnHub):
     def begun_at(self, step: int) -> "Plan":
         """The plan of a generation in which nothing that the steps before `step` computed can be read; these are full here."""
         full = ((FULL,) * len(self.target.sites),) * step
-        later = resample.that_can_run(self.cells[step:], None if self.switch is None else self.switch - step)
+        later = resample.that_can_run(self.cells[step:], self.target.sites, None if self.switch is None else self.switch - step)
         return replace(self, cells=full + later)
 
     def require(self, target: Target, *, scheduler: bool = True) -> None:

@@ -14,8 +14,8 @@ from math import floor
 from arrowhead.errors import InputsInvalid
 from arrowhead.plans.cells import FULL, Arrow, Attend, Box, Cell, Full, Method, Radius, Reuse
 from arrowhead.plans.flops import site_flops
-from arrowhead.plans.layout import Site, Tokens, relevant_tokens
-from arrowhead.plans.lifetimes import Computed, head_count, lifetimes
+from arrowhead.plans.layout import Site, Tokens, counted_once, relevant_tokens, stack_around
+from arrowhead.plans.lifetimes import Computed, head_count, lifetimes_of_all
 
 Rows = tuple[tuple[Cell, ...], ...]
 """Steps × sites."""
@@ -108,8 +108,9 @@ def require_switch(new: Conditions, old: Conditions) -> None:
 def _in_steps(cells: Rows, sites: Sequence[Site], samples: int, old: Conditions, new: Conditions) -> Rows:
     """The cells for other noise levels; what would read something that no step computed is computed in full instead."""
     spent = [0] * old.steps
-    for site, column in zip(sites, zip(*cells, strict=True), strict=True):
-        for step, (cell, writes) in enumerate(zip(column, lifetimes(column), strict=True)):
+    columns = zip(*cells, strict=True)
+    for site, column, stored in zip(counted_once(sites), columns, lifetimes_of_all(cells, sites), strict=True):
+        for step, (cell, writes) in enumerate(zip(column, stored, strict=True)):
             spent[step] += int(site_flops(site, old.tokens, cell, writes, samples).module)
     skips = [all(isinstance(cell, Reuse) for cell in row) for row in cells]
     before, after = _spans(old, new)
@@ -126,7 +127,7 @@ def _in_steps(cells: Rows, sites: Sequence[Site], samples: int, old: Conditions,
         else:
             taken = rows_taken(spent[begin:end], before[begin:end], there)
         rows += [begin + row for row in taken]
-    found = that_can_run([cells[row] for row in rows], new.switch)
+    found = that_can_run([cells[row] for row in rows], sites, new.switch)
     slopes = [_slope_scales(column, before, old.switch) for column in zip(*cells, strict=True)]
     columns = [
         _rescaled(column, [scales[row] for row in rows], _slope_scales(column, after, new.switch))
@@ -161,10 +162,16 @@ def _rescaled(column: Sequence[Cell], old: Sequence[Fraction], new: Sequence[Fra
     )
 
 
-def that_can_run(rows: Sequence[Sequence[Cell]], switch: int | None) -> Rows:
+def that_can_run(rows: Sequence[Sequence[Cell]], sites: Sequence[Site], switch: int | None) -> Rows:
     """The rows in which whatever reads something that no earlier step of the same transformer computed is computed in full."""
-    columns = zip(*rows, strict=True)
-    return tuple(zip(*(_column_that_can_run(column, switch) for column in columns), strict=True))
+    columns = [_column_that_can_run(column, switch) for column in zip(*rows, strict=True)]
+    for site, stack in stack_around(sites).items():  # it runs where the stack does
+        place, around = sites.index(site), columns[sites.index(stack)]
+        columns[place] = tuple(
+            FULL if isinstance(cell, Reuse) and isinstance(outer, Attend) else cell
+            for cell, outer in zip(columns[place], around, strict=True)
+        )
+    return tuple(zip(*columns, strict=True))
 
 
 def _spans(old: Conditions, new: Conditions) -> tuple[list[Span], list[Span]]:

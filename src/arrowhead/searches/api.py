@@ -25,6 +25,7 @@ from arrowhead.searches.greedy import Greedy, Trial, greedy_search
 from arrowhead.searches.headwise import Choice, Headwise, headwise_search
 from arrowhead.searches.stack.api import planned, profile, solve_profile, why_sites
 from arrowhead.searches.stack.held import profile_bytes
+from arrowhead.searches.stack.levels import two_levels
 from arrowhead.searches.stack.profile import Profile
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
@@ -73,7 +74,8 @@ def search(
         threshold: for `greedy`, the error allowed at the last layer of a step, or one of D1 … D6 (0.025 … 0.15); for
             `headwise`, the sum of a site's errors in a step (the paper has 0.2 … 1). None: 0.1 or 0.6.
         loss: for `greedy`, the error's form, see `metrics.error.relative_error`.
-        extent: for `budget`: what the calibration measures, and with how much memory.
+        extent: for `budget`: what the calibration measures, and with how much memory. With `stack`: that heads may be arrows in
+            the steps that are computed, and by which radii; a second generation measures these, with gradients or without.
         table: for `budget`: the table that `calibrate` gave for these inputs, in place of another calibration.
         shard: names of the inputs that have one entry for each prompt, the list of generators among them. These are split among
             the processes of `torch.distributed`, which are all given the same arguments. Each process runs the pipeline on its
@@ -98,7 +100,9 @@ def search(
     if named in ("budget", "stack"):
         wanted = Budget(error=PRESETS[budget or "balanced"]) if budget is None or isinstance(budget, str) else budget
         why = why_sites(driver, wanted, extent, table) if strategy is None else None
-        if named == "stack" or (strategy is None and why is None):
+        if named == "stack" and extent is not None:
+            plan = two_levels(driver, wanted, extent, progress)
+        elif named == "stack" or (strategy is None and why is None):
             plan = planned(driver, wanted, progress)
         else:
             plan = budgeted(driver, wanted, extent=extent, table=table, progress=progress)
@@ -175,8 +179,11 @@ def _check_arguments(
     if not isinstance(extent, Extent | None) or not isinstance(table, Table | None):
         raise InputsInvalid(f"got extent={extent!r} and a {type(table).__name__} for a table, wanted an Extent, or a Table")
     given = [name for name, value in (("extent", extent), ("table", table)) if value is not None]
-    if len(given) > (named == "budget"):
-        raise InputsInvalid(f"got {' and '.join(given)} with strategy={named!r}; wanted one of them at most, with 'budget'")
+    if len(given) > (named == "budget" or (named == "stack" and table is None)):
+        raise InputsInvalid(
+            f"got {' and '.join(given)} with strategy={named!r}; wanted one of them at most, with 'budget', or an extent with "
+            "'stack'"
+        )
     if not isinstance(budget, Budget | None) and not (isinstance(budget, str) and budget in PRESETS):
         raise InputsInvalid(f"got budget={budget!r}, wanted a Budget, or one of {', '.join(PRESETS)}")
 

@@ -89,7 +89,7 @@ def smaller(extent: Extent, *, one_by_one: bool, checkpoint: bool, other_device:
     steps = (one_by_one, {"one_by_one": True}), (checkpoint, {"checkpoint": True}), (True, {"cache_dtype": "int8"})
     for possible, settings in (*steps, (other_device, {"cache_device": "cpu"})):
         if possible:
-            extent = replace(extent, **settings)  # type: ignore[arg-type]
+            extent = replace(extent, **settings)
             yield extent
 
 

@@ -75,13 +75,13 @@ def test_generate_with_a_speedup(command, made, tiny, tmp_path):
     """By a profile, and by what an earlier command kept."""
     inputs = INPUTS | {"output_type": "pil"}
     generator = torch.Generator().manual_seed(0)
-    raw = tiny(**inputs, generator=generator).images[0]
+    raw = tiny(**inputs, generator=generator).images[0].tobytes()
     with ah.speedup(tiny, quality="strong", profile=made):
-        fast = tiny(**inputs, generator=generator.manual_seed(0)).images[0]
+        fast = tiny(**inputs, generator=generator.manual_seed(0)).images[0].tobytes()
 
     def generated(*more):
         said, _ = command("generate", "tiny:dit", *GIVEN, "--speedup", "strong", "--out", tmp_path / "images", *more)
-        return said, Image.open(tmp_path / "images/000.png")
+        return said, Image.open(tmp_path / "images/000.png").tobytes()
 
     assert raw != fast
     said, image = generated("--profile", made)

@@ -338,9 +338,9 @@ def test_what_was_done_is_said_by_counters(name):
         with pytest.warns(PlanAdapted):
             bench.pipe(**bench.inputs(steps=5))
         other = str(sped)
+    whole = generated()[1]
     hook.remove()
     inner.remove()
-    whole = generated()[1]
     done = f"{STEPS} steps, {computed} computed, {flops / whole:.0%} of the FLOPs"
     assert first == f"watched in full; from the next generation on {done}; expected error {error}"
     assert re.fullmatch(rf"{done}, \d+\.\d × faster than the first generation; expected error {error}", said), said

@@ -26,7 +26,7 @@ def require_cache_dtype(name: str) -> CacheDtype:
     Raises:
         InputsInvalid: there is no such cache dtype.
     """
-    if name not in get_args(CacheDtype):
+    if not isinstance(name, str) or name not in get_args(CacheDtype):
         raise InputsInvalid(
             f"got cache_dtype={name!r}, wanted one of {', '.join(get_args(CacheDtype))}; leave it out for native"
         )

@@ -129,11 +129,11 @@ def _in_steps(cells: Rows, sites: Sequence[Site], samples: int, old: Conditions,
         rows += [begin + row for row in taken]
     found = that_can_run([cells[row] for row in rows], sites, new.switch)
     slopes = [_slope_scales(column, before, old.switch) for column in zip(*cells, strict=True)]
-    columns = [
+    rescaled = [
         _rescaled(column, [scales[row] for row in rows], _slope_scales(column, after, new.switch))
         for column, scales in zip(zip(*found, strict=True), slopes, strict=True)
     ]
-    return tuple(zip(*columns, strict=True))
+    return tuple(zip(*rescaled, strict=True))
 
 
 def _slope_scales(column: Sequence[Cell], begins: Sequence[Span], switch: int | None) -> list[Fraction]:

@@ -135,8 +135,14 @@ def test_supported_gives_the_families():
     table = {row.transformer: row for row in ah.supported()}
     assert table.keys() == COVERED
     assert all(row.pipelines and row.left_alone and row.tested and row.cfg for row in table.values())
-    assert table["DiTTransformer2DModel"].compressed == ("self_attention", "feed_forward", "block")
-    assert table["PixArtTransformer2DModel"].compressed == ("self_attention", "cross_attention", "feed_forward", "block")
+    assert table["DiTTransformer2DModel"].compressed == ("self_attention", "feed_forward", "block", "stack")
+    assert table["PixArtTransformer2DModel"].compressed == (
+        "self_attention",
+        "cross_attention",
+        "feed_forward",
+        "block",
+        "stack",
+    )
     assert table["FluxTransformer2DModel"].cfg == "two calls"
 
 

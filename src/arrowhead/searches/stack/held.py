@@ -9,7 +9,7 @@ from arrowhead.models.find import find
 from arrowhead.plans.cells import AST, FULL
 from arrowhead.plans.layout import Branches, Site, Tokens
 from arrowhead.plans.memory import memory
-from arrowhead.searches.stack.profile import AGES
+from arrowhead.searches.stack.watch import HELD
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
     from diffusers import DiffusionPipeline
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # diffusers takes seconds to import
 def profile_bytes(pipe: "DiffusionPipeline", inputs: Mapping[str, Any]) -> int:
     """Returns the bytes that `arrowhead.profile` holds at most from one step to the next, on the model's device.
 
-    These are what the stack of blocks gave in the last 16 steps. The pipeline, the latents and what one pass of the transformer
+    These are what the stack of blocks gave in the last 20 steps. The pipeline, the latents and what one pass of the transformer
     needs come on top. The pipeline runs up to its first call of the transformer.
 
     Raises what `arrowhead.profile` raises.
@@ -32,10 +32,10 @@ def profile_bytes(pipe: "DiffusionPipeline", inputs: Mapping[str, Any]) -> int:
     calibration.run(lambda _: None, first_only=True)
     # weights may be kept in a smaller dtype than the one that computes
     dtype = getattr(model.transformer, "dtype", next(model.transformer.parameters()).dtype)
-    steps, switch = calibration.step_count or AGES, calibration.switch
+    steps, switch = calibration.step_count or HELD, calibration.switch
     longest = steps if switch is None else max(switch, steps - switch)  # of the steps of one transformer
     one = output_bytes(model.sites[0], calibration.tokens, calibration.branches, calibration.rows, dtype.itemsize)
-    return one * min(longest, AGES)
+    return one * min(longest, HELD)
 
 
 def output_bytes(stack: Site, tokens: Tokens, branches: Branches, rows: int, itemsize: int) -> int:

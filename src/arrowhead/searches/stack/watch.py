@@ -33,6 +33,8 @@ from arrowhead.searches.stack.profile import AGES, SKETCH, Profile
 
 EVERY = 5
 """Changes are tried in one of this many steps: each is a pass of the last layers, 2 % of a whole pass on a small model."""
+HELD = AGES + EVERY - 1
+"""Outputs of the stack that are held, at most: those that a step is compared with, for the first of `EVERY` steps, too."""
 NUDGE = 0.1
 """The part of a change of the stack's output that is tried, where the model computes in at least 32 bits: the last layers are
 nearly linear for so small a change. In 16 bits the whole change is tried, because a small one would be lost in rounding."""

@@ -14,6 +14,10 @@ UNSUPPORTED: dict[str, str] = {
     "Ideogram4Transformer2DModel": "a second transformer for the unconditional branch, in every step",
     "PRXTransformer2DModel": "attention in which the text has keys and values and no queries",
     "NucleusMoEImageTransformer2DModel": "attention in which the text has keys and values and no queries",
+    "Cosmos3OmniTransformer": "causal attention of the prompt and full attention of the rest, in one module's call",
+    "RFD4ProteinaTransformer": "attention with a bias for each pair of residues; it makes proteins",
+    "Transformer2DModel": "classes of discrete codes in place of noise levels",
+    "WanAnimate2Transformer3DModel": "attention by FlexAttention's block masks alone",
     "OmniGenTransformer2DModel": "prompt, timestep and images in one sequence, partly causal; guidance that is never off",
 }
 """By the name of the transformer's class, the part of the class that does not fit."""

@@ -618,6 +618,34 @@ def test_a_profile_at_other_steps(watched, steps, seed):
         assert found[count].error == pytest.approx(wanted[count].error, rel=0.5, abs=1e-4)
 
 
+def part_of(profile, begin, end):
+    """What was watched of one transformer, as a profile of its own."""
+    levels = profile.target.levels[begin:end]
+    gains, feedback = profile.sampler_gains[begin:end], profile.model_feedback[begin:end]
+    return replace(
+        profile, target=replace(profile.target, levels=levels), changes=profile.changes[begin:end],
+        products=profile.products[begin:end], sampler_gains=gains, model_feedback=feedback, switch=None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_each_of_two_transformers_is_resampled_by_itself(seed):
+    whole = replace(on_a_line(12, seed), switch=5)
+    made = whole.resample(steps=18)
+    assert (made.switch, made.steps) == (8, 18)  # 5 / 12 of 18 is 7.5
+    first, second = part_of(whole, 0, 5).resample(steps=8), part_of(whole, 5, 12).resample(steps=10)
+    for begin, end, alone in ((0, 8, first), (8, 18, second)):
+        ages = min(made.ages, alone.ages) + 1
+        assert torch.allclose(made.changes[begin:end, :ages], alone.changes[:, :ages])
+        assert torch.allclose(made.products[begin:end, :, :ages, :ages], alone.products[:, :, :ages, :ages])
+        assert made.model_feedback[begin + 1 : end - 1] == pytest.approx(alone.model_feedback[1:-1])
+    assert whole.resample(levels=whole.target.levels).switch == 5
+    with pytest.raises(InputsInvalid, match="wanted steps of both transformers"):
+        whole.resample(levels=whole.target.levels[5:])
+    with pytest.raises(InputsInvalid, match="wanted steps of both transformers"):
+        whole.resample(steps=1)
+
+
 def test_a_profile_at_its_own_steps_is_itself():
     profile = on_a_line(10, 3)
     for same in (profile.resample(steps=10), profile.resample(levels=profile.target.levels)):

@@ -21,14 +21,35 @@ def positions_of(levels: Sequence[float], watched: Sequence[float]) -> list[floa
     return np.interp([-level for level in levels], [-level for level in (*watched, 0.0)], axis).tolist()
 
 
-def ages_at(positions: Sequence[float], ages: int) -> int:
-    """How many steps old what is read may be, where no more than `ages` watched steps may lie between."""
+def parts_of(
+    steps: int | None, levels: Sequence[float] | None, watched: Sequence[float] | None, count: int, switch: int | None
+) -> list[list[float]]:
+    """The new steps' places among the `count` watched ones, for each transformer.
 
-    def within(last: int) -> int:
-        return sum(positions[last] - position <= ages - 1 for position in positions[:last])
+    Each transformer keeps its part of the steps. By noise level, a step is the second one's if it is nearer to that one's first
+    step than to the last one of the first transformer.
+    """
+    ends = [(0, count)] if switch is None else [(0, switch), (switch, count)]
+    if levels is None:
+        assert steps is not None
+        first = steps if switch is None else min(max(1, round(switch * steps / count)), steps - 1)
+        news = [steps] if switch is None else [first, steps - first]
+        return [[begin + i * (end - begin) / new for i in range(new)] for (begin, end), new in zip(ends, news, strict=True)]
+    places = positions_of(levels, watched or ())
+    if switch is None:
+        return [places]
+    earlier = [min(place, switch - 1.0) for place in places if place < switch - 0.5]
+    return [earlier, [max(place, float(switch)) for place in places[len(earlier) :]]]
 
-    limited = [within(t) for t in range(1, len(positions)) if within(t) < t]
-    return max(1, min(limited, default=len(positions) - 1))
+
+def ages_at(parts: Sequence[Sequence[float]], ages: int) -> int:
+    """How many steps old what is read may be, where no more than `ages` watched steps may lie between.
+
+    `parts` has the places of each transformer's steps.
+    """
+    within = [(t, sum(part[t] - place <= ages - 1 for place in part[:t])) for part in parts for t in range(1, len(part))]
+    limited = [number for t, number in within if number < t]
+    return max(1, min(limited, default=max(map(len, parts)) - 1))
 
 
 def changes_at(changes: Tensor, positions: Sequence[float], ages: int) -> Tensor:

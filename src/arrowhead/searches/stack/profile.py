@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from arrowhead.errors import InputsInvalid
@@ -14,7 +15,7 @@ from arrowhead.plans.card import Card
 from arrowhead.plans.hub import OnHub
 from arrowhead.plans.layout import Branches, Tokens
 from arrowhead.plans.target import Target
-from arrowhead.searches.stack.interpolated import ages_at, changes_at, positions_of, products_at
+from arrowhead.searches.stack.interpolated import ages_at, changes_at, parts_of, products_at
 from arrowhead.searches.stack.profile_file import MAX_BYTES, read_profile, write_profile
 
 AGES = 16
@@ -90,11 +91,11 @@ class Profile(OnHub):
         """The profile for other steps, by interpolation between those that were watched.
 
         Args:
-            steps: the new number of steps, evenly among the watched ones.
+            steps: the new number of steps, evenly among the watched ones; of two transformers each keeps its part.
             levels: in place of it, the noise level of each new step (see `Target.levels`), decreasing.
 
         Raises:
-            InputsInvalid: not one of the two is given, there are no such levels, or a second transformer takes over on the way.
+            InputsInvalid: not one of the two is given, there are no such levels, or one of two transformers has no step.
 
         Examples:
             >>> plan = ah.solve(profile.resample(steps=20), ah.Budget(transformer_flops=0.4))
@@ -107,25 +108,25 @@ class Profile(OnHub):
             )
         if steps is not None and (type(steps) is not int or steps < 1):
             raise InputsInvalid(f"got steps={steps!r}, wanted a whole number of at least 1")
-        if self.switch is not None:
-            raise InputsInvalid(f"got switch={self.switch}, wanted a profile of one transformer; watch a generation there")
-        if levels is None:
-            assert steps is not None
-            positions = [i * self.steps / steps for i in range(steps)]
-        else:
-            positions = positions_of(levels, watched or ())
-        lengths = [end - begin for begin, end in pairwise([*positions, float(self.steps)])]
-        ages = ages_at(positions, self.ages)
-        gains, feedback = (
-            np.interp(positions, range(self.steps), known) for known in (self.sampler_gains, self.model_feedback)
-        )
+        parts = parts_of(steps, levels, watched, self.steps, self.switch)
+        if not all(parts):
+            raise InputsInvalid(
+                f"got steps={steps!r} and levels={levels!r}, wanted steps of both transformers; the second one "
+                f"takes over in step {self.switch} of {self.steps}"
+            )
+        places, ages = [place for part in parts for place in part], ages_at(parts, self.ages)
+        lengths = [end - begin for begin, end in pairwise([*places, float(self.steps)])]
+        gains, feedback = (np.interp(places, range(self.steps), known) for known in (self.sampler_gains, self.model_feedback))
+        ends = [0, self.steps] if self.switch is None else [0, self.switch, self.steps]
+        rows = [(slice(*own), [place - own[0] for place in part]) for own, part in zip(pairwise(ends), parts, strict=True)]
         return replace(
             self,
             target=replace(self.target, levels=None if levels is None else tuple(levels)),
-            changes=changes_at(self.changes, positions, ages),
-            products=products_at(self.products, positions, ages),
+            changes=torch.cat([changes_at(self.changes[own], part, ages) for own, part in rows]),
+            products=torch.cat([products_at(self.products[own], part, ages) for own, part in rows]),
             sampler_gains=tuple((gains * lengths).tolist()),
             model_feedback=tuple(feedback.tolist()),
+            switch=None if self.switch is None else len(parts[0]),
         )
 
     def save(self, path: str | Path) -> None:

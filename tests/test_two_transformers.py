@@ -98,7 +98,9 @@ def test_a_call_that_leaves_the_second_transformer_out():
     with ah.applied(bench.pipe, plan), pytest.warns(PlanAdapted, match="switch None, was 2"):
         given = trace(bench, bench.inputs(guidance_scale_2=None))
     bench.switch = None
-    with replaying(bench, model.modules, [[FULL] * 2] * 3 + [[AST] * 2] * 2, True):  # two old rows for five steps: F, R
+    with replaying(
+        bench, model.modules, [[FULL] * 2, [AST] * 2, [FULL] * 2, [AST] * 2, [FULL] * 2], True
+    ):  # F, R in five steps
         wanted = trace(bench, bench.inputs(guidance_scale_2=None))
     assert distance(given, wanted) < 1e-5
 

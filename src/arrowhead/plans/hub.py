@@ -66,8 +66,8 @@ class OnHub:
             PlanInvalid: a plan's file is none.
 
         Examples:
-            >>> profile = ah.Profile.from_pretrained("org/name", revision="v1")
-            >>> plan = ah.Plan.from_pretrained("org/name")
+                profile = ah.Profile.from_pretrained("org/name", revision="v1")
+                plan = ah.Plan.from_pretrained("org/name")
         """
         name = pretrained_model_name_or_path
         if not isinstance(name, str | Path) or not str(name):
@@ -136,8 +136,8 @@ class OnHub:
             CardKept: the repository has a README.md that arrowhead did not write.
 
         Examples:
-            >>> profile.push_to_hub("org/name", private=True)
-            >>> plan.push_to_hub("org/name", measured={"40 %": {"lpips": 0.0003}})
+                profile.push_to_hub("org/name", private=True)
+                plan.push_to_hub("org/name", measured={"40 %": {"lpips": 0.0003}})
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, repo_id=repo_id, measured=measured)

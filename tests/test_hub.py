@@ -141,7 +141,7 @@ def test_nothing_too_large_is_downloaded(hub):
     assert {verb for verb, path, _ in hub.asked if "resolve" in path} == {"HEAD"}
 
 
-@pytest.mark.parametrize("name", ["org/none", "no such name", "a/b/c", ""])
+@pytest.mark.parametrize("name", ["org/none", "no such name", "a/b/c", "", "a" * 300], ids=lambda name: name[:12])
 def test_repositories_that_are_not_there(hub, name):
     with pytest.raises((HubUnavailable, InputsInvalid), match="wanted"):
         ah.Plan.from_pretrained(name)
@@ -225,6 +225,10 @@ def test_what_others_wrote_steers_no_card(bench):
     assert [len(row) for row in tables_of(text)["Measured"]] == [2, 2]
 
 
+def test_entries_that_others_wrote_are_shown_as_they_are(bench):
+    assert ["watched", "5"] in tables_of(plan_of(bench, watched=5).card(NAME).text())["Settings"]
+
+
 def test_a_card_that_others_wrote_is_left(hub, bench):
     theirs = b"---\nlicense: mit\nlibrary_name: diffusers\n---\n# A model\n"
     hub.repos[NAME] = {"main": []}
@@ -234,6 +238,51 @@ def test_a_card_that_others_wrote_is_left(hub, bench):
         plan.push_to_hub(NAME)
     files = hub.at(NAME, "main")["files"]
     assert (files["README.md"], files["plan.json"].decode()) == (theirs, plan.text())
+
+
+def test_a_card_that_is_too_large_is_not_downloaded(hub, bench):
+    hub.repos[NAME] = {"main": []}
+    hub.commit(NAME, "main", {"README.md": b"library_name: arrowhead\n"})
+    hub.sizes["README.md"] = 2**40
+    with pytest.warns(CardKept):
+        plan_of(bench).push_to_hub(NAME)
+    assert not [path for verb, path, _ in hub.asked if verb == "GET" and path.endswith("README.md")]
+
+
+def test_a_card_of_others_in_a_folder_is_left(bench, tmp_path):
+    theirs, plan = b"---\nlicense: mit\n---\n# A model\n", plan_of(bench)
+    (tmp_path / "README.md").write_bytes(theirs)
+    with pytest.warns(CardKept, match=r"has a README.md that arrowhead did not write"):
+        plan.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_bytes() == theirs
+    assert ah.Plan.from_pretrained(tmp_path) == plan
+    (tmp_path / "README.md").unlink()
+    for _ in range(2):  # arrowhead's own card is written anew
+        plan.save_pretrained(tmp_path)
+    assert f"ah.Plan.from_pretrained({str(tmp_path)!r})" in (tmp_path / "README.md").read_text()
+
+
+def test_a_card_names_the_repository_with_its_owner(hub, bench):
+    plan_of(bench).push_to_hub("fast")
+    assert "ah.Plan.from_pretrained('me/fast')" in card_on(hub, "me/fast").text
+
+
+def test_what_is_downloaded_is_of_the_commit_whose_size_was_asked(hub, bench, monkeypatch):
+    old, new = plan_of(bench, 0), plan_of(bench, 1)
+    old.push_to_hub(NAME)
+    at = hub.at
+
+    def moving(name, revision):
+        found = at(name, revision)
+        if revision == "main" and len(hub.repos[NAME]["main"]) == 1:
+            hub.commit(NAME, "main", {"plan.json": new.text().encode()})
+        return found
+
+    monkeypatch.setattr(hub, "at", moving)
+    assert ah.Plan.from_pretrained(NAME) == old
+    assert len(hub.repos[NAME]["main"]) == 2
+    assert ah.Plan.from_pretrained(NAME, local_files_only=True) == old
+    assert ah.Plan.from_pretrained(NAME) == new
 
 
 def test_folders_and_files_are_read_like_repositories(bench, profile, tmp_path):

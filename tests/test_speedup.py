@@ -23,9 +23,12 @@ import arrowhead as ah
 from arrowhead.errors import AlreadyApplied, InputsInvalid, NothingLearnt, PlanAdapted, UnsupportedPipeline
 from arrowhead.models.find import find
 from arrowhead.plans.cells import FULL
+from arrowhead.plans.layout import Tokens
+from arrowhead.plans.resample import Conditions, scaled_switch
 from arrowhead.searches.budget import validation
 from arrowhead.searches.stack import api as stack_api
 from arrowhead.searches.stack import watch as watching
+from arrowhead.searches.stack.interpolated import parts_of, positions_of
 from arrowhead.searches.stack.schedule import schedules
 
 STEPS = 8
@@ -644,6 +647,26 @@ def test_each_of_two_transformers_is_resampled_by_itself(seed):
         whole.resample(levels=whole.target.levels[5:])
     with pytest.raises(InputsInvalid, match="wanted steps of both transformers"):
         whole.resample(steps=1)
+
+
+def test_many_levels_at_the_switch_cost_as_much_as_elsewhere():
+    whole = replace(on_a_line(10, 0), switch=5)
+    made = whole.resample(levels=[1 - i / 40 for i in range(40)])
+    assert made.switch == 18  # the first level that is nearer to 0.5 than to 0.6
+    assert made.sampler_gains == pytest.approx([1 / 40] * 40)
+
+
+@pytest.mark.parametrize("steps", range(2, 30))
+def test_profiles_and_plans_switch_in_the_same_step(steps):
+    for switch in range(1, 10):
+        first, _ = parts_of(steps, None, None, 10, switch)
+        assert len(first) == scaled_switch(Conditions(10, Tokens(1, 0, False), switch), steps)
+
+
+def test_the_last_watched_level_may_be_0():
+    levels = [0.75, 0.5, 0.25, 0.0]
+    assert positions_of(levels, levels) == [0, 1, 2, 3]
+    assert positions_of([0.125], levels) == [2.5]
 
 
 def test_a_profile_at_its_own_steps_is_itself():

@@ -166,7 +166,7 @@ class ProcessorReplaced(ArrowheadWarning):
 
 
 class CardKept(ArrowheadWarning):
-    """A repository on the Hub has a README.md that arrowhead did not write: a plan or a profile was pushed without a card."""
+    """A repository or a folder has a README.md that arrowhead did not write: a plan or a profile is there without a card."""
 
 
 class InputsRepeated(ArrowheadWarning):

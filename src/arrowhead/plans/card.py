@@ -47,14 +47,19 @@ class Card:
         facts = {"pipeline": self.about.get("pipeline", "")} | ({"model": model} if known else {}) | {**self.facts}
         tables = {**self.tables} | ({"Measured": _measured(measured)} if measured else {})
         given = {name: self.about.get(name) for name in ("inputs", "seeds", "device", "dtype", "created")}
-        settings = {**self.about.get("watched", {}), **self.about.get("search", {}), **given}
+        settings = {**self._entries("watched"), **self._entries("search"), **given}
         lines = ["---", *metadata, "---", "", f"# {_plain(self.title)}", "", self.what, ""]
         lines += ["```python", "import arrowhead as ah", "", *self.usage, "```", "", *_table([["", ""], *_rows(facts)])]
         for name, rows in tables.items():
             lines += ["", f"## {name}", "", *_table(rows)]
         lines += ["", "## Settings", "", *_table([["setting", "value"], *_rows(settings)])]
-        lines += ["", "## Versions", "", *_table([["library", "version"], *_rows(self.about.get("versions", {}))])]
+        lines += ["", "## Versions", "", *_table([["library", "version"], *_rows(self._entries("versions"))])]
         return "\n".join(lines) + "\n"
+
+    def _entries(self, name: str) -> dict[str, Any]:
+        """An entry of the provenance that has entries of its own; one that others wrote may be anything."""
+        found = self.about.get(name, {})
+        return {str(key): value for key, value in found.items()} if isinstance(found, Mapping) else {name: found}
 
 
 def _measured(measured: Measured) -> list[list[str]]:

@@ -6,6 +6,8 @@ The names and arguments are those of huggingface_hub's own mixin for models. hug
 import tempfile
 import warnings
 from abc import abstractmethod
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -62,8 +64,8 @@ class OnHub:
 
         Raises:
             HubUnavailable: there is no such repository, revision or file, or it cannot be reached.
-            InputsInvalid: a profile's file is none, or too large.
-            PlanInvalid: a plan's file is none.
+            InputsInvalid: the file is no profile, or too large.
+            PlanInvalid: the file is no plan.
 
         Examples:
                 profile = ah.Profile.from_pretrained("org/name", revision="v1")
@@ -73,7 +75,7 @@ class OnHub:
         if not isinstance(name, str | Path) or not str(name):
             raise InputsInvalid(f"got {name!r}, wanted the name of a repository on the Hub, such as org/name, or a folder")
         local = Path(name)
-        if local.exists():
+        if _is_there(local):
             path = local / cls.file_name if local.is_dir() else local
             if not path.exists():
                 raise HubUnavailable(f"got the folder {name} without {cls.file_name}, wanted one that save_pretrained wrote")
@@ -87,6 +89,8 @@ class OnHub:
     ) -> None:
         """Write the file, and a card (README.md), into a folder, which `from_pretrained` reads.
 
+        A README.md that arrowhead did not write, such as a model's, is left as it is.
+
         Args:
             save_directory: the folder; it is made if it is missing.
             repo_id: the repository that the card's example names; None: the folder.
@@ -95,12 +99,20 @@ class OnHub:
         Raises:
             InputsInvalid: `measured` is no mapping of names to mappings of numbers.
             FileUnwritable: a file cannot be written.
+
+        Warns:
+            CardKept: the folder has a README.md that arrowhead did not write.
         """
         folder = Path(save_directory)
-        text = self.card(folder.name if repo_id is None else repo_id).text(measured)
+        text = self.card(str(save_directory) if repo_id is None else repo_id).text(measured)
         atomic_write.make_folder(folder)
         self.save(folder / self.file_name)
-        atomic_write.write(folder / CARD, text.encode())
+        if _is_of_others(folder / CARD):
+            warnings.warn(
+                f"{folder} has a {CARD} that arrowhead did not write, which was left as it is", CardKept, stacklevel=2
+            )
+        else:
+            atomic_write.write(folder / CARD, text.encode())
 
     def push_to_hub(
         self,
@@ -140,9 +152,37 @@ class OnHub:
                 plan.push_to_hub("org/name", measured={"40 %": {"lpips": 0.0003}})
         """
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, repo_id=repo_id, measured=measured)
+
+            def save(name: str) -> None:
+                self.save_pretrained(folder, repo_id=name, measured=measured)
+
+            save(repo_id)  # before a repository is made: this may be refused
             message = commit_message or f"{type(self).__name__} of {LIBRARY} {versions()[LIBRARY]}"
-            return _pushed(Path(folder), self.file_name, repo_id, message, private, token, branch, create_pr)
+            return _pushed(Path(folder), save, self.file_name, repo_id, message, private, token, branch, create_pr)
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is a file or folder of this name.
+
+    Raises:
+        HubUnavailable: the system cannot tell.
+    """
+    try:
+        return path.exists()
+    except OSError as error:
+        raise HubUnavailable(
+            f"cannot read {str(path)!r:.100}: {error.strerror}; wanted a repository on the Hub, such as org/name, or a folder"
+        ) from error
+
+
+def _is_of_others(card: Path) -> bool:
+    """Whether there is a card that arrowhead did not write, or one that cannot be read."""
+    try:
+        return OF_ARROWHEAD.search(limits.read_bytes(card).decode(errors="replace")) is None
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        return True
 
 
 def _downloaded(repo_id: str, file: str, most: int, where: dict[str, Any]) -> str:
@@ -151,10 +191,12 @@ def _downloaded(repo_id: str, file: str, most: int, where: dict[str, Any]) -> st
 
     asked = {**where, "library_name": LIBRARY, "library_version": versions()[LIBRARY]}
     try:
-        size = hf_hub_download(repo_id, file, **asked, dry_run=True).file_size
-        if size is not None and size > most:
-            raise HubUnavailable(f"{file} of {repo_id} has {size} bytes, wanted {most} at most; it was not downloaded")
-        return hf_hub_download(repo_id, file, **asked)
+        found = hf_hub_download(repo_id, file, **asked, dry_run=True)
+        if found.file_size is not None and found.file_size > most:
+            raise HubUnavailable(
+                f"{file} of {repo_id} has {found.file_size} bytes, wanted {most} at most; it was not downloaded"
+            )
+        path = hf_hub_download(repo_id, file, **{**asked, "revision": found.commit_hash})  # the branch may have moved
     except HubUnavailable:
         raise
     except Exception as error:  # those of the library for HTTP, too, which differs by version
@@ -163,10 +205,25 @@ def _downloaded(repo_id: str, file: str, most: int, where: dict[str, Any]) -> st
             f"cannot read {file} of {repo_id} at {revision}: {_reason(error)}; wanted a repository that has this file, or one "
             "downloaded before; check the name, the revision, the connection, and the token (hf auth login)"
         ) from error
+    _remember(Path(path), where["revision"] or "main", found.commit_hash)
+    return path
+
+
+def _remember(path: Path, revision: str, commit: str) -> None:
+    """Note in the folder for downloads which commit a branch or tag was at: offline, a file is looked up by it.
+
+    `path` is that of a downloaded file, `snapshots/<commit>/<file>`. huggingface_hub notes nothing where a commit is asked for.
+    """
+    noted = path.parents[2] / "refs" / revision
+    with suppress(OSError):  # the folder may be read-only
+        if revision != commit and not (noted.is_file() and noted.read_text() == commit):
+            noted.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write.write(noted, commit.encode())
 
 
 def _pushed(
     folder: Path,
+    save: Callable[[str], None],
     file: str,
     repo_id: str,
     message: str,
@@ -175,12 +232,15 @@ def _pushed(
     branch: str | None,
     create_pr: bool | None,
 ) -> str:
-    """The address of the commit of a folder's file and card."""
+    """The address of the commit of a folder's file and card, which `save` writes anew for another name of the repository."""
     from huggingface_hub import CommitOperationAdd, HfApi  # noqa: PLC0415
 
     api = HfApi(token=token, library_name=LIBRARY, library_version=versions()[LIBRARY])
     try:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        made = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if made != repo_id:  # it was given without its owner
+            save(made)
+        repo_id = made
         if branch is not None and not create_pr:
             api.create_branch(repo_id, branch=branch, exist_ok=True)
         keep = _has_card_of_others(repo_id, token, branch)
@@ -204,10 +264,13 @@ def _has_card_of_others(repo_id: str, token: str | bool | None, branch: str | No
 
     with tempfile.TemporaryDirectory() as cache:
         try:
-            path = hf_hub_download(repo_id, CARD, revision=branch, token=token, cache_dir=cache)
+            found = hf_hub_download(repo_id, CARD, revision=branch, token=token, cache_dir=cache, dry_run=True)
+            if found.file_size is not None and found.file_size > limits.MAX_BYTES:
+                return True
+            path = hf_hub_download(repo_id, CARD, revision=found.commit_hash, token=token, cache_dir=cache)
         except RemoteEntryNotFoundError:
             return False
-        return OF_ARROWHEAD.search(Path(path).read_bytes().decode(errors="replace")) is None
+        return _is_of_others(Path(path))
 
 
 def _reason(error: Exception) -> str:

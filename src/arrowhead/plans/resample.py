@@ -86,9 +86,12 @@ def resampled(cells: Rows, sites: Sequence[Site], samples: int, old: Conditions,
 
 def scaled_switch(old: Conditions, steps: int) -> int | None:
     """The step of a new number of steps in which the second transformer takes over: each keeps its part of the steps."""
-    if not old.switch or steps < 2:
-        return old.switch
-    return min(max(1, _scaled(old.switch, old.steps, steps)), steps - 1)
+    return part_of_steps(old.switch, old.steps, steps) if old.switch and steps > 1 else old.switch
+
+
+def part_of_steps(switch: int, before: int, after: int) -> int:
+    """`switch` of `before` steps, as a part of `after` steps: each transformer has one at least."""
+    return min(max(1, _scaled(switch, before, after)), after - 1)
 
 
 def require_switch(new: Conditions, old: Conditions) -> None:

@@ -114,7 +114,8 @@ def solve_profile(known: Profile, budget: Budget, *, feedback: float = FEEDBACKS
     if not within:
         least = min(cost(known, name, each) for each in found.values())
         most = f"transformer_flops={least:.3f} at least" if name == "transformer_flops" else f"speedup={1 / least:.3g} at most"
-        raise InputsInvalid(f"got a budget of {name}={value}, wanted {most}; ask for less")
+        remedy = "allow more" if name == "transformer_flops" else "ask for less"
+        raise InputsInvalid(f"got a budget of {name}={value}, wanted {most}; {remedy}")
     return plan_of(known, budget, min(within, key=lambda each: each.error), feedback)
 
 

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from arrowhead.plans.resample import part_of_steps
+
 
 def positions_of(levels: Sequence[float], watched: Sequence[float]) -> list[float]:
     """Where noise levels lie among the watched ones, which decrease: 0 is the first step, and so on.
@@ -17,29 +19,37 @@ def positions_of(levels: Sequence[float], watched: Sequence[float]) -> list[floa
     >>> positions_of([1.0, 0.75, 0.5], [1.0, 0.5])
     [0.0, 0.5, 1.0]
     """
-    axis = np.arange(len(watched) + 1.0)
-    return np.interp([-level for level in levels], [-level for level in (*watched, 0.0)], axis).tolist()
+    ends = watched if len(watched) > 1 and watched[-1] == 0 else (*watched, 0.0)  # the last step may be at 0 already
+    return np.interp([-level for level in levels], [-level for level in ends], np.arange(float(len(ends)))).tolist()
 
 
 def parts_of(
     steps: int | None, levels: Sequence[float] | None, watched: Sequence[float] | None, count: int, switch: int | None
 ) -> list[list[float]]:
-    """The new steps' places among the `count` watched ones, for each transformer.
+    """The new steps' places among the `count` watched ones, for each transformer, as they lie along the noise.
 
     Each transformer keeps its part of the steps. By noise level, a step is the second one's if it is nearer to that one's first
-    step than to the last one of the first transformer.
+    step than to the last one of the first transformer. See `within_own` for what such a step is read from.
     """
     ends = [(0, count)] if switch is None else [(0, switch), (switch, count)]
     if levels is None:
         assert steps is not None
-        first = steps if switch is None else min(max(1, round(switch * steps / count)), steps - 1)
+        first = steps if switch is None else part_of_steps(switch, count, steps)
         news = [steps] if switch is None else [first, steps - first]
         return [[begin + i * (end - begin) / new for i in range(new)] for (begin, end), new in zip(ends, news, strict=True)]
     places = positions_of(levels, watched or ())
     if switch is None:
         return [places]
-    earlier = [min(place, switch - 1.0) for place in places if place < switch - 0.5]
-    return [earlier, [max(place, float(switch)) for place in places[len(earlier) :]]]
+    earlier = sum(place < switch - 0.5 for place in places)
+    return [places[:earlier], places[earlier:]]
+
+
+def within_own(parts: Sequence[Sequence[float]], switch: int | None) -> list[list[float]]:
+    """The places, where none is between the last step of the first transformer and the first of the second."""
+    if switch is None:
+        return [*map(list, parts)]
+    earlier, later = parts
+    return [[min(place, switch - 1.0) for place in earlier], [max(place, float(switch)) for place in later]]
 
 
 def ages_at(parts: Sequence[Sequence[float]], ages: int) -> int:

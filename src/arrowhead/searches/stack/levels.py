@@ -160,9 +160,7 @@ class LevelSolver:
         within = [each for each in self._schedules.values() if self._cost(each) <= budget.fraction]
         if not within:
             least = min(map(self._cost, self._schedules.values()))
-            raise InputsInvalid(
-                f"got a budget of transformer_flops={budget.fraction}, wanted {least:.3f} at least; ask for less"
-            )
+            raise InputsInvalid(f"got a budget of transformer_flops={budget.fraction}, wanted {least:.3f} at least; allow more")
         best = min(within, key=lambda each: each.error)
         return Level(best, np.zeros((best.computed, self.table.outputs.shape[1]), np.int64), 0.0, 0.0)
 

@@ -15,7 +15,7 @@ from arrowhead.plans.card import Card
 from arrowhead.plans.hub import OnHub
 from arrowhead.plans.layout import Branches, Tokens
 from arrowhead.plans.target import Target
-from arrowhead.searches.stack.interpolated import ages_at, changes_at, parts_of, products_at
+from arrowhead.searches.stack.interpolated import ages_at, changes_at, parts_of, products_at, within_own
 from arrowhead.searches.stack.profile_file import MAX_BYTES, read_profile, write_profile
 
 AGES = 16
@@ -114,8 +114,9 @@ class Profile(OnHub):
                 f"got steps={steps!r} and levels={levels!r}, wanted steps of both transformers; the second one "
                 f"takes over in step {self.switch} of {self.steps}"
             )
+        lengths = [end - begin for begin, end in pairwise([*(place for part in parts for place in part), float(self.steps)])]
+        parts = within_own(parts, self.switch)
         places, ages = [place for part in parts for place in part], ages_at(parts, self.ages)
-        lengths = [end - begin for begin, end in pairwise([*places, float(self.steps)])]
         gains, feedback = (np.interp(places, range(self.steps), known) for known in (self.sampler_gains, self.model_feedback))
         ends = [0, self.steps] if self.switch is None else [0, self.switch, self.steps]
         rows = [(slice(*own), [place - own[0] for place in part]) for own, part in zip(pairwise(ends), parts, strict=True)]

@@ -27,6 +27,7 @@ from arrowhead.plans.layout import Tokens
 from arrowhead.plans.resample import Conditions, scaled_switch
 from arrowhead.searches.budget import validation
 from arrowhead.searches.stack import api as stack_api
+from arrowhead.searches.stack import profile_file
 from arrowhead.searches.stack import watch as watching
 from arrowhead.searches.stack.interpolated import parts_of, positions_of
 from arrowhead.searches.stack.schedule import schedules
@@ -549,6 +550,28 @@ def test_profiles_that_say_something_else_are_refused(name, value, tmp_path):
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     save_file(tensors, tmp_path / "profile", metadata={"arrowhead_profile": json.dumps({**header, name: value})})
     with pytest.raises(InputsInvalid, match="no sound profile"):
+        ah.Profile.load(tmp_path / "profile")
+
+
+def test_a_profile_that_takes_hours_to_solve_is_refused(tmp_path, monkeypatch):
+    base = profile_of(BENCHES["dit"](torch.float32))
+
+    def long(steps):
+        shapes = (steps, 17, 2, 1), (steps, 2, 17, 17)
+        changes, products = map(torch.zeros, shapes)
+        ones, target = (1.0,) * steps, replace(base.target, levels=None)
+        return replace(
+            base, target=target, changes=changes, products=products, sampler_gains=ones, model_feedback=ones, switch=None
+        )
+
+    long(256).save(tmp_path / "profile")
+    assert ah.Profile.load(tmp_path / "profile").steps == 256
+    with pytest.raises(InputsInvalid, match="got 257 steps of 16 ages, 4112 together, wanted 4096 at most; resample"):
+        long(257).save(tmp_path / "profile")
+    monkeypatch.setattr(profile_file, "MAX_STEPS_TIMES_AGES", 10**6)
+    long(4096).save(tmp_path / "profile")
+    monkeypatch.undo()
+    with pytest.raises(InputsInvalid, match=r"no sound profile.*got 4096 steps of 16 ages"):
         ah.Profile.load(tmp_path / "profile")
 
 

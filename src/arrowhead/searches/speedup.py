@@ -13,7 +13,7 @@ from arrowhead.engine.copies import Copies, carrying_class
 from arrowhead.engine.install import SPEEDUP, apply
 from arrowhead.engine.run import Run, carries_plan, run_on
 from arrowhead.engine.wrappers import uncopied
-from arrowhead.errors import AlreadyApplied, ArrowheadError, InputsInvalid, NothingLearnt
+from arrowhead.errors import AlreadyApplied, ArrowheadError, ArrowheadWarning, InputsInvalid, NothingLearnt
 from arrowhead.models.find import find
 from arrowhead.plans.plan import Plan
 from arrowhead.searches.budget.config import PRESETS, Budget
@@ -187,7 +187,10 @@ class Speedup:
         self._first_seconds = time.perf_counter() - started - watched.extra_seconds
         if kept is not None:
             kept.parent.mkdir(parents=True, exist_ok=True)
-            watched.profile.save(kept)
+            try:
+                watched.profile.save(kept)
+            except InputsInvalid as error:
+                warnings.warn(f"the profile was not kept for other processes: {error}", ArrowheadWarning, stacklevel=4)
         self._compress(watched.profile)
         return driver.result
 

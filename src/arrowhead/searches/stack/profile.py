@@ -134,7 +134,7 @@ class Profile(OnHub):
         """Write the profile to a file: safetensors in 16 bits, with everything but the tensor as JSON in its header.
 
         Raises:
-            InputsInvalid: `about` is none that `load` reads.
+            InputsInvalid: `load` would not read `about`, or so many steps.
             FileUnwritable: the file cannot be written, or the disk is full. A file of this name is as it was then.
         """
         write_profile(path, self)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # profile.py imports this file
 FORMAT = 1
 MAX_BYTES = 2**26
 """Bytes of a file. A profile of 50 steps has less than 4 MiB."""
+MAX_STEPS_TIMES_AGES = 2**12
+"""The time to solve grows with its square. 250 steps of 16 ages take tens of seconds, 1000 would take ten minutes."""
 
 
 class _Header(pydantic.BaseModel, extra="forbid"):
@@ -45,6 +47,8 @@ class _Header(pydantic.BaseModel, extra="forbid"):
 
 def write_profile(path: str | Path, profile: "Profile") -> None:
     """Write a profile to a file, completely or not at all."""
+    if fault := next(_too_long(profile.steps, profile.ages), None):
+        raise InputsInvalid(f"{fault}; resample the profile to fewer steps")
     scales = profile.changes.abs().amax((1, 2, 3)).clamp_min(1e-30)
     names = _Header.model_fields.keys() - {"format", "scales", "about"}
     header = _Header(
@@ -111,3 +115,10 @@ def _faults(header: _Header, changes: Tensor, products: Tensor) -> Iterator[str]
     wanted = (steps, 1 + guided, shape[1], shape[1])
     if tuple(products.shape) != wanted:
         yield f"got products of shape {tuple(products.shape)}, wanted {wanted}"
+    yield from _too_long(steps, shape[1] - 1)
+
+
+def _too_long(steps: int, ages: int) -> Iterator[str]:
+    """What is wrong with a profile that would take too long to solve."""
+    if steps * ages > MAX_STEPS_TIMES_AGES:
+        yield f"got {steps} steps of {ages} ages, {steps * ages} together, wanted {MAX_STEPS_TIMES_AGES} at most"

@@ -26,6 +26,7 @@ from arrowhead.searches.budget.sensitivity.loop_gain import LoopReplay, run_loop
 from arrowhead.searches.budget.sensitivity.recorder import Recorder
 from arrowhead.searches.budget.sensitivity.sampler_gain import SchedulerReplay, run_scheduler
 from arrowhead.searches.budget.sensitivity.table import Table
+from arrowhead.upstream import can_checkpoint
 
 
 @dataclass(frozen=True)
@@ -157,8 +158,7 @@ def _require_fit(driver: Driver, model: Model, calibration: CalibrationRun, exte
         prompts = len(driver.one_by_one())
     possible = {
         "one_by_one": prompts > 1,
-        "checkpoint": calibration.branches.calls == 1
-        and all(hasattr(transformer, "enable_gradient_checkpointing") for transformer in model.transformers),
+        "checkpoint": calibration.branches.calls == 1 and all(map(can_checkpoint, model.transformers)),
         "other_device": device.type != "cpu",
     }
     for found in smaller(extent, **possible):
@@ -225,10 +225,10 @@ def _parameters_frozen(weights: Iterable[nn.Parameter]) -> Iterator[None]:
 @contextmanager
 def _checkpointed(transformers: Sequence[Any], wanted: bool, branches: Branches) -> Iterator[None]:
     """Within the block the transformers checkpoint their blocks, if `wanted`: blocks run again for the gradients."""
-    if wanted and (unable := [t for t in transformers if not hasattr(t, "enable_gradient_checkpointing")]):
+    if wanted and (unable := [t for t in transformers if not can_checkpoint(t)]):
         raise InputsInvalid(
-            f"got checkpoint=True for a {type(unable[0]).__name__}, which has no enable_gradient_checkpointing; wanted a "
-            "model that has; leave it out, or have the model checkpoint its blocks itself"
+            f"got checkpoint=True for a {type(unable[0]).__name__}, which does not support gradient checkpointing; wanted a "
+            "model whose enable_gradient_checkpointing works; leave it out, or have the model checkpoint its blocks itself"
         )
     others = [transformer for transformer in transformers if not getattr(transformer, "is_gradient_checkpointing", False)]
     if (wanted or len(others) < len(transformers)) and branches.calls == 2:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -82,7 +83,8 @@ def record(
         return _record(driver, Extent(), on_step, fits=True)
     except _DoesNotFit as found:
         warnings.warn(str(found), CalibrationFitted, stacklevel=4)
-        return _record(driver, found.extent, on_step)
+        extent = found.extent
+    return _record(driver, extent, on_step)  # out here: the traceback would keep the first run's tensors
 
 
 def _record(driver: Driver, extent: Extent, on_step: Callable[[int, int | None], None], *, fits: bool = False) -> Recording:
@@ -144,16 +146,13 @@ def footprint_of(
 
 
 def _require_fit(driver: Driver, model: Model, calibration: CalibrationRun, extent: Extent) -> None:
-    """Check that the memory that is free will do.
+    """Check that the memory that is free will do, in all processes: they run alike, and so take the smallest extent of any.
 
     Raises:
         _DoesNotFit: it will not.
     """
     sites, blocks, tokens, rows, itemsize, device = footprint_of(driver, model, calibration)
-    free, needed = free_bytes(device), needed_bytes(extent, sites, blocks, tokens, rows, itemsize, device)
-    if free is None or needed <= free:
-        return
-    prompts = 1
+    free, prompts = free_bytes(device), 1
     with suppress(InputsInvalid):
         prompts = len(driver.one_by_one())
     possible = {
@@ -161,16 +160,21 @@ def _require_fit(driver: Driver, model: Model, calibration: CalibrationRun, exte
         "checkpoint": calibration.branches.calls == 1 and all(map(can_checkpoint, model.transformers)),
         "other_device": device.type != "cpu",
     }
-    for found in smaller(extent, **possible):
+    needed: list[int] = []
+    for found in (extent, *smaller(extent, **possible)):
         own = rows // prompts if found.one_by_one else rows
-        less = needed_bytes(found, sites, blocks, tokens, own, itemsize, device)
-        if less <= free:
+        needed.append(needed_bytes(found, sites, blocks, tokens, own, itemsize, device))
+        if free is None or needed[-1] <= free:
             break
+    fit = (len(needed), needed[0], needed[-1], free or 0), found
+    (tried, most, less, left), found = fit if driver.share.alone else max(driver.share.each(fit), key=itemgetter(0))
+    if tried == 1:
+        return
     changed = {name: value for name, value in vars(found).items() if value != getattr(extent, name)}
     named = ", ".join(f"{name}={value!r}" for name, value in changed.items())
     raise _DoesNotFit(
         found,
-        f"the calibration needs about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free; it runs with Extent({named}), "
+        f"the calibration needs about {most / 2**30:.1f} GiB, and {left / 2**30:.1f} are free; it runs with Extent({named}), "
         f"by which it needs about {less / 2**30:.1f}; give an extent to choose",
     )
 

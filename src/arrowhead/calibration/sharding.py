@@ -152,7 +152,7 @@ def one_by_one(inputs: Mapping[str, Any]) -> list[tuple[dict[str, Any], Share]]:
         )
     if unclear := [name for name, value in inputs.items() if _belongs_to_prompts(name, value, count)]:
         raise InputsInvalid(
-            f"got prompts to run one after another with {', '.join(unclear)}, which prompts may share or have an entry of each; "
+            f"got prompts to run one after another with {', '.join(unclear)}, which prompts may share or have an entry each; "
             "wanted no other lists than prompts, their embeddings, labels, generators and latents; run all at once"
         )
     split = [name for name, length in lengths.items() if length == count]

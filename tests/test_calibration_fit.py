@@ -10,7 +10,6 @@ import arrowhead as ah
 from arrowhead.calibration.driver import PipelineDriver
 from arrowhead.calibration.sharding import Part, one_by_one
 from arrowhead.errors import CalibrationFitted, InputsInvalid
-from arrowhead.plans.layout import Branches
 from arrowhead.searches.budget.sensitivity import footprint, recording
 
 PROMPTS = {"prompt": ["a", "b", "c"], "generator": [torch.Generator() for _ in range(3)]}
@@ -66,7 +65,7 @@ def required(monkeypatch, free, share, others=()):
     monkeypatch.setattr(recording, "needed_bytes", lambda extent, *_: needs[extent.checkpoint, extent.cache_dtype])
     model = SimpleNamespace(transformers=[SimpleNamespace(enable_gradient_checkpointing=None)])
     try:
-        recording._require_fit(driver, model, SimpleNamespace(branches=Branches()), ah.Extent())
+        recording._require_fit(driver, model, SimpleNamespace(branches=SimpleNamespace(calls=1)), ah.Extent())
     except recording._DoesNotFit as found:
         return found.extent, told
     return ah.Extent(), told

@@ -54,7 +54,7 @@ def can_checkpoint(module: Any) -> bool:
 
     Without it models that diffusers cannot checkpoint would fail with its ValueError.
     """
-    return hasattr(module, "enable_gradient_checkpointing") and getattr(module, "_supports_gradient_checkpointing", True)
+    return hasattr(module, "enable_gradient_checkpointing") and bool(getattr(module, "_supports_gradient_checkpointing", True))
 
 
 def no_dispatch_modes() -> AbstractContextManager[Any]:

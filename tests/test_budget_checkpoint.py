@@ -1,6 +1,7 @@
 """A calibration's memory: what is held is what was said, and blocks that run again on the way back give the same table."""
 
 import inspect
+import re
 from contextlib import nullcontext
 from functools import partial
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from budget import flux as make_flux
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from families import hunyuan_dit
 from pipelines import BENCHES, JOINT
 from test_flux import bench as flux_fixture
 from untouched import left_as_it_was
@@ -229,3 +231,15 @@ def test_without_an_extent_it_is_what_fits(part, settings, monkeypatch):
     wanted = ah.calibrate(bench.pipe, inputs(), extent=extent, progress=False)
     assert torch.equal(found.outputs, wanted.outputs)
     assert found.about["search"] == wanted.about["search"]
+
+
+def test_a_model_that_diffusers_cannot_checkpoint(monkeypatch):
+    """HunyuanDiT has the method, which fails: asked for it is refused by name, and by itself it goes on to 8 bits."""
+    bench = hunyuan_dit()
+    inputs = partial(bench.inputs, num_inference_steps=2)
+    with pytest.raises(InputsInvalid, match=r"got checkpoint=True for a HunyuanDiT2DModel, .* wanted .*; leave it out"):
+        ah.calibrate(bench.pipe, inputs(), extent=ah.Extent(checkpoint=True), progress=False)
+    monkeypatch.setattr(recording, "free_bytes", lambda _: 0)
+    with pytest.warns(CalibrationFitted, match=re.escape("Extent(cache_dtype='int8')")):
+        found = ah.calibrate(bench.pipe, inputs(), progress=False)
+    assert found.about["search"]["cache_dtype"] == "int8"

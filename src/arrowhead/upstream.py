@@ -49,6 +49,14 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
+def can_checkpoint(module: Any) -> bool:
+    """Whether a transformer can run its blocks again on the way back. diffusers' flag says so: every model has the method.
+
+    Without it models that diffusers cannot checkpoint would fail with its ValueError.
+    """
+    return hasattr(module, "enable_gradient_checkpointing") and bool(getattr(module, "_supports_gradient_checkpointing", True))
+
+
 def no_dispatch_modes() -> AbstractContextManager[Any]:
     """Within the block no mode, such as a counter of FLOPs, sees the operators that run.
 

@@ -119,19 +119,27 @@ BY_PROMPT = (
     "class_labels",
     "generator",
     "latents",
-    "image",
 )
 """What arguments of a pipeline's call begin with that may have one entry for each prompt."""
+PICTURES = ("image", "video", "mask", "frames")
+"""What names of arguments hold pictures by. A list of these may be one for each prompt, or references that prompts share."""
+
+
+def _belongs_to_prompts(name: str, value: Any, count: int) -> bool:
+    """Whether entries of an argument that is not in `BY_PROMPT` may belong to prompts, of which there are `count`."""
+    is_picture = any(part in name for part in PICTURES) and not isinstance(value, int | float | None)
+    return not name.startswith(BY_PROMPT) and (is_picture or _length(value) == count)
 
 
 def one_by_one(inputs: Mapping[str, Any]) -> list[tuple[dict[str, Any], Share]]:
     """The arguments of a pipeline's call for each prompt alone, in order; of one prompt, these arguments.
 
     Raises:
-        InputsInvalid: the arguments do not say how many prompts there are, or what noise each picture begins with.
+        InputsInvalid: the arguments do not say how many prompts there are, what noise each picture begins with, or which
+            prompt an entry belongs to.
     """
     lengths = {name: _length(value) for name, value in inputs.items() if name.startswith(BY_PROMPT)}
-    count = max((length for name, length in lengths.items() if name != "image"), default=1)
+    count = max(lengths.values(), default=1)
     several = {name: inputs[name] for name in SEVERAL if inputs.get(name) not in (None, 1)}
     if count <= 1 and not several:
         return [(dict(inputs), ALONE)]
@@ -141,6 +149,11 @@ def one_by_one(inputs: Mapping[str, Any]) -> list[tuple[dict[str, Any], Share]]:
             f"got prompts to run one after another, and {several or f'{noise} for {lengths.get(noise, 0)} of {count}'}; wanted "
             "one picture for each prompt, and a list of generators, or latents, with an entry for each; repeat prompts, and "
             "give these, or run all at once"
+        )
+    if unclear := [name for name, value in inputs.items() if _belongs_to_prompts(name, value, count)]:
+        raise InputsInvalid(
+            f"got prompts to run one after another with {', '.join(unclear)}, which prompts may share or have an entry each; "
+            "wanted no other lists than prompts, their embeddings, labels, generators and latents; run all at once"
         )
     split = [name for name, length in lengths.items() if length == count]
     return [

@@ -158,7 +158,8 @@ class Extent:
         checkpoint: whether blocks run again on the way back instead of keeping their activations (diffusers' gradient
             checkpointing). The run takes half as long again, and a fraction of the memory.
         one_by_one: whether prompts run one after another. Memory then holds what one of them needs, and the table is that of
-            all. Wanted then: one picture for each prompt, and a list of generators, or latents, with an entry for each.
+            all. Wanted then: one picture for each prompt, and a list of generators, or latents, with an entry for each. Images
+            among the inputs are refused, and so is any other argument with as many entries as there are prompts.
         cache_dtype: how what sites gave in the last steps is kept: `native`, the dtype in which it was computed, or `int8` or
             `fp8`, with one scale for each token and head.
         cache_device: the device on which that is kept, such as `cpu`. None: the one on which it was computed.

@@ -19,7 +19,7 @@ def history_bytes(extent: Extent, sites: Sequence[Site], tokens: Tokens, itemsiz
         own, attends = site.tokens(tokens), site.kind == "self_attention"
         of_attention = own.visual * radii + own.total * len(extent.precisions)
         rows = (own.total + of_attention * attends) * site.sequences(tokens)
-        found += rows * site.heads * _bytes_of(site, extent.cache_dtype or "native", itemsize)
+        found += rows * site.heads * _bytes_of(site, extent.cache_dtype, itemsize)
     return found * (extent.ages + 1)
 
 
@@ -98,8 +98,24 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    said = Path("/proc/meminfo")
+    said = PROC / "meminfo"
     if device.type != "cpu" or not said.exists():
         return None
     lines = (line.split() for line in said.read_text().splitlines())
-    return next((int(line[1]) * 1024 for line in lines if line[0] == "MemAvailable:"), None)
+    available = [int(line[1]) * 1024 for line in lines if line[0] == "MemAvailable:"]
+    return min([*available, *_cgroup_bytes()], default=None)
+
+
+PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+
+
+def _cgroup_bytes() -> Iterator[int]:
+    """The bytes that each limit on this process's groups leaves, in cgroup v2. Cached files count as free: they can go."""
+    groups = PROC / "self/cgroup"
+    lines = groups.read_text().splitlines() if groups.exists() else []
+    for own in (CGROUPS / line.removeprefix("0::/") for line in lines if line.startswith("0::/")):
+        for group in (own, *own.parents):
+            limit, used, stat = (group / f"memory.{name}" for name in ("max", "current", "stat"))
+            if limit.exists() and used.exists() and (most := limit.read_text().strip()) != "max":
+                counts = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
+                yield max(0, int(most) - int(used.read_text()) + int(counts.get("inactive_file", 0)))

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from arrowhead.searches.budget.sensitivity.loop_gain import LoopReplay, run_loop
 from arrowhead.searches.budget.sensitivity.recorder import Recorder
 from arrowhead.searches.budget.sensitivity.sampler_gain import SchedulerReplay, run_scheduler
 from arrowhead.searches.budget.sensitivity.table import Table
+from arrowhead.upstream import can_checkpoint
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ def record(
         return _record(driver, Extent(), on_step, fits=True)
     except _DoesNotFit as found:
         warnings.warn(str(found), CalibrationFitted, stacklevel=4)
-        return _record(driver, found.extent, on_step)
+        extent = found.extent
+    return _record(driver, extent, on_step)  # out here: the traceback would keep the first run's tensors
 
 
 def _record(driver: Driver, extent: Extent, on_step: Callable[[int, int | None], None], *, fits: bool = False) -> Recording:
@@ -143,34 +146,35 @@ def footprint_of(
 
 
 def _require_fit(driver: Driver, model: Model, calibration: CalibrationRun, extent: Extent) -> None:
-    """Check that the memory that is free will do.
+    """Check that the memory that is free will do, in all processes: they run alike, and so take the smallest extent of any.
 
     Raises:
         _DoesNotFit: it will not.
     """
     sites, blocks, tokens, rows, itemsize, device = footprint_of(driver, model, calibration)
-    free, needed = free_bytes(device), needed_bytes(extent, sites, blocks, tokens, rows, itemsize, device)
-    if free is None or needed <= free:
-        return
-    prompts = 1
+    free, prompts = free_bytes(device), 1
     with suppress(InputsInvalid):
         prompts = len(driver.one_by_one())
     possible = {
         "one_by_one": prompts > 1,
-        "checkpoint": calibration.branches.calls == 1
-        and all(hasattr(transformer, "enable_gradient_checkpointing") for transformer in model.transformers),
+        "checkpoint": calibration.branches.calls == 1 and all(map(can_checkpoint, model.transformers)),
         "other_device": device.type != "cpu",
     }
-    for found in smaller(extent, **possible):
+    needed: list[int] = []
+    for found in (extent, *smaller(extent, **possible)):
         own = rows // prompts if found.one_by_one else rows
-        less = needed_bytes(found, sites, blocks, tokens, own, itemsize, device)
-        if less <= free:
+        needed.append(needed_bytes(found, sites, blocks, tokens, own, itemsize, device))
+        if free is None or needed[-1] <= free:
             break
+    fit = (len(needed), needed[0], needed[-1], free or 0), found
+    (tried, most, less, left), found = fit if driver.share.alone else max(driver.share.each(fit), key=itemgetter(0))
+    if tried == 1:
+        return
     changed = {name: value for name, value in vars(found).items() if value != getattr(extent, name)}
     named = ", ".join(f"{name}={value!r}" for name, value in changed.items())
     raise _DoesNotFit(
         found,
-        f"the calibration needs about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free; it runs with Extent({named}), "
+        f"the calibration needs about {most / 2**30:.1f} GiB, and {left / 2**30:.1f} are free; it runs with Extent({named}), "
         f"by which it needs about {less / 2**30:.1f}; give an extent to choose",
     )
 
@@ -225,10 +229,10 @@ def _parameters_frozen(weights: Iterable[nn.Parameter]) -> Iterator[None]:
 @contextmanager
 def _checkpointed(transformers: Sequence[Any], wanted: bool, branches: Branches) -> Iterator[None]:
     """Within the block the transformers checkpoint their blocks, if `wanted`: blocks run again for the gradients."""
-    if wanted and (unable := [t for t in transformers if not hasattr(t, "enable_gradient_checkpointing")]):
+    if wanted and (unable := [t for t in transformers if not can_checkpoint(t)]):
         raise InputsInvalid(
-            f"got checkpoint=True for a {type(unable[0]).__name__}, which has no enable_gradient_checkpointing; wanted a "
-            "model that has; leave it out, or have the model checkpoint its blocks itself"
+            f"got checkpoint=True for a {type(unable[0]).__name__}, which does not support gradient checkpointing; wanted a "
+            "model whose enable_gradient_checkpointing works; leave it out, or have the model checkpoint its blocks itself"
         )
     others = [transformer for transformer in transformers if not getattr(transformer, "is_gradient_checkpointing", False)]
     if (wanted or len(others) < len(transformers)) and branches.calls == 2:

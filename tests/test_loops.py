@@ -1,10 +1,13 @@
 """Pipelines that run several denoising loops in one call: each loop is a run of the plan, as in a call of its own."""
 
 from contextlib import nullcontext
+from dataclasses import replace
+from itertools import count
 
 import diffusers
 import pytest
 import torch
+from budget import latents_of
 from family_replay import random_cells
 from image_variants import of_cloze
 from PIL import Image
@@ -19,6 +22,8 @@ from arrowhead.calibration.run import CalibrationRun
 from arrowhead.errors import GenerationUnfinished, PlanAdapted, PlanMismatch
 from arrowhead.models.find import find
 from arrowhead.plans.cells import FULL
+from arrowhead.searches.budget import validation
+from arrowhead.searches.stack import api as stack_api
 
 STEPS = 5
 OTHER = {"upsampling_width": 16, "upsampling_strength": 0.8}  # a second loop over half the tokens, in 4 steps
@@ -131,3 +136,30 @@ def test_the_first_call_under_a_speedup_runs_all_loops():
         assert torch.equal(bench.pipe(**bench.inputs())[0], untouched)
         assert sped.plan is not None
         assert not torch.equal(bench.pipe(**bench.inputs())[0], untouched)
+
+
+def test_checks_of_a_search_are_of_the_first_loop():
+    bench = cloze()
+    found = ah.search(bench.pipe, bench.inputs(**OTHER), budget=ah.Budget(transformer_flops=0.7, corrections=1), progress=False)
+    with latents_of(bench) as raw:
+        bench.pipe(**bench.inputs(**OTHER))
+    with ah.applied(bench.pipe, found), latents_of(bench) as changed, pytest.warns(PlanAdapted):
+        bench.pipe(**bench.inputs(**OTHER))
+    raw, changed = raw[STEPS - 1].double(), changed[STEPS - 1].double()
+    error = float((changed - raw).norm() / raw.norm())
+    assert error > 1e-6
+    assert found.about["search"]["measured_error"] == pytest.approx(error, rel=1e-3)
+
+
+@pytest.mark.parametrize("other", [{}, OTHER], ids=["alike", "smaller and shorter"])
+def test_the_first_loop_alone_is_timed(other, monkeypatch):
+    """By a clock that gives each call of the transformer a second."""
+    bench = cloze()
+    driver = driver_of(bench.pipe, bench.inputs(**other))
+    plan = random_plan(bench, False)
+    plan = replace(plan, cells=((FULL,) * len(plan.target.sites),) * STEPS)
+    monkeypatch.setattr(validation, "clock", count().__next__)
+    raw = driver.final_latents()
+    assert validation.measured_seconds(driver, plan) == (STEPS, STEPS)
+    assert stack_api._checked(driver, plan, raw)[1] == (1, 1)
+    assert not {"step", "set_timesteps"} & {*vars(bench.pipe.scheduler)}

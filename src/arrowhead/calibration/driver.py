@@ -6,6 +6,7 @@ whether a pipeline or a loop is behind it.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from arrowhead.calibration.isolation import exclusive_call, hide_progress_bar, preserve_rng
 from arrowhead.calibration.outputs import stacked
-from arrowhead.calibration.scheduler_calls import observe
+from arrowhead.calibration.scheduler_calls import LoopEnded, end_with_first_loop, observe
 from arrowhead.calibration.sharding import ALONE, Share, one_by_one, share_out
 from arrowhead.engine.changes import Changes
 from arrowhead.engine.compile_boundary import run_eagerly
@@ -111,7 +112,7 @@ class PipelineDriver(Driver):
         return [PipelineDriver(self.pipe, own, share, self._all_inputs) for own, share in one_by_one(self._inputs)]
 
     def final_latents(self) -> Tensor:
-        """What the scheduler's last step gives, (B, C, …) or (B, N, C); that of the first loop where there are several.
+        """What the scheduler's last step gives, (B, C, …) or (B, N, C). A call of several loops ends with the first one.
 
         Raises:
             NotIntercepted: the pipeline never called its scheduler.
@@ -119,7 +120,10 @@ class PipelineDriver(Driver):
         changes = Changes()
         with changes, changes:
             calls = observe(self.scheduler, changes)
-            self.prepare(changes)()
+            end_with_first_loop(self.scheduler, calls, changes)
+            generate = self.prepare(changes)
+            with suppress(LoopEnded):
+                generate()
         return self.share.joined(calls.latents())
 
     def described(self) -> dict[str, Any]:

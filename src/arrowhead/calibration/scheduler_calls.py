@@ -14,6 +14,10 @@ from arrowhead.engine.changes import Changes
 from arrowhead.errors import NotIntercepted
 
 
+class LoopEnded(BaseException):
+    """Ends a pipeline's call where its second denoising loop begins; no `except Exception` of a pipeline catches it."""
+
+
 @dataclass
 class SchedulerCalls:
     """The calls of a scheduler's `step` in one run, in its first denoising loop, and a copy of the scheduler before the first.
@@ -105,27 +109,45 @@ def observe(scheduler: Any, changes: Changes) -> SchedulerCalls:
         calls.final = out[0] if isinstance(out, tuple) else out.prev_sample
         return out
 
-    def restore() -> None:
-        if before is None:
-            vars(scheduler).pop("step", None)
-        else:
-            scheduler.step = before
-
     noted = _Noted(step, own_step)
-    changes.record(restore)
+    changes.record(_restore, scheduler, "step", before)
     scheduler.step = noted
     return calls
 
 
-class _Noted:
-    """A scheduler's step that notes its calls. Copies of the scheduler, as that of LTX-2's audio, have their own step."""
+def end_with_first_loop(scheduler: Any, calls: SchedulerCalls, changes: Changes) -> None:
+    """Raise LoopEnded where the scheduler gets other timesteps after its first step, until the changes are undone.
 
-    def __init__(self, step: Callable[..., Any], own_step: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, own_step)
-        self._step, self._own_step = step, own_step
+    A plan counts the transformer's calls outside of its forward. So a second loop has to end before its first call.
+    """
+    own, before = scheduler.set_timesteps, vars(scheduler).get("set_timesteps")
+
+    def set_timesteps(*args: Any, **kwargs: Any) -> Any:
+        if calls.final is not None:
+            raise LoopEnded
+        return own(*args, **kwargs)
+
+    changes.record(_restore, scheduler, "set_timesteps", before)
+    scheduler.set_timesteps = _Noted(set_timesteps, own)
+
+
+def _restore(scheduler: Any, name: str, before: Any) -> None:
+    """Put back what the scheduler had under a name on the instance; None: nothing."""
+    if before is None:
+        vars(scheduler).pop(name, None)
+    else:
+        setattr(scheduler, name, before)
+
+
+class _Noted:
+    """A scheduler's method that notes its calls. Copies of the scheduler, as that of LTX-2's audio, have their own method."""
+
+    def __init__(self, method: Callable[..., Any], own: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, own)
+        self._method, self._own = method, own
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._step(*args, **kwargs)
+        return self._method(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(self._own_step, memo)  # a bound method's object is in the memo
+        return copy.deepcopy(self._own, memo)  # a bound method's object is in the memo

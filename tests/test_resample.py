@@ -398,6 +398,29 @@ def test_each_step_takes_a_row_of_the_noise_that_it_removes(plan, levels, data):
         assert min(end, last) > max(begin, first) or abs(begin + end - first - last) == nearest
 
 
+@few
+@given(column=in_step, data=st.data())
+def test_noise_that_the_plan_did_not_have_is_computed(column, data):
+    """As when a plan of image-to-image is used from pure noise on. What follows is the plan."""
+    size = {"min_size": len(column), "max_size": len(column), "unique": True}
+    old = sorted(data.draw(st.lists(st.floats(0.001, 0.5), **size)), reverse=True)
+    more = sorted(data.draw(st.lists(st.floats(0.51, 1), min_size=1, max_size=20, unique=True)), reverse=True)
+    found = levelled([(cell,) for cell in column], old).resample(levels=[*more, *old])
+    assert AST not in [cell for (cell,) in found.cells[: len(more)]]
+    if AST in column:
+        assert [cell for (cell,) in found.cells[len(more) :]] == column
+
+
+def test_a_last_step_at_no_noise():
+    rows, levels = [[FULL], [AST]] * 4 + [[AST]] * 2, [level / 9 for level in range(9, -1, -1)]
+    plan = levelled(rows, levels)
+    assert plan.resample(levels=levels) is plan
+    doubled = plan.resample(levels=[level / 18 for level in range(19, -1, -1)])
+    assert sum(cell != AST for (cell,) in doubled.cells) <= 9
+    assert doubled.cells[-2:] == ((AST,), (AST,))
+    assert resample.spans([1.0, 0.5, 0.0])[-1] == (0, Fraction(1, 2))
+
+
 def test_levels_by_hand():
     rows = [[FULL], [AST], [FULL], [AST]]
     plan = levelled(rows, [1.0, 0.75, 0.5, 0.25])

@@ -190,13 +190,17 @@ def _even_spans(conditions: Conditions) -> list[Span]:
 def spans(levels: Sequence[float]) -> list[Span]:
     """The span of each step on the axis of minus the noise level: to the next step's level, or to 0 from the last one's.
 
-    Steps at one level, such as the two calls of Heun's method, share what lies before the next level equally.
+    Steps at one level, such as the two calls of Heun's method, share what lies before the next level equally. A last step at
+    level 0 is taken to be as long as the one before.
 
     >>> [tuple(map(float, span)) for span in spans([1.0, 0.5, 0.5])]
     [(-1.0, -0.5), (-0.5, -0.25), (-0.25, 0.0)]
     """
     found, runs = list[Span](), [(Fraction(level), len([*run])) for level, run in groupby(levels)]
-    for (level, count), (end, _) in zip(runs, [*runs[1:], (Fraction(0), 0)], strict=True):
+    last = Fraction(0)
+    if not runs[-1][0]:  # a step at no noise is as long as the one before
+        last = -runs[-2][0] if len(runs) > 1 else Fraction(-1)
+    for (level, count), (end, _) in zip(runs, [*runs[1:], (last, 0)], strict=True):
         step = (level - end) / count
         found += [(i * step - level, (i + 1) * step - level) for i in range(count)]
     return found
@@ -229,18 +233,21 @@ def rows_in_turn(skips: Sequence[bool], before: Sequence[Span], after: Sequence[
 
     Along the noise, the old run has computed so many steps; between two of them the count grows evenly. The new run computes a
     step whenever this count, times the new steps by the old ones over the same noise, has grown by one. So its computed steps
-    lie where the old ones do. Each takes the row of the same kind whose step is nearest.
+    lie where the old ones do. Each takes the row of the same kind whose step is nearest. Of noise that the old run did not have
+    it says nothing: steps there are computed.
     """
     starts = [begin for (begin, _), skip in zip(before, skips, strict=True) if not skip]
     computed = [*zip(starts, [*starts[1:], before[-1][1]], strict=True)]
-    covered = _passed(before, after[-1][1]) - _passed(before, after[0][0])
-    density = len(after) / covered if covered else Fraction(1)
-    taken, due = list[int](), Fraction(0)
-    for begin, end in after:
+    known = [min(end, before[-1][1]) > max(begin, before[0][0]) for begin, end in after]
+    inside = [span for span, within in zip(after, known, strict=True) if within]
+    covered = _passed(before, inside[-1][1]) - _passed(before, inside[0][0]) if inside else Fraction(1)
+    density = len(inside) / covered
+    taken, due = list[int](), None
+    for (begin, end), within in zip(after, known, strict=True):
         now = density * _passed(computed, begin)
-        computes = not taken or now >= due
-        if computes:
-            due = Fraction(floor(now) + 1)
+        computes = not within or due is None or now >= due
+        if computes and within:
+            due = floor(now) + 1
         kind = [old for old, skip in enumerate(skips) if skip is not computes]
         shared = [old for old in kind if min(end, before[old][1]) > max(begin, before[old][0])]
         nearest = min(kind, key=lambda old: abs(sum(before[old]) - begin - end))

@@ -58,7 +58,7 @@ def test_searches(pipe):
         exec(block.replace("num_inference_steps=8", "num_inference_steps=4"), names)
     assert Path("plan.json").exists()
     assert Path("flux.profile").exists()
-    assert {site.kind for site in names["plan"].sites} == {"stack"}
+    assert {site.kind for site in names["plan"].target.sites} == {"stack"}
 
 
 def test_readmes_table():

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from untouched import left_as_it_was
 
 import arrowhead as ah
-from arrowhead.errors import AlreadyApplied, InputsInvalid, NothingLearnt, PlanAdapted, UnsupportedPipeline
+from arrowhead.errors import AlreadyApplied, InputsInvalid, NothingLearnt, PlanAdapted, ProfileNotKept, UnsupportedPipeline
 from arrowhead.models.find import find
 from arrowhead.plans.cells import FULL
 from arrowhead.plans.layout import Tokens
@@ -517,6 +517,78 @@ def test_a_kept_profile_that_is_broken_is_written_anew(tmp_path):
     with ah.speedup(bench.pipe, budget=budget), pytest.warns(NothingLearnt, match="no sound profile"):
         assert_identical(trace(bench, bench.inputs(steps=STEPS)), untouched)
     assert torch.equal(ah.Profile.load(file).changes, kept.changes)
+
+
+def test_a_folder_that_cannot_be_written_loses_no_picture(tmp_path, monkeypatch):
+    bench, budget = BENCHES["dit"](torch.float32), ah.Budget(transformer_flops=0.6)
+    untouched = trace(bench, bench.inputs(steps=3))
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ARROWHEAD_CACHE", str(tmp_path / "file"))
+    with left_as_it_was(bench), ah.speedup(bench.pipe, budget=budget) as sped:
+        with pytest.warns(ProfileNotKept, match="cannot write"):
+            assert_identical(trace(bench, bench.inputs(steps=3)), untouched)
+        assert sped.plan is not None
+        bench.pipe(**bench.inputs(steps=3))  # a second warning would be an error
+        assert str(sped).startswith("3 steps, ")
+
+
+def test_a_generation_that_failed_before_its_first_step_can_be_printed():
+    bench = BENCHES["dit"](torch.float32)
+    with ah.speedup(bench.pipe, budget=ah.Budget(transformer_flops=0.6), cache=False) as sped:
+        for _ in range(2):
+            bench.pipe(**bench.inputs(steps=3))
+        with pytest.raises(TypeError):
+            bench.pipe(**bench.inputs(steps=3) | {"class_labels": None})
+        assert str(sped).startswith("the latest generation ended before its first step; from the next generation on 3 steps, ")
+
+
+def test_an_error_of_the_generation_is_no_fault_of_the_kept_profile():
+    bench, calls = BENCHES["dit"](torch.float32), []
+    budget = ah.Budget(transformer_flops=0.6)
+    with ah.speedup(bench.pipe, budget=budget):
+        bench.pipe(**bench.inputs(steps=3))
+
+    def failing(*_):
+        calls.append(1)
+        raise InputsInvalid("the caller's own")
+
+    with left_as_it_was(bench), ah.speedup(bench.pipe, budget=budget) as sped:
+        hook = bench.pipe.transformer.register_forward_pre_hook(failing)
+        with pytest.raises(InputsInvalid, match="the caller's own"):
+            bench.pipe(**bench.inputs(steps=3))
+        hook.remove()
+        assert calls == [1]
+        bench.pipe(**bench.inputs(steps=3))
+        assert str(sped).startswith("3 steps, ")
+
+
+def test_a_pipeline_that_is_being_watched_is_not_copied():
+    bench, refused = BENCHES["dit"](torch.float32), []
+
+    def copying(*_):
+        with pytest.raises(AlreadyApplied, match="copy"):
+            copy.copy(bench.pipe)
+        refused.append(1)
+
+    with ah.speedup(bench.pipe, budget=ah.Budget(transformer_flops=0.6), cache=False):
+        hook = bench.pipe.transformer.register_forward_pre_hook(copying)
+        bench.pipe(**bench.inputs(steps=3))
+        hook.remove()
+        assert refused
+        wanted = bench.pipe(**bench.inputs(steps=3))[0]
+        assert torch.equal(copy.copy(bench.pipe)(**bench.inputs(steps=3))[0], wanted)
+
+
+def test_a_plan_is_refused_where_a_speedup_is():
+    bench = BENCHES["dit"](torch.float32)
+    plan = ah.solve(profile_of(bench), ah.Budget(transformer_flops=0.6))
+    with left_as_it_was(bench):
+        ah.speedup(bench.pipe, quality="light")
+        with pytest.raises(AlreadyApplied, match="has a speedup already"):
+            ah.apply(bench.pipe, plan)
+        ah.remove(bench.pipe)
+        with ah.applied(bench.pipe, plan):
+            pass
 
 
 @pytest.mark.parametrize("cut", [0, 1, 100, 0.5, 0.99])

@@ -88,6 +88,13 @@ class NothingLearnt(ArrowheadWarning):
     """Nothing could be learnt from a generation that `speedup` watched: it ran without a plan."""
 
 
+class ProfileNotKept(ArrowheadWarning):
+    """What `speedup` learnt could not be written to the folder for caches, and is not there for other processes.
+
+    The pipeline becomes faster all the same. Set `ARROWHEAD_CACHE` to a folder that can be written, or pass `cache=False`.
+    """
+
+
 class CalibrationFitted(ArrowheadWarning):
     """A calibration would not have fitted the free memory, and began again with settings by which it holds less.
 

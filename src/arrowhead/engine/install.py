@@ -11,7 +11,7 @@ from arrowhead.engine.cache_encoding import CacheEncoding
 from arrowhead.engine.circumstances import Adaptation
 from arrowhead.engine.custom_run import CustomRun
 from arrowhead.engine.run import Run, carries_plan, run_on
-from arrowhead.errors import ArrowheadError, InputsInvalid
+from arrowhead.errors import AlreadyApplied, ArrowheadError, InputsInvalid
 from arrowhead.models.conflicts import require_weights
 from arrowhead.models.custom import Adapter, CustomModel, with_adapter
 from arrowhead.models.find import find
@@ -67,10 +67,25 @@ def apply(
         InputsInvalid: `plan` is no plan, or there is no such dtype, device or way with changes.
         UnsupportedPipeline: no attention sites are known for this pipeline, or its transformer has no weights.
         PlanMismatch: the plan was made for something else; the message names the first difference, and counts the others.
-        AlreadyApplied: the pipeline carries a plan.
+        AlreadyApplied: the pipeline carries a plan, or has a speedup.
         NotIntercepted: a module's attention processor cannot be wrapped.
         KernelUnavailable: there is no such kernel here.
     """
+    if SPEEDUP in getattr(pipe, "__dict__", {}):
+        raise has_speedup()
+    return put_on(pipe, plan, adapter, kernel, cache_dtype, cache_device, changes)
+
+
+def put_on(
+    pipe: "DiffusionPipeline | nn.Module",
+    plan: Plan,
+    adapter: Adapter | None = None,
+    kernel: str = "auto",
+    cache_dtype: CacheDtype = "native",
+    cache_device: str | torch.device | None = None,
+    changes: Adaptation = "adapt",
+) -> Run:
+    """As `apply` does, also where the pipeline has a speedup, whose plan it is."""
     encoding = CacheEncoding.of(cache_dtype, cache_device)
     if run_on(pipe):
         raise carries_plan()
@@ -80,6 +95,11 @@ def apply(
     model = find(pipe, {site.kind for site in sites}).without_overlap(sites)
     require_weights(model.transformers)
     return (CustomRun if isinstance(pipe, CustomModel) else Run)(model, plan, kernel, encoding, changes)
+
+
+def has_speedup() -> AlreadyApplied:
+    """The error of a pipeline that has a speedup."""
+    return AlreadyApplied("this pipeline has a speedup already; call arrowhead.remove(pipe) first")
 
 
 def remove(pipe: "DiffusionPipeline | nn.Module") -> None:

@@ -1,5 +1,6 @@
 """`speedup`: a pipeline's first generation is watched, and those after it are compressed."""
 
+import os
 import time
 import warnings
 from collections import Counter
@@ -10,11 +11,12 @@ from arrowhead.calibration.driver import PipelineDriver
 from arrowhead.calibration.isolation import exclusive_call, preserve_rng
 from arrowhead.engine.changes import Changes
 from arrowhead.engine.copies import Copies, carrying_class
-from arrowhead.engine.install import SPEEDUP, apply
+from arrowhead.engine.install import SPEEDUP, has_speedup, put_on
 from arrowhead.engine.run import Run, carries_plan, run_on
 from arrowhead.engine.wrappers import uncopied
-from arrowhead.errors import AlreadyApplied, ArrowheadError, ArrowheadWarning, InputsInvalid, NothingLearnt
+from arrowhead.errors import ArrowheadError, InputsInvalid, NothingLearnt, ProfileNotKept
 from arrowhead.models.find import find
+from arrowhead.plans.atomic_write import make_folder
 from arrowhead.plans.plan import Plan
 from arrowhead.searches.budget.config import PRESETS, Budget
 from arrowhead.searches.settings import require_a
@@ -65,6 +67,7 @@ def speedup(
 
     Warns:
         NothingLearnt: nothing could be learnt from a generation, or nothing is as cheap as was asked for: it ran in full.
+        ProfileNotKept: the folder of `cache` cannot be written. The pipeline becomes faster all the same.
 
     Examples:
         >>> ah.speedup(pipe, 2.0)
@@ -104,6 +107,7 @@ class Speedup:
         self._pipe, self._base, self._budget, self._cache = pipe, type(pipe), budget, cache
         self._run: Run | None = None
         self._learns = profile is None  # whether the next generation is to be watched, or a kept profile looked for
+        self._watching = False  # whether the first generation runs, in which the pipeline's class refuses other calls
         self._first_seconds: float | None = None  # of the watched generation, without what watching took
         self._seconds: float | None = None  # of the latest generation with the plan
         self._nothing = "nothing has been generated yet: the next generation runs in full, and is watched"
@@ -119,7 +123,7 @@ class Speedup:
     def _install(self) -> None:
         pipe, base = self._pipe, self._base
         if not self._changes.claim(pipe, SPEEDUP, self):
-            raise AlreadyApplied("this pipeline has a speedup already; call arrowhead.remove(pipe) first")
+            raise has_speedup()
         called = _sped_class(base, self)
 
         self._changes.record(self._copies.release, pipe, called, base)
@@ -129,9 +133,9 @@ class Speedup:
         """A shallow copy of a pipeline that was watched, which is as fast.
 
         Raises:
-            AlreadyApplied: it has yet to be watched.
+            AlreadyApplied: it has yet to be watched, or is being watched.
         """
-        if self._learns:
+        if self._learns or self._watching:
             raise uncopied(type(pipe).__name__)
         return self._copies.copy(pipe, self._base)
 
@@ -150,12 +154,14 @@ class Speedup:
     def called(self, pipe: Any, base: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of the pipeline, or of a copy: the first one, before which there are no copies, is watched."""
         if self._learns:
-            self._learns = False
+            self._learns, self._watching = False, True
             try:
                 return self._first(base, args, kwargs)
             except BaseException:
-                self._learns = True
+                self._learns = self._run is None  # a generation with a kept profile's plan may fail as any other
                 raise
+            finally:
+                self._watching = False
         started = time.perf_counter()
         out = base.__call__(pipe, *args, **kwargs)
         if self._run is not None:  # the watched generation comes here, too
@@ -167,12 +173,14 @@ class Speedup:
         model = find(self._pipe, {"stack"})
         inputs = model.call_arguments(args, kwargs)
         kept = cached_path(model, inputs) if self._cache else None
-        if kept is not None and kept.exists():
+        if kept is not None and os.path.exists(kept):  # Path.exists raises where a folder may not be read
             try:
                 self._compress(Profile.load(kept))
-                return self._pipe(*args, **kwargs)
             except InputsInvalid as error:
                 self._tell(error, "this generation is watched, and the file is written anew")
+            else:
+                self._watching = False
+                return self._pipe(*args, **kwargs)
         started, driver = time.perf_counter(), _FirstGeneration(self._pipe, inputs)
         try:
             watched = watch(driver)
@@ -186,11 +194,7 @@ class Speedup:
             return base.__call__(self._pipe, *args, **kwargs)
         self._first_seconds = time.perf_counter() - started - watched.extra_seconds
         if kept is not None:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                watched.profile.save(kept)
-            except InputsInvalid as error:
-                warnings.warn(f"the profile was not kept for other processes: {error}", ArrowheadWarning, stacklevel=4)
+            _keep(watched.profile, kept)
         self._compress(watched.profile)
         return driver.result
 
@@ -202,7 +206,7 @@ class Speedup:
         except InputsInvalid as error:
             self._tell(error, "the pipeline runs in full; take the speedup off, and ask for less")
             return
-        self._run = apply(self._pipe, plan)
+        self._run = put_on(self._pipe, plan)
         self.plan = plan
 
     def _tell(self, error: ArrowheadError, what: str) -> None:
@@ -218,16 +222,31 @@ class Speedup:
         if self.plan is None or self._run is None or self.profile is None:
             return self._nothing
         plan, known, error = self.plan, self.profile, f"expected error {self.plan.about['search']['predicted_error']}"
-        if self._seconds is None:
-            watched = "" if self._first_seconds is None else "watched in full; "
-            return f"{watched}from the next generation on {_done(plan.steps, plan.steps, plan.count(), known)}; {error}"
         counted = self._run.summary()
+        if self._seconds is None or not counted.cells.total():
+            before = "" if self._first_seconds is None else "watched in full; "
+            if self._seconds is not None:
+                before = "the latest generation ended before its first step; "
+            return f"{before}from the next generation on {_done(plan.steps, plan.steps, plan.count(), known)}; {error}"
         said = _done(counted.steps, counted.planned_steps, counted.cells, known)
         if counted.steps != plan.steps:
             error += f" in {plan.steps} steps"
         elif self._first_seconds is not None:
             said += f", {self._first_seconds / self._seconds:.1f} × faster than the first generation"
         return f"{said}; {error}"
+
+
+def _keep(profile: Profile, file: Path) -> None:
+    """Write a profile for other processes; warn where it cannot be written."""
+    try:
+        make_folder(file.parent)
+        profile.save(file)
+    except (OSError, InputsInvalid) as error:  # or the run has too many steps for a file
+        warnings.warn(
+            f"the profile was not kept: {error}; set ARROWHEAD_CACHE to a folder that can be written, or pass cache=False",
+            ProfileNotKept,
+            stacklevel=5,
+        )
 
 
 def _done(steps: int, planned: int, cells: Counter[str], known: Profile) -> str:

@@ -222,10 +222,10 @@ class Speedup:
         if self.plan is None or self._run is None or self.profile is None:
             return self._nothing
         plan, known, error = self.plan, self.profile, f"expected error {self.plan.about['search']['predicted_error']}"
-        counted = self._run.summary()
-        if self._seconds is None or not counted.cells.total():
+        counted = None if self._seconds is None else self._run.summary()
+        if counted is None or self._seconds is None or not counted.cells.total():
             before = "" if self._first_seconds is None else "watched in full; "
-            if self._seconds is not None:
+            if counted is not None:
                 before = "the latest generation ended before its first step; "
             return f"{before}from the next generation on {_done(plan.steps, plan.steps, plan.count(), known)}; {error}"
         said = _done(counted.steps, counted.planned_steps, counted.cells, known)

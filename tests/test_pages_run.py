@@ -84,3 +84,12 @@ def test_links_lead_somewhere(page):
     path = ROOT / page
     for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
         assert (path.parent / link).exists(), link
+
+
+def test_readmes_families_are_supported():
+    """Each name has the words of a family's name, versions included."""
+    lists = re.findall(r"^- \*\*(?:Images|Video)\*\*: (.*?) and more\.$", (ROOT / "README.md").read_text(), re.M | re.S)
+    assert len(lists) == 2
+    families = [row.family.replace(",", "").split() for row in ah.supported()]
+    for name in ", ".join(" ".join(each.split()) for each in lists).split(", "):
+        assert any(set(name.split()) <= set(family) or family[0].startswith(name) for family in families), name

@@ -202,7 +202,7 @@ def tables_of(text):
 
 def test_the_card_of_a_plan(hub, bench):
     search = {"strategy": "budget", "asked": "module_flops = 0.4", "predicted_error": 0.03}
-    plan = plan_of(bench, 3, search=search, model="/home/somebody/private/model", pipeline="DiTPipeline")
+    plan = plan_of(bench, 3, search=search, model="/srv/somebody/private/model", pipeline="DiTPipeline")
     plan.push_to_hub(NAME)
     card = card_on(hub)
     assert card.data.base_model is None

@@ -195,8 +195,7 @@ class Reuse:
 
     def sloped(self, times: float) -> "Reuse":
         """The cell with its change per step multiplied, within what a cell allows."""
-        pair = self.extrapolate if isinstance(self.extrapolate, tuple) else (self.extrapolate, self.extrapolate)
-        conditional, unconditional = (min(4.0, max(-4.0, times * each)) for each in pair)
+        conditional, unconditional = (min(4.0, max(-4.0, times * each)) for each in branch_coefficients(self.extrapolate))
         return replace(self, extrapolate=(conditional, unconditional))
 
 

@@ -29,7 +29,7 @@ from arrowhead.searches.budget.sensitivity.table import Table
 from arrowhead.searches.budget.solver.solution import short, with_provenance
 from arrowhead.searches.budget.validation import DOUBT, FEEDBACKS, measured_errors
 from arrowhead.searches.progress import bar_of_steps
-from arrowhead.searches.stack.api import about_sites
+from arrowhead.searches.stack.api import about_sites, cost
 from arrowhead.searches.stack.profile import Profile
 from arrowhead.searches.stack.schedule import Schedule, schedules
 from arrowhead.searches.stack.watch import watch
@@ -217,8 +217,7 @@ class LevelSolver:
         return schedules(self.known, FEEDBACKS[0])
 
     def _cost(self, schedule: Schedule) -> float:
-        part = schedule.computed / self.known.steps
-        return part + (1 - part) * self.known.skipped_flops
+        return cost(self.known, "transformer_flops", schedule)
 
     def _paid(self, schedule: Schedule, budget: Budget) -> Level | None:
         """The schedule with the arrows of least error that save what it costs above the budget; None where none do."""
